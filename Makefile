@@ -1,0 +1,60 @@
+# Two commands do all the set-up: `make demo` and `make test`. Needs Python 3.11-3.13 with venv, git and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+UV_VERSION = 0.13.9
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo study test check format docs lock bench bench-kill e2e clean
+
+help:  ## say what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## install the locked dependencies into .venv
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+demo: setup  ## the whole loop on one machine, from one manifest; writes demo/report.html
+	$(BIN)/python crds/examples/freight/demo.py --out demo
+
+study: setup  ## the long comparison of methods and stand-ins; writes docs/study.md
+	$(BIN)/python tests/benchmarks/study.py --out docs/study.md
+
+test: setup  ## unit, contract, embedded-loop and API-server tests
+	$(BIN)/python -m pytest tests -m "not e2e and not gpu" -ra
+
+check: setup  ## format, lint, types, import rules, generated docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m cowest_operator.docs --check
+	$(BIN)/python -m cowest_cli.docs --check
+
+format: setup  ## put the code into its form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: setup  ## write docs/api.md and docs/cli.md anew
+	$(BIN)/python -m cowest_operator.docs
+	$(BIN)/python -m cowest_cli.docs
+
+bench: bench-kill  ## all benchmarks
+
+bench-kill: setup  ## kill -9 the run at random moments; the same decision, no paid call twice
+	$(BIN)/python tests/benchmarks/kill.py --kills 20
+
+e2e: setup  ## the cluster tests against the current kubeconfig
+	$(BIN)/python -m pytest tests -m e2e -ra
+
+lock: setup  ## resolve requirements.lock anew
+	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
+	  --generate-hashes --no-annotate --no-header --quiet --output-file requirements.lock
+
+clean:  ## remove what was made here, the environment too
+	rm -rf demo $(VENV) .mypy_cache .ruff_cache .pytest_cache

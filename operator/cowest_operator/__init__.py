@@ -1,0 +1,1 @@
+"""The control plane: manifest and world in, plan out."""

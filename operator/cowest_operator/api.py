@@ -1,0 +1,360 @@
+"""The manifest as frozen values, and what passes between the shells and the pure heart: World in, Plan out.
+
+Reasons are API: the same constant stands in conditions, events, logs, reports and tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cowest_serving.contract import Collaboration, Mode, Pair, Prompts, Routing, Strong, parse
+from cowest_training.contract import Data, EvaluationReport, Feedback, LiveReport, Training
+
+GROUP, VERSION, KIND, PLURAL = "cowest.dev", "v1alpha1", "CollaborationJob", "collaborationjobs"
+
+# ---------------------------------------------------------------- condition types
+READY = "Ready"  # the gateway answers, by the pair or by what the manifest declares instead
+DRAFTS_HELP = "DraftsHelp"  # the stable pair was measured against the strong model alone
+ROUND_PROGRESSING = "RoundProgressing"
+
+# ---------------------------------------------------------------- reasons
+REASON_ANSWERING = "Answering"
+REASON_STARTING = "Starting"
+REASON_MEASURED_BETTER = "MeasuredBetter"
+REASON_NOT_MEASURED = "NotMeasured"
+REASON_NOT_BETTER_THAN_SOLO = "NotBetterThanSolo"
+
+REASON_PROGRESSING = "Progressing"
+REASON_SUSPENDED = "Suspended"
+REASON_PAUSED = "PausedByPerson"
+REASON_WAITING_FOR_TRACES = "WaitingForTraces"
+REASON_COOLDOWN = "Cooldown"
+REASON_MAX_ROUNDS = "MaxRoundsReached"
+REASON_NO_GAIN = "RoundsWithoutGain"
+REASON_STEP_FAILED = "StepFailed"
+REASON_STEP_RETRY = "StepWillBeRetried"
+REASON_BUDGET = "BudgetSpent"
+REASON_AWAITING_APPROVAL = "AwaitingApproval"
+REASON_WAITING_FOR_ANSWERS = "WaitingForAnswers"
+REASON_WAITING_FOR_SERVER = "WaitingForServer"
+
+REASON_PROMOTED = "BetterOfflineAndLive"
+REASON_PROMOTED_BY_PERSON = "PromotedByPerson"
+REASON_ROLLED_BACK_BY_PERSON = "RolledBackByPerson"
+REASON_VETOED = "VetoedByPerson"
+REASON_TOO_FEW_PAIRS = "TooFewPairs"
+REASON_FOREIGN_REPORT = "ReportOfAnotherPair"
+REASON_TOO_FEW_HELD_OUT = "TooFewHeldOut"
+REASON_TOO_MANY_ERRORS = "TooManyErrors"
+REASON_NO_GAIN_OFFLINE = "NoMeasurableGain"
+REASON_EFFECT_TOO_SMALL = "EffectTooSmall"
+REASON_WORSE_THAN_SOLO = "WorseThanSolo"
+REASON_HURTS = "HurtsTooOften"
+REASON_SLICE_LOSS = "SliceLoss"
+REASON_WORSE_LIVE = "WorseOnLiveTraffic"
+REASON_LOSS_NOT_EXCLUDED = "LossNotExcluded"
+REASON_TOO_FEW_ANSWERS = "TooFewAnswers"
+REASON_REVALIDATED = "Revalidated"
+
+Decision = Literal["Promoted", "Refused", "RolledBack"]
+Origin = Literal["Baseline", "Round", "Proposal", "Edit", "Revalidation"]
+Stage = Literal["Preparing", "Canary", "Watch"]
+Verb = Literal["pause", "resume", "approve", "promote", "rollback", "propose"]
+
+
+# ---------------------------------------------------------------- the manifest
+@dataclass(frozen=True)
+class Weak:
+    model: str
+    engine: Literal["Transformers", "vLLM"]
+    replicas: int
+
+
+@dataclass(frozen=True)
+class Trigger:
+    new_traces: int
+    schedule: str | None = None
+
+
+@dataclass(frozen=True)
+class Rounds:
+    max: int
+    trigger: Trigger
+    cooldown_seconds: int
+    stop_after_rounds_without_gain: int
+
+
+@dataclass(frozen=True)
+class Gate:
+    min_held_out: int
+    significance: float
+    minimum_effect_points: float
+    max_hurt_percent: float
+    max_slice_loss_points: float
+
+
+@dataclass(frozen=True)
+class CanaryStep:
+    weight_percent: int
+    min_answers: int
+
+
+@dataclass(frozen=True)
+class Canary:
+    steps: tuple[CanaryStep, ...]
+    deadline_seconds: int
+    max_error_percent: float
+    max_loss_points: float
+    approval: Literal["Automatic", "Manual"]
+    signal: Literal["LateReference", "Feedback", "Judge", "ShadowReplay"]
+    watch_seconds: int
+
+
+@dataclass(frozen=True)
+class Gateway:
+    engine: Literal["ASGI", "RayServe"]
+    port: int
+    replicas: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    suspend: bool
+    weak: Weak
+    strong: Strong
+    collaboration: Collaboration
+    data: Data
+    feedback: Feedback
+    training: Training
+    rounds: Rounds
+    gate: Gate
+    canary: Canary
+    gateway: Gateway
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    generation: int
+    spec: Spec
+
+    @property
+    def prompts(self) -> Prompts:
+        """The resolved templates; `parse_job` refuses a manifest in which they are not resolved."""
+        assert self.spec.collaboration.prompts is not None
+        return self.spec.collaboration.prompts
+
+
+def parse_job(manifest: Mapping[str, Any]) -> Job:
+    """A validated, defaulted manifest with resolved prompts, as values. Raises `SettingsError`."""
+    spec = parse(Spec, manifest["spec"])
+    metadata = manifest["metadata"]
+    if spec.collaboration.prompts is None:
+        raise ValueError(
+            "collaboration.prompts: wanted resolved templates, saw none; call manifest.resolve_prompts first"
+        )
+    return Job(metadata["name"], int(metadata.get("generation", 1)), spec)
+
+
+# ---------------------------------------------------------------- status
+@dataclass(frozen=True)
+class Condition:
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: str
+    message: str
+    observed_generation: int
+    last_transition: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one trial of a candidate ended: a row of `status.rounds`."""
+
+    number: int
+    origin: Origin
+    decision: Decision
+    reason: str
+    message: str
+    pair: str  # digest
+    started_at: float
+    ended_at: float
+    by: str | None = None  # the person, when a person decided
+    pairs: int | None = None
+    difference: float | None = None
+    p_value: float | None = None
+    score: float | None = None
+    live_difference: float | None = None
+    live_answers: int | None = None
+    dataset: str | None = None  # digest of the frozen data set
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The candidate on its way: prepared by steps, gated, canaried, watched. `number` 0 is the baseline."""
+
+    number: int
+    origin: Origin
+    stage: Stage
+    started_at: float
+    stage_since: float
+    model: str | None = None  # URI that was proposed or newly declared
+    pair: Pair | None = None  # known once the weak model is there
+    done: Mapping[str, Any] = field(default_factory=dict)  # step name -> what later decisions need of its metrics
+    step: int = 0  # of the canary
+    step_since: float = 0.0
+    looks: int = 0  # at the live answers, within this step
+    approved_by: str | None = None
+    difference: float | None = None
+    p_value: float | None = None
+    score: float | None = None
+    live_difference: float | None = None
+    live_answers: int | None = None
+    by: str | None = None  # who proposed or promoted it
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    model: str
+    by: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Status:
+    conditions: tuple[Condition, ...] = ()
+    stable: Pair | None = None
+    stable_round: int | None = None
+    serving: Mode = "StrongAlone"  # what the stable arm answers with: Pair, or StrongAlone while drafts hurt
+    previous: Pair | None = None  # what a rollback by a person goes back to
+    previous_serving: Mode = "StrongAlone"
+    base: str | None = None  # weak.model of the manifest that the stable model descends from
+    evaluator: str | None = None  # digest that the stable pair was last measured with
+    candidate: Trial | None = None
+    trials: int = 0  # started so far; the next one's number
+    looks: int = 0  # offline gates on this held-out set so far
+    held_out: str | None = None  # URI that `looks` counts for
+    rounds: tuple[Outcome, ...] = ()  # the last ten
+    tuned_rounds: int = 0
+    without_gain: int = 0  # tuned rounds in a row that were not promoted
+    last_round_ended: float = 0.0
+    traces_seen: int = 0  # usable traces when the last round froze its data
+    paused_by: str | None = None
+    vetoed: tuple[str, ...] = ()  # pair digests that a person rolled back: never promoted by the automatic actor
+    refused_edit: str | None = None  # digest of the declared pair settings that did not pass
+    proposals: tuple[Proposal, ...] = ()
+    last_action: str = ""  # id of the last action of a person that was taken in
+    last_transition: str = ""  # the last event, as a sentence
+
+
+KEEP_ROUNDS = 10
+
+
+# ---------------------------------------------------------------- world
+@dataclass(frozen=True)
+class StepState:
+    phase: Literal["Running", "Succeeded", "Failed"]
+    code: int = 0
+    attempts: int = 1
+    message: str = ""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class ServerState:
+    ready: bool
+    endpoint: str = ""  # http://host:port/v1
+    digest: str = ""  # what it says it serves
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class TraceCounts:
+    all: int = 0
+    usable: int = 0
+    reason: str = ""  # why the others are not usable
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a person said: recorded with who and why, taken in once."""
+
+    id: str  # sorts by time
+    verb: Verb
+    by: str
+    why: str
+    at: float
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class World:
+    """All that a decision needs, gathered before it. `now` in epoch seconds."""
+
+    now: float
+    job: Job
+    status: Status
+    store: str  # URI under which artifacts of this job lie
+    calls: str  # the book of paid calls
+    has_explanations: bool  # the training rows carry an `explanation`
+    evaluator: str  # digest of the declared evaluator
+    steps: Mapping[str, StepState] = field(default_factory=dict)
+    servers: Mapping[str, ServerState] = field(default_factory=dict)  # by weak digest
+    gateway: ServerState = field(default_factory=lambda: ServerState(False))
+    report: EvaluationReport | None = None  # of the running trial
+    live: LiveReport | None = None  # of the running canary step
+    traces: TraceCounts = field(default_factory=TraceCounts)
+    actions: tuple[Action, ...] = ()
+
+
+# ---------------------------------------------------------------- plan
+@dataclass(frozen=True)
+class StepSpec:
+    """A command with URIs in and out. Engines add the keys, threads and the place to run."""
+
+    name: str  # deterministic: r<trial>-<step>
+    module: str
+    out: str
+    args: tuple[tuple[str, str], ...] = ()  # (--flag, value)
+    files: tuple[tuple[str, Any], ...] = ()  # (--flag, JSON value that the engine puts into a file)
+    calls_strong: bool = False
+    keeps_running: bool = False  # a watcher: ended when no plan wants it any more
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """A weak model to serve. Its identity is the digest, not the role: promotion moves traffic, never a process."""
+
+    digest: str
+    model: str  # URI
+
+
+@dataclass(frozen=True)
+class Event:
+    type: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Ends the embedded run; on Kubernetes it is a condition and is retried."""
+
+    code: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    servers: tuple[ServerSpec, ...]
+    steps: tuple[StepSpec, ...]
+    routing: Routing
+    status: Status
+    events: tuple[Event, ...] = ()
+    again_after: float = 60.0  # seconds
+    finished: str | None = None  # a sentence: no round will come by itself any more
+    failure: Failure | None = None

@@ -1,0 +1,77 @@
+"""What a person says goes before what the automatic actor decides, and is never undone by it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from cowest_operator import api
+from cowest_operator.api import Event, Status
+
+
+def pending(world: api.World) -> tuple[api.Action, ...]:
+    return tuple(sorted((a for a in world.actions if a.id > world.status.last_action), key=lambda a: a.id))
+
+
+def take_in(status: Status, action: api.Action) -> tuple[Status, Event]:
+    """Actions that need no more than the status: pause, resume, approve, propose, and rollback of a finished trial."""
+    status, event = _TAKERS[action.verb](status, action)
+    return replace(status, last_action=action.id), event
+
+
+def _said(action: api.Action, message: str) -> Event:
+    why = f" ({action.why})" if action.why else ""
+    return Event("Normal", f"Person{action.verb.capitalize()}", f"{action.by}: {message}{why}")
+
+
+def _no(action: api.Action, message: str) -> Event:
+    return Event("Warning", "PersonIgnored", f"{action.verb} by {action.by}: {message}")
+
+
+def _pause(status: Status, action: api.Action) -> tuple[Status, Event]:
+    return replace(status, paused_by=action.by), _said(action, "paused; no round starts and no canary step is taken")
+
+
+def _resume(status: Status, action: api.Action) -> tuple[Status, Event]:
+    return replace(status, paused_by=None), _said(action, "resumed")
+
+
+def _approve(status: Status, action: api.Action) -> tuple[Status, Event]:
+    trial = status.candidate
+    if trial is None or trial.pair is None:
+        return status, _no(action, "there is no candidate to approve; see `cowest status`.")
+    return replace(status, candidate=replace(trial, approved_by=action.by)), _said(action, "approved the candidate")
+
+
+def _propose(status: Status, action: api.Action) -> tuple[Status, Event]:
+    proposal = api.Proposal(action.model or "", action.by, action.why)
+    return replace(status, proposals=(*status.proposals, proposal)), _said(action, f"proposed {action.model}")
+
+
+def _rollback(status: Status, action: api.Action) -> tuple[Status, Event]:
+    """With a candidate on its way `reconcile` ends the trial; here the last promotion is undone."""
+    if status.previous is None or status.stable is None:
+        return status, _no(action, "there is no earlier pair to go back to; see `cowest status`.")
+    back = replace(
+        status,
+        stable=status.previous,
+        serving=status.previous_serving,
+        previous=None,
+        vetoed=(*status.vetoed, status.stable.digest),
+    )
+    return back, _said(action, "rolled the stable pair back to the one before")
+
+
+def _promote(status: Status, action: api.Action) -> tuple[Status, Event]:
+    """Only reached without a candidate in canary: `reconcile` promotes a running one itself."""
+    return status, _no(action, "no candidate is in canary; wait for it, or `cowest propose` one.")
+
+
+_TAKERS: dict[api.Verb, Callable[[Status, api.Action], tuple[Status, Event]]] = {
+    "pause": _pause,
+    "resume": _resume,
+    "approve": _approve,
+    "propose": _propose,
+    "rollback": _rollback,
+    "promote": _promote,
+}

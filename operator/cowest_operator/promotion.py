@@ -1,0 +1,269 @@
+"""Whether a candidate may go on: the offline gates, then the live gate of the canary. Pure.
+
+What is judged is always the pair's answer. No data is never a pass, and each refusal is a reason and a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from cowest_operator import api
+from cowest_training.contract import Comparison, EvaluationReport, LiveReport
+
+SOLO = "solo"
+LOOKS_PER_STEP = 3  # the live answers are judged at 1, 2 and 4 times `minAnswers`
+MIN_CONTROL_ANSWERS = 30  # the control of a step may be the smaller arm, but never smaller than this (or minAnswers)
+MIN_SLICE = 30  # smaller slices are reported and never decide
+
+
+@dataclass(frozen=True)
+class Refusal:
+    reason: str
+    message: str
+
+
+def control_of(status: api.Status) -> str:
+    """Digest of what is served now: the stable pair, or `solo` while the strong model answers alone."""
+    return status.stable.digest if status.stable and status.serving == "Pair" else SOLO
+
+
+def significance(alpha: float, look: int) -> float:
+    """The level for the `look`-th (from 1) candidate judged on the same held-out set.
+
+    alpha / (k (k + 1)) sums to alpha over all k, however many candidates come: a union bound that needs no horizon.
+    """
+    return alpha / (look * (look + 1))
+
+
+# ---------------------------------------------------------------- offline
+@dataclass(frozen=True)
+class Offline:
+    """What the offline gates see."""
+
+    gate: api.Gate
+    max_error_percent: float
+    status: api.Status
+    pair: str
+    report: EvaluationReport | None
+
+    @property
+    def judged(self) -> EvaluationReport:
+        """Only for gates after the first, which makes sure that there is a report."""
+        assert self.report is not None
+        return self.report
+
+
+def report_is_of_the_candidate(case: Offline) -> Refusal | None:
+    """First, because no number of another pair may decide about this one."""
+    control = control_of(case.status)
+    if case.report is None:
+        return Refusal(api.REASON_FOREIGN_REPORT, "wanted an evaluation report of the candidate, saw none.")
+    seen = (case.report.candidate, case.report.control)
+    if seen != (case.pair, control):
+        wanted = f"{_short(case.pair)} against {_short(control)}"
+        return Refusal(
+            api.REASON_FOREIGN_REPORT,
+            f"wanted a report of {wanted}, saw one of {_short(seen[0])} against {_short(seen[1])}.",
+        )
+    return None
+
+
+def not_vetoed_by_a_person(case: Offline) -> Refusal | None:
+    if case.pair in case.status.vetoed:
+        return Refusal(api.REASON_VETOED, "a person rolled this very pair back; promote it by hand to take that back.")
+    return None
+
+
+def enough_held_out_queries(case: Offline) -> Refusal | None:
+    n = case.judged.against_control.n
+    if n < case.gate.min_held_out:
+        return Refusal(
+            api.REASON_TOO_FEW_HELD_OUT,
+            f"the gate wants {case.gate.min_held_out} held-out queries (gate.minHeldOut), saw {n}.",
+        )
+    return None
+
+
+def few_enough_errors(case: Offline) -> Refusal | None:
+    arm = case.judged.arm("candidate")
+    percent = 100 * arm.errors / max(1, arm.n)
+    if percent > case.max_error_percent:
+        return Refusal(
+            api.REASON_TOO_MANY_ERRORS,
+            f"{arm.errors} of {arm.n} held-out queries got no answer, more than {case.max_error_percent:g} %.",
+        )
+    return None
+
+
+def candidate_gains(case: Offline) -> Refusal | None:
+    """The round must have bought something: significant at a level that pays for all the looks before."""
+    look = case.status.looks + 1
+    level = significance(case.gate.significance, look)
+    seen = case.judged.against_control
+    if seen.difference <= 0 or seen.p_better >= level:
+        return Refusal(
+            api.REASON_NO_GAIN_OFFLINE,
+            f"candidate minus control is {points(seen)} with p = {seen.p_better:.2g}; look {look} at this held-out set"
+            f" wants a gain with p < {level:.2g}.",
+        )
+    return None
+
+
+def effect_is_large_enough(case: Offline) -> Refusal | None:
+    gain = 100 * case.judged.against_control.difference
+    if gain < case.gate.minimum_effect_points:
+        return Refusal(
+            api.REASON_EFFECT_TOO_SMALL,
+            f"a gain of {gain:.1f} points is below gate.minimumEffectPoints = {case.gate.minimum_effect_points:g}.",
+        )
+    return None
+
+
+def not_worse_than_the_strong_alone(case: Offline) -> Refusal | None:
+    seen = case.judged.against_solo
+    if seen.p_worse < case.gate.significance:
+        return Refusal(
+            api.REASON_WORSE_THAN_SOLO,
+            f"the strong model alone is better: candidate minus solo is {points(seen)} (p = {seen.p_worse:.2g}).",
+        )
+    return None
+
+
+def hurts_rarely(case: Offline) -> Refusal | None:
+    percent = 100 * case.judged.arm("candidate").hurt_rate
+    if percent > case.gate.max_hurt_percent:
+        return Refusal(
+            api.REASON_HURTS,
+            f"in {percent:.1f} % of the queries the strong model alone does better,"
+            f" more than gate.maxHurtPercent = {case.gate.max_hurt_percent:g}.",
+        )
+    return None
+
+
+def no_slice_loses(case: Offline) -> Refusal | None:
+    limit = case.gate.max_slice_loss_points
+    for part in case.judged.slices:
+        if part.n >= MIN_SLICE and part.high < 0 and -100 * part.difference > limit:
+            return Refusal(
+                api.REASON_SLICE_LOSS,
+                f"slice {part.group!r} ({part.n} queries) loses {-100 * part.difference:.1f} points,"
+                f" more than gate.maxSliceLossPoints = {limit:g}.",
+            )
+    return None
+
+
+OFFLINE_GATES: tuple[Callable[[Offline], Refusal | None], ...] = (
+    report_is_of_the_candidate,
+    not_vetoed_by_a_person,
+    enough_held_out_queries,
+    few_enough_errors,
+    candidate_gains,
+    effect_is_large_enough,
+    not_worse_than_the_strong_alone,
+    hurts_rarely,
+    no_slice_loses,
+)
+
+
+def first_refusal(case: Offline) -> Refusal | None:
+    return next((refusal for gate in OFFLINE_GATES if (refusal := gate(case))), None)
+
+
+# ---------------------------------------------------------------- live
+@dataclass(frozen=True)
+class Verdict:
+    """Of one look at a canary step: wait, take one more look later, go on, or roll back."""
+
+    action: Literal["Wait", "LookAgain", "Advance", "RollBack"]
+    reason: str
+    message: str
+
+
+def judge_live(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveReport | None, now: float) -> Verdict:
+    """A pure function of the recorded live report; replaying the report gives the same verdict.
+
+    A step is judged when `minAnswers` of the candidate are scored, then at twice and four times as many while a loss
+    above `maxLossPoints` is not excluded: the level is shared by all these looks.
+    """
+    step = canary.steps[trial.step]
+    wanted = step.min_answers * 2**trial.looks
+    late = now - trial.stage_since > canary.deadline_seconds
+    undecided = _too_few if late else _wait
+    if live is None or live.step != trial.step or trial.pair is None or live.candidate != trial.pair.digest:
+        return undecided(wanted, 0, "", canary)
+    if verdict := _too_many_errors(canary, live, min(20, step.min_answers)):
+        return verdict
+    scored = live.scored.get("candidate", 0)
+    control = live.scored.get("control", 0)
+    if scored < wanted or control < min(wanted, MIN_CONTROL_ANSWERS) or live.comparison is None:
+        seen = min(scored, control) if scored >= wanted else scored
+        return undecided(wanted, seen, live.unscored_reason, canary)
+    seen_ = live.comparison
+    level = alpha / (LOOKS_PER_STEP * len(canary.steps))
+    if seen_.p_worse < level:
+        return Verdict(
+            "RollBack",
+            api.REASON_WORSE_LIVE,
+            f"on live traffic candidate minus control is {points(seen_)} (p = {seen_.p_worse:.2g} < {level:.2g},"
+            f" {scored} against {control} answers).",
+        )
+    if 100 * seen_.difference >= -canary.max_loss_points:
+        return Verdict(
+            "Advance",
+            api.REASON_PROGRESSING,
+            f"candidate minus control is {points(seen_)} live ({scored} against {control} answers).",
+        )
+    if trial.looks + 1 >= LOOKS_PER_STEP:
+        return Verdict(
+            "RollBack",
+            api.REASON_LOSS_NOT_EXCLUDED,
+            f"after {scored} answers candidate minus control is still {points(seen_)} live,"
+            f" below -{canary.max_loss_points:g} (canary.maxLossPoints).",
+        )
+    return Verdict("LookAgain", api.REASON_WAITING_FOR_ANSWERS, f"{points(seen_)} live is not yet clear.")
+
+
+def judge_watch(canary: api.Canary, trial: api.Trial, live: LiveReport | None, now: float) -> Verdict:
+    """After the last step the candidate has all the traffic; the old pair stays warm for `watchSeconds`."""
+    if live is not None and (verdict := _too_many_errors(canary, live, 20)):
+        return verdict
+    left = trial.stage_since + canary.watch_seconds - now
+    if left > 0:
+        return Verdict("Wait", api.REASON_PROGRESSING, f"watching the promoted pair for {left:.0f} more seconds.")
+    return Verdict("Advance", api.REASON_PROMOTED, "the watch ended without trouble.")
+
+
+def _too_many_errors(canary: api.Canary, live: LiveReport, at_least: int) -> Verdict | None:
+    answers, errors = live.answers.get("candidate", 0), live.errors.get("candidate", 0)
+    if answers < at_least or 100 * errors / answers <= canary.max_error_percent:
+        return None
+    return Verdict(
+        "RollBack",
+        api.REASON_TOO_MANY_ERRORS,
+        f"{errors} of the candidate's {answers} live answers failed, more than canary.maxErrorPercent ="
+        f" {canary.max_error_percent:g}.",
+    )
+
+
+def _wait(wanted: int, seen: int, why: str, canary: api.Canary) -> Verdict:
+    note = f" ({why})" if why else ""
+    return Verdict("Wait", api.REASON_WAITING_FOR_ANSWERS, f"{seen} of {wanted} scored live answers{note}.")
+
+
+def _too_few(wanted: int, seen: int, why: str, canary: api.Canary) -> Verdict:
+    note = f"; {why}" if why else ""
+    return Verdict(
+        "RollBack",
+        api.REASON_TOO_FEW_ANSWERS,
+        f"{seen} of {wanted} scored live answers when canary.deadlineSeconds = {canary.deadline_seconds} was over{note}.",
+    )
+
+
+def points(seen: Comparison) -> str:
+    return f"{100 * seen.difference:+.1f} points [{100 * seen.low:+.1f}, {100 * seen.high:+.1f}]"
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12]

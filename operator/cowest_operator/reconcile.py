@@ -1,0 +1,406 @@
+"""World -> Plan, in the order of the loop. Pure: no I/O, no clock. Both engines run this.
+
+Preparing --gate--> Canary --steps--> Watch --> Promoted
+    |  (no canary steps: straight on)   |
+    +--> Refused      +--> RolledBack <-+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from cowest_operator import api, people, promotion, rounds
+from cowest_operator.api import Event, Plan, Status, Trial, World
+from cowest_serving.contract import Arm, Pair, Routing
+from cowest_training.contract import EXIT_BUDGET, EXIT_RETRY
+
+RETRIES = 3  # of a step that ended with EXIT_RETRY, before the embedded run gives up
+
+
+def plan(world: World) -> Plan:
+    """All that is wanted now. At most one transition of the trial per plan, so one write per transition."""
+    move = _decide(world)
+    moved = move.status != world.status
+    world = replace(world, status=move.status)
+    return Plan(
+        servers=_servers(world),
+        steps=_steps(world, move),
+        routing=_routing(world),
+        status=_with_conditions(world, move),
+        events=move.events,
+        again_after=0.0 if moved else 1.0,
+        finished=move.finished,
+        failure=move.failure,
+    )
+
+
+@dataclass(frozen=True)
+class Move:
+    """What this plan changes, and the sentence that explains the hold or the progress."""
+
+    status: Status
+    reason: str = api.REASON_PROGRESSING
+    message: str = ""
+    events: tuple[Event, ...] = ()
+    finished: str | None = None
+    failure: api.Failure | None = None
+
+
+# ---------------------------------------------------------------- decisions
+def _decide(world: World) -> Move:
+    actions = people.pending(world)
+    if actions:
+        return _person(world, actions[0])
+    trial = world.status.candidate
+    if trial is None:
+        return _start(world)
+    return {"Preparing": _prepare, "Canary": _canary, "Watch": _watch}[trial.stage](world, trial)
+
+
+def _person(world: World, action: api.Action) -> Move:
+    status = replace(world.status, last_action=action.id)
+    trial = status.candidate
+    if action.verb == "rollback" and trial is not None:
+        return _end(replace(world, status=status), trial, "RolledBack", api.REASON_ROLLED_BACK_BY_PERSON,
+                    action.why or "no reason given", by=action.by)  # fmt: skip
+    if action.verb == "promote" and trial is not None and trial.pair is not None and trial.stage != "Preparing":
+        return _end(replace(world, status=status), trial, "Promoted", api.REASON_PROMOTED_BY_PERSON,
+                    action.why or "no reason given", by=action.by)  # fmt: skip
+    status, event = people.take_in(world.status, action)
+    return Move(status, message=event.message, events=(event,))
+
+
+def _start(world: World) -> Move:
+    following = rounds.next_trial(world)
+    if following.trial is None:
+        finished = following.message if following.final else None
+        return Move(world.status, following.reason, following.message, finished=finished)
+    trial = following.trial
+    proposals = world.status.proposals[1:] if trial.origin == "Proposal" else world.status.proposals
+    held_out = world.job.spec.data.held_out
+    looks = world.status.looks if world.status.held_out == held_out else 0
+    status = replace(
+        world.status,
+        candidate=trial,
+        trials=trial.number + 1,
+        proposals=proposals,
+        looks=looks,
+        held_out=held_out,
+        traces_seen=world.traces.usable if trial.origin == "Round" else world.status.traces_seen,
+    )
+    message = f"round {trial.number} ({trial.origin.lower()}) begins"
+    return Move(status, message=message, events=(Event("Normal", "RoundStarted", message),))
+
+
+def _prepare(world: World, trial: Trial) -> Move:
+    """Run the first step that is not done; after the evaluation ask the gates."""
+    steps = rounds.chain(world, trial)
+    step = next((s for s in steps if rounds.key(trial, s) not in trial.done), None)
+    if step is None:
+        return _gate(world, trial)
+    state = world.steps.get(step.name)
+    if world.status.paused_by and state is None:
+        return Move(world.status, api.REASON_PAUSED, f"paused by {world.status.paused_by} before step {step.name}.")
+    if state is None or state.phase == "Running":
+        message = state.message if state else ""
+        return Move(world.status, message=f"step {step.name} runs{': ' + message if message else ''}")
+    if state.phase == "Failed":
+        return _step_failed(world, step, state)
+    return _step_done(world, trial, steps, step, state)
+
+
+def _step_failed(world: World, step: api.StepSpec, state: api.StepState) -> Move:
+    message = f"step {step.name}: {state.message}"
+    if state.code == EXIT_RETRY and state.attempts < RETRIES:
+        return Move(world.status, api.REASON_STEP_RETRY, message)
+    reason = api.REASON_BUDGET if state.code == EXIT_BUDGET else api.REASON_STEP_FAILED
+    return Move(world.status, reason, message, failure=api.Failure(state.code or 1, message))
+
+
+def _step_done(
+    world: World, trial: Trial, steps: tuple[api.StepSpec, ...], step: api.StepSpec, state: api.StepState
+) -> Move:
+    name = rounds.key(trial, step)
+    facts = {**rounds.needed_of(state.metrics), "digest": state.digest}
+    trial = replace(trial, done={**trial.done, name: facts})
+    if name == rounds.model_step(trial, steps):
+        digest = str(state.metrics["model_digest"])
+        make = rounds.declared_pair if trial.origin in ("Baseline", "Edit") else rounds.tuned_pair
+        trial = replace(trial, pair=make(world, digest, step.out))
+    status = replace(world.status, candidate=trial)
+    if name == "feedback" and int(state.metrics["pairs"]) < (least := world.job.spec.feedback.min_pairs):
+        message = f"{state.metrics['pairs']} usable pairs, feedback.minPairs wants {least}."
+        return _end(replace(world, status=status), trial, "Refused", api.REASON_TOO_FEW_PAIRS, message)
+    message = f"step {step.name} is done"
+    return Move(status, message=message, events=(Event("Normal", "StepDone", message),))
+
+
+def _gate(world: World, trial: Trial) -> Move:
+    if trial.pair is None:
+        raise AssertionError("the evaluation is the last step and needs a pair")
+    if world.report is None:
+        return Move(world.status, message="reading the evaluation report")
+    if trial.origin == "Revalidation":
+        return _revalidated(world, trial)
+    spec = world.job.spec
+    case = promotion.Offline(spec.gate, spec.canary.max_error_percent, world.status, trial.pair.digest, world.report)
+    refusal = promotion.first_refusal(case)
+    seen = world.report.against_control
+    trial = replace(trial, difference=seen.difference, p_value=seen.p_better, score=world.report.arm("candidate").score)
+    status = replace(world.status, looks=world.status.looks + 1, candidate=trial)
+    world = replace(world, status=status)
+    if refusal:
+        return _end(world, trial, "Refused", refusal.reason, refusal.message)
+    message = f"round {trial.number} passed the gate with {promotion.points(seen)} (p = {seen.p_better:.2g})"
+    passed = Event("Normal", "GatePassed", message)
+    if not spec.canary.steps:
+        move = _end(world, trial, "Promoted", api.REASON_PROMOTED, message + "; no canary steps are declared.")
+        return replace(move, events=(passed, *move.events))
+    trial = replace(trial, stage="Canary", stage_since=world.now, step=0, step_since=world.now, looks=0)
+    return Move(replace(status, candidate=trial), message=message, events=(passed,))
+
+
+def _revalidated(world: World, trial: Trial) -> Move:
+    assert world.report is not None
+    seen = world.report.against_solo
+    hurts = seen.p_worse < world.job.spec.gate.significance
+    serving = _while_drafts_hurt(world) if hurts else "Pair"
+    message = f"the stable pair against the strong model alone: {promotion.points(seen)}; answers come from {serving}."
+    trial = replace(trial, difference=seen.difference, p_value=seen.p_better, score=world.report.arm("candidate").score)
+    status = _closed(world, trial, "Refused" if hurts else "Promoted", api.REASON_REVALIDATED, message, None)
+    status = replace(status, serving=serving, evaluator=world.evaluator)
+    return Move(status, message=message, events=(Event("Normal", api.REASON_REVALIDATED, message),))
+
+
+def _canary(world: World, trial: Trial) -> Move:
+    assert trial.pair is not None
+    spec = world.job.spec
+    if world.status.paused_by:
+        return Move(
+            world.status, api.REASON_PAUSED, f"paused by {world.status.paused_by} at canary step {trial.step + 1}."
+        )
+    server = world.servers.get(trial.pair.weak_digest)
+    verdict = promotion.judge_live(spec.canary, spec.gate.significance, trial, world.live, world.now)
+    if world.live is not None and world.live.comparison is not None:
+        answers = world.live.scored.get("candidate", 0)
+        trial = replace(trial, live_difference=world.live.comparison.difference, live_answers=answers)
+    if verdict.action == "RollBack":
+        return _end(replace(world, status=replace(world.status, candidate=trial)), trial, "RolledBack",
+                    verdict.reason, verdict.message)  # fmt: skip
+    where = f"canary step {trial.step + 1} of {len(spec.canary.steps)}"
+    if verdict.action == "Wait":
+        if server is None or not server.ready:
+            note = server.message if server else "it starts"
+            return Move(
+                world.status, api.REASON_WAITING_FOR_SERVER, f"{where} waits for the candidate's server: {note}"
+            )
+        weight = spec.canary.steps[trial.step].weight_percent
+        return Move(world.status, verdict.reason, f"{where} ({weight} % of the traffic): {verdict.message}")
+    if verdict.action == "LookAgain":
+        trial = replace(trial, looks=trial.looks + 1)
+        return Move(replace(world.status, candidate=trial), verdict.reason, f"{where}: {verdict.message}")
+    return _next_step(world, trial, where, verdict)
+
+
+def _next_step(world: World, trial: Trial, where: str, verdict: promotion.Verdict) -> Move:
+    canary = world.job.spec.canary
+    last = trial.step + 1 == len(canary.steps)
+    if last and canary.approval == "Manual" and trial.approved_by is None:
+        return Move(world.status, api.REASON_AWAITING_APPROVAL,
+                    f"{where} is passed; `cowest approve` or `cowest rollback` decides. {verdict.message}")  # fmt: skip
+    passed = Event("Normal", "CanaryStepPassed", f"round {trial.number}, {where} passed: {verdict.message}")
+    if not last:
+        trial = replace(trial, step=trial.step + 1, step_since=world.now, looks=0)
+        return Move(replace(world.status, candidate=trial), message=passed.message, events=(passed,))
+    if canary.watch_seconds:
+        trial = replace(
+            trial, stage="Watch", step=len(canary.steps), stage_since=world.now, step_since=world.now, looks=0
+        )
+        return Move(replace(world.status, candidate=trial), message=passed.message, events=(passed,))
+    move = _end(world, trial, "Promoted", api.REASON_PROMOTED, verdict.message)
+    return replace(move, events=(passed, *move.events))
+
+
+def _watch(world: World, trial: Trial) -> Move:
+    verdict = promotion.judge_watch(world.job.spec.canary, trial, world.live, world.now)
+    if verdict.action == "Wait" or world.status.paused_by:
+        return Move(world.status, verdict.reason, verdict.message)
+    decision: api.Decision = "RolledBack" if verdict.action == "RollBack" else "Promoted"
+    return _end(world, trial, decision, verdict.reason, verdict.message)
+
+
+# ---------------------------------------------------------------- the end of a trial
+def _end(world: World, trial: Trial, decision: api.Decision, reason: str, message: str, by: str | None = None) -> Move:
+    status = _closed(world, trial, decision, reason, message, by)
+    spec = world.job.spec
+    if decision == "Promoted":
+        assert trial.pair is not None
+        status = replace(
+            status,
+            stable=trial.pair,
+            stable_round=trial.number,
+            serving="Pair",
+            previous=world.status.stable,
+            previous_serving=world.status.serving,
+            base=spec.weak.model if trial.origin in ("Baseline", "Edit") else status.base,
+            evaluator=world.evaluator,
+            refused_edit=None if trial.origin == "Edit" else status.refused_edit,
+            vetoed=tuple(d for d in status.vetoed if d != trial.pair.digest) if by else status.vetoed,
+        )
+    elif trial.origin == "Baseline" and trial.pair is not None:
+        # The first model is the stable one all the same: rounds tune it, and the gateway says what it answers by.
+        status = replace(
+            status,
+            stable=trial.pair,
+            stable_round=trial.number,
+            serving=_while_drafts_hurt(world),
+            base=spec.weak.model,
+            evaluator=world.evaluator,
+        )
+    elif trial.origin == "Edit":
+        status = replace(status, refused_edit=rounds.declared_edit(world))
+    if by and decision == "RolledBack" and trial.pair is not None:
+        status = replace(status, vetoed=(*status.vetoed, trial.pair.digest))
+    kind: Literal["Normal", "Warning"] = "Normal" if decision == "Promoted" else "Warning"
+    sentence = f"round {trial.number} {decision}: {message}"
+    return Move(status, reason, sentence, events=(Event(kind, reason, sentence),))
+
+
+def _closed(world: World, trial: Trial, decision: api.Decision, reason: str, message: str, by: str | None) -> Status:
+    status = world.status
+    tuned = trial.origin == "Round"
+    outcome = api.Outcome(
+        number=trial.number,
+        origin=trial.origin,
+        decision=decision,
+        reason=reason,
+        message=message,
+        pair=trial.pair.digest if trial.pair else "",
+        started_at=trial.started_at,
+        ended_at=world.now,
+        by=by or trial.by,
+        pairs=_fact(trial, "feedback", "pairs"),
+        difference=trial.difference,
+        p_value=trial.p_value,
+        score=trial.score,
+        live_difference=trial.live_difference,
+        live_answers=trial.live_answers,
+        dataset=trial.done["collect"]["digest"] if "collect" in trial.done else None,
+    )
+    return replace(
+        status,
+        candidate=None,
+        rounds=(*status.rounds, outcome)[-api.KEEP_ROUNDS :],
+        tuned_rounds=status.tuned_rounds + tuned,
+        without_gain=(0 if decision == "Promoted" else status.without_gain + 1) if tuned else status.without_gain,
+        last_round_ended=world.now if tuned else status.last_round_ended,
+    )
+
+
+def _fact(trial: Trial, step: str, name: str) -> int | None:
+    facts: Mapping[str, object] = trial.done.get(step, {})
+    value = facts.get(name)
+    return int(str(value)) if value is not None else None
+
+
+def _while_drafts_hurt(world: World) -> Literal["Pair", "StrongAlone"]:
+    return "StrongAlone" if world.job.spec.collaboration.when_drafts_hurt == "StrongAlone" else "Pair"
+
+
+# ---------------------------------------------------------------- what is wanted of the world
+def _servers(world: World) -> tuple[api.ServerSpec, ...]:
+    """Stable stays warm through canary and watch; the candidate is served only while it is on trial."""
+    pairs = [world.status.stable]
+    if (trial := world.status.candidate) is not None and trial.stage in ("Canary", "Watch"):
+        pairs.append(trial.pair)
+    return tuple({p.weak_digest: api.ServerSpec(p.weak_digest, p.weak_uri) for p in pairs if p}.values())
+
+
+def _steps(world: World, move: Move) -> tuple[api.StepSpec, ...]:
+    trial = world.status.candidate
+    if trial is None or move.failure:
+        return ()
+    if trial.stage == "Preparing":
+        paused = move.reason == api.REASON_PAUSED
+        chain = rounds.chain(world, trial)
+        following = next((s for s in chain if rounds.key(trial, s) not in trial.done), None)
+        return (following,) if following and not paused else ()
+    served = world.status.stable if world.status.serving == "Pair" else None
+    return (rounds.live_score(world, trial, served),)
+
+
+def _routing(world: World) -> Routing:
+    """Weights that the gateway follows; a candidate gets traffic only once its server answers with its digest."""
+    status, trial = world.status, world.status.candidate
+    pair = status.stable or rounds.declared_pair(world, "", "")
+    arms: tuple[Arm, ...] = (_arm(world, "stable", 100, status.serving if status.stable else "StrongAlone", pair),)
+    salt = f"{world.job.name}-stable"
+    if trial is not None and trial.pair is not None and trial.stage in ("Canary", "Watch"):
+        salt = f"{world.job.name}-r{trial.number}"
+        server = world.servers.get(trial.pair.weak_digest)
+        if server is not None and server.ready:
+            steps = world.job.spec.canary.steps
+            weight = 100 if trial.stage == "Watch" else steps[trial.step].weight_percent
+            arms = (
+                replace(arms[0], weight_percent=100 - weight),
+                _arm(world, "candidate", weight, "Pair", trial.pair),
+            )
+    return Routing(0, salt, arms)
+
+
+def _arm(world: World, name: Literal["stable", "candidate"], weight: int, mode: str, pair: Pair) -> Arm:
+    """A server that is not ready keeps its address: the gateway then does what `whenWeakFails` says."""
+    server = world.servers.get(pair.weak_digest)
+    endpoint = server.endpoint if server is not None and mode == "Pair" else None
+    if pair.strong_model == world.job.spec.strong.model:  # another address of the same model applies at once
+        pair = replace(pair, strong_endpoint=world.job.spec.strong.endpoint)
+    return Arm(name, weight, "Pair" if endpoint else "StrongAlone", pair, endpoint)
+
+
+# ---------------------------------------------------------------- the story
+def _with_conditions(world: World, move: Move) -> Status:
+    status = world.status
+    ready = world.gateway.ready
+    wanted = (
+        (api.READY, "True" if ready else "False", api.REASON_ANSWERING if ready else api.REASON_STARTING,
+         _answers_by(status) if ready else world.gateway.message or "the gateway starts."),
+        (api.DRAFTS_HELP, *_drafts_help(status)),
+        (api.ROUND_PROGRESSING, "False" if move.failure or move.finished else "True", move.reason, move.message),
+    )  # fmt: skip
+    before = {c.type: c for c in status.conditions}
+    conditions = tuple(_condition(world, before.get(row[0]), *row) for row in wanted)
+    last = move.events[-1].message if move.events else status.last_transition
+    return replace(status, conditions=conditions, last_transition=last)
+
+
+def _condition(
+    world: World, before: api.Condition | None, type_: str, value: str, reason: str, message: str
+) -> api.Condition:
+    same = before is not None and before.status == value
+    since = before.last_transition if before is not None and same else world.now
+    as_status: Literal["True", "False", "Unknown"] = (
+        "True" if value == "True" else "False" if value == "False" else "Unknown"
+    )
+    return api.Condition(type_, as_status, reason, message, world.job.generation, since)
+
+
+def _answers_by(status: Status) -> str:
+    if status.stable is None:
+        return "the strong model answers alone until there is a weak model."
+    if status.serving == "StrongAlone":
+        return "the strong model answers alone: drafts of the stable weak model did not make it better."
+    return f"the pair of round {status.stable_round} answers."
+
+
+def _drafts_help(status: Status) -> tuple[str, str, str]:
+    if status.stable is None:
+        return "Unknown", api.REASON_NOT_MEASURED, "no pair was measured yet."
+    if status.serving == "StrongAlone":
+        return (
+            "False",
+            api.REASON_NOT_BETTER_THAN_SOLO,
+            "the stable pair was not measurably better than the strong alone.",
+        )
+    return "True", api.REASON_MEASURED_BETTER, "the stable pair passed the gate."

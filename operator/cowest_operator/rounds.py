@@ -1,0 +1,277 @@
+"""Is a round due, what are its steps, and what will it cost? Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cowest_operator import api
+from cowest_operator.promotion import SOLO, control_of
+from cowest_serving.contract import Pair, digest_of, dump
+
+STEPS = "cowest_training"
+
+
+# ---------------------------------------------------------------- what comes next
+@dataclass(frozen=True)
+class Next:
+    """The trial to start, or why none is started. `final`: none will be without a change from outside."""
+
+    trial: api.Trial | None
+    reason: str = ""
+    message: str = ""
+    final: bool = False
+
+
+def next_trial(world: api.World) -> Next:
+    """In order: what a person proposed, the baseline, an edit of the manifest, a new evaluator, a tuned round."""
+    status, job = world.status, world.job
+    if job.spec.suspend:
+        return Next(None, api.REASON_SUSPENDED, "spec.suspend is true: the gateway answers, nothing is tuned.", True)
+    if status.paused_by:
+        return Next(None, api.REASON_PAUSED, f"paused by {status.paused_by}; `cowest resume` goes on.")
+    if status.stable is None:
+        return Next(_trial(world, "Baseline", model=job.spec.weak.model))
+    if status.proposals:
+        first = status.proposals[0]
+        return Next(_trial(world, "Proposal", model=first.model, by=first.by, why=first.why))
+    if edit := _edit(world):
+        return Next(edit)
+    if status.evaluator != world.evaluator:
+        return Next(_trial(world, "Revalidation", pair=status.stable))
+    return _tuned_round(world)
+
+
+def _trial(world: api.World, origin: api.Origin, **values: Any) -> api.Trial:
+    return api.Trial(world.status.trials, origin, "Preparing", world.now, world.now, **values)
+
+
+def declared_edit(world: api.World) -> str:
+    """Digest of what the manifest declares of the pair, the tuned weights left aside."""
+    spec = world.job.spec
+    return digest_of([spec.weak.model, world.job.prompts.digest, spec.collaboration.draft, spec.strong.model])
+
+
+def _edit(world: api.World) -> api.Trial | None:
+    """Prompts, draft form, strong model or base model were edited: a candidate like a tuned one."""
+    status, spec = world.status, world.job.spec
+    stable = status.stable
+    assert stable is not None
+    served = digest_of([status.base, stable.prompts.digest, stable.draft, stable.strong_model])
+    declared = declared_edit(world)
+    if declared in (served, status.refused_edit):
+        return None
+    if spec.weak.model != status.base:
+        return _trial(world, "Edit", model=spec.weak.model)
+    return _trial(world, "Edit", pair=declared_pair(world, stable.weak_digest, stable.weak_uri))
+
+
+def declared_pair(world: api.World, weak_digest: str, weak_uri: str) -> Pair:
+    spec = world.job.spec
+    return Pair(
+        weak_digest,
+        weak_uri,
+        world.job.prompts,
+        spec.collaboration.draft,
+        spec.strong.endpoint,
+        spec.strong.model,
+    )
+
+
+def tuned_pair(world: api.World, weak_digest: str, weak_uri: str) -> Pair:
+    """A tuned or proposed weak model beside the prompts and the strong model that are served now."""
+    stable = world.status.stable
+    if stable is None:
+        return declared_pair(world, weak_digest, weak_uri)
+    return Pair(weak_digest, weak_uri, stable.prompts, stable.draft, stable.strong_endpoint, stable.strong_model)
+
+
+def _tuned_round(world: api.World) -> Next:
+    status, rounds = world.status, world.job.spec.rounds
+    if status.tuned_rounds >= rounds.max:
+        return Next(None, api.REASON_MAX_ROUNDS, f"all {rounds.max} rounds of rounds.max are over.", True)
+    if status.without_gain >= rounds.stop_after_rounds_without_gain > 0:
+        return Next(None, api.REASON_NO_GAIN, f"{status.without_gain} rounds in a row brought no gain.", True)
+    if (left := status.last_round_ended + rounds.cooldown_seconds - world.now) > 0 and status.tuned_rounds:
+        return Next(None, api.REASON_COOLDOWN, f"the next round may start in {left:.0f} s (rounds.cooldownSeconds).")
+    new = world.traces.usable - status.traces_seen
+    if new < rounds.trigger.new_traces:
+        note = f"; {world.traces.reason}" if world.traces.reason else ""
+        return Next(
+            None,
+            api.REASON_WAITING_FOR_TRACES,
+            f"{new} of {rounds.trigger.new_traces} new usable traces ({world.traces.all} traces in all{note}).",
+        )
+    return Next(_trial(world, "Round"))
+
+
+# ---------------------------------------------------------------- the steps of a trial
+def chain(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
+    """All steps that prepare this candidate, in order; the last one is always the evaluation."""
+    prepare = {
+        "Baseline": _first_model,
+        "Round": _tune,
+        "Proposal": _import,
+        "Edit": _first_model if trial.pair is None or "sft" in trial.done or "publish" in trial.done else _nothing,
+        "Revalidation": _nothing,
+    }[trial.origin]
+    return (*prepare(world, trial), *_evaluation(world, trial))
+
+
+def run_uri(world: api.World, trial: api.Trial, part: str) -> str:
+    return f"{world.store}/runs/r{trial.number}/{part}"
+
+
+def model_step(trial: api.Trial, steps: tuple[api.StepSpec, ...]) -> str | None:
+    """Name of the step whose output is the candidate's weak model."""
+    names = [key(trial, step) for step in steps]
+    return next((name for name in ("dpo", "sft", "publish") if name in names), None)
+
+
+def key(trial: api.Trial, step: api.StepSpec) -> str:
+    return step.name.removeprefix(f"r{trial.number}-")
+
+
+def _step(world: api.World, trial: api.Trial, name: str, *args: tuple[str, str], **rest: Any) -> api.StepSpec:
+    out = rest.pop("out", None) or run_uri(world, trial, name)
+    return api.StepSpec(f"r{trial.number}-{name}", f"{STEPS}.{name}", out, args, **rest)
+
+
+def _first_model(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
+    """SFT when the rows carry explanations (`training.sft: Auto`), otherwise the base model as it is."""
+    sft = world.job.spec.training.sft
+    model = ("--model", trial.model or world.job.spec.weak.model)
+    if sft == "Always" or (sft == "Auto" and world.has_explanations):
+        return (_step(world, trial, "sft", ("--data", world.job.spec.data.train), model),)
+    return (_step(world, trial, "publish", model),)
+
+
+def _import(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
+    return (_step(world, trial, "publish", ("--model", trial.model or "")),)
+
+
+def _nothing(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
+    return ()
+
+
+def _tune(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
+    """Freeze the data, ask the pair, turn answers into preferences, tune; the reference is the stable model."""
+    stable, data = world.status.stable, world.job.spec.data
+    assert stable is not None
+    number = ("--round", str(trial.number))
+    dataset, feedback = run_uri(world, trial, "collect"), run_uri(world, trial, "feedback")
+    return (
+        _step(
+            world,
+            trial,
+            "collect",
+            ("--train", data.train),
+            ("--held-out", data.held_out),
+            ("--store", world.store),
+            number,
+        ),
+        _step(
+            world,
+            trial,
+            "feedback",
+            ("--dataset", dataset),
+            ("--calls", world.calls),
+            number,
+            files=(("--pair", dump(stable)),),
+            calls_strong=True,
+        ),
+        _step(world, trial, "dpo", ("--model", stable.weak_uri), ("--feedback", feedback)),
+    )
+
+
+def _evaluation(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
+    pair = trial.pair or _placeholder(world)
+    control = control_of(world.status) if trial.origin != "Revalidation" else SOLO
+    stable = world.status.stable
+    solo = control == SOLO or stable is None
+    return (
+        _step(
+            world,
+            trial,
+            "evaluate",
+            ("--held-out", world.job.spec.data.held_out),
+            ("--calls", world.calls),
+            *((("--control", SOLO),) if solo else ()),
+            files=(("--candidate", dump(pair)), *(() if solo else (("--control", dump(stable)),))),
+            calls_strong=True,
+        ),
+    )
+
+
+def _placeholder(world: api.World) -> Pair:
+    """Stands in a chain that is only shown: the evaluation never starts before the candidate's model is known."""
+    return declared_pair(world, "", "")
+
+
+def live_score(world: api.World, trial: api.Trial, control: Pair | None) -> api.StepSpec:
+    """The watcher that scores live answers while a canary runs; one report per canary step. No control: the strong alone."""
+    candidate = trial.pair
+    assert candidate is not None
+    return api.StepSpec(
+        f"r{trial.number}-live-{trial.step}",
+        f"{STEPS}.score_live",
+        run_uri(world, trial, f"live-{trial.step}.json"),
+        (
+            ("--store", world.store),
+            ("--step", str(trial.step)),
+            ("--since", repr(trial.step_since)),
+            ("--calls", world.calls),
+            *(() if control else (("--control", SOLO),)),
+        ),
+        files=(("--candidate", dump(candidate)), *((("--control", dump(control)),) if control else ())),
+        calls_strong=True,
+        keeps_running=True,
+    )
+
+
+# ---------------------------------------------------------------- what it will cost
+@dataclass(frozen=True)
+class Estimate:
+    """Upper bounds for one trial; tokens by four characters a token, seconds left out where nothing was measured."""
+
+    name: str
+    calls: int
+    tokens: int
+    money: float | None
+    currency: str | None
+
+
+def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baseline: bool) -> Estimate:
+    """Strong-model calls of the baseline or of one tuned round: every draft distinct, nothing cached but solo answers."""
+    spec = job.spec
+    queries = 0 if baseline else min(rows, spec.feedback.max_queries)
+    with_draft = queries * spec.feedback.drafts_per_query + held_out
+    alone = queries + (held_out if baseline else 0)
+    judged = (with_draft + alone) if spec.feedback.evaluator.type == "Judge" else 0
+    question = query_chars / 4 + len(job.prompts.refine) / 4
+    draft = spec.collaboration.draft_max_tokens
+    answer = spec.strong.max_tokens or 256
+    inputs = with_draft * (question + draft) + alone * question
+    outputs = (with_draft + alone) * answer
+    prices = spec.strong.prices
+    money = (
+        (inputs * prices.input_per_million_tokens + outputs * prices.output_per_million_tokens) / 1e6
+        if prices
+        else None
+    )
+    name = "baseline" if baseline else "tuned round"
+    return Estimate(
+        name, with_draft + alone + judged, int(inputs + outputs), money, prices.currency if prices else None
+    )
+
+
+def smallest_gain_points(held_out: int, discordant: float = 0.2) -> float:
+    """Points that a paired test sees with 80 % power when a share `discordant` of the queries changes sides."""
+    return 100 * 2.8 * (discordant / max(1, held_out)) ** 0.5
+
+
+def needed_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a step's metrics that later decisions and the status need."""
+    wanted = ("model_digest", "pairs", "rows", "from_traces", "traces_usable", "strong_calls", "money")
+    return {name: metrics[name] for name in wanted if name in metrics}

@@ -1,0 +1,1 @@
+"""What answers a request: weak model server, gateway, traces. Imports nothing else of ours."""

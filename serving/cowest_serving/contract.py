@@ -1,0 +1,289 @@
+"""What the gateway, the weak-model server, the steps and the operator agree on: headers, routing, records, settings.
+
+Pure values, no I/O. Settings are parsed from the *defaulted* spec of a CollaborationJob (defaults are said once, in
+crds/collaborationjob.yaml), so the dataclasses here give no defaults except `None` for what may be absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any, Literal, TypeVar
+
+# ---------------------------------------------------------------- headers
+HEADER_REQUEST_ID = "x-request-id"
+HEADER_ARM = "x-cowest-arm"  # stable | candidate
+HEADER_MODE = "x-cowest-mode"  # Pair | StrongAlone | WeakAlone: what really made this answer
+HEADER_PAIR = "x-cowest-pair"  # digest of the pair
+HEADER_WEAK = "x-cowest-weak"  # digest of the weak model that drafted, absent when none did
+HEADER_STRONG = "x-cowest-strong"  # model name that the strong endpoint gave back
+HEADER_MODEL_DIGEST = "x-cowest-model-digest"  # the weak server: what it serves
+HEADER_SESSION = "x-session-id"  # sticky routing when the body has no `user`
+HEADER_IDEMPOTENCY = "idempotency-key"
+
+Mode = Literal["Pair", "StrongAlone", "WeakAlone"]
+DraftForm = Literal["Explanation", "Knowledge", "Answer"]
+Message = Mapping[str, Any]  # one OpenAI chat message
+Messages = Sequence[Message]
+
+
+# ---------------------------------------------------------------- parsing
+class SettingsError(ValueError):
+    """A setting is missing or of the wrong type. The message names the field by its path in the manifest."""
+
+
+T = TypeVar("T")
+
+
+def camel(name: str) -> str:
+    """`api_key_secret_refs` -> `apiKeySecretRefs`; a trailing underscore (`http_`) is dropped."""
+    head, *tail = name.rstrip("_").split("_")
+    return head + "".join(part.capitalize() for part in tail)
+
+
+def parse(kind: type[T], data: Mapping[str, Any], path: str = "spec") -> T:
+    """Build the frozen dataclass `kind` from a camelCase mapping. Unknown keys are ignored (the schema refuses them).
+
+    Decimal strings become `float` where the field says float. Raises `SettingsError`.
+    """
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        key = camel(field.name)
+        if not field.init:
+            continue
+        if data.get(key) is None:
+            if _optional(hints[field.name]):
+                values[field.name] = None
+                continue
+            if field.default is not dataclasses.MISSING:
+                continue
+            raise SettingsError(f"{path}.{key}: wanted a value, saw none")
+        values[field.name] = _convert(hints[field.name], data[key], f"{path}.{key}")
+    return kind(**values)
+
+
+def dump(value: Any) -> Any:
+    """The inverse of `parse`: dataclasses to camelCase mappings, floats to decimal strings, `None` left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            camel(f.name): dump(item)
+            for f in dataclasses.fields(value)
+            if (item := getattr(value, f.name)) is not None
+        }
+    if isinstance(value, Mapping):
+        return {key: dump(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [dump(item) for item in value]
+    return repr(value) if isinstance(value, float) else value
+
+
+def _optional(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union) and type(None) in typing.get_args(hint)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if _optional(hint):
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise SettingsError(f"{path}: wanted an object, saw {type(value).__name__}")
+        return parse(typing.cast(Any, hint), value, path)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        inner = typing.get_args(hint)[0]
+        return tuple(_convert(inner, item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            raise SettingsError(f"{path}: wanted one of {', '.join(typing.get_args(hint))}, saw {value!r}")
+        return value
+    if hint is float:
+        try:
+            return float(Decimal(str(value)))
+        except InvalidOperation:
+            raise SettingsError(f"{path}: wanted a decimal number as a string, saw {value!r}") from None
+    if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
+        raise SettingsError(f"{path}: wanted a whole number, saw {value!r}")
+    if hint is str and not isinstance(value, str):
+        raise SettingsError(f"{path}: wanted text, saw {value!r}")
+    return value
+
+
+# ---------------------------------------------------------------- digests
+def digest_of(value: Any) -> str:
+    """`sha256:<64 hex>` of the canonical JSON of a value (or of the bytes given)."""
+    data = value if isinstance(value, bytes) else canonical_json(value)
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+# ---------------------------------------------------------------- settings (sections of the manifest)
+@dataclass(frozen=True)
+class SecretRef:
+    name: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Money per million tokens, in `currency`."""
+
+    input_per_million_tokens: float
+    output_per_million_tokens: float
+    currency: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Hard limits on the strong model; `None` is no limit."""
+
+    calls_per_round: int | None = None
+    tokens_per_day: int | None = None
+    money_per_round: float | None = None
+    money_per_day: float | None = None
+
+
+@dataclass(frozen=True)
+class Strong:
+    """The black-box strong model behind an OpenAI-compatible endpoint (`.../v1`)."""
+
+    endpoint: str
+    model: str
+    api_key_secret_refs: tuple[SecretRef, ...]
+    timeout_seconds: int
+    max_concurrency: int
+    max_retries: int
+    max_tokens: int | None = None
+    prices: Prices | None = None
+    budget: Budget | None = None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Templates with {query} and {draft}. `draft` goes to the weak model, `refine` and `solo` to the strong one."""
+
+    draft: str
+    refine: str
+    solo: str
+
+    @property
+    def digest(self) -> str:
+        return digest_of(dataclasses.asdict(self))
+
+
+@dataclass(frozen=True)
+class Collaboration:
+    draft: DraftForm
+    when_weak_fails: Literal["StrongAlone", "Fail"]
+    when_strong_fails: Literal["WeakAlone", "Fail"]
+    when_drafts_hurt: Literal["StrongAlone", "Serve"]
+    draft_max_tokens: int
+    prompts: Prompts | None = None  # resolved: inline, from the ConfigMap, or the built-in ones of the draft form
+
+
+# ---------------------------------------------------------------- pairs and routing
+@dataclass(frozen=True)
+class Pair:
+    """The unit that is measured, gated and promoted: never the weak model alone."""
+
+    weak_digest: str
+    weak_uri: str
+    prompts: Prompts
+    draft: DraftForm
+    strong_endpoint: str
+    strong_model: str
+
+    @property
+    def digest(self) -> str:
+        """Of what decides the answer; where the files lie and at which address the strong model is does not."""
+        return digest_of([self.weak_digest, self.prompts.digest, self.draft, self.strong_model])
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to answer, with its share of the live traffic in percent."""
+
+    name: Literal["stable", "candidate"]
+    weight_percent: int
+    mode: Mode
+    pair: Pair
+    weak_endpoint: str | None = None  # http://host:port/v1; None while mode is StrongAlone
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the gateway does with the next request. Read from a file that is replaced atomically; taken up in < 1 s."""
+
+    version: int  # grows with every change
+    salt: str  # of the sticky split: a new rollout draws its users anew
+    arms: tuple[Arm, ...]
+
+
+# ---------------------------------------------------------------- records
+# Columns of a trace segment (Parquet, zstd): name -> arrow type name. One row an answer.
+TRACE_COLUMNS: dict[str, str] = {
+    "trace_id": "string",  # = x-request-id
+    "time": "timestamp[us, UTC]",
+    "routing_version": "int64",
+    "arm": "string",
+    "weight_percent": "int32",
+    "mode": "string",
+    # ok | weak_failed | strong_failed | client_gone | refused (the strong model finds the request itself wrong)
+    "status": "string",
+    "error": "string",
+    "pair_digest": "string",
+    "weak_digest": "string",
+    "prompts_digest": "string",
+    "draft_form": "string",
+    "strong_model": "string",  # as the endpoint named it
+    "strong_version": "string",  # system_fingerprint, "" when the endpoint gives none
+    "user_hash": "string",  # sha256 of the sticky key, "" when there was none
+    "query": "string",  # text of the last user message
+    "messages": "string",  # JSON of all messages
+    "draft": "string",
+    "answer": "string",
+    "draft_ms": "double",
+    "answer_ms": "double",
+    "weak_input_tokens": "int64",
+    "weak_output_tokens": "int64",
+    "strong_input_tokens": "int64",
+    "strong_output_tokens": "int64",
+    "shadow": "bool",  # a replay: never collected for training
+}
+FEEDBACK_COLUMNS: dict[str, str] = {
+    "feedback_id": "string",
+    "trace_id": "string",
+    "time": "timestamp[us, UTC]",
+    "score": "double",  # in [0, 1] or null
+    "reference": "string",  # a late reference or null
+    "comment": "string",
+    "source": "string",  # user hash or application
+}
+TRACES_PREFIX = "traces"  # <store>/traces/<YYYY-MM-DD>/<HHMMSS>-<writer>-<n>.parquet
+FEEDBACK_PREFIX = "feedback"  # same layout
+
+
+def query_text(messages: Messages) -> str:
+    """Text of the last user message; parts that are not text are left out."""
+    for message in reversed(messages):
+        if message.get("role") == "user":
+            content = message.get("content") or ""
+            if isinstance(content, str):
+                return content
+            return "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
+    return ""
+
+
+def normalised(text: str) -> str:
+    """For comparing queries: case, punctuation and runs of white space do not count."""
+    return re.sub(r"\W+", " ", text.casefold()).strip()

@@ -1,0 +1,162 @@
+"""The gates, one refusal at a time: each row differs from a passing case in one thing."""
+
+from dataclasses import replace
+
+import pytest
+
+from cowest_operator import api, promotion
+from cowest_training.contract import SliceReport
+from tests import world as w
+
+
+def case(report=w.report(), status=w.SERVED, gate=w.SPEC.gate):  # noqa: B008
+    return promotion.Offline(gate, 5.0, status, w.CANDIDATE.digest, report)
+
+
+def candidate_arm(**changes):
+    arms = tuple(replace(arm, **changes) if arm.name == "candidate" else arm for arm in w.report().arms)
+    return w.report(arms=arms)
+
+
+def test_a_candidate_that_gains_passes_every_offline_gate():
+    assert promotion.first_refusal(case()) is None
+
+
+@pytest.mark.parametrize(
+    ("refused", "reason"),
+    [
+        pytest.param(case(report=None), api.REASON_FOREIGN_REPORT, id="no report yet"),
+        pytest.param(case(w.report(candidate="sha256:other")), api.REASON_FOREIGN_REPORT, id="report of another pair"),
+        pytest.param(
+            case(w.report(control="solo")), api.REASON_FOREIGN_REPORT, id="judged against solo while a pair is served"
+        ),
+        pytest.param(
+            case(status=replace(w.SERVED, serving="StrongAlone")),
+            api.REASON_FOREIGN_REPORT,
+            id="judged against the pair while solo is served",
+        ),
+        pytest.param(
+            case(status=replace(w.SERVED, vetoed=(w.CANDIDATE.digest,))), api.REASON_VETOED, id="vetoed by a person"
+        ),
+        pytest.param(
+            case(w.report(against_control=w.comparison(n=99))), api.REASON_TOO_FEW_HELD_OUT, id="one query short"
+        ),
+        pytest.param(
+            case(w.report(against_control=w.comparison(n=0))), api.REASON_TOO_FEW_HELD_OUT, id="no data is never a pass"
+        ),
+        pytest.param(case(candidate_arm(errors=51)), api.REASON_TOO_MANY_ERRORS, id="51 of 1000 queries failed"),
+        pytest.param(
+            case(w.report(against_control=w.comparison(0.0, 0.5))), api.REASON_NO_GAIN_OFFLINE, id="a tie is no gain"
+        ),
+        pytest.param(
+            case(w.report(against_control=w.comparison(0.01, 0.026))),
+            api.REASON_NO_GAIN_OFFLINE,
+            id="p = .026 is not enough at the first look",
+        ),
+        pytest.param(
+            case(w.report(against_control=w.comparison(0.01, 0.01)), status=replace(w.SERVED, looks=1)),
+            api.REASON_NO_GAIN_OFFLINE,
+            id="p = .01 is not enough at the second look",
+        ),
+        pytest.param(
+            case(gate=replace(w.SPEC.gate, minimum_effect_points=11.0)), api.REASON_EFFECT_TOO_SMALL, id="10 of 11 points"
+        ),
+        pytest.param(
+            case(w.report(against_solo=w.comparison(-0.1, 0.99, 0.001))),
+            api.REASON_WORSE_THAN_SOLO,
+            id="the strong model alone is better",
+        ),
+        pytest.param(case(candidate_arm(hurt_rate=0.26)), api.REASON_HURTS, id="hurts 26 % of the queries"),
+        pytest.param(
+            case(w.report(slices=(SliceReport("rare", 30, -0.11, -0.2, -0.01),))),
+            api.REASON_SLICE_LOSS,
+            id="a slice loses 11 points",
+        ),
+    ],
+)
+def test_refuses(refused, reason):
+    refusal = promotion.first_refusal(refused)
+    assert refusal is not None
+    assert refusal.reason == reason
+    assert refusal.message
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(SliceReport("rare", 29, -0.5, -0.9, -0.1), id="too few queries to say"),
+        pytest.param(SliceReport("rare", 30, -0.5, -1.0, 0.01), id="interval reaches zero"),
+        pytest.param(SliceReport("rare", 300, -0.09, -0.1, -0.08), id="within the limit"),
+    ],
+)
+def test_a_slice_without_proof_of_loss_does_not_decide(part):
+    assert promotion.first_refusal(case(w.report(slices=(part,)))) is None
+
+
+def test_the_level_of_all_looks_together_stays_below_alpha():
+    assert sum(promotion.significance(0.05, k) for k in range(1, 10_000)) < 0.05
+
+
+CANARY = w.SPEC.canary
+
+
+def judge(live, trial=w.trial("Canary"), now=w.NOW, canary=CANARY):  # noqa: B008
+    return promotion.judge_live(canary, 0.05, trial, live, now)
+
+
+def test_enough_good_answers_advance():
+    assert judge(w.live()).action == "Advance"
+
+
+@pytest.mark.parametrize(
+    ("live", "trial", "action", "reason"),
+    [
+        pytest.param(None, w.trial("Canary"), "Wait", api.REASON_WAITING_FOR_ANSWERS, id="no report yet"),
+        pytest.param(w.live(step=1), w.trial("Canary"), "Wait", api.REASON_WAITING_FOR_ANSWERS, id="another step's report"),
+        pytest.param(w.live(49), w.trial("Canary"), "Wait", api.REASON_WAITING_FOR_ANSWERS, id="one answer short"),
+        pytest.param(w.live(60, 29), w.trial("Canary"), "Wait", api.REASON_WAITING_FOR_ANSWERS, id="control one short"),
+        pytest.param(
+            w.live(comparison=w.comparison(-0.3, 1.0, 0.008)),
+            w.trial("Canary"),
+            "RollBack",
+            api.REASON_WORSE_LIVE,
+            id="worse at the corrected level",
+        ),
+        pytest.param(
+            w.live(comparison=w.comparison(-0.06, 0.9, 0.02)),
+            w.trial("Canary"),
+            "LookAgain",
+            api.REASON_WAITING_FOR_ANSWERS,
+            id="a loss that is not excluded asks for more answers",
+        ),
+        pytest.param(
+            w.live(200, comparison=w.comparison(-0.06, 0.9, 0.02)),
+            w.trial("Canary", looks=2),
+            "RollBack",
+            api.REASON_LOSS_NOT_EXCLUDED,
+            id="a loss not excluded at the third look",
+        ),
+        pytest.param(w.live(99), w.trial("Canary", looks=1), "Wait",
+                     api.REASON_WAITING_FOR_ANSWERS, id="the second look wants twice as many"),
+        pytest.param(w.live(60, errors=4), w.trial("Canary"), "RollBack", api.REASON_TOO_MANY_ERRORS, id="errors"),
+        pytest.param(w.live(19, errors=19), w.trial("Canary"), "Wait", api.REASON_WAITING_FOR_ANSWERS,
+                     id="errors of too few answers"),
+    ],
+)  # fmt: skip
+def test_live(live, trial, action, reason):
+    verdict = judge(live, trial)
+    assert (verdict.action, verdict.reason) == (action, reason)
+
+
+@pytest.mark.parametrize("live", [None, w.live(49), w.live(60, 0)])
+def test_too_few_answers_at_the_deadline_roll_back(live):
+    verdict = judge(live, now=w.NOW + CANARY.deadline_seconds)
+    assert (verdict.action, verdict.reason) == ("RollBack", api.REASON_TOO_FEW_ANSWERS)
+
+
+def test_the_watch_ends_by_time_and_is_cut_short_by_errors():
+    canary = replace(CANARY, watch_seconds=100)
+    watch = w.trial("Watch", step=2)
+    assert promotion.judge_watch(canary, watch, None, w.NOW).action == "Wait"
+    assert promotion.judge_watch(canary, watch, None, w.NOW + 50).action == "Advance"
+    assert promotion.judge_watch(canary, watch, w.live(20, errors=2, step=2), w.NOW).reason == api.REASON_TOO_MANY_ERRORS

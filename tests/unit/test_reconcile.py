@@ -1,0 +1,331 @@
+"""World in, plan out: the loop as a table of moves."""
+
+from dataclasses import replace
+
+import pytest
+
+from cowest_operator import api, reconcile
+from tests import world as w
+
+
+def settle(world, most=10):
+    """Plan until nothing more moves by itself; the last plan."""
+    for _ in range(most):
+        plan = reconcile.plan(world)
+        if plan.status == world.status:
+            return plan
+        world = replace(world, status=plan.status)
+    raise AssertionError("it never settles")
+
+
+def condition(plan, type_):
+    return next(c for c in plan.status.conditions if c.type == type_)
+
+
+def steps(plan):
+    return [step.name for step in plan.steps]
+
+
+FRESH = w.world(status=api.Status())
+
+
+def test_a_new_job_answers_by_the_strong_alone_and_starts_the_baseline_with_sft():
+    plan = settle(FRESH)
+    assert steps(plan) == ["r0-sft"]
+    assert [(a.name, a.weight_percent, a.mode) for a in plan.routing.arms] == [("stable", 100, "StrongAlone")]
+    assert condition(plan, api.READY).status == "True"
+
+
+@pytest.mark.parametrize(
+    ("world", "first"),
+    [
+        pytest.param(replace(FRESH, has_explanations=False), "r0-publish", id="no explanations: the base as it is"),
+        pytest.param(replace(FRESH, job=w.job(training={"sft": "Never"})), "r0-publish", id="sft Never"),
+        pytest.param(
+            replace(FRESH, job=w.job(training={"sft": "Always"}), has_explanations=False), "r0-sft", id="sft Always"
+        ),
+    ],
+)
+def test_the_first_step_of_the_baseline(world, first):
+    assert steps(settle(world)) == [first]
+
+
+def done(metrics, digest="sha256:out"):
+    return api.StepState("Succeeded", 0, 1, "", metrics, digest)
+
+
+def test_after_the_model_the_baseline_is_evaluated_against_solo():
+    world = replace(FRESH, steps={"r0-sft": done({"model_digest": "sha256:candidate"})})
+    plan = settle(world)
+    assert steps(plan) == ["r0-evaluate"]
+    assert ("--control", "solo") in plan.steps[0].args
+    assert plan.status.candidate.pair == replace(w.CANDIDATE, weak_uri="file:///store/runs/r0/sft")
+
+
+def evaluated(origin="Round", **changes):
+    parts = {"Round": w.PREPARED, "Baseline": {"sft": {}, "evaluate": {}}, "Proposal": {"publish": {}, "evaluate": {}}}
+    parts["Edit"] = parts["Revalidation"] = {"evaluate": {}}
+    return w.on_trial(origin=origin, done=parts[origin], **changes)
+
+
+BASELINE = replace(evaluated("Baseline", number=0), stable=None, serving="StrongAlone", evaluator=None)
+
+
+def test_a_baseline_below_the_gate_becomes_stable_while_the_strong_answers_alone():
+    seen = w.report(control="solo", against_control=w.comparison(-0.1, 1.0))
+    plan = reconcile.plan(w.world(status=BASELINE, report=seen))
+    assert plan.status.stable == w.CANDIDATE
+    assert plan.status.serving == "StrongAlone"
+    assert plan.status.rounds[-1].decision == "Refused"
+    assert condition(plan, api.READY).status == "True"
+    assert condition(plan, api.DRAFTS_HELP).status == "False"
+
+
+def test_when_drafts_hurt_serve_serves_the_refused_baseline():
+    seen = w.report(control="solo", against_control=w.comparison(-0.1, 1.0))
+    job = w.job(collaboration={"when_drafts_hurt": "Serve"})
+    assert reconcile.plan(w.world(status=BASELINE, report=seen, job=job)).status.serving == "Pair"
+
+
+def test_a_baseline_that_passes_goes_to_canary_against_the_strong_alone():
+    server = {w.CANDIDATE.weak_digest: api.ServerState(True, "http://weak/v1")}
+    plan = settle(w.world(status=BASELINE, report=w.report(control="solo"), servers=server))
+    assert [(a.name, a.weight_percent, a.mode) for a in plan.routing.arms] == [
+        ("stable", 90, "StrongAlone"),
+        ("candidate", 10, "Pair"),
+    ]
+    assert steps(plan) == ["r0-live-0"]
+    assert ("--control", "solo") in plan.steps[0].args
+
+
+def test_a_round_runs_its_steps_in_order_from_the_stable_model():
+    seen = []
+    world = w.world()
+    for name, metrics in (("collect", {}), ("feedback", {"pairs": 300}), ("dpo", {"model_digest": "sha256:candidate"})):
+        plan = settle(world)
+        seen += steps(plan)
+        world = replace(world, status=plan.status, steps={f"r1-{name}": done(metrics)})
+    plan = settle(world)
+    assert [*seen, *steps(plan)] == ["r1-collect", "r1-feedback", "r1-dpo", "r1-evaluate"]
+    assert plan.status.candidate.pair.weak_digest == "sha256:candidate"
+    assert plan.steps[0].calls_strong
+
+
+def test_the_reference_of_a_round_is_the_model_at_its_start():
+    world = w.world(status=w.on_trial(pair=None, done={"collect": {"digest": "d"}, "feedback": {"pairs": 99}}))
+    dpo = settle(world).steps[0]
+    assert ("--model", w.STABLE.weak_uri) in dpo.args
+
+
+def test_too_few_pairs_end_the_round():
+    world = w.world(
+        status=w.on_trial(pair=None, done={"collect": {"digest": "d"}}), steps={"r1-feedback": done({"pairs": 49})}
+    )
+    outcome = reconcile.plan(world).status.rounds[-1]
+    assert (outcome.decision, outcome.reason) == ("Refused", api.REASON_TOO_FEW_PAIRS)
+
+
+def test_a_candidate_that_gains_goes_to_canary_with_its_server():
+    plan = settle(w.world(status=evaluated(), report=w.report()))
+    assert plan.status.candidate.stage == "Canary"
+    assert {s.digest for s in plan.servers} == {w.STABLE.weak_digest, w.CANDIDATE.weak_digest}
+    assert [a.weight_percent for a in plan.routing.arms] == [100], "no weight before the server answers"
+
+
+def test_a_candidate_without_gain_is_refused_and_counts_as_a_look():
+    plan = reconcile.plan(w.world(status=evaluated(), report=w.report(against_control=w.comparison(0.0, 0.6))))
+    assert plan.status.rounds[-1].reason == api.REASON_NO_GAIN_OFFLINE
+    assert plan.status.stable == w.STABLE
+    assert (plan.status.looks, plan.status.without_gain, plan.status.tuned_rounds) == (1, 1, 1)
+
+
+def test_without_canary_steps_the_gate_promotes():
+    plan = reconcile.plan(w.world(status=evaluated(), report=w.report(), job=w.job(canary={"steps": ()})))
+    assert plan.status.stable == w.CANDIDATE
+
+
+CANARY_WORLD = w.world(
+    status=w.on_trial(stage="Canary", done=w.PREPARED),
+    servers={p.weak_digest: api.ServerState(True, "http://weak/v1") for p in (w.STABLE, w.CANDIDATE)},
+)
+
+
+def test_a_passed_canary_step_raises_the_weight():
+    plan = settle(replace(CANARY_WORLD, live=w.live()))
+    assert plan.status.candidate.step == 1
+    assert [a.weight_percent for a in plan.routing.arms] == [50, 50]
+    assert steps(plan) == ["r1-live-1"]
+
+
+LAST = replace(CANARY_WORLD, status=w.on_trial(stage="Canary", done=w.PREPARED, step=1), live=w.live(120, 120, step=1))
+
+
+def test_the_last_step_promotes_and_remembers_the_pair_before():
+    plan = reconcile.plan(LAST)
+    assert (plan.status.stable, plan.status.previous, plan.status.serving) == (w.CANDIDATE, w.STABLE, "Pair")
+    assert plan.status.rounds[-1].decision == "Promoted"
+    assert [s.digest for s in plan.servers] == [w.CANDIDATE.weak_digest]
+
+
+def test_manual_approval_holds_the_last_step_until_a_person_says_so():
+    manual = replace(LAST, job=w.job(canary={"approval": "Manual"}))
+    held = reconcile.plan(manual)
+    assert condition(held, api.ROUND_PROGRESSING).reason == api.REASON_AWAITING_APPROVAL
+    assert held.status.candidate is not None
+    first = reconcile.plan(replace(manual, actions=(action("approve"),)))
+    second = reconcile.plan(replace(manual, status=first.status))
+    assert second.status.stable == w.CANDIDATE
+
+
+def test_the_watch_gives_all_the_traffic_and_keeps_the_old_pair_warm():
+    plan = settle(replace(LAST, job=w.job(canary={"watch_seconds": 60})))
+    assert plan.status.candidate.stage == "Watch"
+    assert [a.weight_percent for a in plan.routing.arms] == [0, 100]
+    assert len(plan.servers) == 2
+
+
+def test_a_bad_canary_is_rolled_back_and_the_stable_pair_goes_on():
+    plan = reconcile.plan(replace(CANARY_WORLD, live=w.live(comparison=w.comparison(-0.4, 1.0, 1e-5))))
+    assert plan.status.rounds[-1].decision == "RolledBack"
+    assert plan.status.stable == w.STABLE
+    assert [(a.name, a.weight_percent) for a in plan.routing.arms] == [("stable", 100)]
+
+
+def action(verb, id_="1", model=None):
+    return api.Action(id_, verb, "ada", "because", w.NOW, model)
+
+
+def test_a_persons_rollback_is_never_undone_by_the_automatic_actor():
+    plan = reconcile.plan(replace(CANARY_WORLD, actions=(action("rollback"),)))
+    assert plan.status.rounds[-1].reason == api.REASON_ROLLED_BACK_BY_PERSON
+    assert plan.status.rounds[-1].by == "ada"
+    again = replace(plan.status, candidate=w.trial(done=w.PREPARED))
+    refused = reconcile.plan(w.world(status=again, report=w.report()))
+    assert refused.status.rounds[-1].reason == api.REASON_VETOED
+
+
+def test_a_person_promotes_a_candidate_in_canary():
+    plan = reconcile.plan(replace(CANARY_WORLD, actions=(action("promote"),)))
+    assert plan.status.stable == w.CANDIDATE
+    assert plan.status.rounds[-1].reason == api.REASON_PROMOTED_BY_PERSON
+
+
+def test_a_rollback_without_a_trial_goes_back_to_the_pair_before():
+    status = replace(w.SERVED, stable=w.CANDIDATE, previous=w.STABLE, previous_serving="Pair")
+    plan = reconcile.plan(w.world(status=status, actions=(action("rollback"),)))
+    assert plan.status.stable == w.STABLE
+    assert w.CANDIDATE.digest in plan.status.vetoed
+
+
+def test_a_pause_holds_canary_and_rounds_until_resume():
+    paused = reconcile.plan(replace(CANARY_WORLD, actions=(action("pause"),), live=w.live()))
+    held = reconcile.plan(replace(CANARY_WORLD, status=paused.status, live=w.live()))
+    assert held.status.candidate.step == 0
+    assert condition(held, api.ROUND_PROGRESSING).reason == api.REASON_PAUSED
+    resumed = reconcile.plan(replace(CANARY_WORLD, status=paused.status, actions=(action("resume", "2"),)))
+    assert resumed.status.paused_by is None
+
+
+def test_an_action_is_taken_in_once():
+    first = reconcile.plan(w.world(actions=(action("pause"),)))
+    second = reconcile.plan(w.world(status=replace(first.status, paused_by=None), actions=(action("pause"),)))
+    assert second.status.paused_by is None
+
+
+def test_a_proposal_is_imported_and_gated_before_the_next_round():
+    plan = settle(w.world(actions=(action("propose", model="file:///other"),)), most=20)
+    assert steps(plan) == ["r1-publish"]
+    assert ("--model", "file:///other") in plan.steps[0].args
+    assert plan.status.candidate.by == "ada"
+
+
+@pytest.mark.parametrize(
+    ("job", "first"),
+    [
+        pytest.param(w.job(collaboration={"prompts": replace(w.PROMPTS, solo="Q: {query}")}), "r1-evaluate", id="prompts"),
+        pytest.param(w.job(collaboration={"draft": "Answer"}), "r1-evaluate", id="draft form"),
+        pytest.param(w.job(strong={"model": "strong-2"}), "r1-evaluate", id="strong model"),
+        pytest.param(w.job(weak={"model": "file:///other"}), "r1-sft", id="base model"),
+    ],
+)
+def test_an_edit_of_the_pair_is_a_candidate_and_the_old_values_serve(job, first):
+    plan = settle(w.world(job=job))
+    assert steps(plan) == [first]
+    assert plan.status.candidate.origin == "Edit"
+    assert plan.routing.arms[0].pair == w.STABLE
+
+
+def test_a_refused_edit_is_not_tried_again():
+    job = w.job(collaboration={"draft": "Answer"}, rounds={"max": 0})
+    edited = replace(w.STABLE, draft="Answer")
+    status = evaluated("Edit", pair=edited)
+    seen = w.report(candidate=edited.digest, against_control=w.comparison(0.0, 0.5))
+    plan = reconcile.plan(w.world(job=job, status=status, report=seen))
+    assert settle(w.world(job=job, status=plan.status)).status.candidate is None
+
+
+def test_another_address_of_the_same_strong_model_applies_at_once():
+    plan = settle(w.world(job=w.job(strong={"endpoint": "http://elsewhere/v1"}, rounds={"max": 0})))
+    assert plan.status.candidate is None
+    assert plan.routing.arms[0].pair.strong_endpoint == "http://elsewhere/v1"
+
+
+def test_a_changed_evaluator_measures_the_stable_pair_again():
+    plan = settle(w.world(evaluator="sha256:new"))
+    assert (plan.status.candidate.origin, steps(plan)) == ("Revalidation", ["r1-evaluate"])
+    status = evaluated("Revalidation", pair=w.STABLE)
+    worse = w.report(candidate=w.STABLE.digest, control="solo", against_solo=w.comparison(-0.1, 1.0, 1e-4))
+    after = reconcile.plan(w.world(status=status, report=worse, evaluator="sha256:new")).status
+    assert (after.serving, after.evaluator, after.stable) == ("StrongAlone", "sha256:new", w.STABLE)
+
+
+@pytest.mark.parametrize(
+    ("world", "reason", "final"),
+    [
+        pytest.param(w.world(job=w.job(rounds={"max": 0})), api.REASON_MAX_ROUNDS, True, id="all rounds over"),
+        pytest.param(w.world(status=replace(w.SERVED, without_gain=2)), api.REASON_NO_GAIN, True, id="no gain twice"),
+        pytest.param(w.world(job=w.job(suspend=True)), api.REASON_SUSPENDED, True, id="suspended"),
+        pytest.param(
+            w.world(job=w.job(rounds={"trigger": api.Trigger(10)}), traces=api.TraceCounts(50, 9)),
+            api.REASON_WAITING_FOR_TRACES,
+            False,
+            id="one usable trace short",
+        ),
+        pytest.param(
+            w.world(
+                job=w.job(rounds={"cooldown_seconds": 60}),
+                status=replace(w.SERVED, tuned_rounds=1, last_round_ended=w.NOW - 59),
+            ),
+            api.REASON_COOLDOWN,
+            False,
+            id="cooldown",
+        ),
+    ],
+)
+def test_no_round_is_due(world, reason, final):
+    plan = settle(world)
+    assert plan.status.candidate is None
+    assert condition(plan, api.ROUND_PROGRESSING).reason == reason
+    assert (plan.finished is not None) == final
+
+
+@pytest.mark.parametrize(
+    ("state", "fails"),
+    [
+        pytest.param(api.StepState("Failed", 75, 1, "endpoint down"), False, id="worth a retry"),
+        pytest.param(api.StepState("Failed", 75, 3, "endpoint down"), True, id="retried enough"),
+        pytest.param(api.StepState("Failed", 2, 1, "bad row"), True, id="bad input"),
+        pytest.param(api.StepState("Failed", 76, 1, "budget"), True, id="budget spent"),
+    ],
+)
+def test_a_failed_step(state, fails):
+    world = w.world(status=w.on_trial(pair=None), steps={"r1-collect": state})
+    plan = reconcile.plan(world)
+    assert (plan.failure is not None) == fails
+    assert plan.status.candidate is not None, "the round goes on from here after a rerun"
+
+
+def test_nothing_is_written_when_nothing_changed():
+    first = settle(w.world(job=w.job(rounds={"max": 0})))
+    again = reconcile.plan(w.world(job=w.job(rounds={"max": 0}), status=first.status, now=w.NOW + 500))
+    assert again.status == first.status

@@ -1,0 +1,276 @@
+"""What the steps, the engines and the operator agree on: settings, artifact layouts and reports. Pure values, no I/O.
+
+Every step writes its files under its output URI and `manifest.json` last: an output without a manifest does not exist.
+A step that finds its manifest with the same inputs digest has nothing to do and exits 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cowest_serving.contract import Collaboration, Pair, SecretRef, Strong
+
+MANIFEST = "manifest.json"
+
+# Exit codes of every step and of `cowest`: retry is worth it only for EXIT_RETRY.
+EXIT_OK = 0
+EXIT_FAILED = 1  # a bug or an unforeseen fault: stack trace on stderr
+EXIT_BAD_INPUT = 2  # the person must change something: the message says what
+EXIT_RETRY = 75  # (EX_TEMPFAIL) an endpoint or the store is away, disk full: run it again later
+EXIT_BUDGET = 76  # the budget is spent: state is kept, resumable
+EXIT_INTERRUPTED = 130
+
+
+class StepError(Exception):
+    """Ends a step with one message (wanted, seen, remedy) and an exit code."""
+
+    def __init__(self, message: str, code: int = EXIT_BAD_INPUT) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+# ---------------------------------------------------------------- settings
+@dataclass(frozen=True)
+class Evaluator:
+    """E(answer, query) -> [0, 1]. `extract` is a regex; its first group (or whole match) of the answer is what is compared."""
+
+    type: Literal["ExactMatch", "TokenF1", "Choice", "Numeric", "Judge", "HTTP"]
+    extract: str | None = None
+    choices: tuple[str, ...] | None = None  # Choice: the label set
+    absolute_tolerance: float | None = None  # Numeric
+    relative_tolerance: float | None = None  # Numeric
+    endpoint: str | None = None  # Judge (an OpenAI /v1) and HTTP (the scorer's URL)
+    model: str | None = None  # Judge
+    api_key_secret_ref: SecretRef | None = None
+    rubric: str | None = None  # Judge: what a good answer is
+    timeout_seconds: int | None = None
+
+
+@dataclass(frozen=True)
+class Feedback:
+    evaluator: Evaluator
+    drafts_per_query: int  # K; the first is greedy, the others sampled
+    temperature: float
+    rule: Literal["BestVersusWorst", "SignOfGain"]
+    min_margin: float  # BestVersusWorst: best score - worst score must reach it
+    max_queries: int  # per round
+    min_pairs: int  # fewer: the round ends with TooFewPairs
+
+
+@dataclass(frozen=True)
+class Lora:
+    rank: int
+    alpha: int
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Hyper-parameters of one kind of tuning. `beta` and `nll_weight` mean DPO only."""
+
+    tuning: Literal["LoRA", "Full"]
+    epochs: int
+    learning_rate: float
+    batch_size: int
+    beta: float | None = None
+    nll_weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    sft: Literal["Auto", "Always", "Never"]
+    method: Literal["DPO"]
+    seed: int
+    max_length: int  # tokens of prompt + draft
+    lora: Lora
+    supervised: Stage
+    preference: Stage
+
+
+@dataclass(frozen=True)
+class Data:
+    train: str
+    held_out: str
+
+
+@dataclass(frozen=True)
+class LiveSignal:
+    """The part of `canary` that `score_live` reads: by what live answers are scored."""
+
+    signal: Literal["LateReference", "Feedback", "Judge", "ShadowReplay"]
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """The sections of a (defaulted) spec that steps read: `cowest_serving.contract.parse(StepSettings, spec)`."""
+
+    strong: Strong
+    collaboration: Collaboration
+    data: Data
+    feedback: Feedback
+    training: Training
+    canary: LiveSignal | None = None
+
+
+# ---------------------------------------------------------------- artifacts
+@dataclass(frozen=True)
+class Row:
+    """One example. `messages` is always set (a bare `query` becomes one user message)."""
+
+    id: str
+    query: str
+    messages: tuple[Mapping[str, Any], ...]
+    reference: str
+    explanation: str | None = None
+    group: str | None = None
+    source: str = "train"  # train | trace
+    where: str = field(default="", compare=False)  # file:line it was read from, for messages; no part of the data
+
+
+# ledger.parquet of the feedback step: one row a draft (the gain ledger).
+LEDGER_COLUMNS: dict[str, str] = {
+    "query_id": "string",
+    "query": "string",
+    "reference": "string",
+    "group": "string",
+    "draft_index": "int32",
+    "seed": "int64",
+    "draft": "string",
+    "draft_tokens": "int32",
+    "answer": "string",
+    "answer_score": "double",
+    "solo": "string",
+    "solo_score": "double",
+    "gain": "double",  # answer_score - solo_score
+    "answer_call": "string",  # key of the paid call in the call cache
+    "solo_call": "string",
+    "weak_digest": "string",
+    "prompts_digest": "string",
+    "strong_model": "string",
+    "strong_version": "string",
+    "evaluator_digest": "string",
+}
+# pairs.jsonl of the feedback step: {"query_id", "prompt": [messages], "chosen": str, "rejected": str,
+#                                    "chosen_score", "rejected_score", "solo_score"}   (`prompt` = what the weak model saw)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json of every artifact, written last."""
+
+    kind: str  # Model | Dataset | Feedback | Evaluation | LiveScore
+    digest: str  # of the outputs' content
+    inputs_digest: str  # of everything that went in: settings, input digests, seed, code version
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, str]  # file -> sha256
+    metrics: Mapping[str, Any]
+    step: str
+    version: str  # of cowest
+    started: str  # RFC 3339
+    seconds: float
+
+
+# ---------------------------------------------------------------- reports: what the gates read
+@dataclass(frozen=True)
+class ArmReport:
+    """One arm over the held-out set (or over the live answers). Fractions in [0, 1], 95 % intervals."""
+
+    name: str  # candidate | control | solo | weak
+    n: int
+    score: float  # mean of the evaluator's score
+    low: float
+    high: float
+    hurt_rate: float  # share of queries where solo scores higher than this arm (0 for solo itself)
+    errors: int = 0  # queries that got no answer (score 0)
+    strong_calls: int = 0  # paid calls made for this arm (cached ones not counted again)
+    macro_f1: float | None = None  # Choice only
+
+
+@dataclass(frozen=True)
+class SliceReport:
+    group: str
+    n: int
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Candidate against control. Offline: paired by query. Live: two samples, or paired with ShadowReplay."""
+
+    n: int  # pairs (or the smaller arm)
+    difference: float  # mean score of candidate - control, in [-1, 1]
+    low: float  # 95 % clustered bootstrap
+    high: float
+    p_better: float  # one-sided p of "candidate is not better"
+    p_worse: float  # one-sided p of "candidate is not worse"
+    better: int
+    worse: int
+    test: str  # McNemar | PairedPermutation | FisherExact | Permutation
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """report.json of the evaluate step."""
+
+    candidate: str  # pair digest
+    control: str  # pair digest, or "solo" while the strong model alone is served
+    held_out_digest: str
+    evaluator_digest: str
+    strong_model: str
+    strong_version: str
+    arms: tuple[ArmReport, ...]
+    against_control: Comparison
+    against_solo: Comparison
+    slices: tuple[SliceReport, ...] = ()
+
+    def arm(self, name: str) -> ArmReport:
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+@dataclass(frozen=True)
+class LiveReport:
+    """One per canary step, rewritten by `score_live` as answers get scored: the gate is a pure function of it."""
+
+    candidate: str
+    control: str
+    step: int
+    answers: Mapping[str, int]  # arm -> answers given in this step
+    scored: Mapping[str, int]  # arm -> of these, scored
+    errors: Mapping[str, int]  # arm -> answers that failed
+    arms: tuple[ArmReport, ...] = ()
+    comparison: Comparison | None = None  # None until both arms have a scored answer
+    unscored_reason: str = ""  # why answers are not usable, as a sentence
+    updated: float = 0.0  # epoch seconds
+
+
+def load_report(data: Mapping[str, Any]) -> EvaluationReport:
+    """The inverse of `dataclasses.asdict`, as report.json holds it."""
+    nested = {
+        "arms": tuple(ArmReport(**arm) for arm in data["arms"]),
+        "against_control": Comparison(**data["against_control"]),
+        "against_solo": Comparison(**data["against_solo"]),
+        "slices": tuple(SliceReport(**part) for part in data.get("slices", ())),
+    }
+    return EvaluationReport(**{**data, **nested})
+
+
+def load_live_report(data: Mapping[str, Any]) -> LiveReport:
+    """The inverse of `dataclasses.asdict`, as `score_live` writes it."""
+    comparison = data.get("comparison")
+    nested = {
+        "arms": tuple(ArmReport(**arm) for arm in data.get("arms", ())),
+        "comparison": Comparison(**comparison) if comparison else None,
+    }
+    return LiveReport(**{**data, **nested})
+
+
+@dataclass(frozen=True)
+class PairFile:
+    """pair.json: how `evaluate` and `feedback` are told which pair to run."""
+
+    pair: Pair
+    extras: Mapping[str, Any] = field(default_factory=dict)
