@@ -1,0 +1,463 @@
+"""One answer of the pair, from request to record: draft, refine, and what the manifest says about failures.
+
+Knows models and routing, but no HTTP server: `app` turns what comes back (or a `Refusal`) into responses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+from cowest_serving.collaborate import draft_messages, is_draftable, refine_messages, solo_messages
+from cowest_serving.contract import (
+    HEADER_MODEL_DIGEST,
+    Arm,
+    Collaboration,
+    Messages,
+    Mode,
+    Strong,
+    query_text,
+)
+from cowest_serving.models import (
+    BadAnswer,
+    BadRequest,
+    ChatResult,
+    DeadlineExceeded,
+    HttpChatModel,
+    ModelError,
+    RateLimited,
+    count,
+)
+
+WEAK_MODEL = "weak"  # the name that every weak server answers to
+_OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "user"})  # not passed on as they are
+_CLIENTS_FAULT = (400, 413, 422)
+_MAX_MODELS = 32
+
+
+# ---------------------------------------------------------------- requests and refusals
+@dataclass(eq=False)
+class Refusal(Exception):
+    """No answer, in the words of OpenAI's error object."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    retry_after: float | None = None
+
+    def body(self) -> dict[str, Any]:
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A chat completion as a client asked for it. `parameters`: all that goes on to the strong model."""
+
+    id: str
+    model: str
+    messages: Messages
+    parameters: Mapping[str, Any]
+    stream: bool
+    wants_usage: bool  # a last chunk with the usage of a stream
+    sticky_key: str | None
+    idempotency_key: str
+
+    @property
+    def is_draftable(self) -> bool:
+        """Tools and parts that are not text are beyond the weak model."""
+        asks_for_tools = self.parameters.get("tools") or self.parameters.get("functions")
+        return not asks_for_tools and is_draftable(self.messages)
+
+
+def parse_chat(
+    data: bytes, request_id: str, *, session: str | None = None, idempotency_key: str | None = None
+) -> ChatRequest:
+    """Raises `Refusal` 400 that names the field."""
+    body = parse_object(data)
+    user = optional(body, "user", str, "text")
+    options = optional(body, "stream_options", dict, "an object") or {}
+    return ChatRequest(
+        id=request_id,
+        model=optional(body, "model", str, "text") or "",
+        messages=_messages(body.get("messages")),
+        parameters={name: value for name, value in body.items() if name not in _OWN_FIELDS},
+        stream=bool(optional(body, "stream", bool, "true or false")),
+        wants_usage=bool(options.get("include_usage")),
+        sticky_key=user or session,
+        idempotency_key=idempotency_key or request_id,
+    )
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    try:
+        body = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise Refusal(400, f"The body is not JSON: {error}.", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise Refusal(400, f"The body: wanted an object, saw {kind_of(body)}.", code="invalid_json")
+    return body
+
+
+def optional(body: Mapping[str, Any], name: str, kind: type | tuple[type, ...], wanted: str) -> Any:
+    value = body.get(name)
+    if value is None or isinstance(value, kind):
+        return value
+    raise bad_field(name, wanted, value)
+
+
+def bad_field(name: str, wanted: str, value: Any) -> Refusal:
+    return Refusal(400, f"{name}: wanted {wanted}, saw {kind_of(value)}.", param=name, code="invalid_type")
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, without its content."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "nothing"}
+    return names.get(type(value), f"the number {value}" if isinstance(value, int | float) else "something else")
+
+
+def _messages(value: Any) -> Messages:
+    if not isinstance(value, list) or not value:
+        raise bad_field("messages", "a list of at least one message", value)
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise bad_field(f"messages[{i}]", "an object", message)
+        if not isinstance(message.get("role"), str):
+            raise bad_field(f"messages[{i}].role", "text", message.get("role"))
+        _check_content(f"messages[{i}].content", message.get("content"))
+    return value
+
+
+def _check_content(name: str, content: Any) -> None:
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise bad_field(name, "text or a list of parts", content)
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise bad_field(f"{name}[{i}]", "an object with a type", part)
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise bad_field(f"{name}[{i}].text", "text", part.get("text"))
+
+
+def refusal_of(error: ModelError, who: str) -> Refusal:
+    """What a client is told when a model fails; who = "weak model" or "strong model"."""
+    message = f"The {who} gave no answer. {error}"
+    if isinstance(error, RateLimited):
+        return Refusal(429, message, "rate_limit_error", code="rate_limited", retry_after=error.retry_after)
+    if is_clients_fault(error):
+        return Refusal(error.status or 400, str(error), code="refused_by_model")
+    status = 502
+    if isinstance(error, DeadlineExceeded):
+        status = 504
+    elif error.status == 503:
+        status = 503
+    code = f"{who.split()[0]}_failed"
+    return Refusal(status, message, "api_error", code=code, retry_after=error.retry_after)
+
+
+def is_clients_fault(error: ModelError) -> bool:
+    return isinstance(error, BadRequest) and error.status in _CLIENTS_FAULT
+
+
+# ---------------------------------------------------------------- the record of an answer
+@dataclass
+class Record:
+    """What becomes the trace row, filled in while the answer is made."""
+
+    request: ChatRequest
+    arm: Arm
+    routing_version: int
+    mode: Mode
+    arrived: datetime = field(default_factory=lambda: datetime.now(UTC))
+    started: float = field(default_factory=time.monotonic)
+    status: str = "ok"
+    errors: list[str] = field(default_factory=list)
+    weak_digest: str = ""
+    strong_model: str = ""
+    strong_version: str = ""
+    draft: str = ""
+    answer: str = ""
+    draft_ms: float | None = None
+    answer_ms: float | None = None
+    weak_tokens: tuple[int, int] = (0, 0)  # input, output
+    strong_tokens: tuple[int, int] = (0, 0)
+
+    def failed(self, status: str, error: object) -> None:
+        self.status = status
+        self.errors.append(str(error) if isinstance(error, str) else f"{type(error).__name__}: {error}")
+
+    def row(self) -> dict[str, Any]:
+        """By TRACE_COLUMNS."""
+        request, pair = self.request, self.arm.pair
+        return {
+            "trace_id": request.id,
+            "time": self.arrived,
+            "routing_version": self.routing_version,
+            "arm": self.arm.name,
+            "weight_percent": self.arm.weight_percent,
+            "mode": self.mode,
+            "status": self.status,
+            "error": "; ".join(self.errors),
+            "pair_digest": pair.digest,
+            "weak_digest": self.weak_digest,
+            "prompts_digest": pair.prompts.digest,
+            "draft_form": pair.draft,
+            "strong_model": self.strong_model,
+            "strong_version": self.strong_version,
+            "user_hash": user_hash(request.sticky_key),
+            "query": query_text(request.messages),
+            "messages": orjson.dumps(request.messages).decode(),
+            "draft": self.draft,
+            "answer": self.answer,
+            "draft_ms": self.draft_ms,
+            "answer_ms": self.answer_ms,
+            "weak_input_tokens": self.weak_tokens[0],
+            "weak_output_tokens": self.weak_tokens[1],
+            "strong_input_tokens": self.strong_tokens[0],
+            "strong_output_tokens": self.strong_tokens[1],
+            "shadow": False,
+        }
+
+
+def user_hash(sticky_key: str | None) -> str:
+    return hashlib.sha256(sticky_key.encode()).hexdigest() if sticky_key else ""
+
+
+# ---------------------------------------------------------------- the models
+class Models:
+    """The HTTP clients of the endpoints in use, one an endpoint: its limits hold for all arms together."""
+
+    def __init__(self, strong: Strong, strong_keys: Sequence[str]) -> None:
+        self._settings, self._keys = strong, tuple(strong_keys)
+        self._open: OrderedDict[tuple[str, str], HttpChatModel] = OrderedDict()
+        self._retired: list[HttpChatModel] = []
+
+    def weak(self, arm: Arm) -> HttpChatModel:
+        assert arm.weak_endpoint is not None, "routing without weakEndpoint is refused when it is read"
+        # One quick second try: a request should not wait long for a draft that it can do without.
+        limits = {"max_concurrency": 64, "max_retries": 1, "backoff_seconds": 0.1}
+        return self._get(arm.weak_endpoint, WEAK_MODEL, limits)
+
+    def strong(self, arm: Arm) -> HttpChatModel:
+        limits = {
+            "api_keys": self._keys,
+            "max_concurrency": self._settings.max_concurrency,
+            "max_retries": self._settings.max_retries,
+        }
+        return self._get(arm.pair.strong_endpoint, arm.pair.strong_model, limits)
+
+    def _get(self, endpoint: str, model: str, limits: Mapping[str, Any]) -> HttpChatModel:
+        key = (endpoint, model)
+        if key not in self._open:
+            self._open[key] = HttpChatModel(endpoint, model, timeout_seconds=self._settings.timeout_seconds, **limits)
+            if len(self._open) > _MAX_MODELS:  # endpoints of long ago; answers may still be under way
+                self._retired.append(self._open.popitem(last=False)[1])
+        self._open.move_to_end(key)
+        return self._open[key]
+
+    async def aclose(self) -> None:
+        for model in (*self._open.values(), *self._retired):
+            await model.aclose()
+
+
+# ---------------------------------------------------------------- answering
+class Answering:
+    """The collaboration at request time. Raises `Refusal`; whatever happens, `record` says so."""
+
+    def __init__(self, strong: Strong, collaboration: Collaboration, models: Models) -> None:
+        self._strong, self._collaboration, self._models = strong, collaboration, models
+
+    async def answer(self, record: Record) -> Mapping[str, Any]:
+        """The body of a chat completion."""
+        draft = await self._draft(record)
+        if draft is not None and record.mode == "WeakAlone":
+            return _completion(record, draft)
+        started = time.monotonic()
+        try:
+            result = await self._models.strong(record.arm)(
+                _strong_messages(record, draft),
+                idempotency_key=record.request.idempotency_key,
+                extra=self._parameters(record.request),
+            )
+        except ModelError as error:
+            return _completion(record, self._stand_in(record, draft, error))
+        finally:
+            record.answer_ms = _ms_since(started)
+        record.answer, record.strong_tokens = result.text, (result.input_tokens, result.output_tokens)
+        record.strong_model, record.strong_version = result.model, result.version
+        return {**result.raw, "model": record.request.model or result.model}
+
+    async def stream(self, record: Record) -> AsyncGenerator[bytes, None]:
+        """The body of an event stream, event by event. Refuses only before the first."""
+        draft = await self._draft(record)
+        if draft is not None and record.mode == "WeakAlone":
+            for event in _events(record, draft):
+                yield event
+            return
+        started, begun = time.monotonic(), False
+        try:
+            chunks = self._models.strong(record.arm).stream(
+                _strong_messages(record, draft),
+                idempotency_key=record.request.idempotency_key,
+                # The usage is always asked for, since the record needs it.
+                extra={**self._parameters(record.request), "stream_options": {"include_usage": True}},
+            )
+            async with aclosing(chunks):
+                async for payload in chunks:
+                    if _take(record, payload) or record.request.wants_usage:
+                        begun = True
+                        yield b"data: " + payload + b"\n\n"
+            yield b"data: [DONE]\n\n"
+        except ModelError as error:
+            if begun:
+                record.failed("strong_failed", error)
+                yield _event(refusal_of(error, "strong model").body())
+                return
+            for event in _events(record, self._stand_in(record, draft, error)):
+                yield event
+        finally:
+            record.answer_ms = _ms_since(started)
+
+    async def _draft(self, record: Record) -> str | None:
+        """The weak model's draft; `None`: the strong model answers alone."""
+        if record.arm.mode == "StrongAlone" or not record.request.is_draftable:
+            record.mode = "StrongAlone"
+            return None
+        started = time.monotonic()
+        try:
+            result = await self._models.weak(record.arm)(
+                draft_messages(record.request.messages, record.arm.pair.prompts),
+                max_tokens=self._collaboration.draft_max_tokens,
+                temperature=0,
+            )
+            record.weak_digest = _served_digest(record.arm, result)
+        except ModelError as error:
+            record.failed("weak_failed", error)
+            if self._collaboration.when_weak_fails == "Fail":
+                raise refusal_of(error, "weak model") from error
+            record.mode = "StrongAlone"
+            return None
+        finally:
+            record.draft_ms = _ms_since(started)
+        record.draft, record.weak_tokens = result.text, (result.input_tokens, result.output_tokens)
+        return result.text
+
+    def _stand_in(self, record: Record, draft: str | None, error: ModelError) -> str:
+        """What is answered when the strong model fails: the draft, if the manifest says so."""
+        if is_clients_fault(error):
+            record.failed("refused", error)
+            raise refusal_of(error, "strong model") from error
+        record.failed("strong_failed", error)
+        if draft is None or self._collaboration.when_strong_fails == "Fail":
+            raise refusal_of(error, "strong model") from error
+        record.mode = "WeakAlone"
+        return draft
+
+    def _parameters(self, request: ChatRequest) -> Mapping[str, Any]:
+        given = request.parameters
+        if self._strong.max_tokens is None or "max_tokens" in given or "max_completion_tokens" in given:
+            return given
+        return {**given, "max_tokens": self._strong.max_tokens}
+
+
+def _strong_messages(record: Record, draft: str | None) -> Messages:
+    messages, prompts = record.request.messages, record.arm.pair.prompts
+    if draft is None:
+        return solo_messages(messages, prompts)
+    return refine_messages(messages, draft, prompts)
+
+
+def _served_digest(arm: Arm, result: ChatResult) -> str:
+    """The digest of the model that drafted. One that is not the pair's would spoil every comparison."""
+    served = result.headers.get(HEADER_MODEL_DIGEST, arm.pair.weak_digest)
+    if served != arm.pair.weak_digest:
+        raise BadAnswer(
+            f"{arm.weak_endpoint} serves the model {served}, but the pair is of {arm.pair.weak_digest}. "
+            "Start its server with the pair's model, or correct the routing."
+        )
+    return served
+
+
+def _take(record: Record, payload: bytes) -> bool:
+    """Note what a chunk says. True if it is for every client: one of usage alone is for those who asked."""
+    try:
+        chunk = orjson.loads(payload)
+        if "error" in chunk:
+            raise BadAnswer("The strong model broke off its answer with an error of its own.")
+        record.strong_model = chunk.get("model") or record.strong_model
+        record.strong_version = chunk.get("system_fingerprint") or record.strong_version
+        if usage := chunk.get("usage"):
+            record.strong_tokens = (count(usage.get("prompt_tokens")), count(usage.get("completion_tokens")))
+        choices = chunk.get("choices") or []
+        for choice in choices:
+            if choice.get("index", 0) == 0:
+                record.answer += (choice.get("delta") or {}).get("content") or ""
+    except (orjson.JSONDecodeError, AttributeError, TypeError):
+        raise BadAnswer("The strong model sent a chunk that is no chat completion chunk.") from None
+    return bool(choices) or not usage
+
+
+# ---------------------------------------------------------------- answers of the weak model alone
+def _completion(record: Record, text: str) -> dict[str, Any]:
+    record.answer = text
+    taken_in, given_out = record.weak_tokens
+    return {
+        "id": f"chatcmpl-{record.request.id}",
+        "object": "chat.completion",
+        "created": int(record.arrived.timestamp()),
+        "model": record.request.model or WEAK_MODEL,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": _usage(taken_in, given_out),
+    }
+
+
+def _events(record: Record, text: str) -> list[bytes]:
+    """A complete text as an event stream."""
+    whole = _completion(record, text)
+    head = {name: whole[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
+    deltas: list[tuple[dict[str, str], str | None]] = [
+        ({"role": "assistant", "content": text}, None),
+        ({}, "stop"),
+    ]
+    events = [
+        _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}) for delta, reason in deltas
+    ]
+    if record.request.wants_usage:
+        events.append(_event(head | {"choices": [], "usage": whole["usage"]}))
+    return [*events, b"data: [DONE]\n\n"]
+
+
+def _usage(taken_in: int, given_out: int) -> dict[str, int]:
+    return {"prompt_tokens": taken_in, "completion_tokens": given_out, "total_tokens": taken_in + given_out}
+
+
+def _event(value: Mapping[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def _ms_since(started: float) -> float:
+    return (time.monotonic() - started) * 1000
+
+
+def seconds_to_wait(refusal: Refusal) -> str | None:
+    """The value of Retry-After."""
+    return None if refusal.retry_after is None else str(math.ceil(refusal.retry_after))

@@ -1,0 +1,460 @@
+"""A chat model behind an OpenAI-compatible HTTP endpoint, with the one retry loop of the platform.
+
+Used by the gateway (weak and strong), the steps (strong) and judges. All failures are a `ModelError` that
+says which endpoint, what was seen and what to do:
+
+    ModelError
+      EndpointUnreachable   no connection, or it broke            (retryable)
+      DeadlineExceeded      no answer within the deadline         (retryable)
+      RateLimited           429                                   (retryable)
+      ServerFault           408, 409, 5xx                         (retryable)
+      BadAnswer             2xx, but not a chat completion        (retryable, at most twice: it may cost)
+      Unauthorized          401, 403 with every key
+      BadRequest            any other 4xx, a redirect, a bad address
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import random
+import re
+import time
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, Self
+
+import aiohttp
+import orjson
+
+from cowest_serving.contract import HEADER_IDEMPOTENCY, Messages
+
+
+# ---------------------------------------------------------------- what comes back
+@dataclass(frozen=True)
+class ChatResult:
+    """One answer. `version` is the endpoint's `system_fingerprint` ("" when it gives none)."""
+
+    text: str
+    finish_reason: str
+    input_tokens: int
+    output_tokens: int
+    model: str
+    version: str
+    raw: Mapping[str, Any] = field(repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # of the response, names in lower case
+
+
+class ChatModel(Protocol):
+    """Anything that answers a chat. Raises `ModelError`."""
+
+    async def __call__(
+        self,
+        messages: Messages,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        idempotency_key: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> ChatResult: ...
+
+
+class ModelError(Exception):
+    """No usable answer from a model. `retryable`: the same call may succeed later."""
+
+    default_retryable: ClassVar[bool] = False
+    max_retries: ClassVar[int | None] = None  # a tighter limit than the model's own
+
+    def __init__(
+        self,
+        message: str,
+        retryable: bool | None = None,
+        *,
+        status: int | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.retryable = self.default_retryable if retryable is None else retryable
+        self.status = status  # HTTP status that the endpoint gave, None when it gave none
+        self.retry_after = retry_after  # seconds that the endpoint asked to wait
+
+
+class EndpointUnreachable(ModelError):
+    default_retryable = True
+
+
+class DeadlineExceeded(ModelError):
+    default_retryable = True
+
+
+class RateLimited(ModelError):
+    default_retryable = True
+
+
+class ServerFault(ModelError):
+    default_retryable = True
+
+
+class BadAnswer(ModelError):
+    default_retryable = True
+    max_retries = 2
+
+
+class Unauthorized(ModelError):
+    pass
+
+
+class BadRequest(ModelError):
+    pass
+
+
+# ---------------------------------------------------------------- the model
+class HttpChatModel:
+    """`POST <endpoint>/chat/completions`. Safe for concurrent calls; at most `max_concurrency` at a time.
+
+    `timeout_seconds` limits a call as a whole, its retries and the waits between them included (not the wait
+    for a free place); `deadline_seconds` lifts that limit above the time of one attempt. Retries carry the
+    same Idempotency-Key.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        model: str,
+        *,
+        api_keys: Sequence[str] = (),
+        timeout_seconds: float = 60,
+        max_concurrency: int = 16,
+        max_retries: int = 6,
+        deadline_seconds: float | None = None,
+        backoff_seconds: float = 0.5,
+    ) -> None:
+        self.endpoint = endpoint.rstrip("/")
+        self.model = model
+        self.max_retries = max_retries
+        self._keys = tuple(key for key in api_keys if key)
+        self._key = 0
+        self._timeout = timeout_seconds
+        self._deadline = max(timeout_seconds, deadline_seconds or 0)
+        self._backoff = backoff_seconds
+        self._places = asyncio.Semaphore(max_concurrency)
+        self._limit = max_concurrency
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections. Calls under way fail with `EndpointUnreachable`."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def __call__(
+        self,
+        messages: Messages,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        idempotency_key: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> ChatResult:
+        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
+        body = self._body(messages, options, extra)
+        async with self._answered(body, idempotency_key or new_key(), read=True) as (response, payload):
+            return _result(self.endpoint, response, payload)
+
+    async def stream(
+        self,
+        messages: Messages,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        idempotency_key: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[bytes, None]:
+        """The answer's chunks as the endpoint wrote them: the JSON of each `data:` event, without `[DONE]`.
+
+        Tried again only until the endpoint accepts the call; a fault later raises: text has gone out.
+        Each chunk must come within `timeout_seconds` of the one before.
+        """
+        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
+        body = self._body(messages, options, extra) | {"stream": True}
+        async with self._answered(body, idempotency_key or new_key(), read=False) as (response, _):
+            async for chunk in _events(self.endpoint, response, self._timeout):
+                yield chunk
+
+    def _body(self, messages: Messages, options: Mapping[str, Any], extra: Mapping[str, Any] | None) -> dict[str, Any]:
+        given = {name: value for name, value in options.items() if value is not None}
+        return {**(extra or {}), **given, "model": self.model, "messages": list(messages)}
+
+    # ------------------------------------------------------------ the one retry loop
+    @asynccontextmanager
+    async def _answered(
+        self, body: Mapping[str, Any], key: str, *, read: bool
+    ) -> AsyncIterator[tuple[aiohttp.ClientResponse, Mapping[str, Any]]]:
+        """A response with status 2xx and, when `read`, its parsed body; tried again while that may help."""
+        data = orjson.dumps(body)
+        async with self._places:
+            give_up_at = time.monotonic() + self._deadline
+            response, payload = await self._with_retries(data, key, read, give_up_at)
+            try:
+                yield response, payload
+            finally:
+                response.close() if not read else response.release()
+
+    async def _with_retries(
+        self, data: bytes, key: str, read: bool, give_up_at: float
+    ) -> tuple[aiohttp.ClientResponse, Mapping[str, Any]]:
+        attempt, keys_left = 0, len(self._keys) - 1
+        while True:
+            used = self._key
+            try:
+                return await self._once(data, key, read, give_up_at)
+            except ModelError as error:
+                if isinstance(error, Unauthorized | RateLimited) and keys_left > 0:
+                    keys_left -= 1
+                    if self._key == used:  # else another call has moved on already
+                        self._key += 1  # the next key may still be good; nothing to wait for
+                    continue
+                wait = next_wait(error, attempt, self.max_retries, self._backoff)
+                if wait is None or time.monotonic() + wait >= give_up_at:
+                    raise
+            attempt += 1
+            await asyncio.sleep(wait)
+
+    async def _once(
+        self, data: bytes, key: str, read: bool, give_up_at: float
+    ) -> tuple[aiohttp.ClientResponse, Mapping[str, Any]]:
+        left = min(self._timeout, give_up_at - time.monotonic())
+        try:
+            async with asyncio.timeout(left):
+                response = await self._connected().post(
+                    self.endpoint + "/chat/completions",
+                    data=data,
+                    headers=self._headers(key),
+                    allow_redirects=False,
+                )
+                try:
+                    await _refuse_faults(self.endpoint, response)
+                    payload = _parsed(self.endpoint, await response.read()) if read else {}
+                except BaseException:
+                    response.close()
+                    raise
+                return response, payload
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{self.endpoint} gave no answer within {left:.1f} s. "
+                "Check that the model is not overloaded, or raise its timeout."
+            ) from None
+        except aiohttp.ClientError as error:
+            raise _unreachable(self.endpoint, error) from error
+
+    def _headers(self, key: str) -> dict[str, str]:
+        headers = {"content-type": "application/json", HEADER_IDEMPOTENCY: key}
+        if self._keys:
+            headers["authorization"] = f"Bearer {self._keys[self._key % len(self._keys)]}"
+        return headers
+
+    def _connected(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._limit),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=min(10.0, self._timeout)),
+                json_serialize=lambda value: orjson.dumps(value).decode(),
+                proxy=_proxy(self.endpoint),  # not trust_env: that would also take passwords from ~/.netrc
+            )
+        return self._session
+
+
+def new_key() -> str:
+    return uuid.uuid4().hex
+
+
+# ---------------------------------------------------------------- when to try again
+def next_wait(error: ModelError, attempt: int, max_retries: int, backoff: float = 0.5) -> float | None:
+    """Seconds to wait before the next attempt; `None`: give up. `attempt` counts from 0."""
+    limit = max_retries if error.max_retries is None else min(max_retries, error.max_retries)
+    if not error.retryable or attempt >= limit:
+        return None
+    if error.retry_after is not None:
+        return error.retry_after
+    # Jitter, since calls that failed together would otherwise come back together.
+    return min(8.0, backoff * 2.0**attempt) * random.uniform(0.5, 1.0)
+
+
+def retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    """Seconds to wait by `retry-after-ms`, or `Retry-After` in seconds or as a date. `now`: epoch seconds."""
+    at: float
+    milliseconds = headers.get("retry-after-ms", "")
+    if re.fullmatch(r"\d+(\.\d+)?", milliseconds):
+        return float(milliseconds) / 1000
+    value = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", value):
+        return float(value)
+    try:
+        at = email.utils.parsedate_to_datetime(value).timestamp()
+    except ValueError:
+        return None
+    return max(0.0, at - now)
+
+
+# ---------------------------------------------------------------- reading answers
+async def _refuse_faults(endpoint: str, response: aiohttp.ClientResponse) -> None:
+    """Raises the `ModelError` that belongs to a status other than 2xx."""
+    status = response.status
+    if 200 <= status < 300:
+        return
+    said = "" if status < 400 else _said(await response.content.read(8192))
+    wait = retry_after({name.lower(): value for name, value in response.headers.items()}, time.time())
+    raise fault(endpoint, status, said, wait)
+
+
+def fault(endpoint: str, status: int, said: str, wait: float | None = None) -> ModelError:
+    """What a status other than 2xx means. `said`: the endpoint's own words."""
+    seen = f"{endpoint} answered {status}" + (f" ({said})" if said else "")
+    if status in (401, 403):
+        return Unauthorized(f"{seen}. Check that the API key given for this endpoint is right.", status=status)
+    if status == 429:
+        after = f"Wait {wait:.0f} s" if wait is not None else "Wait"
+        remedy = f"{after}, lower maxConcurrency, or give more keys."
+        return RateLimited(f"{seen}: too many requests. {remedy}", status=status, retry_after=wait)
+    if status in (408, 409) or status >= 500:
+        return ServerFault(f"{seen}: a fault on its side. Try again later.", status=status, retry_after=wait)
+    if status == 404:
+        remedy = "Check the endpoint (it normally ends in /v1) and the name of the model."
+    elif status < 400:
+        remedy = "It points elsewhere: give the endpoint's final address."
+    else:
+        remedy = "Check the name of the model and the parameters of the call."
+    return BadRequest(f"{seen}. {remedy}", status=status)
+
+
+def _said(data: bytes) -> str:
+    """The message of an OpenAI-style error body, or the head of any other body, on one line."""
+    try:
+        payload = orjson.loads(data)
+        error = payload.get("error", payload)
+        text = str(error.get("message") or error.get("detail") or error) if isinstance(error, dict) else str(error)
+    except (orjson.JSONDecodeError, AttributeError):
+        text = data.decode("utf-8", "replace")
+    return " ".join(text.split())[:200]
+
+
+def _parsed(endpoint: str, data: bytes) -> Mapping[str, Any]:
+    """The body of a chat completion, checked as far as `_result` reads it."""
+    try:
+        payload = orjson.loads(data)
+        content = payload["choices"][0]["message"].get("content")
+        if content is not None and not isinstance(content, str):
+            raise TypeError("content is not text")
+        if not isinstance(payload.get("usage") or {}, dict):
+            raise TypeError("usage is not an object")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise _garbage(endpoint, data) from None
+    assert isinstance(payload, dict)
+    return payload
+
+
+def _garbage(endpoint: str, data: bytes) -> BadAnswer:
+    kind = "nothing" if not data else f"{len(data)} bytes that start with {data[:40]!r}"
+    return BadAnswer(
+        f"{endpoint} answered 200, but with {kind} instead of a chat completion. "
+        "Check that the endpoint is an OpenAI-compatible API (its address normally ends in /v1)."
+    )
+
+
+def _result(endpoint: str, response: aiohttp.ClientResponse, payload: Mapping[str, Any]) -> ChatResult:
+    choice, usage = payload["choices"][0], payload.get("usage") or {}
+    return ChatResult(
+        text=choice["message"].get("content") or "",
+        finish_reason=str(choice.get("finish_reason") or ""),
+        input_tokens=count(usage.get("prompt_tokens")),
+        output_tokens=count(usage.get("completion_tokens")),
+        model=str(payload.get("model") or ""),
+        version=str(payload.get("system_fingerprint") or ""),
+        raw=payload,
+        headers={name.lower(): value for name, value in response.headers.items()},
+    )
+
+
+def count(value: Any) -> int:
+    """A token count as an endpoint may give it; anything else than a number counts as 0."""
+    return int(value) if isinstance(value, int | float) else 0
+
+
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+
+
+async def _events(endpoint: str, response: aiohttp.ClientResponse, timeout: float) -> AsyncIterator[bytes]:
+    """Payloads of the `data:` lines of an event stream. Raises when it breaks off before it is finished."""
+    seen, finished, buffered = 0, False, b""
+    while True:
+        try:
+            async with asyncio.timeout(timeout):
+                data = await response.content.readany()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{endpoint} stopped in the middle of an answer for {timeout:.1f} s. "
+                "Check that the model is not overloaded, or raise its timeout."
+            ) from None
+        except aiohttp.ClientError as error:
+            raise _unreachable(endpoint, error) from error
+        *lines, buffered = (buffered + data).split(b"\n") if data else [buffered, b""]
+        for line in lines:
+            if not line.startswith(b"data:"):
+                continue
+            payload = line[5:].strip()
+            if payload == b"[DONE]":
+                return
+            seen += 1
+            finished = finished or _FINISHED.search(payload) is not None
+            yield payload
+        if data:
+            continue
+        if not seen:
+            raise _garbage(endpoint, buffered or b"")
+        if not finished:
+            raise EndpointUnreachable(f"{endpoint} broke off in the middle of an answer. Ask again.")
+        return
+
+
+# ---------------------------------------------------------------- connections
+def _unreachable(endpoint: str, error: aiohttp.ClientError) -> ModelError:
+    if isinstance(error, aiohttp.InvalidURL):
+        return BadRequest(f"{endpoint} is not an address. Give one such as https://host/v1.")
+    if isinstance(error, aiohttp.ClientSSLError):
+        return EndpointUnreachable(
+            f"{endpoint} has a TLS certificate that is not trusted ({type(error).__name__}). "
+            "Give its CA in SSL_CERT_FILE, or check the address.",
+            retryable=False,
+        )
+    seen = str(error) or type(error).__name__
+    return EndpointUnreachable(
+        f"{endpoint} cannot be reached or broke off ({seen}). Check that it runs and its address is right."
+    )
+
+
+def _proxy(endpoint: str) -> str | None:
+    """The proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY give. None for this machine: a proxy cannot reach it."""
+    parts = urllib.parse.urlsplit(endpoint)
+    host = parts.hostname or ""
+    if host in ("", "localhost", "::1") or host.startswith("127.") or urllib.request.proxy_bypass(host):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)

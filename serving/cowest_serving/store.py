@@ -1,0 +1,376 @@
+"""The object store: files by URI, on a disk (`file://...` or a plain path) or in S3 (`s3://bucket/key`).
+
+Every write is atomic: a reader sees the old bytes or the new ones. S3 is set by the environment: COWEST_S3_ENDPOINT
+(`http(s)://host:port`), AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, COWEST_S3_PATH_STYLE
+(true | false) and COWEST_S3_CA (a PEM file); without keys the pod's own identity (IRSA, ECS) is used where it has one.
+Every function raises `StoreError`, whose `retryable` says whether the same call may succeed later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Protocol
+from urllib.parse import quote, unquote, urlsplit
+
+LAST = "manifest.json"  # an output without it does not exist: uploaded last
+_PART = ".part"  # suffix of a file that is still being written; never listed
+_RETRYABLE_CODES = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "XMinioServerNotInitialized"}
+_ABSENT_CODES = {"NoSuchKey", "NoSuchBucket", "NoSuchObject"}
+
+
+class StoreError(Exception):
+    """What was wanted of the store, what was seen, what to change."""
+
+    def __init__(self, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+# ---------------------------------------------------------------- what callers use
+def get(uri: str) -> bytes:
+    """The bytes of a file. A file that is not there is an error that is not worth a retry."""
+    return _place(uri).get()
+
+
+def put(uri: str, data: bytes) -> None:
+    """Write a file whole: on a disk the bytes are synced before the name shows them."""
+    _place(uri).put(data)
+
+
+def exists(uri: str) -> bool:
+    """Is there a file, or at least one file below, at `uri`?"""
+    return _place(uri).exists()
+
+
+def list_files(uri: str) -> list[str]:
+    """URIs of all files below `uri` (or `uri` itself when it is a file), sorted; nothing there is an empty list."""
+    return sorted(_place(uri).files())
+
+
+def delete(uri: str) -> None:
+    """Delete a file, or everything below a folder. Nothing there is fine."""
+    _place(uri).delete()
+
+
+def join(uri: str, *parts: str) -> str:
+    """`join("s3://b/k", "a/b", "c") == "s3://b/k/a/b/c"`; the parts are names, not yet percent-encoded."""
+    names = [quote(part) if uri.startswith("file://") else part for part in parts]
+    head = uri if uri.endswith("/") or not parts else uri + "/"
+    return head + "/".join(name.strip("/") for name in names)
+
+
+def fingerprint(uri: str) -> str:
+    """Changes when a file below an S3 `uri` does (by ETag and size) or a local one (by size and time)."""
+    lines = sorted(_place(uri).stamps())
+    return hashlib.sha256("\n".join([uri, *lines]).encode()).hexdigest()
+
+
+def download(uri: str, folder: str | Path) -> Path:
+    """A folder or a single file at `uri` as a local path; what is local already is not copied."""
+    return _place(uri).download(Path(folder))
+
+
+def upload(folder: str | Path, uri: str) -> None:
+    """Copy a folder (or a single file) to `uri`, `manifest.json` last. Files that were there already are replaced."""
+    source = Path(folder)
+    if not source.exists():
+        raise StoreError(f"wanted {source} to upload to {uri}, saw nothing there")
+    for path in _upload_order(source):
+        target = uri if path == source else join(uri, path.relative_to(source).as_posix())
+        _place(target).put_file(path)
+
+
+def _upload_order(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    files = [path for path in source.rglob("*") if path.is_file() and not path.name.endswith(_PART)]
+    return sorted(files, key=lambda path: (path.relative_to(source).as_posix() == LAST, path))
+
+
+# ---------------------------------------------------------------- places
+class _Place(Protocol):
+    def get(self) -> bytes: ...
+    def put(self, data: bytes) -> None: ...
+    def put_file(self, source: Path) -> None: ...
+    def exists(self) -> bool: ...
+    def files(self) -> Iterable[str]: ...
+    def stamps(self) -> Iterable[str]: ...
+    def delete(self) -> None: ...
+    def download(self, folder: Path) -> Path: ...
+
+
+def _place(uri: str) -> _Place:
+    scheme = uri.partition("://")[0] if "://" in uri else ""
+    if scheme == "s3":
+        return _S3(uri)
+    if scheme in ("", "file"):
+        return _Disk(uri)
+    raise StoreError(f"{uri}: wanted a path, file:// or s3://, saw {scheme}://")
+
+
+class _Disk:
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.encoded = uri.startswith("file://")
+        self.path = Path(unquote(uri.removeprefix("file://"))) if self.encoded else Path(uri)
+
+    def get(self) -> bytes:
+        with _disk_errors(f"read {self.uri}"):
+            return self.path.read_bytes()
+
+    def put(self, data: bytes) -> None:
+        self._write(lambda file: file.write(data))
+
+    def put_file(self, source: Path) -> None:
+        if source.resolve() == self.path.resolve():
+            return
+        with _disk_errors(f"read {source}"), source.open("rb") as data:
+            self._write(lambda file: shutil.copyfileobj(data, file, 1 << 20))
+
+    def exists(self) -> bool:
+        return self.path.is_file() or any(True for _ in self._walk())
+
+    def files(self) -> Iterator[str]:
+        if self.path.is_file():
+            yield self.uri
+            return
+        for path in self._walk():
+            yield join(self.uri, path.relative_to(self.path).as_posix())
+
+    def stamps(self) -> Iterator[str]:
+        with _disk_errors(f"list {self.uri}"):
+            for path in [self.path] if self.path.is_file() else self._walk():
+                seen = path.stat()
+                yield f"{path} {seen.st_size} {seen.st_mtime_ns}"
+
+    def delete(self) -> None:
+        with _disk_errors(f"delete {self.uri}"), contextlib.suppress(FileNotFoundError):
+            if self.path.is_dir() and not self.path.is_symlink():
+                shutil.rmtree(self.path)
+            else:
+                self.path.unlink()
+
+    def download(self, folder: Path) -> Path:
+        if not self.path.exists():
+            raise StoreError(f"wanted a file or folder at {self.uri}, saw nothing there; check the path")
+        return self.path
+
+    def _walk(self) -> Iterator[Path]:
+        for root, _, names in os.walk(self.path):
+            yield from (Path(root, name) for name in names if not name.endswith(_PART))
+
+    def _write(self, fill: Callable[[IO[bytes]], object]) -> None:
+        with _disk_errors(f"write {self.uri}"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_name(f".{self.path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}{_PART}")
+            try:
+                with part.open("xb") as file:
+                    fill(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(self.path)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+            _sync_folder(self.path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Without it a power cut may take back the rename."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _disk_errors(wanted: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = {
+            errno.ENOSPC: "free some space and run it again",
+            errno.EDQUOT: "free some space and run it again",
+            errno.EACCES: "give this user the right to do so",
+            errno.ENOENT: "check the path",
+            errno.EISDIR: "name a file, not a folder",
+        }.get(error.errno or 0, "check the disk")
+        raise StoreError(f"wanted to {wanted}, saw: {error.strerror or error}; {remedy}", retryable=full) from error
+
+
+class _S3:
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.bucket, _, self.key = uri.removeprefix("s3://").partition("/")
+        if not self.bucket:
+            raise StoreError(f"{uri}: wanted s3://bucket/key, saw no bucket")
+        with _s3_errors(f"reach {uri}"):
+            self.client = _s3_client(*(os.environ.get(name, "") for name in _S3_ENVIRONMENT))
+
+    def get(self) -> bytes:
+        with _s3_errors(f"read {self.uri}"):
+            response = self.client.get_object(self.bucket, self.key)
+            try:
+                return bytes(response.read())
+            finally:
+                response.close()
+                response.release_conn()
+
+    def put(self, data: bytes) -> None:
+        with _s3_errors(f"write {self.uri}"):
+            self.client.put_object(self.bucket, self.key, BytesIO(data), len(data))
+
+    def put_file(self, source: Path) -> None:
+        with _s3_errors(f"write {self.uri}"):
+            self.client.fput_object(self.bucket, self.key, str(source))
+
+    def exists(self) -> bool:
+        return self._stat() is not None or any(True for _ in self._below())
+
+    def files(self) -> Iterator[str]:
+        yield from (f"s3://{self.bucket}/{item.object_name}" for item in self._objects())
+
+    def stamps(self) -> Iterator[str]:
+        yield from (f"{item.object_name} {item.etag} {item.size}" for item in self._objects())
+
+    def delete(self) -> None:
+        for item in list(self._objects()):
+            with _s3_errors(f"delete {self.uri}"):
+                self.client.remove_object(self.bucket, item.object_name)
+
+    def download(self, folder: Path) -> Path:
+        found = list(self._objects())
+        if not found:
+            raise StoreError(f"wanted files at {self.uri}, saw none; check bucket, key and COWEST_S3_ENDPOINT")
+        for item in found:
+            target = _inside(folder, self._relative(item.object_name))
+            with _s3_errors(f"read s3://{self.bucket}/{item.object_name}"), _disk_errors(f"write {target}"):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part = f"{target}.{secrets.token_hex(4)}{_PART}"
+                self.client.fget_object(self.bucket, item.object_name, str(target), tmp_file_path=part)
+        return folder / self._relative(self.key) if found[0].object_name == self.key else folder
+
+    def _relative(self, name: str) -> str:
+        return PurePosixPath(name).name if name == self.key else name.removeprefix(self._prefix)
+
+    @property
+    def _prefix(self) -> str:
+        key = self.key.rstrip("/")
+        return key + "/" if key else ""
+
+    def _objects(self) -> Iterator[Any]:
+        """The objects below the key, or the one at it."""
+        below = list(self._below())
+        if not below and (alone := self._stat()) is not None:
+            yield alone
+        yield from below
+
+    def _below(self) -> Iterator[Any]:
+        with _s3_errors(f"list {self.uri}"):
+            for item in self.client.list_objects(self.bucket, prefix=self._prefix, recursive=True):
+                if not (item.object_name or "").endswith("/"):  # what some tools write to show a folder
+                    yield item
+
+    def _stat(self) -> Any:
+        from minio.error import S3Error
+
+        if not self.key or self.key.endswith("/"):
+            return None
+        with _s3_errors(f"look at {self.uri}"):
+            try:
+                return self.client.stat_object(self.bucket, self.key)
+            except S3Error as error:
+                if error.code in _ABSENT_CODES:
+                    return None
+                raise
+
+
+def _inside(folder: Path, relative: str) -> Path:
+    target = folder / relative
+    if not target.resolve().is_relative_to(folder.resolve()):
+        raise StoreError(f"wanted a key below {folder}, saw {relative!r}, which leads out of it; rename the object")
+    return target
+
+
+_S3_ENVIRONMENT = (
+    "COWEST_S3_ENDPOINT",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "COWEST_S3_PATH_STYLE",
+    "COWEST_S3_CA",
+)
+_POD_IDENTITY = (
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+
+
+@lru_cache(maxsize=8)
+def _s3_client(endpoint: str, access: str, secret: str, token: str, region: str, path_style: str, ca: str) -> Any:
+    """One client (and its pool of connections) for each setting of `_S3_ENVIRONMENT`."""
+    import urllib3
+    from minio import Minio
+    from minio.credentials.providers import IamAwsProvider
+
+    address = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint or 's3.amazonaws.com'}")
+    pool = urllib3.PoolManager(
+        timeout=urllib3.Timeout(connect=5, read=60),
+        retries=urllib3.Retry(total=3, backoff_factor=0.2, status_forcelist=(500, 502, 503, 504)),
+        cert_reqs="CERT_REQUIRED",
+        ca_certs=ca or None,
+    )
+    pod_identity = any(os.environ.get(name) for name in _POD_IDENTITY) and not access
+    client: Any = Minio(
+        address.netloc,
+        access or None,
+        secret or None,
+        session_token=token or None,
+        secure=address.scheme == "https",
+        region=region or None,
+        http_client=pool,
+        credentials=IamAwsProvider() if pod_identity else None,
+    )
+    if path_style:
+        if path_style.lower() == "false":
+            client.enable_virtual_style_endpoint()
+        else:
+            client.disable_virtual_style_endpoint()
+    return client
+
+
+@contextlib.contextmanager
+def _s3_errors(wanted: str) -> Iterator[None]:
+    from minio.error import MinioException, S3Error, ServerError
+    from urllib3.exceptions import HTTPError
+
+    try:
+        yield
+    except S3Error as error:
+        if error.code in _ABSENT_CODES:
+            remedy = "check bucket and key"
+        elif error.code in _RETRYABLE_CODES:
+            remedy = "try again later"
+        else:
+            remedy = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do"
+        message = f"wanted to {wanted}, saw {error.code}: {error.message}; {remedy}"
+        raise StoreError(message, retryable=error.code in _RETRYABLE_CODES) from error
+    except (ServerError, HTTPError) as error:
+        message = f"wanted to {wanted}, saw: {error}; check COWEST_S3_ENDPOINT and that the store is up"
+        raise StoreError(message, retryable=True) from error
+    except (MinioException, ValueError) as error:
+        message = f"wanted to {wanted}, saw: {error}; check COWEST_S3_ENDPOINT, the bucket's name and the credentials"
+        raise StoreError(message) from error

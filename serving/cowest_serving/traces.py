@@ -1,0 +1,274 @@
+"""Records of answers and feedback, kept as typed zstd Parquet segments in the object store.
+
+The gateway writes through a `TraceSink`; `collect` and `score_live` read. A segment lies at
+`<store>/traces/<YYYY-MM-DD>/<HHMMSS>-<writer>-<n>.parquet` and is never changed. Its name is the time of
+writing, never before the time of any of its rows: a reader of rows since a time skips older segments unread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from io import BytesIO
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cowest_serving import store
+from cowest_serving.contract import FEEDBACK_COLUMNS, FEEDBACK_PREFIX, TRACE_COLUMNS, TRACES_PREFIX
+
+log = logging.getLogger(__name__)
+Row = Mapping[str, Any]
+CONTENT_COLUMNS = ("query", "messages", "draft", "answer")
+
+_TYPES: Mapping[str, pa.DataType] = {
+    "string": pa.string(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "double": pa.float64(),
+    "bool": pa.bool_(),
+    "timestamp[us, UTC]": pa.timestamp("us", tz="UTC"),
+}
+
+
+def schema(columns: Mapping[str, str]) -> pa.Schema:
+    return pa.schema([(name, _TYPES[kind]) for name, kind in columns.items()])
+
+
+TRACE_SCHEMA = schema(TRACE_COLUMNS)
+FEEDBACK_SCHEMA = schema(FEEDBACK_COLUMNS)
+
+
+# ---------------------------------------------------------------- writing
+class TraceSink(Protocol):
+    """Where the gateway puts its records. `add*` never raise and never wait; False: a row was dropped."""
+
+    def add(self, row: Row) -> bool: ...
+
+    def add_feedback(self, row: Row) -> bool: ...
+
+    def counts(self) -> Mapping[str, int]:
+        """Rows by what became of them (written, failed_writes, dropped, waiting), for the metrics."""
+        ...
+
+    async def start(self) -> None: ...
+
+    async def aclose(self) -> None:
+        """Write what is waiting."""
+        ...
+
+
+class TraceWriter:
+    """Writes rows in batches: every `flush_seconds`, or as soon as `flush_rows` are waiting.
+
+    While the store is in trouble rows wait in memory (at most `max_waiting` of each kind), then the oldest
+    are dropped and counted: an answer never waits for its record.
+    """
+
+    def __init__(
+        self,
+        store_uri: str,
+        writer_id: str,
+        *,
+        flush_seconds: float = 0.5,
+        flush_rows: int = 500,
+        max_waiting: int = 20_000,
+    ) -> None:
+        self._traces = _Lane(store.join(store_uri, TRACES_PREFIX), writer_id, TRACE_SCHEMA, max_waiting)
+        self._feedback = _Lane(store.join(store_uri, FEEDBACK_PREFIX), writer_id, FEEDBACK_SCHEMA, max_waiting)
+        self._flush_seconds, self._flush_rows = flush_seconds, flush_rows
+        self._full = asyncio.Event()
+        self._flushing = asyncio.Lock()
+        self._stopping = False
+        self._task: asyncio.Task[None] | None = None
+
+    def add(self, row: Row) -> bool:
+        return self._put(self._traces, row)
+
+    def add_feedback(self, row: Row) -> bool:
+        return self._put(self._feedback, row)
+
+    def _put(self, lane: _Lane, row: Row) -> bool:
+        kept = lane.put(row)
+        if len(lane.waiting) >= self._flush_rows:
+            self._full.set()
+        return kept
+
+    def counts(self) -> Mapping[str, int]:
+        lanes = (self._traces, self._feedback)
+        return {
+            "written": sum(lane.written for lane in lanes),
+            "dropped": sum(lane.dropped for lane in lanes),
+            "waiting": sum(len(lane.waiting) for lane in lanes),
+            "failed_writes": sum(lane.failed_writes for lane in lanes),
+        }
+
+    async def start(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._keep_flushing())
+
+    async def aclose(self) -> None:
+        if self._task is not None:
+            # Not cancelled: a batch half handed over must be counted as written or taken back.
+            self._stopping = True
+            self._full.set()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        await self.flush()
+
+    async def flush(self) -> None:
+        """Write what is waiting now. Trouble is counted and logged, the rows go on waiting."""
+        async with self._flushing:
+            for lane in (self._traces, self._feedback):
+                await lane.flush()
+
+    async def _keep_flushing(self) -> None:
+        while not self._stopping:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._flush_seconds):
+                    await self._full.wait()
+            self._full.clear()
+            await self.flush()
+            if (self._traces.failing or self._feedback.failing) and not self._stopping:
+                await asyncio.sleep(self._flush_seconds)  # a full batch that fails must not spin
+
+
+class _Lane:
+    """The rows of one kind on their way to the store."""
+
+    def __init__(self, folder: str, writer_id: str, schema: pa.Schema, max_waiting: int) -> None:
+        self.folder, self.schema, self.max_waiting = folder, schema, max_waiting
+        self.writer_id = re.sub(r"[^A-Za-z0-9.]+", ".", writer_id)
+        self.waiting: deque[Row] = deque()
+        self.written = self.dropped = self.failed_writes = self.segments = 0
+        self.failing = False
+
+    def put(self, row: Row) -> bool:
+        self.waiting.append(row)
+        if len(self.waiting) <= self.max_waiting:
+            return True
+        self.waiting.popleft()
+        self.dropped += 1
+        return False
+
+    async def flush(self) -> None:
+        batch = list(self.waiting)
+        if not batch:
+            return
+        self.waiting.clear()
+        try:
+            written = await asyncio.to_thread(self._write, batch)
+        except Exception as error:  # whatever it is, it must not reach an answer
+            self.failed_writes += 1
+            if not self.failing:
+                log.warning("Records cannot be written to %s (%s); they wait in memory.", self.folder, error)
+            self.failing = True
+            self._take_back(batch)
+            return
+        if self.failing:
+            log.warning("Records are written to %s again.", self.folder)
+        self.failing = False
+        self.written += written
+        self.dropped += len(batch) - written
+
+    def _take_back(self, batch: list[Row]) -> None:
+        self.waiting.extendleft(reversed(batch))
+        while len(self.waiting) > self.max_waiting:
+            self.waiting.popleft()
+            self.dropped += 1
+
+    def _write(self, batch: list[Row]) -> int:
+        """How many rows were written. One that the schema cannot hold would fail for ever: it is left out."""
+        try:
+            data = segment(batch, self.schema)
+        except (TypeError, ValueError):  # Arrow's errors are of these kinds
+            batch = [row for row in batch if _fits(row, self.schema)]
+            data = segment(batch, self.schema)
+        now = datetime.now(UTC)
+        name = f"{now:%H%M%S}-{self.writer_id}-{self.segments}.parquet"
+        store.put(store.join(self.folder, f"{now:%Y-%m-%d}", name), data)
+        self.segments += 1
+        return len(batch)
+
+
+def _fits(row: Row, schema: pa.Schema) -> bool:
+    try:
+        segment([row], schema)
+    except (TypeError, ValueError) as error:
+        log.warning("A record does not fit its columns and is dropped: %s.", type(error).__name__)
+        return False
+    return True
+
+
+def segment(rows: list[Row], schema: pa.Schema) -> bytes:
+    """Rows as one Parquet file. A column that a row lacks is null; a key that is no column is left out."""
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    buffer = BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def sampled(row: Row, percent: int) -> Row:
+    """The row, without its content unless its trace is in the sample (by id: the same ones in a replay)."""
+    draw = int.from_bytes(hashlib.sha256(str(row["trace_id"]).encode()).digest()[:8], "big") % 100
+    if draw < percent:
+        return row
+    return {name: value for name, value in row.items() if name not in CONTENT_COLUMNS}
+
+
+# ---------------------------------------------------------------- reading
+def read_traces(store_uri: str, since: float | datetime | None = None) -> pa.Table:
+    """Rows by TRACE_COLUMNS, oldest first; with `since` (epoch seconds or a time) only those not older."""
+    return _read(store.join(store_uri, TRACES_PREFIX), TRACE_SCHEMA, since)
+
+
+def read_feedback(store_uri: str, since: float | datetime | None = None) -> pa.Table:
+    """All rows by FEEDBACK_COLUMNS, oldest first."""
+    return _read(store.join(store_uri, FEEDBACK_PREFIX), FEEDBACK_SCHEMA, since)
+
+
+def _read(folder: str, schema: pa.Schema, since: float | datetime | None) -> pa.Table:
+    start = datetime.fromtimestamp(since, UTC) if isinstance(since, int | float) else since
+    segments = [uri for uri in store.list_files(folder) if _may_hold(uri, start)]
+    tables = [table for uri in segments if (table := _segment(uri, schema)) is not None]
+    table = pa.concat_tables([schema.empty_table(), *tables]).sort_by("time")
+    if start is None:
+        return table
+    return table.filter(pc.greater_equal(table["time"], pa.scalar(start, schema.field("time").type)))
+
+
+def _segment(uri: str, schema: pa.Schema) -> pa.Table | None:
+    try:
+        data = store.get(uri)
+    except store.StoreError:
+        if store.exists(uri):
+            raise
+        return None  # deleted by retention since it was listed
+    table = pq.read_table(BytesIO(data))
+    # A segment written by another version may lack a column or have one more.
+    columns = [
+        table[name].cast(kind) if name in table.column_names else pa.nulls(table.num_rows, kind)
+        for name, kind in zip(schema.names, schema.types, strict=True)
+    ]
+    return pa.table(columns, schema=schema)
+
+
+_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})/(\d{6})-[^/]*\.parquet$")
+
+
+def _may_hold(uri: str, since: datetime | None) -> bool:
+    match = _NAME.search(uri)
+    if match is None:
+        return False
+    if since is None:
+        return True
+    written = datetime.strptime(f"{match[1]} {match[2]}", "%Y-%m-%d %H%M%S").replace(tzinfo=UTC)
+    return written >= since.astimezone(UTC).replace(microsecond=0)

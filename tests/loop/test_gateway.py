@@ -1,0 +1,799 @@
+"""The gateway over real HTTP: model servers on loopback, the `openai` SDK as client, records in a real folder."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+import uvicorn
+
+from cowest_serving.answering import user_hash
+from cowest_serving.app import GatewaySettings, TraceSettings, build_app
+from cowest_serving.collaborate import DEFAULT_PROMPTS
+from cowest_serving.contract import TRACE_COLUMNS, Arm, Collaboration, Pair, Routing, Strong, dump
+from cowest_serving.routing import FileRouting
+from cowest_serving.traces import TraceWriter, read_feedback, read_traces
+from tests.fakes import Fault, ScriptedModel
+
+PROMPTS = replace(
+    DEFAULT_PROMPTS["Explanation"], draft="DRAFT {query}", refine="{query} | {draft}", solo="SOLO {query}"
+)
+DIGEST = "sha256:weak"
+ASKED: Any = [{"role": "user", "content": "why?"}]
+
+
+# ---------------------------------------------------------------- the world of a test
+def strong_settings(url: str, **changes: Any) -> Strong:
+    built = Strong(url, "big", (), timeout_seconds=5, max_concurrency=16, max_retries=0)
+    return replace(built, **changes)
+
+
+def settings_of(strong: ScriptedModel, **changes: Any) -> GatewaySettings:
+    collaboration = Collaboration("Explanation", "StrongAlone", "Fail", "StrongAlone", draft_max_tokens=99)
+    of_strong = {name: changes.pop(name) for name in list(changes) if name in Strong.__dataclass_fields__}
+    percent = changes.pop("content_sample_percent", 100)
+    return GatewaySettings(
+        strong_settings(strong.url, **of_strong), replace(collaboration, **changes), TraceSettings(percent)
+    )
+
+
+def arm_of(weak: ScriptedModel | str, strong: ScriptedModel, **changes: Any) -> Arm:
+    pair = Pair(changes.pop("digest", DIGEST), "file:///m", PROMPTS, "Explanation", strong.url, "big")
+    built = Arm("stable", 100, "Pair", pair, weak if isinstance(weak, str) else weak.url)
+    return replace(built, **changes)
+
+
+@dataclass
+class FixedRouting:
+    current: Routing | None
+    errors: int = 0
+
+    async def watch(self) -> None:
+        await asyncio.Event().wait()
+
+
+@dataclass
+class Gateway:
+    url: str
+    store: Path
+    writer: TraceWriter
+    client: openai.AsyncOpenAI
+    http: aiohttp.ClientSession
+
+    async def ask(self, **options: Any) -> tuple[Any, Mapping[str, str]]:
+        """The SDK's completion and the response's headers."""
+        given = {"model": "mine", "messages": ASKED} | options
+        response = await self.client.chat.completions.with_raw_response.create(**given)
+        return response.parse(), response.headers
+
+    async def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any, Mapping[str, str]]:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        async with self.http.post(self.url + path, data=data, **options) as response:
+            return response.status, await response.json(), response.headers
+
+    async def rows(self) -> list[dict[str, Any]]:
+        await self.writer.flush()
+        rows: list[dict[str, Any]] = read_traces(str(self.store)).to_pylist()
+        return rows
+
+    async def row(self) -> dict[str, Any]:
+        (row,) = await self.rows()
+        return row
+
+    async def metrics(self) -> str:
+        async with self.http.get(self.url + "/metrics") as response:
+            return await response.text()
+
+
+@asynccontextmanager
+async def gateway(tmp_path: Path, settings: GatewaySettings, routing: Any, **options: Any) -> AsyncIterator[Gateway]:
+    """A gateway in the test's loop, under uvicorn, on a port of its own."""
+    if isinstance(routing, Arm):
+        routing = Routing(7, "salt", (routing,))
+    if isinstance(routing, Routing):
+        routing = FixedRouting(routing)
+    writer = TraceWriter(str(tmp_path), "test")
+    app = build_app(settings, routing, writer, **options)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = asyncio.create_task(server._serve([listener]))  # without its signal handlers
+        while not server.started:
+            await asyncio.sleep(0.005)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="k", max_retries=0)
+        async with client, aiohttp.ClientSession() as http:
+            yield Gateway(url, tmp_path, writer, client, http)
+        server.should_exit = True
+        await serving
+
+
+@asynccontextmanager
+async def world(tmp_path: Path, **changes: Any) -> AsyncIterator[tuple[ScriptedModel, ScriptedModel, Gateway]]:
+    """Weak and strong model and a gateway with one stable arm of both."""
+    weak_options, strong_options = changes.pop("weak", {}), changes.pop("strong", {})
+    options = {name: changes.pop(name) for name in ("client_keys", "strong_keys") if name in changes}
+    arm = changes.pop("arm", {})
+    async with (
+        ScriptedModel(**({"answers": "a hint", "headers": {"x-cowest-model-digest": DIGEST}} | weak_options)) as weak,
+        ScriptedModel(**({"answers": "the answer", "name": "big-2026"} | strong_options)) as strong,
+        gateway(tmp_path, settings_of(strong, **changes), arm_of(weak, strong, **arm), **options) as door,
+    ):
+        yield weak, strong, door
+
+
+# ---------------------------------------------------------------- the pair's answer
+async def test_the_draft_of_the_weak_model_goes_to_the_strong_one(tmp_path: Path) -> None:
+    async with world(tmp_path) as (weak, strong, door):
+        completion, headers = await door.ask(temperature=0.3, seed=4, extra_body={"top_k": 3})
+    assert completion.choices[0].message.content == "the answer"
+    assert weak.calls[0].body["messages"] == [{"role": "user", "content": "DRAFT why?"}]
+    assert (weak.calls[0].body["temperature"], weak.calls[0].body["max_tokens"]) == (0, 99)
+    assert strong.calls[0].body == {
+        "model": "big",
+        "messages": [{"role": "user", "content": "why? | a hint"}],
+        "temperature": 0.3,
+        "seed": 4,
+        "top_k": 3,
+    }
+    assert headers["x-cowest-mode"] == "Pair"
+    assert headers["x-cowest-arm"] == "stable"
+    assert headers["x-cowest-weak"] == DIGEST
+    assert headers["x-cowest-strong"] == "big-2026"
+    assert headers["x-cowest-pair"] == arm_of(weak, strong).pair.digest
+
+
+async def test_the_client_gets_the_model_name_that_it_asked_for_and_the_strong_usage(tmp_path: Path) -> None:
+    async with world(tmp_path) as (_, _, door):
+        completion, _ = await door.ask(model="anything")
+    assert completion.model == "anything"
+    assert completion.usage.completion_tokens == 2
+    assert completion.system_fingerprint == "fp_1"
+
+
+async def test_the_record_of_an_answer_says_everything(tmp_path: Path) -> None:
+    async with world(tmp_path) as (weak, strong, door):
+        _, headers = await door.ask(user="ann")
+        row = await door.row()
+    pair = arm_of(weak, strong).pair
+    assert set(row) == set(TRACE_COLUMNS)
+    assert row.pop("draft_ms") > 0 and row.pop("answer_ms") > 0
+    assert abs(row.pop("time").timestamp() - time.time()) < 60
+    assert row == {
+        "trace_id": headers["x-request-id"],
+        "routing_version": 7,
+        "arm": "stable",
+        "weight_percent": 100,
+        "mode": "Pair",
+        "status": "ok",
+        "error": "",
+        "pair_digest": pair.digest,
+        "weak_digest": DIGEST,
+        "prompts_digest": PROMPTS.digest,
+        "draft_form": "Explanation",
+        "strong_model": "big-2026",
+        "strong_version": "fp_1",
+        "user_hash": user_hash("ann"),
+        "query": "why?",
+        "messages": '[{"role":"user","content":"why?"}]',
+        "draft": "a hint",
+        "answer": "the answer",
+        "weak_input_tokens": 2,
+        "weak_output_tokens": 2,
+        "strong_input_tokens": 4,
+        "strong_output_tokens": 2,
+        "shadow": False,
+    }
+
+
+async def test_the_strong_model_sees_its_own_key_and_never_the_clients_or_its_user(tmp_path: Path) -> None:
+    async with world(tmp_path, strong_keys=["s3cret"]) as (weak, strong, door):
+        await door.ask(user="ann")
+    assert strong.calls[0].headers["authorization"] == "Bearer s3cret"
+    assert "authorization" not in weak.calls[0].headers
+    assert "user" not in strong.calls[0].body
+
+
+@pytest.mark.parametrize("given", ["mine-1", None])
+async def test_the_idempotency_key_is_the_clients_or_the_request_id(tmp_path: Path, given: str | None) -> None:
+    async with world(tmp_path) as (_, strong, door):
+        _, headers = await door.ask(extra_headers={"Idempotency-Key": given} if given else {})
+    assert strong.calls[0].key == (given or headers["x-request-id"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [
+        pytest.param({}, 50, id="the manifest's"),
+        pytest.param({"max_tokens": 7}, 7, id="the client's"),
+        pytest.param({"max_completion_tokens": 7}, None, id="the client's, by its new name"),
+    ],
+)
+async def test_max_tokens_of_the_manifest_hold_unless_the_client_says_so(
+    tmp_path: Path, options: dict[str, int], sent: int | None
+) -> None:
+    async with world(tmp_path, max_tokens=50) as (_, strong, door):
+        await door.ask(**options)
+    assert strong.calls[0].body.get("max_tokens") == sent
+
+
+# ---------------------------------------------------------------- streams
+async def streamed(door: Gateway, **options: Any) -> tuple[str, list[Any], Mapping[str, str]]:
+    given = {"model": "mine", "messages": ASKED, "stream": True} | options
+    response = await door.client.chat.completions.with_raw_response.create(**given)
+    chunks = [chunk async for chunk in response.parse()]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    return text, chunks, response.headers
+
+
+async def test_a_stream_passes_the_strong_chunks_through(tmp_path: Path) -> None:
+    async with world(tmp_path) as (_, strong, door):
+        text, chunks, headers = await streamed(door)
+        row = await door.row()
+    assert text == "the answer"
+    assert all(chunk.choices for chunk in chunks), "a chunk of usage that nobody asked for"
+    assert chunks[0].model == "big-2026"
+    assert (headers["x-cowest-mode"], headers["x-cowest-strong"]) == ("Pair", "big-2026")
+    assert strong.calls[0].body["messages"][0]["content"] == "why? | a hint"
+    assert (row["answer"], row["strong_output_tokens"], row["status"]) == ("the answer", 2, "ok")
+    assert row["strong_version"] == "fp_1"
+
+
+async def test_a_stream_gives_the_usage_to_who_asks(tmp_path: Path) -> None:
+    async with world(tmp_path) as (_, _, door):
+        _, chunks, _ = await streamed(door, stream_options={"include_usage": True})
+    assert [chunk.usage.completion_tokens for chunk in chunks if chunk.usage] == [2]
+
+
+async def test_chunks_reach_the_client_before_the_answer_is_complete(tmp_path: Path) -> None:
+    async with world(tmp_path, strong={"faults": ["stall"]}) as (_, strong, door):
+        body = {"messages": ASKED, "stream": True}
+        async with door.http.post(door.url + "/v1/chat/completions", json=body) as response:
+            async with asyncio.timeout(3):
+                seen = b""
+                while b'"the"' not in seen:
+                    seen += await response.content.readany()
+    assert len(strong.calls) == 1
+
+
+async def test_a_stream_that_breaks_off_ends_with_an_error_event(tmp_path: Path) -> None:
+    async with world(tmp_path, strong={"faults": ["truncate"]}) as (_, _, door):
+        with pytest.raises(openai.APIError, match="no answer"):
+            await streamed(door)
+        row = await door.row()
+    assert (row["status"], row["answer"]) == ("strong_failed", "the")
+
+
+async def test_a_strong_model_that_fails_before_the_first_chunk_gives_a_status(tmp_path: Path) -> None:
+    async with world(tmp_path, strong={"faults": [500]}) as (_, _, door):
+        with pytest.raises(openai.InternalServerError) as caught:
+            await streamed(door)
+    assert caught.value.status_code == 502
+
+
+async def test_the_draft_can_be_streamed_in_place_of_the_answer(tmp_path: Path) -> None:
+    async with world(tmp_path, strong={"faults": [500]}, when_strong_fails="WeakAlone") as (_, _, door):
+        text, chunks, headers = await streamed(door, stream_options={"include_usage": True})
+        row = await door.row()
+    assert text == "a hint"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices] == [None, "stop"]
+    assert chunks[-1].usage.completion_tokens == 2
+    assert headers["x-cowest-mode"] == "WeakAlone"
+    assert (row["mode"], row["status"], row["answer"]) == ("WeakAlone", "strong_failed", "a hint")
+
+
+# ---------------------------------------------------------------- the strong model alone
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+IMAGE = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": "http://x/i.png"}}]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"tools": [TOOL]}, id="tools"),
+        pytest.param({"messages": [{"role": "user", "content": IMAGE}]}, id="an image"),
+        pytest.param({"messages": [{"role": "system", "content": "x"}]}, id="no query"),
+    ],
+)
+async def test_what_the_weak_model_cannot_draft_goes_to_the_strong_alone(tmp_path: Path, options: Any) -> None:
+    async with world(tmp_path) as (weak, strong, door):
+        completion, headers = await door.ask(**options)
+        row = await door.row()
+    assert completion.choices[0].message.content == "the answer"
+    assert (len(weak.calls), len(strong.calls)) == (0, 1)
+    assert headers["x-cowest-mode"] == "StrongAlone"
+    assert "x-cowest-weak" not in headers
+    assert (row["mode"], row["status"], row["weak_digest"], row["draft_ms"]) == ("StrongAlone", "ok", "", None)
+
+
+async def test_an_arm_of_the_strong_alone_asks_no_weak_model(tmp_path: Path) -> None:
+    async with world(tmp_path, arm={"mode": "StrongAlone", "weak_endpoint": None}) as (weak, strong, door):
+        _, headers = await door.ask()
+    assert not weak.calls
+    assert strong.calls[0].body["messages"][0]["content"] == "SOLO why?"
+    assert headers["x-cowest-mode"] == "StrongAlone"
+
+
+async def test_an_arm_of_the_weak_alone_asks_no_strong_model(tmp_path: Path) -> None:
+    async with world(tmp_path, arm={"mode": "WeakAlone"}) as (_, strong, door):
+        completion, headers = await door.ask()
+        text, _, _ = await streamed(door)
+    assert completion.choices[0].message.content == text == "a hint"
+    assert not strong.calls
+    assert headers["x-cowest-mode"] == "WeakAlone"
+
+
+# ---------------------------------------------------------------- failures
+@pytest.mark.parametrize("fault", [500, 401, "drop", "garbage"])
+async def test_a_weak_model_that_fails_leaves_the_strong_alone(tmp_path: Path, fault: int | str) -> None:
+    async with world(tmp_path, weak={"faults": [fault] * 9}) as (_, strong, door):
+        completion, headers = await door.ask()
+        row = await door.row()
+    assert completion.choices[0].message.content == "the answer"
+    assert strong.calls[0].body["messages"][0]["content"] == "SOLO why?"
+    assert headers["x-cowest-mode"] == "StrongAlone"
+    assert (row["status"], row["mode"], row["answer"]) == ("weak_failed", "StrongAlone", "the answer")
+    assert row["error"]
+
+
+async def test_a_weak_model_that_fails_ends_the_answer_where_the_manifest_says_so(tmp_path: Path) -> None:
+    async with world(tmp_path, weak={"faults": [500] * 9}, when_weak_fails="Fail") as (_, strong, door):
+        with pytest.raises(openai.InternalServerError, match="weak model") as caught:
+            await door.ask()
+        row = await door.row()
+    assert caught.value.status_code == 502
+    assert not strong.calls
+    assert (row["status"], row["answer"]) == ("weak_failed", "")
+
+
+async def test_a_weak_server_with_another_model_drafts_nothing(tmp_path: Path) -> None:
+    async with world(tmp_path, weak={"headers": {"x-cowest-model-digest": "sha256:other"}}) as (_, strong, door):
+        await door.ask()
+        row = await door.row()
+    assert strong.calls[0].body["messages"][0]["content"] == "SOLO why?"
+    assert row["status"] == "weak_failed" and "serves the model sha256:other" in row["error"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "kind"),
+    [
+        pytest.param(500, 502, "api_error", id="500"),
+        pytest.param(503, 503, "api_error", id="503"),
+        pytest.param(401, 502, "api_error", id="our key is refused, which is not the client's fault"),
+        pytest.param(404, 502, "api_error", id="a wrong endpoint"),
+        pytest.param("drop", 502, "api_error", id="a connection that breaks"),
+        pytest.param("garbage", 502, "api_error", id="garbage"),
+        pytest.param("hang", 504, "api_error", id="no answer in time"),
+        pytest.param(Fault(429, {"retry-after": "17"}), 429, "rate_limit_error", id="429"),
+    ],
+)
+async def test_a_strong_model_that_fails_ends_the_answer(
+    tmp_path: Path, fault: int | str | Fault, status: int, kind: str
+) -> None:
+    settings = {"timeout_seconds": 1, "max_retries": 0}
+    async with world(tmp_path, strong={"faults": [fault] * 9}, **settings) as (_, _, door):
+        seen, body, headers = await door.post("/v1/chat/completions", {"messages": ASKED})
+        row = await door.row()
+    assert (seen, body["error"]["type"]) == (status, kind)
+    assert headers.get("retry-after") == ("17" if status == 429 else None)
+    assert headers["x-request-id"] == row["trace_id"]
+    assert (row["status"], row["draft"], row["answer"]) == ("strong_failed", "a hint", "")
+
+
+async def test_the_draft_stands_in_for_the_answer_where_the_manifest_says_so(tmp_path: Path) -> None:
+    async with world(tmp_path, strong={"faults": [500]}, when_strong_fails="WeakAlone") as (_, _, door):
+        completion, headers = await door.ask()
+        row = await door.row()
+    assert completion.choices[0].message.content == "a hint"
+    assert completion.model == "mine"
+    assert headers["x-cowest-mode"] == "WeakAlone"
+    assert (row["mode"], row["status"], row["answer"]) == ("WeakAlone", "strong_failed", "a hint")
+
+
+async def test_with_both_models_down_the_record_names_both(tmp_path: Path) -> None:
+    faults = {"faults": [500] * 9}
+    async with world(tmp_path, weak=faults, strong=faults, when_strong_fails="WeakAlone") as (_, _, door):
+        with pytest.raises(openai.InternalServerError):
+            await door.ask()
+        row = await door.row()
+    assert row["status"] == "strong_failed"
+    assert row["error"].count("ServerFault") == 2
+
+
+async def test_a_request_that_the_strong_model_refuses_is_the_clients_fault(tmp_path: Path) -> None:
+    async with world(tmp_path, strong={"faults": [400]}, when_strong_fails="WeakAlone") as (_, _, door):
+        with pytest.raises(openai.BadRequestError, match="scripted 400"):
+            await door.ask()
+        row = await door.row()
+    assert row["status"] == "refused"
+
+
+async def test_the_manifests_retries_hold_for_the_strong_model(tmp_path: Path) -> None:
+    async with world(tmp_path, strong={"faults": [500]}, max_retries=1) as (_, strong, door):
+        completion, _ = await door.ask()
+    assert completion.choices[0].message.content == "the answer"
+    assert len({call.key for call in strong.calls}) == 1
+
+
+async def test_a_client_that_leaves_frees_the_models_and_leaves_a_record(tmp_path: Path) -> None:
+    async with world(tmp_path) as (_, strong, door):
+        strong.gate.clear()
+        asking = asyncio.create_task(door.post("/v1/chat/completions", {"messages": ASKED}))
+        await asyncio.wait_for(strong.arrived.wait(), 5)
+        asking.cancel()
+        async with asyncio.timeout(5):
+            while not (rows := await door.rows()) or not strong.broken_off:
+                await asyncio.sleep(0.01)
+    assert (rows[0]["status"], rows[0]["draft"]) == ("client_gone", "a hint")
+
+
+async def test_a_client_that_leaves_a_stream_leaves_a_record(tmp_path: Path) -> None:
+    async with world(tmp_path, strong={"faults": ["stall"]}) as (_, _, door):
+        body = {"messages": ASKED, "stream": True}
+        async with door.http.post(door.url + "/v1/chat/completions", json=body) as response:
+            await response.content.readany()
+            response.close()
+        async with asyncio.timeout(5):
+            while not (rows := await door.rows()):
+                await asyncio.sleep(0.01)
+    assert rows[0]["status"] == "client_gone"
+
+
+async def test_a_store_in_trouble_breaks_no_answer(tmp_path: Path) -> None:
+    blocked = tmp_path / "store"
+    blocked.write_text("a file where the folder should be")
+    async with world(blocked) as (_, _, door):
+        completion, _ = await door.ask()
+        await door.writer.flush()
+        metrics = await door.metrics()
+    assert completion.choices[0].message.content == "the answer"
+    assert 'cowest_trace_rows{state="failed_writes"} 1' in metrics
+
+
+async def test_content_outside_the_sample_is_not_kept(tmp_path: Path) -> None:
+    async with world(tmp_path, content_sample_percent=0) as (_, _, door):
+        await door.ask()
+        row = await door.row()
+    assert (row["query"], row["messages"], row["draft"], row["answer"]) == (None,) * 4
+    assert row["strong_output_tokens"] == 2
+
+
+# ---------------------------------------------------------------- bad requests
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        pytest.param(b"{", None, id="no JSON"),
+        pytest.param(b"\xff", None, id="no UTF-8"),
+        pytest.param([], None, id="a list"),
+        pytest.param({}, "messages", id="no messages"),
+        pytest.param({"messages": []}, "messages", id="empty messages"),
+        pytest.param({"messages": "hi"}, "messages", id="messages as text"),
+        pytest.param({"messages": ["hi"]}, "messages[0]", id="a message as text"),
+        pytest.param({"messages": [{"content": "hi"}]}, "messages[0].role", id="no role"),
+        pytest.param({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", id="content a number"),
+        pytest.param({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]", id="a part as text"),
+        pytest.param(
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages[0].content[0].text",
+            id="a part without its text",
+        ),
+        pytest.param({"messages": ASKED, "stream": "yes"}, "stream", id="stream as text"),
+        pytest.param({"messages": ASKED, "user": 3}, "user", id="user as a number"),
+        pytest.param({"messages": ASKED, "model": 3}, "model", id="model as a number"),
+    ],
+)
+async def test_a_bad_request_names_the_field(tmp_path: Path, body: Any, param: str | None) -> None:
+    async with world(tmp_path) as (weak, strong, door):
+        status, answer, headers = await door.post("/v1/chat/completions", body)
+    assert status == 400
+    assert (answer["error"]["param"], answer["error"]["type"]) == (param, "invalid_request_error")
+    assert headers["x-request-id"]
+    assert not weak.calls and not strong.calls
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_above_the_limit_is_refused(tmp_path: Path, chunked: bool) -> None:
+    async with world(tmp_path) as (_, _, door):
+        body = b" " * (4 * 1024 * 1024 + 1)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield body
+
+        data: Any = pieces() if chunked else body
+        async with door.http.post(door.url + "/v1/chat/completions", data=data) as response:
+            assert response.status == 413
+            assert (await response.json())["error"]["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nope", 404), ("GET", "/v1/feedback", 405)])
+async def test_unknown_addresses_answer_in_openai_form(tmp_path: Path, method: str, path: str, status: int) -> None:
+    async with world(tmp_path) as (_, _, door), door.http.request(method, door.url + path) as response:
+        assert response.status == status
+        assert (await response.json())["error"]["message"]
+        assert response.headers["x-request-id"]
+
+
+async def test_with_client_keys_only_their_owners_may_ask(tmp_path: Path) -> None:
+    async with world(tmp_path, client_keys=["k", "other"]) as (_, strong, door):
+        await door.ask()  # the SDK's key is "k"
+        assert [model.id async for model in door.client.models.list()] == ["cowest"]
+        for path in ("/v1/chat/completions", "/v1/feedback"):
+            status, body, _ = await door.post(path, {"messages": ASKED}, headers={"Authorization": "Bearer no"})
+            assert (status, body["error"]["code"]) == (401, "invalid_api_key")
+            assert (await door.post(path, {"messages": ASKED}))[0] == 401
+    assert len(strong.calls) == 1
+
+
+# ---------------------------------------------------------------- the split
+def split_of(weak: ScriptedModel, strong: ScriptedModel, candidate_percent: int) -> Routing:
+    stable = arm_of(weak, strong, weight_percent=100 - candidate_percent)
+    candidate = arm_of(weak, strong, name="candidate", weight_percent=candidate_percent)
+    return Routing(candidate_percent, "salt", (stable, candidate))
+
+
+async def arms_by_user(door: Gateway, users: list[str]) -> dict[str, str]:
+    async def arm(user: str) -> str:
+        _, headers = await door.ask(user=user)
+        return headers["x-cowest-arm"]
+
+    return dict(zip(users, await asyncio.gather(*map(arm, users)), strict=True))
+
+
+async def test_users_are_split_by_weight_keep_their_arm_and_stay_when_it_grows(tmp_path: Path) -> None:
+    users = [f"user-{i}" for i in range(150)]
+    async with ScriptedModel() as weak, ScriptedModel() as strong:
+        routing = FixedRouting(split_of(weak, strong, 30))
+        async with gateway(tmp_path, settings_of(strong), routing) as door:
+            first = await arms_by_user(door, users)
+            assert await arms_by_user(door, users[:30]) == {user: first[user] for user in users[:30]}
+            routing.current = split_of(weak, strong, 60)
+            later = await arms_by_user(door, users)
+    share = sum(arm == "candidate" for arm in first.values()) / len(users)
+    assert 0.18 < share < 0.42
+    assert {user for user, arm in first.items() if arm == "candidate"} < {
+        user for user, arm in later.items() if arm == "candidate"
+    }
+
+
+async def test_the_session_header_sticks_without_a_user_and_nobody_can_choose(tmp_path: Path) -> None:
+    async with (
+        ScriptedModel() as weak,
+        ScriptedModel() as strong,
+        gateway(tmp_path, settings_of(strong), split_of(weak, strong, 50)) as door,
+    ):
+        arms = [
+            (await door.ask(extra_headers={"x-session-id": "s", "x-cowest-arm": wish}))[1]["x-cowest-arm"]
+            for wish in ("stable", "candidate") * 5
+        ]
+        by_user = await arms_by_user(door, ["s"])
+        rows = await door.rows()
+    assert set(arms) == {by_user["s"]}
+    assert {row["user_hash"] for row in rows} == {user_hash("s")}
+
+
+async def test_without_a_routing_nothing_is_answered_but_health(tmp_path: Path) -> None:
+    async with ScriptedModel() as strong, gateway(tmp_path, settings_of(strong), FixedRouting(None)) as door:
+        status, body, headers = await door.post("/v1/chat/completions", {"messages": ASKED})
+        assert (status, body["error"]["code"], headers["retry-after"]) == (503, "not_ready", "1")
+        async with door.http.get(door.url + "/readyz") as ready, door.http.get(door.url + "/healthz") as health:
+            assert (ready.status, health.status) == (503, 200)
+
+
+async def test_weights_change_within_a_second_without_a_failed_request(tmp_path: Path) -> None:
+    file = tmp_path / "routing.json"
+
+    def write(routing: Routing) -> None:
+        file.with_suffix(".new").write_text(json.dumps(dump(routing)))
+        os.replace(file.with_suffix(".new"), file)
+
+    async with ScriptedModel() as weak, ScriptedModel() as strong:
+        write(split_of(weak, strong, 0))
+        async with gateway(tmp_path, settings_of(strong), FileRouting(file)) as door:
+            assert (await door.ask())[1]["x-cowest-arm"] == "stable"
+            write(split_of(weak, strong, 100))
+            changed = time.monotonic()
+            async with asyncio.timeout(5):  # each answer on the way is good, or `ask` raises
+                while (await door.ask())[1]["x-cowest-arm"] == "stable":
+                    pass
+            assert time.monotonic() - changed < 1
+            file.write_text("{ half a routing")
+            async with asyncio.timeout(5):
+                while "cowest_routing_errors 1" not in await door.metrics():
+                    await asyncio.sleep(0.02)
+            assert (await door.ask())[1]["x-cowest-arm"] == "candidate"
+            write(split_of(weak, strong, 0))
+            async with asyncio.timeout(5):
+                while (await door.ask())[1]["x-cowest-arm"] == "candidate":
+                    pass
+
+
+# ---------------------------------------------------------------- feedback
+async def test_feedback_joins_its_answer_by_the_request_id(tmp_path: Path) -> None:
+    async with world(tmp_path) as (_, _, door):
+        _, headers = await door.ask()
+        body = {"request_id": headers["x-request-id"], "score": 1, "reference": "42", "comment": "good"}
+        status, answer, _ = await door.post("/v1/feedback", body | {"user": "ann"})
+        row = await door.row()
+    assert status == 200
+    (kept,) = read_feedback(str(tmp_path)).to_pylist()
+    assert kept.pop("time") >= row["time"]
+    assert kept == {
+        "feedback_id": answer["id"],
+        "trace_id": row["trace_id"],
+        "score": 1.0,
+        "reference": "42",
+        "comment": "good",
+        "source": user_hash("ann"),
+    }
+
+
+async def test_feedback_for_an_unknown_answer_is_taken(tmp_path: Path) -> None:
+    async with world(tmp_path) as (_, _, door):
+        assert (await door.post("/v1/feedback", {"request_id": "later", "reference": "x"}))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        pytest.param({"score": 1}, "request_id", id="no id"),
+        pytest.param({"request_id": 3, "score": 1}, "request_id", id="an id that is a number"),
+        pytest.param({"request_id": " ", "score": 1}, "request_id", id="a blank id"),
+        pytest.param({"request_id": "r"}, None, id="nothing said"),
+        pytest.param({"request_id": "r", "score": "1"}, "score", id="a score as text"),
+        pytest.param({"request_id": "r", "score": True}, "score", id="a score as true"),
+        pytest.param({"request_id": "r", "score": 1.01}, "score", id="a score above 1"),
+        pytest.param({"request_id": "r", "score": -0.1}, "score", id="a score below 0"),
+        pytest.param({"request_id": "r", "reference": 3}, "reference", id="a reference that is a number"),
+        pytest.param({"request_id": "r", "comment": []}, "comment", id="a comment that is a list"),
+        pytest.param(b"nothing", None, id="no JSON"),
+    ],
+)
+async def test_bad_feedback_names_the_field_and_is_not_kept(tmp_path: Path, body: Any, param: str | None) -> None:
+    async with world(tmp_path) as (_, _, door):
+        status, answer, _ = await door.post("/v1/feedback", body)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert read_feedback(str(tmp_path)).num_rows == 0
+
+
+# ---------------------------------------------------------------- metrics
+async def test_metrics_count_answers_by_arm_mode_and_status(tmp_path: Path) -> None:
+    async with world(tmp_path, weak={"faults": [None, 401]}) as (_, _, door):
+        await door.ask()
+        await door.ask()
+        text = await door.metrics()
+    assert 'cowest_answers_total{arm="stable",mode="Pair",status="ok"} 1\n' in text
+    assert 'cowest_answers_total{arm="stable",mode="StrongAlone",status="weak_failed"} 1\n' in text
+    assert 'cowest_answer_seconds_count{arm="stable",mode="Pair"} 1\n' in text
+    assert 'cowest_arm_weight_percent{arm="stable"} 100\n' in text
+    assert "cowest_requests_in_flight 0\n" in text
+
+
+# ---------------------------------------------------------------- the process
+def spec_of(strong: ScriptedModel) -> dict[str, Any]:
+    settings = settings_of(strong)
+    return {
+        "strong": dump(settings.strong),
+        "collaboration": dump(settings.collaboration),
+        "traces": {"contentSamplePercent": 100},
+    }
+
+
+def command(tmp_path: Path, port: int, *more: str) -> list[str]:
+    files = ["--routing", tmp_path / "routing.json", "--job", tmp_path / "job.yaml", "--store", tmp_path / "store"]
+    return [sys.executable, "-m", "cowest_serving.app", *map(str, files), "--port", str(port), *more]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+async def ready(url: str, process: subprocess.Popen[Any]) -> None:
+    async with aiohttp.ClientSession() as http, asyncio.timeout(30):
+        while True:
+            assert process.poll() is None, "the gateway has ended"
+            try:
+                async with http.get(url + "/readyz") as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientConnectionError:
+                pass
+            await asyncio.sleep(0.05)
+
+
+async def test_the_process_finishes_its_answers_and_writes_its_records_when_told_to_stop(tmp_path: Path) -> None:
+    async with ScriptedModel("a hint") as weak, ScriptedModel("the answer", keys=["s3cret"]) as strong:
+        (tmp_path / "job.yaml").write_text(json.dumps({"kind": "CollaborationJob", "spec": spec_of(strong)}))
+        (tmp_path / "routing.json").write_text(json.dumps(dump(Routing(1, "s", (arm_of(weak, strong),)))))
+        port = free_port()
+        environment = os.environ | {"COWEST_STRONG_API_KEYS": "s3cret\n"}
+        process = subprocess.Popen(command(tmp_path, port, "--log-level", "debug"), env=environment, stderr=-1)
+        try:
+            await ready(f"http://127.0.0.1:{port}", process)
+            strong.gate.clear()
+            async with aiohttp.ClientSession() as http:
+                body = {"messages": [{"role": "user", "content": "the secret plan"}]}
+                asking = asyncio.create_task(http.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body))
+                await asyncio.wait_for(strong.arrived.wait(), 10)
+                process.send_signal(signal.SIGTERM)
+                strong.gate.set()
+                async with await asking as response:
+                    assert response.status == 200
+            assert await asyncio.to_thread(process.wait, 20) == 0
+        finally:
+            process.kill()
+            log = (await asyncio.to_thread(process.communicate))[1].decode()
+    assert read_traces(str(tmp_path / "store"))["status"].to_pylist() == ["ok"]
+    assert "the secret plan" not in log and "the answer" not in log and "s3cret" not in log
+
+
+async def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
+    async with ScriptedModel() as strong:
+        (tmp_path / "job.yaml").write_text(json.dumps(spec_of(strong)))
+        port = free_port()
+        script = (
+            "import subprocess, sys; p = subprocess.Popen(sys.argv[1:], stderr=subprocess.DEVNULL);"
+            "print(p.pid, flush=True); sys.stdin.read()"
+        )
+        parent = subprocess.Popen(
+            [sys.executable, "-c", script, *command(tmp_path, port, "--die-with-parent")], stdin=-1, stdout=-1
+        )
+        assert parent.stdout is not None
+        child = int(await asyncio.to_thread(parent.stdout.readline))
+        try:
+            async with aiohttp.ClientSession() as http, asyncio.timeout(30):
+                while not await listens(http, port):
+                    await asyncio.sleep(0.05)
+                parent.kill()
+                while await listens(http, port):
+                    await asyncio.sleep(0.05)
+        finally:
+            parent.kill()
+            parent.communicate()
+            if is_running(child):
+                os.kill(child, signal.SIGKILL)
+
+
+async def listens(http: aiohttp.ClientSession, port: int) -> bool:
+    try:
+        async with http.get(f"http://127.0.0.1:{port}/healthz") as response:
+            return response.status == 200
+    except aiohttp.ClientConnectionError:
+        return False
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "cowest_serving.app" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("wrong", ["port", "job", "spec"])
+def test_a_bad_start_ends_with_one_message(tmp_path: Path, wrong: str) -> None:
+    spec = spec_of(ScriptedModel())
+    if wrong == "spec":
+        del spec["strong"]["model"]
+    if wrong != "job":
+        (tmp_path / "job.yaml").write_text(json.dumps(spec))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1] if wrong == "port" else free_port()
+        ended = subprocess.run(command(tmp_path, port), capture_output=True, text=True, timeout=30, check=False)
+    words = {"port": "give another with --port", "job": "wanted a CollaborationJob", "spec": "spec.strong.model"}
+    assert ended.returncode == 2
+    assert words[wrong] in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1

@@ -1,0 +1,319 @@
+"""`HttpChatModel` against a real server on loopback that misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import pytest
+
+from cowest_serving.models import (
+    BadAnswer,
+    BadRequest,
+    DeadlineExceeded,
+    EndpointUnreachable,
+    HttpChatModel,
+    ModelError,
+    RateLimited,
+    ServerFault,
+    Unauthorized,
+    next_wait,
+    retry_after,
+)
+from tests.fakes import Fault, ScriptedModel, unused_port
+
+ASKED = [{"role": "user", "content": "why?"}]
+
+
+def model_of(server: ScriptedModel, **changes: Any) -> HttpChatModel:
+    options: dict[str, Any] = {"timeout_seconds": 5, "max_retries": 3, "backoff_seconds": 0.01}
+    return HttpChatModel(server.url, "big", **(options | changes))
+
+
+async def test_an_answer_comes_with_its_usage_model_version_and_headers() -> None:
+    async with (
+        ScriptedModel("forty two", headers={"x-cowest-model-digest": "sha256:1"}) as server,
+        model_of(server) as model,
+    ):
+        result = await model(ASKED, max_tokens=7, temperature=0, seed=3, stop=["."], extra={"top_p": 0.5})
+    assert (result.text, result.finish_reason) == ("forty two", "stop")
+    assert (result.input_tokens, result.output_tokens) == (1, 2)
+    assert (result.model, result.version) == ("scripted", "fp_1")
+    assert result.headers["x-cowest-model-digest"] == "sha256:1"
+    assert server.calls[0].body == {
+        "model": "big",
+        "messages": ASKED,
+        "max_tokens": 7,
+        "temperature": 0,
+        "seed": 3,
+        "stop": ["."],
+        "top_p": 0.5,
+    }
+
+
+async def test_what_is_not_given_is_not_sent() -> None:
+    async with ScriptedModel() as server, model_of(server) as model:
+        await model(ASKED)
+    assert set(server.calls[0].body) == {"model", "messages"}
+    assert "authorization" not in server.calls[0].headers
+
+
+@pytest.mark.parametrize("fault", [500, 502, 503, 408, 409, 429, "drop", "garbage", "lost"])
+async def test_a_passing_fault_is_tried_again_with_the_same_key(fault: int | str) -> None:
+    async with ScriptedModel("fine", faults=[fault, fault]) as server, model_of(server) as model:
+        result = await model(ASKED, idempotency_key="k1")
+    assert result.text == "fine"
+    assert [call.key for call in server.calls] == ["k1", "k1", "k1"]
+    assert len(server.paid) == 1
+
+
+async def test_without_a_key_each_call_gets_one_of_its_own() -> None:
+    async with ScriptedModel("fine", faults=[500]) as server, model_of(server) as model:
+        await model(ASKED)
+        await model(ASKED)
+    first, again, second = (call.key for call in server.calls)
+    assert first == again != second
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        pytest.param(500, ServerFault, "scripted 500", id="500 that stays"),
+        pytest.param(429, RateLimited, "too many requests", id="429 that stays"),
+        pytest.param("drop", EndpointUnreachable, "cannot be reached", id="connections that break"),
+    ],
+)
+async def test_a_lasting_fault_ends_after_the_retries(fault: int | str, kind: type[ModelError], words: str) -> None:
+    async with ScriptedModel(faults=[fault] * 9) as server, model_of(server) as model:
+        with pytest.raises(kind, match=words) as caught:
+            await model(ASKED)
+    assert len(server.calls) == 4
+    assert caught.value.retryable
+    assert server.url in str(caught.value)
+
+
+async def test_garbage_is_not_asked_for_more_than_three_times() -> None:
+    async with ScriptedModel(faults=["garbage"] * 9) as server, model_of(server, max_retries=6) as model:
+        with pytest.raises(BadAnswer, match="OpenAI-compatible"):
+            await model(ASKED)
+    assert len(server.calls) == 3
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "",
+        "null",
+        "[]",
+        '{"choices": []}',
+        '{"choices": [{"message": null}]}',
+        '{"choices": [{"message": {"content": 3}}]}',
+        '{"choices": [{"message": {"content": "x"}}], "usage": 3}',
+        '{"choices": [{"mess',
+    ],
+)
+async def test_a_body_that_is_no_completion_is_garbage(body: str) -> None:
+    async with (
+        ScriptedModel(faults=[Fault(200, body=body)]) as server,
+        model_of(server, max_retries=0) as model,
+    ):
+        with pytest.raises(BadAnswer):
+            await model(ASKED)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        pytest.param(401, Unauthorized, "API key", id="401"),
+        pytest.param(403, Unauthorized, "API key", id="403"),
+        pytest.param(400, BadRequest, "parameters", id="400"),
+        pytest.param(404, BadRequest, "ends in /v1", id="404"),
+        pytest.param(Fault(307, {"location": "http://elsewhere/"}), BadRequest, "final address", id="a redirect"),
+    ],
+)
+async def test_a_fault_that_a_retry_cannot_mend_ends_at_once(
+    fault: int | Fault, kind: type[ModelError], words: str
+) -> None:
+    async with ScriptedModel(faults=[fault]) as server, model_of(server) as model:
+        with pytest.raises(kind, match=words) as caught:
+            await model(ASKED)
+    assert len(server.calls) == 1
+    assert not caught.value.retryable
+
+
+async def test_a_refused_key_gives_way_to_the_next_and_stays_away() -> None:
+    async with (
+        ScriptedModel("fine", keys=["good"]) as server,
+        model_of(server, api_keys=["bad", "good"]) as model,
+    ):
+        await model(ASKED)
+        await model(ASKED)
+    sent = [call.headers["authorization"] for call in server.calls]
+    assert sent == ["Bearer bad", "Bearer good", "Bearer good"]
+
+
+async def test_when_no_key_is_taken_the_call_ends() -> None:
+    async with ScriptedModel(keys=["good"]) as server, model_of(server, api_keys=["a", "b"]) as model:
+        with pytest.raises(Unauthorized):
+            await model(ASKED)
+    assert len(server.calls) == 2
+
+
+async def test_retry_after_is_waited_for() -> None:
+    fault = Fault(429, {"retry-after-ms": "150"})
+    async with ScriptedModel(faults=[fault]) as server, model_of(server) as model:
+        started = time.monotonic()
+        await model(ASKED)
+    assert time.monotonic() - started >= 0.15
+
+
+async def test_a_retry_after_beyond_the_deadline_ends_at_once_and_is_told() -> None:
+    fault = Fault(429, {"retry-after": "120"})
+    async with ScriptedModel(faults=[fault]) as server, model_of(server) as model:
+        with pytest.raises(RateLimited, match="Wait 120 s") as caught:
+            await model(ASKED)
+    assert caught.value.retry_after == 120
+
+
+async def test_an_endpoint_that_hangs_ends_at_the_deadline() -> None:
+    async with ScriptedModel(faults=["hang"] * 9) as server, model_of(server, timeout_seconds=0.2) as model:
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match="timeout"):
+            await model(ASKED)
+    assert time.monotonic() - started < 2
+
+
+async def test_a_longer_deadline_leaves_time_for_a_second_attempt() -> None:
+    async with (
+        ScriptedModel("fine", faults=["hang"]) as server,
+        model_of(server, timeout_seconds=0.2, deadline_seconds=5) as model,
+    ):
+        assert (await model(ASKED)).text == "fine"
+
+
+async def test_nobody_listening_is_told_with_the_address() -> None:
+    async with (
+        unused_port() as port,
+        HttpChatModel(f"http://127.0.0.1:{port}/v1", "m", max_retries=0) as model,
+    ):
+        with pytest.raises(EndpointUnreachable, match=f"127.0.0.1:{port}.*Check that it runs"):
+            await model(ASKED)
+
+
+async def test_an_address_that_is_none_is_told() -> None:
+    async with HttpChatModel("nonsense", "m") as model:
+        with pytest.raises(BadRequest, match="is not an address"):
+            await model(ASKED)
+
+
+async def test_no_more_than_max_concurrency_calls_are_under_way() -> None:
+    async with ScriptedModel() as server, model_of(server, max_concurrency=2) as model:
+        server.gate.clear()
+        calls = [asyncio.create_task(model(ASKED)) for _ in range(5)]
+        async with asyncio.timeout(5):
+            while len(server.calls) < 2:
+                server.arrived.clear()
+                await server.arrived.wait()
+        server.arrived.clear()
+        with pytest.raises(TimeoutError):  # a third one would arrive within this time
+            await asyncio.wait_for(server.arrived.wait(), 0.1)
+        server.gate.set()
+        await asyncio.gather(*calls)
+    assert len(server.calls) == 5
+
+
+async def test_the_internet_is_reached_through_the_proxy_and_this_machine_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with ScriptedModel("by proxy") as proxy, ScriptedModel("direct") as server:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        monkeypatch.setenv("no_proxy", "internal.test")
+        async with HttpChatModel("http://strong.test/v1", "m", max_retries=0) as far, model_of(server) as near:
+            assert (await far(ASKED)).text == "by proxy"
+            assert (await near(ASKED)).text == "direct"
+
+
+# ---------------------------------------------------------------- streams
+async def chunks_of(model: HttpChatModel, **options: Any) -> list[bytes]:
+    return [chunk async for chunk in model.stream(ASKED, **options)]
+
+
+async def test_a_stream_gives_each_chunk_and_no_done() -> None:
+    async with ScriptedModel("one two") as server, model_of(server) as model:
+        chunks = await chunks_of(model)
+    assert [b'"one"' in chunk for chunk in chunks] == [False, True, False, False]
+    assert not any(b"DONE" in chunk for chunk in chunks)
+    assert server.calls[0].body["stream"] is True
+
+
+async def test_a_stream_is_tried_again_until_it_begins() -> None:
+    async with ScriptedModel("one", faults=[500, "drop"]) as server, model_of(server) as model:
+        assert len(await chunks_of(model, idempotency_key="k")) == 3
+    assert [call.key for call in server.calls] == ["k", "k", "k"]
+
+
+async def test_a_stream_that_breaks_off_is_not_taken_for_a_short_answer() -> None:
+    async with ScriptedModel("one two three", faults=["truncate"]) as server, model_of(server) as model:
+        with pytest.raises(EndpointUnreachable):
+            await chunks_of(model)
+    assert len(server.calls) == 1
+
+
+async def test_a_stream_that_stalls_ends() -> None:
+    async with (
+        ScriptedModel("one two", faults=["stall"]) as server,
+        model_of(server, timeout_seconds=0.2) as model,
+    ):
+        with pytest.raises(DeadlineExceeded, match="in the middle"):
+            await chunks_of(model)
+
+
+async def test_a_stream_of_something_else_is_garbage() -> None:
+    async with ScriptedModel(faults=["garbage"]) as server, model_of(server) as model:
+        with pytest.raises(BadAnswer):
+            await chunks_of(model)
+
+
+async def test_a_stream_without_done_is_whole_if_it_gave_a_finish_reason() -> None:
+    body = 'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\n'
+    async with ScriptedModel(faults=[Fault(200, body=body)]) as server, model_of(server) as model:
+        assert len(await chunks_of(model)) == 1
+
+
+async def test_leaving_a_stream_frees_its_place() -> None:
+    async with ScriptedModel("one two") as server, model_of(server, max_concurrency=1) as model:
+        stream = model.stream(ASKED)
+        await anext(stream)
+        await stream.aclose()
+        assert (await asyncio.wait_for(model(ASKED), 5)).text == "one two"
+
+
+# ---------------------------------------------------------------- when to try again
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        pytest.param({"retry-after": "3"}, 3.0, id="seconds"),
+        pytest.param({"retry-after": "1.5"}, 1.5, id="parts of seconds"),
+        pytest.param({"retry-after-ms": "250", "retry-after": "1"}, 0.25, id="milliseconds come first"),
+        pytest.param({"retry-after": format_datetime(NOW + timedelta(seconds=9), usegmt=True)}, 9.0, id="a date"),
+        pytest.param({"retry-after": format_datetime(NOW - timedelta(days=1), usegmt=True)}, 0.0, id="a date gone by"),
+        pytest.param({"retry-after": "soon"}, None, id="words"),
+        pytest.param({"retry-after": "-1"}, None, id="less than nothing"),
+        pytest.param({}, None, id="nothing"),
+    ],
+)
+def test_retry_after_is_read_in_each_form(headers: dict[str, str], expected: float | None) -> None:
+    assert retry_after(headers, NOW.timestamp()) == expected
+
+
+def test_waits_grow_up_to_a_limit() -> None:
+    waits = [next_wait(ServerFault("x"), attempt, 9, 0.5) or 0 for attempt in range(8)]
+    limits = [min(8.0, 0.5 * 2**attempt) for attempt in range(8)]
+    assert all(limit / 2 <= wait <= limit for wait, limit in zip(waits, limits, strict=True))
+    assert next_wait(ServerFault("x"), 9, 9) is None

@@ -1,0 +1,196 @@
+"""Trace and feedback segments, written to and read from a real folder."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from cowest_serving.contract import FEEDBACK_COLUMNS, TRACE_COLUMNS
+from cowest_serving.traces import TraceWriter, read_feedback, read_traces, sampled
+
+NOW = datetime.now(UTC)
+
+
+def row(i: int, **changes: Any) -> dict[str, Any]:
+    given = {"trace_id": f"t{i}", "time": NOW + timedelta(milliseconds=i), "arm": "stable", "status": "ok"}
+    content = {"query": f"q{i}", "messages": "[]", "draft": "d", "answer": "a", "draft_ms": 1.5, "shadow": False}
+    return given | content | changes
+
+
+def segments(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.parquet"))
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_rows_come_back_typed_and_in_order(tmp_path: Path) -> None:
+    writer = TraceWriter(str(tmp_path), "gw-1")
+    for i in (2, 0, 1):
+        assert writer.add(row(i, strong_input_tokens=7))
+    await writer.aclose()
+    table = read_traces(str(tmp_path))
+    assert table.column_names == list(TRACE_COLUMNS)
+    assert table["trace_id"].to_pylist() == ["t0", "t1", "t2"]
+    assert table["time"][0].as_py() == NOW
+    assert table["strong_input_tokens"].to_pylist() == [7, 7, 7]
+    assert table["weak_digest"].null_count == 3
+
+
+async def test_a_segment_lies_under_its_day_and_is_compressed(tmp_path: Path) -> None:
+    writer = TraceWriter(str(tmp_path), "host/with:odd-name")
+    writer.add(row(0))
+    await writer.aclose()
+    (path,) = segments(tmp_path)
+    day, name = path.relative_to(tmp_path / "traces").parts
+    assert datetime.strptime(day, "%Y-%m-%d")
+    assert name[6:] == "-host.with.odd.name-0.parquet"
+    assert pq.read_metadata(path).row_group(0).column(0).compression == "ZSTD"
+
+
+async def test_feedback_is_kept_apart(tmp_path: Path) -> None:
+    writer = TraceWriter(str(tmp_path), "w")
+    writer.add_feedback({"feedback_id": "f", "trace_id": "t", "time": NOW, "score": 0.25, "reference": None})
+    await writer.aclose()
+    table = read_feedback(str(tmp_path))
+    assert table.column_names == list(FEEDBACK_COLUMNS)
+    assert table["score"].to_pylist() == [0.25]
+    assert read_traces(str(tmp_path)).num_rows == 0
+
+
+@pytest.mark.parametrize("folder", ["", "not-there"])
+def test_an_empty_store_gives_an_empty_table(tmp_path: Path, folder: str) -> None:
+    assert read_traces(str(tmp_path / folder)).num_rows == 0
+    assert read_feedback(str(tmp_path / folder)).column_names == list(FEEDBACK_COLUMNS)
+
+
+async def test_rows_are_written_after_a_short_time_by_themselves(tmp_path: Path) -> None:
+    writer = TraceWriter(str(tmp_path), "w", flush_seconds=0.05)
+    await writer.start()
+    writer.add(row(0))
+    await until(lambda: segments(tmp_path))
+    writer.add(row(1))
+    await until(lambda: len(segments(tmp_path)) == 2)
+    await writer.aclose()
+    assert read_traces(str(tmp_path)).num_rows == 2
+
+
+async def test_many_rows_are_written_before_the_time_is_up(tmp_path: Path) -> None:
+    writer = TraceWriter(str(tmp_path), "w", flush_seconds=600, flush_rows=10)
+    await writer.start()
+    for i in range(10):
+        writer.add(row(i))
+    await until(lambda: segments(tmp_path))
+    writer.add(row(10))
+    await writer.aclose()  # ends at once, though the time is not up
+    assert read_traces(str(tmp_path)).num_rows == 11
+
+
+async def test_while_the_store_is_away_rows_wait_and_none_is_written_twice(tmp_path: Path) -> None:
+    blocked = tmp_path / "store"
+    blocked.write_text("a file where the folder should be")
+    writer = TraceWriter(str(blocked), "w", flush_seconds=0.02)
+    await writer.start()
+    for i in range(3):
+        assert writer.add(row(i))
+    await until(lambda: writer.counts()["failed_writes"] >= 2)
+    assert writer.counts()["waiting"] == 3
+    blocked.unlink()
+    await until(lambda: writer.counts()["waiting"] == 0 and writer.counts()["written"] == 3)
+    await writer.aclose()
+    assert read_traces(str(blocked))["trace_id"].to_pylist() == ["t0", "t1", "t2"]
+
+
+async def test_a_store_away_for_too_long_costs_the_oldest_rows_and_they_are_counted(tmp_path: Path) -> None:
+    blocked = tmp_path / "store"
+    blocked.write_text("")
+    writer = TraceWriter(str(blocked), "w", max_waiting=3)
+    assert [writer.add(row(i)) for i in range(2)] == [True, True]
+    await writer.flush()
+    assert [writer.add(row(i)) for i in range(2, 5)] == [True, False, False]
+    blocked.unlink()
+    await writer.aclose()
+    assert writer.counts() == {"written": 3, "dropped": 2, "waiting": 0, "failed_writes": 1}
+    assert read_traces(str(blocked))["trace_id"].to_pylist() == ["t2", "t3", "t4"]
+
+
+async def test_a_row_that_no_segment_can_hold_costs_no_other(tmp_path: Path) -> None:
+    writer = TraceWriter(str(tmp_path), "w")
+    writer.add(row(0))
+    writer.add(row(1, strong_input_tokens="many"))
+    writer.add(row(2))
+    await writer.aclose()
+    assert read_traces(str(tmp_path))["trace_id"].to_pylist() == ["t0", "t2"]
+    assert writer.counts()["dropped"] == 1
+
+
+async def test_two_writers_share_a_store(tmp_path: Path) -> None:
+    writers = [TraceWriter(str(tmp_path), name) for name in ("a", "b")]
+    for i, writer in enumerate(writers):
+        writer.add(row(i))
+        await writer.aclose()
+    assert read_traces(str(tmp_path)).num_rows == 2
+
+
+# ---------------------------------------------------------------- since
+def rename(path: Path, written: datetime) -> None:
+    """As if the segment had been written at another time."""
+    folder = path.parent.parent / f"{written:%Y-%m-%d}"
+    folder.mkdir(exist_ok=True)
+    os.rename(path, folder / f"{written:%H%M%S}{path.name[6:]}")
+
+
+async def test_since_takes_rows_from_that_time_on(tmp_path: Path) -> None:
+    writer = TraceWriter(str(tmp_path), "w")
+    for i in range(3):
+        writer.add(row(i))
+    await writer.aclose()
+    since = NOW + timedelta(milliseconds=1)
+    assert read_traces(str(tmp_path), since)["trace_id"].to_pylist() == ["t1", "t2"]
+    assert read_traces(str(tmp_path), since.timestamp())["trace_id"].to_pylist() == ["t1", "t2"]
+
+
+async def test_segments_written_before_are_not_even_opened(tmp_path: Path) -> None:
+    writer = TraceWriter(str(tmp_path), "w")
+    writer.add(row(0))
+    await writer.aclose()
+    (old,) = segments(tmp_path)
+    old.write_bytes(b"not Parquet: reading it would raise")
+    rename(old, NOW - timedelta(days=1))
+    assert read_traces(str(tmp_path), NOW).num_rows == 0
+    with pytest.raises(Exception, match="Parquet"):
+        read_traces(str(tmp_path))
+
+
+async def test_a_segment_of_another_version_is_read_by_its_columns(tmp_path: Path) -> None:
+    writer = TraceWriter(str(tmp_path), "w")
+    writer.add(row(0))
+    await writer.aclose()
+    (path,) = segments(tmp_path)
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["shadow"]).append_column("new", table["query"]), path)
+    assert read_traces(str(tmp_path)).column_names == list(TRACE_COLUMNS)
+
+
+# ---------------------------------------------------------------- sampling
+def test_content_is_kept_for_the_sample_only_and_figures_for_all() -> None:
+    rows = [sampled(row(i), 30) for i in range(1000)]
+    kept = [r for r in rows if "query" in r]
+    assert 230 <= len(kept) <= 370
+    assert all("answer" in r for r in kept)
+    assert all(r["draft_ms"] == 1.5 for r in rows)
+    assert rows == [sampled(row(i), 30) for i in range(1000)]
+
+
+@pytest.mark.parametrize(("percent", "kept"), [(0, 0), (100, 200)])
+def test_the_ends_of_the_sample_are_nothing_and_all(percent: int, kept: int) -> None:
+    assert sum("query" in sampled(row(i), percent) for i in range(200)) == kept
