@@ -1,0 +1,206 @@
+"""What a round learns from: train rows and the traces that have earned it. Segments are real, on a disk."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cowest_serving import store, traces
+from cowest_serving.contract import dump
+from cowest_training import collect
+from cowest_training.contract import Evaluator, StepError, StepSettings
+from cowest_training.data import read_rows, rows_digest
+from cowest_training.steps import read_manifest
+from tests.world import SPEC
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+EXACT = Evaluator("ExactMatch")
+
+
+class Desk:
+    """A folder with data, a job and a store, to which a test adds traces and feedback."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = (folder / "store").as_uri()
+        self.segments = 0
+        self.write("train.jsonl", {f"t{i}": f"train question {i}" for i in range(3)})
+        self.write("held_out.jsonl", {f"h{i}": f"please ship {i} drum of QF{i} to orlo" for i in range(3)})
+        self.evaluate_by("ExactMatch")
+
+    def write(self, name: str, queries: dict[str, str]) -> None:
+        lines = [json.dumps({"id": i, "query": q, "reference": "1"}) for i, q in queries.items()]
+        (self.folder / name).write_text("\n".join(lines))
+
+    def evaluate_by(self, kind: str, **more: Any) -> None:
+        settings = StepSettings(SPEC.strong, SPEC.collaboration, SPEC.data, SPEC.feedback, SPEC.training)
+        spec = dump(settings)
+        spec["feedback"]["evaluator"] = {"type": kind, **more}
+        (self.folder / "job.json").write_text(json.dumps(spec))
+
+    def answer(self, number: int, query: str, **more: Any) -> None:
+        messages = json.dumps([{"role": "user", "content": query}])
+        row = {"trace_id": f"a{number}", "status": "ok", "shadow": False, "query": query, "messages": messages}
+        self._segment(traces.TRACE_SCHEMA, "traces", row | {"time": START + timedelta(minutes=number)} | more)
+
+    def feedback(self, number: int, reference: str | None = None, *, minute: int = 0, **more: Any) -> None:
+        row = {"trace_id": f"a{number}", "reference": reference, "time": START + timedelta(days=1, minutes=minute)}
+        self._segment(traces.FEEDBACK_SCHEMA, "feedback", row | more)
+
+    def _segment(self, schema: Any, kind: str, row: dict[str, Any]) -> None:
+        self.segments += 1
+        name = f"120000-test-{self.segments}.parquet"
+        store.put(store.join(self.store, kind, "2026-01-05", name), traces.segment([row], schema))
+
+    def freeze(self, number: int = 1) -> dict[str, Any]:
+        arguments = {
+            "job": self.folder / "job.json",
+            "train": self.folder / "train.jsonl",
+            "held-out": self.folder / "held_out.jsonl",
+            "store": self.store,
+            "round": number,
+            "out": self.out(number),
+        }
+        assert collect.main([f"--{name}={value}" for name, value in arguments.items()]) == 0
+        manifest = read_manifest(self.out(number))
+        assert manifest is not None and manifest.kind == "Dataset"
+        assert manifest.digest == rows_digest(self.rows(number))
+        return dict(manifest.metrics)
+
+    def out(self, number: int) -> str:
+        return str(self.folder / f"r{number}" / "data")
+
+    def rows(self, number: int = 1) -> list[Any]:
+        return read_rows(f"{self.out(number)}/dataset.jsonl")
+
+    def count(self, evaluator: Evaluator = EXACT, since: float | None = None) -> collect.TraceCounts:
+        held_out = collect.held_out_keys(str(self.folder / "held_out.jsonl"))
+        return collect.count_usable(self.store, evaluator=evaluator, held_out=held_out, since=since)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+def test_an_empty_store_leaves_the_train_rows(desk: Desk) -> None:
+    metrics = desk.freeze()
+    assert metrics == {
+        "rows": 3, "from_train": 3, "from_traces": 0, "traces_all": 0, "traces_usable": 0, "excluded": {},
+    }  # fmt: skip
+    assert desk.count() == collect.TraceCounts(0, 0, "")
+
+
+def test_traces_with_a_late_reference_join_the_train_rows(desk: Desk) -> None:
+    desk.answer(1, "a new question")
+    desk.answer(2, "a question without reference")
+    desk.feedback(1, "an early reference", minute=1)
+    desk.feedback(1, "42", minute=5)
+    desk.feedback(1, None, minute=9, score=0.5)
+    metrics = desk.freeze()
+    assert metrics["excluded"] == {"NoReference": 1}
+    assert (metrics["rows"], metrics["from_traces"], metrics["traces_all"], metrics["traces_usable"]) == (4, 1, 2, 1)
+    joined = desk.rows()[-1]
+    assert (joined.id, joined.query, joined.reference, joined.source) == ("trace-a1", "a new question", "42", "trace")
+
+
+@pytest.mark.parametrize(
+    ("query", "more", "reason"),
+    [
+        pytest.param("q", {"shadow": True}, "Shadow", id="a replay"),
+        pytest.param("q", {"status": "strong_failed"}, "Failed", id="not answered"),
+        pytest.param("q", {"status": "client_gone"}, "Failed", id="nobody waited"),
+        pytest.param("q", {"messages": None}, "NoContent", id="content was not kept"),
+        pytest.param("q", {"messages": '[{"role": "tool", "content": "x"}]'}, "NotText", id="a tool call"),
+        pytest.param("Please ship 1 drum of QF1 to Orlo.", {}, "HeldOut", id="a held-out query"),
+        pytest.param("to orlo please ship 1 drum of QF1", {}, "HeldOut", id="nearly a held-out query"),
+        pytest.param("Train question 1?", {}, "InTrain", id="a train query"),
+    ],
+)
+def test_other_traces_are_left_out_by_reason(desk: Desk, query: str, more: dict[str, Any], reason: str) -> None:
+    desk.answer(1, query, **more)
+    desk.feedback(1, "42")
+    metrics = desk.freeze()
+    assert metrics["excluded"] == {reason: 1}
+    assert metrics["rows"] == 3
+
+
+def test_a_query_like_a_held_out_one_is_kept(desk: Desk) -> None:
+    desk.answer(1, "please ship 7 drum of QF1 to orlo")
+    desk.feedback(1, "42")
+    assert desk.freeze()["from_traces"] == 1
+
+
+def test_of_equal_queries_the_latest_trace_is_kept(desk: Desk) -> None:
+    for number, reference in ((1, "old"), (2, "new")):
+        desk.answer(number, "the same question")
+        desk.feedback(number, reference)
+    assert desk.freeze()["excluded"] == {"Duplicate": 1}
+    assert desk.rows()[-1].reference == "new"
+
+
+def test_a_reference_of_the_wrong_type_is_not_learnt_from(desk: Desk) -> None:
+    desk.evaluate_by("Numeric")
+    desk.answer(1, "how much?")
+    desk.feedback(1, "a lot")
+    assert desk.freeze()["excluded"] == {"WrongReference": 1}
+
+
+def test_an_evaluator_without_references_learns_from_every_answer(desk: Desk) -> None:
+    desk.evaluate_by("Judge", endpoint="http://judge/v1", model="m")
+    desk.answer(1, "a new question")
+    assert desk.freeze()["from_traces"] == 1
+    assert desk.rows()[-1].reference == ""
+
+
+def test_a_frozen_data_set_stays_as_it_is(desk: Desk) -> None:
+    desk.freeze()
+    desk.answer(1, "a new question")
+    desk.feedback(1, "42")
+    assert desk.freeze(1)["from_traces"] == 0
+    assert desk.freeze(2)["from_traces"] == 1
+
+
+def test_the_card_says_what_was_left_out(desk: Desk) -> None:
+    desk.answer(1, "a question without reference")
+    desk.freeze()
+    card = (Path(desk.out(1)) / "README.md").read_text()
+    assert "without a late reference" in card and rows_digest(desk.rows()) in card
+
+
+def test_leaking_data_are_refused_and_nothing_is_written(desk: Desk) -> None:
+    desk.write("train.jsonl", {"t0": "please ship 1 drum of QF1 to orlo", "t1": "something else"})
+    with pytest.raises(StepError, match=r"train\.jsonl:1: the query is that of held-out row held_out\.jsonl:2"):
+        desk.freeze()
+    assert not Path(desk.out(1)).exists()
+
+
+# ---------------------------------------------------------------- what the engine counts
+def test_the_count_follows_feedback_and_says_why_not(desk: Desk) -> None:
+    desk.answer(1, "one question")
+    desk.answer(2, "another question")
+    desk.answer(3, "shadowed", shadow=True)
+    seen = desk.count()
+    assert (seen.all, seen.usable) == (3, 0)
+    assert seen.reason == (
+        "Not usable: 2 without a late reference (POST /v1/feedback gives them one), 1 replays of other traces."
+    )
+    desk.feedback(2, "42")
+    assert desk.count().usable == 1
+    assert desk.count(Evaluator("HTTP", endpoint="http://scorer")).usable == 2
+
+
+def test_the_count_can_start_at_a_time(desk: Desk) -> None:
+    desk.answer(1, "one question")
+    desk.answer(5, "another question")
+    assert desk.count(since=(START + timedelta(minutes=3)).timestamp()).all == 1
+
+
+def test_held_out_queries_are_read_again_when_the_file_changes(desk: Desk) -> None:
+    uri = str(desk.folder / "held_out.jsonl")
+    before = collect.held_out_keys(uri)
+    assert collect.held_out_keys(uri) is before
+    desk.write("held_out.jsonl", {"h1": "one", "h2": "two and more"})
+    assert collect.held_out_keys(uri) is not before

@@ -1,0 +1,243 @@
+"""The strict reader and the checks between train and held-out data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cowest_training.contract import Row, StepError
+from cowest_training.data import Known, check_split, read_rows, rows_digest, tokens, write_jsonl
+
+LONG = (
+    "The tenant of the second floor writes that the lift is out of order since the storm of last week, that two "
+    "engineers came and left without a word, and that an elderly neighbour cannot reach her flat. She asks whether the "
+    "rent may be cut for that time and who has to be told about it before the end of the month. Her lease is of 2019."
+)
+
+
+def record(number: int, query: str = "", **more: Any) -> dict[str, Any]:
+    return {"id": f"r{number}", "query": query or f"question {number}", "reference": str(number), **more}
+
+
+def row(number: int, query: str, **more: Any) -> Row:
+    return Row(f"r{number}", query, ({"role": "user", "content": query},), "1", **more)
+
+
+def jsonl(folder: Path, *records: Any) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
+def refusal(uri: str) -> str:
+    with pytest.raises(StepError) as raised:
+        read_rows(uri)
+    return str(raised.value)
+
+
+# ---------------------------------------------------------------- reading
+def test_a_bare_query_becomes_one_user_message(tmp_path: Path) -> None:
+    first, second = read_rows(jsonl(tmp_path, record(1, "how much?", group="g", explanation="so"), "", record(2)))
+    assert first == Row("r1", "how much?", ({"role": "user", "content": "how much?"},), "1", "so", "g")
+    assert (first.where, second.where) == ("rows.jsonl:1", "rows.jsonl:3")
+
+
+def test_a_conversation_keeps_its_messages(tmp_path: Path) -> None:
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "yes?"},
+        {"role": "user", "content": [{"type": "text", "text": "how much?"}]},
+    ]
+    rows = read_rows(jsonl(tmp_path, {"id": 7, "messages": messages, "reference": 12}, record(2)))
+    assert rows[0].messages == tuple(messages)
+    assert (rows[0].id, rows[0].query, rows[0].reference) == ("7", "how much?", "12")
+
+
+def test_several_right_answers_are_kept_as_a_list(tmp_path: Path) -> None:
+    rows = read_rows(jsonl(tmp_path, record(1) | {"reference": ["a", "b"]}, record(2)))
+    assert rows[0].reference == '["a", "b"]'
+
+
+def test_rows_written_are_read_back_the_same(tmp_path: Path) -> None:
+    chat = {
+        "id": "c",
+        "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
+        "reference": "1",
+    }
+    rows = read_rows(jsonl(tmp_path, record(1, "ä {b}", explanation="e"), chat, record(3, source="trace")))
+    (tmp_path / "again.jsonl").write_bytes(write_jsonl(rows))
+    again = read_rows(str(tmp_path / "again.jsonl"))
+    assert again == rows
+    assert rows_digest(again) == rows_digest(rows) != rows_digest(rows[:2])
+
+
+def test_parquet_gives_the_same_rows_as_jsonl(tmp_path: Path) -> None:
+    records = [record(1, group="g"), record(2)]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "rows.parquet")
+    rows = read_rows((tmp_path / "rows.parquet").as_uri())
+    assert rows == read_rows(jsonl(tmp_path, *records))
+    assert rows[1].where == "rows.parquet:row 2"
+    assert rows[1].group is None
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        pytest.param("{oops", "wanted a JSON object on one line", id="no JSON"),
+        pytest.param("[1]", "wanted a JSON object, saw list", id="a list"),
+        pytest.param('{"id": "x", "query": "q", "reference": NaN}', "NaN is not JSON", id="NaN"),
+        pytest.param({"query": "q", "reference": "1"}, "id: wanted text, saw nothing", id="no id"),
+        pytest.param({"id": "x", "reference": "1"}, "query: wanted text", id="no query"),
+        pytest.param({"id": "x", "query": " ", "reference": "1"}, "query: wanted text", id="blank query"),
+        pytest.param(record(9) | {"reference": {"a": 1}}, "reference: wanted text, a number or a list", id="object"),
+        pytest.param(record(9) | {"reference": True}, "saw True", id="a truth value"),
+        pytest.param(record(9, group=3), "group: wanted text or nothing, saw 3", id="group of numbers"),
+        pytest.param(record(9, explanation=["a"]), "explanation: wanted text", id="explanation as list"),
+        pytest.param(record(9, messages=[]), "saw both", id="query and messages"),
+        pytest.param(
+            {"id": "x", "messages": "hi", "reference": "1"}, "wanted a list of messages", id="messages as text"
+        ),
+        pytest.param(
+            {"id": "x", "messages": [{"role": "robot", "content": "hi"}], "reference": "1"},
+            "messages[0].role: wanted one of system, developer, user, assistant, saw 'robot'",
+            id="bad role",
+        ),
+        pytest.param(
+            {"id": "x", "messages": [{"role": "assistant", "content": "hi"}], "reference": "1"},
+            "wanted the last one from the user, saw role 'assistant'",
+            id="the assistant has the last word",
+        ),
+        pytest.param(
+            {"id": "x", "messages": [{"role": "user", "content": None}], "reference": "1"},
+            "messages[0].content: wanted text",
+            id="no content",
+        ),
+        pytest.param(record(1), "id 'r1' is that of rows.jsonl:1 too", id="id used twice"),
+    ],
+)
+def test_a_bad_row_names_file_line_and_reason(tmp_path: Path, line: Any, reason: str) -> None:
+    message = refusal(jsonl(tmp_path, record(1), line))
+    assert "rows.jsonl:2: " in message
+    assert reason in message
+
+
+def test_bytes_that_are_no_text_are_named_by_line(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(json.dumps(record(1)).encode() + b'\n{"id": "\xff"}\n')
+    assert "rows.jsonl:2: wanted UTF-8 text, saw byte 0xff" in refusal(str(tmp_path / "rows.jsonl"))
+
+
+def test_five_problems_are_listed_and_the_rest_counted(tmp_path: Path) -> None:
+    message = refusal(jsonl(tmp_path, *["{"] * 7))
+    assert "7 problems" in message
+    assert "rows.jsonl:5" in message and "rows.jsonl:6" not in message
+    assert "and 2 more" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "saw none"), ("", "saw an empty file"), (json.dumps(record(1)), "saw 1")]
+)
+def test_too_little_data_is_refused(tmp_path: Path, content: str | None, reason: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content)
+    assert reason in refusal(str(path))
+
+
+def test_a_broken_parquet_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1" + b"\0" * 40)
+    assert "wanted a Parquet table" in refusal(str(tmp_path / "rows.parquet"))
+
+
+# ---------------------------------------------------------------- train against held-out
+def split_refusal(train: list[Row], held_out: list[Row]) -> str:
+    with pytest.raises(StepError) as raised:
+        check_split(train, held_out)
+    return str(raised.value)
+
+
+def test_data_that_share_nothing_pass() -> None:
+    check_split([row(1, "ship 3 drum"), row(2, "ship 4 drum")], [row(1, "ship 5 drum"), row(2, "ship 6 drum")])
+
+
+def test_train_as_held_out_is_refused_in_one_sentence() -> None:
+    rows = [row(1, "what is a?"), row(2, "what is b?")]
+    assert "train and held-out data are the same" in split_refusal(rows, rows)
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "nearly"),
+    [
+        pytest.param("Ship 3 drum of QF17 to orlo!", "ship 3  drum of qf17 to Orlo", False, id="case and punctuation"),
+        pytest.param("to orlo ship 3 drum of QF17", "ship 3 drum of QF17 to orlo", True, id="a phrase moved"),
+        pytest.param("ship to orlo 3 drum of QF17", "ship 3 drum of QF17 to orlo", True, id="a phrase moved inside"),
+        pytest.param(LONG.replace("elderly", "old"), LONG, True, id="one word of a long text"),
+        pytest.param(LONG, "Dear all. " + LONG, True, id="a greeting before a long text"),
+    ],
+)
+def test_leaks_are_found(train: str, held_out: str, nearly: bool) -> None:
+    message = split_refusal([row(1, train), row(2, "something else")], [row(3, held_out), row(4, "another one")])
+    assert ("the query is nearly that of held-out row row r3" if nearly else "the query is that of") in message
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        pytest.param("ship 3 drum of QF17 to orlo", "ship 4 drum of QF17 to orlo", id="another number"),
+        pytest.param("ship 3 drum of QF17 to orlo", "ship 3 drum of QF18 to orlo", id="another code"),
+        pytest.param("ship 3 drum of QF17 to orlo", "ship 3 drum of QF17 to vesk", id="another place"),
+        pytest.param("ship 3.5 drum of QF17", "ship 35 drum of QF17", id="a decimal point"),
+        pytest.param("is it far from paris to rome ?", "is it far from rome to paris ?", id="the other way round"),
+        pytest.param("what is 5 - 3", "what is 5 + 3", id="another sign"),
+        pytest.param("7 - 4", "4 - 7", id="a few words in another order"),
+        pytest.param("what is C", "what is C++", id="a sign in a name"),
+        pytest.param(LONG, LONG.replace("2019", "2020"), id="another year in a long text"),
+    ],
+)
+def test_other_queries_are_no_leaks(train: str, held_out: str) -> None:
+    check_split([row(1, train), row(2, "something else")], [row(3, held_out), row(4, "another one")])
+
+
+def test_a_long_template_is_no_leak() -> None:
+    texts = [f"{LONG.replace('2019', 'then')} Name: {name}." for name in ("Ada", "Ben", "Cid", "Dot", "Eva", "Fay")]
+    check_split([row(i, text) for i, text in enumerate(texts[:3])], [row(i, text) for i, text in enumerate(texts[3:])])
+
+
+def test_leaks_among_thousands_are_found_quickly() -> None:
+    train = [row(i, f"ship {i} drum of QF{i % 97} to orlo") for i in range(5000)]
+    held_out = [row(i, f"to orlo ship {i} drum of QF{i % 97}") for i in range(4990, 6000)]
+    assert "10 problems" in split_refusal(train, held_out)
+
+
+def test_a_query_asked_twice_is_refused_with_both_places() -> None:
+    train = [row(1, "what is a?", where="t:1"), row(2, "What is A", where="t:2")]
+    assert "t:2: the query is that of t:1 too" in split_refusal(train, [row(3, "x"), row(4, "y")])
+
+
+def test_the_same_last_words_in_other_conversations_are_other_queries() -> None:
+    def chat(number: int, first: str) -> Row:
+        turns = (("user", first), ("assistant", "sure?"), ("user", "yes"))
+        return Row(f"r{number}", "yes", tuple({"role": r, "content": c} for r, c in turns), "1")
+
+    check_split([chat(1, "sell"), chat(2, "buy")], [chat(3, "hold"), row(4, "yes")])
+    assert "the query is that of" in split_refusal([chat(1, "sell"), chat(2, "buy")], [chat(3, "sell"), row(4, "no")])
+
+
+def test_an_application_s_instruction_does_not_hide_a_held_out_query() -> None:
+    known = Known((row(1, "how much is it?"),))
+    hit = known.find([{"role": "system", "content": "be brief"}, {"role": "user", "content": "How much is it"}])
+    assert hit is not None and hit.equal
+
+
+def test_explanations_on_some_rows_only_are_refused() -> None:
+    train = [row(1, "a", explanation="so", where="t:1"), row(2, "b", where="t:2")]
+    assert "t:2: explanation: wanted one as on other rows" in split_refusal(train, [row(3, "c"), row(4, "d")])
+    traced = [row(1, "a", explanation="so"), row(2, "b", source="trace")]
+    check_split(traced, [row(3, "c"), row(4, "d")])
+
+
+def test_words_numbers_and_signs_are_told_apart() -> None:
+    assert tokens('An e-mail: "3,500.5 % of QF-17"?') == ("an", "e", "mail", "3,500.5", "%", "of", "qf", "-", "17")

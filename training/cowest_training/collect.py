@@ -1,0 +1,237 @@
+"""Freeze a round's data set: the train rows and the traces that can be learnt from.
+
+A trace can be learnt from when it was answered in full, is no replay, asks no held-out query again (equal or nearly),
+and has a late reference that the evaluator can go by, or the evaluator needs none. The latest reference wins, and of
+equal queries the latest trace. Once written the data set of a round does not change, whatever traces come in.
+
+    python -m cowest_training.collect --job job.yaml --train /d/train.jsonl --held-out /d/held_out.jsonl \\
+        --store file:///d/store --round 1 --out file:///d/store/r1/data
+
+Writes dataset.jsonl, README.md (the card) and manifest.json. The engine counts usable traces with `count_usable`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from cowest_serving import store
+from cowest_serving.contract import FEEDBACK_PREFIX, TRACES_PREFIX
+from cowest_serving.traces import read_feedback, read_traces
+from cowest_training.cards import DatasetCard, dataset_card
+from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row
+from cowest_training.data import (
+    Known,
+    check_split,
+    conversation_key,
+    parse_row,
+    read_rows,
+    rows_digest,
+    write_jsonl,
+)
+from cowest_training.evaluator import check_references, evaluator_digest, needs_reference, reference_problem
+from cowest_training.steps import Output, Progress, code_version, load_settings, open_output, parser, run
+
+DATASET = "dataset.jsonl"
+
+# Why a trace is left out.
+SHADOW = "Shadow"
+FAILED = "Failed"
+NO_CONTENT = "NoContent"
+NOT_TEXT = "NotText"
+HELD_OUT = "HeldOut"
+NO_REFERENCE = "NoReference"
+WRONG_REFERENCE = "WrongReference"
+DUPLICATE = "Duplicate"
+IN_TRAIN = "InTrain"
+MEANING: Mapping[str, str] = {
+    SHADOW: "replays of other traces",
+    FAILED: "not answered in full",
+    NO_CONTENT: "kept without their content (traces.contentSamplePercent)",
+    NOT_TEXT: "conversations that are not text alone",
+    HELD_OUT: "equal or nearly equal to a held-out query",
+    NO_REFERENCE: "without a late reference (POST /v1/feedback gives them one)",
+    WRONG_REFERENCE: "with a late reference that the evaluator cannot go by",
+    DUPLICATE: "asked again later",
+    IN_TRAIN: "asked by a train row already",
+}
+
+
+@dataclass(frozen=True)
+class TraceCounts:
+    all: int
+    usable: int
+    reason: str  # why the others are not usable, as a sentence; "" when all are
+
+
+@dataclass(frozen=True)
+class Usable:
+    """Traces as rows, oldest first, and how many were left out by reason."""
+
+    rows: tuple[Row, ...]
+    excluded: Mapping[str, int]
+
+    @property
+    def all(self) -> int:
+        return len(self.rows) + sum(self.excluded.values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
+    evaluator = load_settings(args.job).feedback.evaluator
+    train, held_out = read_rows(args.train), read_rows(args.held_out)
+    check_split(train, held_out)
+    for rows in (train, held_out):
+        check_references(rows, evaluator)
+    inputs = {
+        "train": rows_digest(train),
+        "held_out": rows_digest(held_out),
+        "evaluator": evaluator_digest(evaluator),
+        "store": args.store,
+        "round": args.round,
+    }
+    output = open_output(args.out, step="collect", inputs=inputs)
+    if isinstance(output, Manifest):
+        return EXIT_OK
+    progress = Progress(args.progress, "collect")
+    progress.update(0, None, "rows", "reading traces")
+    traces = usable_traces(args.store, evaluator, Known(tuple(held_out))) if args.store else Usable((), {})
+    rows, in_train = merged(train, traces.rows)
+    excluded = {**traces.excluded, **({IN_TRAIN: in_train} if in_train else {})}
+    metrics = {
+        "rows": len(rows),
+        "from_train": len(train),
+        "from_traces": len(rows) - len(train),
+        "traces_all": traces.all,
+        "traces_usable": len(traces.rows),
+        "excluded": excluded,
+    }
+    write(output, rows, metrics)
+    progress.update(len(rows), len(rows), "rows", "data set frozen")
+    return EXIT_OK
+
+
+def _parse(argv: Sequence[str] | None) -> Any:
+    flags = parser(__doc__)
+    flags.add_argument("--train", required=True, metavar="URI", help="rows to learn from, JSONL or Parquet")
+    flags.add_argument("--held-out", required=True, metavar="URI", help="rows that must not be learnt from")
+    flags.add_argument("--store", metavar="URI", help="object store with traces and feedback; none: train rows only")
+    flags.add_argument("--round", required=True, type=int, metavar="N")
+    return flags.parse_args(argv)
+
+
+def write(output: Output, rows: Sequence[Row], metrics: Mapping[str, Any]) -> None:
+    digest = rows_digest(rows)
+    card = DatasetCard(
+        step="collect",
+        digest=digest,
+        rows=len(rows),
+        files=(DATASET,),
+        description=f"Queries and references that round {output.inputs['round']} learns from.",
+        sources={name: str(output.inputs[name]) for name in ("train", "held_out", "store") if output.inputs[name]},
+        left_out={MEANING[reason]: count for reason, count in metrics["excluded"].items()},
+        columns={
+            "id": "of the train row, or `trace-` and the request's id",
+            "query": "what was asked; `messages` in its place where it was a conversation",
+            "reference": "the right answer, empty where the evaluator needs none",
+            "explanation": "what supervised tuning learns as the draft, where there is one",
+            "group": "slice that is reported by itself, where there is one",
+            "source": "`trace` for rows from live traffic",
+        },
+        version=code_version(),
+    )
+    (output.folder / DATASET).write_bytes(write_jsonl(rows))
+    (output.folder / "README.md").write_text(dataset_card(card), encoding="utf-8")
+    output.finish(kind="Dataset", metrics=metrics, digest=digest)
+
+
+def merged(train: Sequence[Row], traces: Sequence[Row]) -> tuple[list[Row], int]:
+    """Train rows, then the traces that ask something else; and how many traces do not."""
+    known = {conversation_key(row.messages) for row in train}
+    new = [row for row in traces if conversation_key(row.messages) not in known]
+    return [*train, *new], len(traces) - len(new)
+
+
+# ---------------------------------------------------------------- traces
+def usable_traces(store_uri: str, evaluator: Evaluator, held_out: Known, since: float | None = None) -> Usable:
+    """The traces (since an epoch time) that can be learnt from."""
+    late = late_references(read_feedback(store_uri).select(["trace_id", "reference"]).to_pylist())
+    columns = ["trace_id", "status", "shadow", "messages"]
+    traces = read_traces(store_uri, since).select(columns).to_pylist()
+    excluded: Counter[str] = Counter()
+    latest: dict[Any, Row] = {}
+    for trace in traces:
+        row = as_row(trace, late.get(trace["trace_id"], ""), evaluator, held_out)
+        if isinstance(row, str):
+            excluded[row] += 1
+            continue
+        key = conversation_key(row.messages)
+        excluded[DUPLICATE] += key in latest
+        latest.pop(key, None)  # so that the later one also takes the later place
+        latest[key] = row
+    return Usable(tuple(latest.values()), {reason: count for reason, count in excluded.items() if count})
+
+
+def late_references(feedback: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Trace id -> its latest reference; `feedback` is oldest first. A bare score takes nothing back."""
+    return {item["trace_id"]: item["reference"] for item in feedback if (item["reference"] or "").strip()}
+
+
+def as_row(trace: Mapping[str, Any], reference: str, evaluator: Evaluator, held_out: Known) -> Row | str:
+    """The trace as a row to learn from, or the reason why it is left out."""
+    if trace["shadow"]:
+        return SHADOW
+    if trace["status"] != "ok":
+        return FAILED
+    if not trace["messages"]:
+        return NO_CONTENT
+    record = {"id": f"trace-{trace['trace_id']}", "reference": reference, "source": "trace"}
+    try:
+        row = parse_row({**record, "messages": json.loads(trace["messages"])}, "")
+    except ValueError:  # tool calls, images, a conversation that the assistant ends
+        return NOT_TEXT
+    if held_out.find(row.messages):
+        return HELD_OUT
+    if needs_reference(evaluator) and not reference:
+        return NO_REFERENCE
+    return WRONG_REFERENCE if reference_problem(evaluator, reference) else row
+
+
+# ---------------------------------------------------------------- what the engine asks
+def count_usable(store_uri: str, *, evaluator: Evaluator, held_out: Known, since: float | None = None) -> TraceCounts:
+    """How many traces could be learnt from now. Cheap to ask again while no trace or feedback has come in."""
+    seen = "".join(store.fingerprint(store.join(store_uri, prefix)) for prefix in (TRACES_PREFIX, FEEDBACK_PREFIX))
+    return _counted(seen, store_uri, evaluator, held_out, since)
+
+
+def held_out_keys(uri: str) -> Known:
+    """The held-out queries, ready to be asked for; read again only when the file changes."""
+    return _known(store.fingerprint(uri), uri)
+
+
+@lru_cache(maxsize=4)
+def _counted(
+    _fingerprint: str, store_uri: str, evaluator: Evaluator, held_out: Known, since: float | None
+) -> TraceCounts:
+    usable = usable_traces(store_uri, evaluator, held_out, since)
+    return TraceCounts(usable.all, len(usable.rows), reason_of(usable.excluded))
+
+
+@lru_cache(maxsize=4)
+def _known(_fingerprint: str, uri: str) -> Known:
+    return Known(tuple(read_rows(uri)))
+
+
+def reason_of(excluded: Mapping[str, int]) -> str:
+    """`Not usable: 3 without a late reference (...), 1 replays of other traces.`"""
+    most_first = sorted(excluded.items(), key=lambda item: (-item[1], item[0]))
+    listed = ", ".join(f"{count} {MEANING[reason]}" for reason, count in most_first)
+    return f"Not usable: {listed}." if listed else ""
+
+
+if __name__ == "__main__":
+    run(main)
