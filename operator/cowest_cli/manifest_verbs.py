@@ -1,0 +1,157 @@
+"""`cowest init`, `validate` and `crd`: everything about a manifest before anything runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from cowest_cli.options import File
+from cowest_operator import manifest
+from cowest_operator.schema import Problem
+from cowest_training.contract import EXIT_BAD_INPUT, StepError
+
+Format = Annotated[Literal["text", "json"], typer.Option("--output", "-o", help="text or json.")]
+TEMPLATE = "minimal.yaml"
+DATA_FORMAT = """\
+It names two files of questions with references, JSON Lines or Parquet, one row a question:
+  {"id": "1", "query": "Which ...?", "reference": "the right answer"}
+Optional in each row: "explanation" (what a good draft would say; the weak model is first tuned on it), "group" (a slice
+that must not get worse), "messages" (a chat, instead of "query"). No question may be in both files; 100 held-out rows
+are the least, 500 or more let smaller gains be seen.
+"""
+
+
+def init(
+    file: Annotated[Path, typer.Argument(help="Where to write the manifest.")] = Path("job.yaml"),
+    output: Format = "text",
+) -> None:
+    """Write a first manifest with comments, and say what data is needed."""
+    try:
+        with file.open("x", encoding="utf-8") as target:
+            target.write(_template().read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise StepError(
+            f"{file}: is there already and stays as it is. Name another file: cowest init OTHER.yaml"
+        ) from None
+    except OSError as error:
+        raise StepError(f"{file}: cannot be written: {error.strerror}.") from error
+    steps = [f"edit {file}", f"cowest validate -f {file}", f"cowest plan -f {file}", f"cowest run -f {file}"]
+    if output == "json":
+        typer.echo(json.dumps({"file": str(file), "dataFormat": DATA_FORMAT, "next": steps}))
+        return
+    typer.echo(f"Wrote {file}.\n\n{DATA_FORMAT}\nNext:\n" + "\n".join(f"  {step}" for step in steps))
+
+
+def validate(
+    file: File,
+    data: Annotated[bool, typer.Option("--data/--no-data", help="Also look at the files it names.")] = True,
+    output: Format = "text",
+) -> None:
+    """Check a manifest, and the data it names, without starting anything.
+
+    With -o json it prints the manifest with all defaults.
+    """
+    loaded = manifest.load(file)
+    job = manifest.resolve_files(loaded.job, file.resolve().parent)
+    _check_config_map(loaded)
+    sizes = _check_files(job, str(file)) if data else {}
+    if output == "json":
+        typer.echo(json.dumps(loaded.job, indent=2, ensure_ascii=False))
+        return
+    rows = "".join(f", {count} {name} rows" for name, count in sizes.items())
+    typer.echo(f"{file}: valid{rows}.")
+    for note in _notes(loaded):
+        typer.echo(f"note: {note}", err=True)
+
+
+def crd(output: Format = "text") -> None:
+    """Print the CustomResourceDefinition, for `kubectl apply -f -`."""
+    if output == "json":
+        typer.echo(json.dumps(manifest.crd(), indent=2, ensure_ascii=False))
+    else:
+        typer.echo(manifest.crd_path().read_text(encoding="utf-8"), nl=False)
+
+
+# ---------------------------------------------------------------- the files a manifest names
+def _check_files(job: Mapping[str, Any], source: str) -> dict[str, int]:
+    """Number of rows by file, where they could be read. Raises `ManifestError` or `StepError`."""
+    problems = list(_missing(job["spec"]))
+    if problems:
+        raise manifest.ManifestError(source, problems)
+    _check_weak_model(job["spec"]["weak"]["model"])
+    if not _can_read(job["spec"]["data"].values()):
+        return {}
+    from cowest_training.data import check_split, read_rows
+
+    train, held_out = read_rows(job["spec"]["data"]["train"]), read_rows(job["spec"]["data"]["heldOut"])
+    check_split(train, held_out)
+    least = job["spec"]["gate"]["minHeldOut"]
+    if len(held_out) < least:
+        reason = f"wanted at least gate.minHeldOut = {least} rows, saw {len(held_out)}"
+        remedy = "No candidate could ever pass. Add held-out rows, or lower gate.minHeldOut"
+        raise manifest.ManifestError(source, [Problem("spec.data.heldOut", reason, remedy)])
+    return {"training": len(train), "held-out": len(held_out)}
+
+
+def _missing(spec: Mapping[str, Any]) -> Iterator[Problem]:
+    for field, uri in (
+        ("weak.model", spec["weak"]["model"]),
+        ("data.train", spec["data"]["train"]),
+        ("data.heldOut", spec["data"]["heldOut"]),
+    ):
+        if uri.startswith(manifest.FILE) and not manifest.local_path(uri).exists():
+            yield Problem(
+                f"spec.{field}",
+                f"there is nothing at {uri}",
+                "Put it there, or change the path; a relative one starts at the manifest's folder",
+            )
+
+
+def _check_weak_model(uri: str) -> None:
+    """A local folder is looked at: safetensors, config and tokenizer must be there, pickles must not."""
+    if not uri.startswith(manifest.FILE):
+        return
+    from cowest_serving.model_files import ModelFolderError, check_model_folder
+
+    try:
+        check_model_folder(manifest.local_path(uri))
+    except ModelFolderError as error:
+        raise StepError(f"spec.weak.model: {error}", EXIT_BAD_INPUT) from error
+
+
+def _can_read(uris: Sequence[str] | Any) -> bool:
+    """Rows are read where they are at hand: local files, with the packages that read them."""
+    local = all(uri.startswith(manifest.FILE) for uri in uris)
+    return local and all(importlib.util.find_spec(name) for name in ("pyarrow", "numpy"))
+
+
+def _check_config_map(loaded: manifest.Loaded) -> None:
+    """Templates of a ConfigMap document are checked as inline ones are."""
+    reference = loaded.job["spec"]["collaboration"].get("promptsConfigMapRef")
+    if reference and reference["name"] in loaded.config_maps:
+        manifest.resolve_prompts(loaded.job, loaded.config_maps, dict.fromkeys(manifest.PROMPTS, ""))
+
+
+def _notes(loaded: manifest.Loaded) -> Iterator[str]:
+    spec = loaded.job["spec"]
+    reference = spec["collaboration"].get("promptsConfigMapRef")
+    if reference and reference["name"] not in loaded.config_maps:
+        yield (
+            f"ConfigMap {reference['name']} is no document of this file; `cowest run` wants it there,"
+            " a cluster may have it elsewhere."
+        )
+    if not spec["canary"]["steps"]:
+        yield "canary.steps is empty: a candidate that passes the offline gate is promoted without live traffic."
+    if spec["strong"]["endpoint"].startswith("http://") and spec["strong"]["apiKeySecretRefs"]:
+        yield "strong.endpoint is plain http: its API key is readable on the way."
+
+
+def _template() -> Path:
+    """The commented manifest beside this module (installed), or in the repository."""
+    installed = Path(__file__).with_name(TEMPLATE)
+    return installed if installed.exists() else Path(__file__).parents[2] / "crds" / "examples" / TEMPLATE

@@ -1,0 +1,171 @@
+"""`cowest init`, `validate` and `crd`, as people call them: what is printed where, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from cowest_cli import main as cli
+from cowest_operator import manifest
+from cowest_operator.schema import Problem
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_FAILED, EXIT_OK, EXIT_RETRY, StepError
+from tests.manifests import edited, smallest
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cowest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Calls the entry point in this process."""
+
+    def call(*arguments: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["cowest", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Said(int(ended.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+def write_rows(path: Path, prefix: str, count: int) -> None:
+    rows = [{"id": f"{prefix}{i}", "query": f"{prefix} question {i * 7919}", "reference": str(i)} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Path:
+    """A folder with a manifest and all that it names."""
+    weak = tmp_path / "weak"
+    weak.mkdir()
+    (weak / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    (weak / "tokenizer.json").write_text("{}")
+    header = json.dumps({"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    (weak / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    write_rows(tmp_path / "train.jsonl", "train", 5)
+    write_rows(tmp_path / "held_out.jsonl", "held", 100)
+    job = edited(
+        {"weak.model": "file://weak", "data.train": "file://train.jsonl", "data.heldOut": "file://held_out.jsonl"}
+    )
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    return tmp_path
+
+
+def test_init_writes_a_manifest_that_is_valid_and_never_overwrites_one(cowest: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    said = cowest("init", str(path))
+    assert said.code == EXIT_OK and "reference" in said.out and "cowest run -f" in said.out
+    manifest.load(path)
+    path.write_text("mine")
+    said = cowest("init", str(path))
+    assert said.code == EXIT_BAD_INPUT and "stays as it is" in said.err
+    assert path.read_text() == "mine"
+
+
+def test_validate_reads_the_data_and_counts_the_rows(cowest: Any, desk: Path) -> None:
+    said = cowest("validate", "-f", str(desk / "job.yaml"))
+    assert said.code == EXIT_OK, said.err
+    assert "5 training rows, 100 held-out rows" in said.out
+
+
+def test_validate_prints_all_defaults_as_json(cowest: Any, desk: Path) -> None:
+    said = cowest("validate", "-f", str(desk / "job.yaml"), "-o", "json")
+    assert said.code == EXIT_OK and json.loads(said.out) == manifest.load(desk / "job.yaml").job
+
+
+def test_validate_needs_no_files_with_no_data(cowest: Any, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(smallest()))
+    assert cowest("validate", "--no-data", "-f", str(tmp_path / "job.yaml")).code == EXIT_OK
+
+
+def test_validate_names_every_missing_file(cowest: Any, desk: Path) -> None:
+    (desk / "train.jsonl").unlink()
+    (desk / "held_out.jsonl").unlink()
+    said = cowest("validate", "-f", str(desk / "job.yaml"))
+    assert said.code == EXIT_BAD_INPUT and "Traceback" not in said.err
+    assert "spec.data.train: there is nothing at" in said.err and "spec.data.heldOut: there is" in said.err
+
+
+def test_validate_refuses_a_bad_row_with_its_line(cowest: Any, desk: Path) -> None:
+    with (desk / "train.jsonl").open("a") as file:
+        file.write('{"id": "x", "query": 5, "reference": "r"}\n')
+    said = cowest("validate", "-f", str(desk / "job.yaml"))
+    assert said.code == EXIT_BAD_INPUT and "train.jsonl" in said.err and "6" in said.err
+
+
+def test_validate_refuses_held_out_rows_that_are_trained_on(cowest: Any, desk: Path) -> None:
+    leaked = (desk / "held_out.jsonl").read_text().splitlines()[0]
+    with (desk / "train.jsonl").open("a") as file:
+        file.write(leaked + "\n")
+    said = cowest("validate", "-f", str(desk / "job.yaml"))
+    assert said.code == EXIT_BAD_INPUT and "held_out.jsonl:1" in said.err
+
+
+def test_validate_refuses_fewer_held_out_rows_than_the_gate_wants(cowest: Any, desk: Path) -> None:
+    write_rows(desk / "held_out.jsonl", "held", 99)
+    said = cowest("validate", "-f", str(desk / "job.yaml"))
+    assert said.code == EXIT_BAD_INPUT and "gate.minHeldOut = 100 rows, saw 99" in said.err
+
+
+def test_validate_refuses_a_model_folder_with_pickles(cowest: Any, desk: Path) -> None:
+    (desk / "weak" / "pytorch_model.bin").write_bytes(b"\x80")
+    said = cowest("validate", "-f", str(desk / "job.yaml"))
+    assert said.code == EXIT_BAD_INPUT and "spec.weak.model" in said.err and "pytorch_model.bin" in said.err
+
+
+def test_validate_shows_each_problem_with_its_line(cowest: Any, desk: Path) -> None:
+    (desk / "job.yaml").write_text(yaml.safe_dump(edited({"weak.modle": 1, "rounds.max": "3"})))
+    said = cowest("validate", "-f", str(desk / "job.yaml"))
+    assert said.code == EXIT_BAD_INPUT and said.out == ""
+    assert len(said.err.splitlines()) == 2 and all("job.yaml:" in line for line in said.err.splitlines())
+
+
+def test_crd_prints_what_kubectl_applies(cowest: Any) -> None:
+    as_yaml, as_json = cowest("crd"), cowest("crd", "-o", "json")
+    assert yaml.safe_load(as_yaml.out) == json.loads(as_json.out) == manifest.crd()
+
+
+def test_a_mistyped_verb_is_answered_with_the_right_one(cowest: Any) -> None:
+    said = cowest("validat")
+    assert said.code == EXIT_BAD_INPUT and "'validate'" in said.err
+
+
+class Away(Exception):
+    retryable = True
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        pytest.param(StepError("x", EXIT_BUDGET), EXIT_BUDGET, id="the budget is spent"),
+        pytest.param(Away("x"), EXIT_RETRY, id="an endpoint is away"),
+        pytest.param(OSError(28, "No space left on device"), EXIT_RETRY, id="the disk is full"),
+        pytest.param(
+            manifest.ManifestError("f", [Problem("", "is empty")]), EXIT_BAD_INPUT, id="the manifest is wrong"
+        ),
+        pytest.param(ModuleNotFoundError("x", name="torch"), EXIT_BAD_INPUT, id="an extra is not installed"),
+        pytest.param(ZeroDivisionError("x"), EXIT_FAILED, id="a bug"),
+    ],
+)
+def test_the_exit_code_says_whether_a_retry_is_worth_it(error: Exception, code: int) -> None:
+    assert cli.exit_code(error) == code and cli.message(error)
+
+
+def test_help_and_validation_load_nothing_heavy() -> None:
+    """So that they answer at once, and where no extra is installed."""
+    program = (
+        "import sys\nfrom cowest_cli import main, manifest_verbs\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'aiohttp', 'kubernetes'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(heavy)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,199 @@
+"""Manifests for tests: the smallest one, edits of it, and a table of broken ones that our validator and a real API
+server must both refuse, at the same field.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cowest_operator.manifest import API_VERSION, KIND
+
+REMOVED = object()
+
+
+def smallest() -> dict[str, Any]:
+    """The smallest manifest that is valid."""
+    return {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": {"name": "desk", "namespace": "default"},
+        "spec": {
+            "weak": {"model": "file:///models/weak"},
+            "strong": {"endpoint": "https://strong.example.com/v1", "model": "strong"},
+            "data": {"train": "file:///data/train.jsonl", "heldOut": "file:///data/held_out.jsonl"},
+            "feedback": {"evaluator": {"type": "ExactMatch"}},
+        },
+    }
+
+
+def edited(edits: Mapping[str, Any], manifest: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A copy with fields set by dotted path (`canary.steps[0].weightPercent`, under spec unless it begins with `/`)."""
+    result = copy.deepcopy(dict(manifest or smallest()))
+    for path, value in edits.items():
+        keys: list[Any] = [
+            int(part[1:-1]) if part.startswith("[") else part
+            for part in re.findall(r"\[\d+\]|[^.\[\]]+", path[1:] if path.startswith("/") else f"spec.{path}")
+        ]
+        place: Any = result
+        for key in keys[:-1]:
+            place = place[key] if isinstance(key, int) else place.setdefault(key, {})
+        if value is REMOVED:
+            del place[keys[-1]]
+        else:
+            place[keys[-1]] = value
+    return result
+
+
+@dataclass(frozen=True)
+class Broken:
+    """What is wrong (a test id), the edits that make it so, the field to be blamed, and a part of the message."""
+
+    name: str
+    edits: Mapping[str, Any]
+    field: str
+    says: str
+
+
+JUDGE = {"type": "Judge", "endpoint": "https://judge.example.com/v1", "model": "judge"}
+STEPS_DOWN = [{"weightPercent": 50, "minAnswers": 1}, {"weightPercent": 10, "minAnswers": 1}]
+STEPS_SAME = [{"weightPercent": 50, "minAnswers": 1}, {"weightPercent": 50, "minAnswers": 2}]
+
+BROKEN = (
+    Broken("an unknown field", {"weak.modle": "x"}, "spec.weak.modle", "Did you mean model?"),
+    Broken("a field of another section", {"seed": 3}, "spec.seed", "Did you mean spec.training.seed?"),
+    Broken("a field far from all known ones", {"weak.zzz": 1}, "spec.weak.zzz", "Known here: model, engine"),
+    Broken("no weak model", {"weak.model": REMOVED}, "spec.weak.model", "is missing. Add it: Model the loop starts"),
+    Broken("no feedback", {"feedback": REMOVED}, "spec.feedback", "is missing"),
+    Broken("no evaluator type", {"feedback.evaluator": {}}, "spec.feedback.evaluator.type", "is missing"),
+    Broken("a number as text", {"weak.replicas": "2"}, "spec.weak.replicas", "Remove the quotes: 2"),
+    Broken("a fraction without quotes", {"feedback.minMargin": 0.5}, "spec.feedback.minMargin", 'in quotes: "0.5"'),
+    Broken("a fraction where a whole number is wanted", {"rounds.max": 1.5}, "spec.rounds.max", "a whole number"),
+    Broken("text where true or false is wanted", {"suspend": "no"}, "spec.suspend", "true or false"),
+    Broken("a scalar where a section is wanted", {"training": "DPO"}, "spec.training", "wanted fields"),
+    Broken("one entry where a list is wanted", {"canary.steps": {"weightPercent": 5}}, "spec.canary.steps", "a list"),
+    Broken("an enum in lower case", {"collaboration.draft": "answer"}, "spec.collaboration.draft", "mean Answer?"),
+    Broken("a number below its least", {"weak.replicas": 0}, "spec.weak.replicas", "at least 1, saw 0"),
+    Broken("a number above its most", {"gateway.port": 70000}, "spec.gateway.port", "at most 65535, saw 70000"),
+    Broken("an empty name", {"strong.model": ""}, "spec.strong.model", "at least 1 character, saw 0"),
+    Broken("an endless template", {"collaboration.prompts.draft": "{query}" * 3000}, "spec.collaboration.prompts.draft",
+           "at most 16384 characters"),
+    Broken("too many canary steps", {"canary.steps": [{"weightPercent": i + 1, "minAnswers": 1} for i in range(11)]},
+           "spec.canary.steps", "at most 10 entries"),
+    Broken("one choice", {"feedback.evaluator": {"type": "Choice", "choices": ["a"]}},
+           "spec.feedback.evaluator.choices", "at least 2 entries"),
+    Broken("a choice twice", {"feedback.evaluator": {"type": "Choice", "choices": ["a", "b", "a"]}},
+           "spec.feedback.evaluator.choices[2]", "second entry"),
+    Broken("a job name that names no service", {"/metadata.name": "1desk"}, "", "at most 40 lower-case letters"),
+    Broken("a job name that is too long", {"/metadata.name": "a" * 41}, "", "at most 40 lower-case letters"),
+    Broken("a bare path as model", {"weak.model": "models/weak"}, "spec.weak.model", "must be file://FOLDER"),
+    Broken("a hub name without organisation", {"weak.model": "hf://weak"}, "spec.weak.model", "hf://ORG/NAME"),
+    Broken("a pickle as model", {"weak.model": "file:///m/model.pt"}, "spec.weak.model", "pickles are never loaded"),
+    Broken("data over http", {"data.train": "https://example.com/a.jsonl"}, "spec.data.train", "must be file://PATH"),
+    Broken("training on the held-out rows", {"data.heldOut": "file:///data/train.jsonl"}, "spec.data.heldOut",
+           "heldOut must differ from train"),
+    Broken("an endpoint without scheme", {"strong.endpoint": "strong.example.com/v1"}, "spec.strong.endpoint",
+           "must be an address"),
+    Broken("plain http over the internet", {"strong.endpoint": "http://strong.example.com/v1"},
+           "spec.strong.endpoint", "must use https"),
+    Broken("plain http to an outside address", {"strong.endpoint": "http://8.8.8.8/v1"}, "spec.strong.endpoint",
+           "must use https"),
+    Broken("a key in the address", {"strong.endpoint": "https://me:key@strong.example.com/v1"}, "spec.strong.endpoint",
+           "must not carry a user or key"),
+    Broken("the path of a method in the address",
+           {"strong.endpoint": "https://strong.example.com/v1/chat/completions"}, "spec.strong.endpoint",
+           "must be the base address"),
+    Broken("a fallback over plain http",
+           {"strong.fallbacks": [{"endpoint": "http://b.example.com/v1", "model": "b"}]},
+           "spec.strong.fallbacks[0].endpoint", "must use https"),
+    Broken("a money budget without prices", {"strong.budget.moneyPerRound": "5"}, "spec.strong.budget", "need prices"),
+    Broken("a price that is no number",
+           {"strong.prices": {"inputPerMillionTokens": "cheap", "outputPerMillionTokens": "1"}},
+           "spec.strong.prices.inputPerMillionTokens", "must be a decimal number in quotes"),
+    Broken("a currency in lower case",
+           {"strong.prices": {"inputPerMillionTokens": "1", "outputPerMillionTokens": "1", "currency": "usd"}},
+           "spec.strong.prices.currency", "three capital letters"),
+    Broken("a Secret named in capitals", {"strong.apiKeySecretRefs": [{"name": "Strong", "key": "k"}]},
+           "spec.strong.apiKeySecretRefs[0].name", "must be the name of a Secret"),
+    Broken("prompts twice",
+           {"collaboration.prompts.solo": "{query}", "collaboration.promptsConfigMapRef.name": "prompts"},
+           "spec.collaboration.prompts", "cannot both be set"),
+    Broken("a template without the question", {"collaboration.prompts.draft": "Explain."},
+           "spec.collaboration.prompts.draft", "must contain {query}"),
+    Broken("a refine template without the draft", {"collaboration.prompts.refine": "{query}"},
+           "spec.collaboration.prompts.refine", "must contain {draft}"),
+    Broken("a draft in the solo template", {"collaboration.prompts.solo": "{query} {draft}"},
+           "spec.collaboration.prompts.solo", "must not contain {draft}"),
+    Broken("Choice without choices", {"feedback.evaluator.type": "Choice"}, "spec.feedback.evaluator.choices",
+           "type Choice needs choices"),
+    Broken("choices without Choice", {"feedback.evaluator.choices": ["a", "b"]}, "spec.feedback.evaluator.choices",
+           "for type Choice only"),
+    Broken("Judge without a model", {"feedback.evaluator": {"type": "Judge", "endpoint": "https://j.example.com/v1"}},
+           "spec.feedback.evaluator.endpoint", "type Judge needs endpoint and model"),
+    Broken("HTTP without an endpoint", {"feedback.evaluator.type": "HTTP"}, "spec.feedback.evaluator.endpoint",
+           "type HTTP needs endpoint"),
+    Broken("a rubric without Judge", {"feedback.evaluator.rubric": "be right"}, "spec.feedback.evaluator.model",
+           "for type Judge only"),
+    Broken("a tolerance without Numeric", {"feedback.evaluator.absoluteTolerance": "0.1"},
+           "spec.feedback.evaluator.type", "for type Numeric only"),
+    Broken("one draft a query", {"feedback.draftsPerQuery": 1}, "spec.feedback.draftsPerQuery", "at least 2"),
+    Broken("drafts that are all the same", {"feedback.temperature": "0"}, "spec.feedback.temperature",
+           "all drafts of a query are the same"),
+    Broken("a margin no two scores have", {"feedback.minMargin": "1.5"}, "spec.feedback.minMargin", "at most 1"),
+    Broken("more pairs than queries", {"feedback.minPairs": 10, "feedback.maxQueries": 9}, "spec.feedback.minPairs",
+           "must not exceed maxQueries"),
+    Broken("no room for a prompt", {"training.maxLength": 256}, "spec.training.maxLength", "prompt and draft both"),
+    Broken("no learning rate", {"training.preference.learningRate": "0"}, "spec.training.preference.learningRate",
+           "above 0"),
+    Broken("a learning rate with an exponent", {"training.supervised.learningRate": "1e-4"},
+           "spec.training.supervised.learningRate", "must be a decimal number in quotes"),
+    Broken("all of the adapters dropped", {"training.lora.dropout": "1"}, "spec.training.lora.dropout", "below 1"),
+    Broken("a schedule that is no cron", {"rounds.trigger.schedule": "every day"}, "spec.rounds.trigger.schedule",
+           "cron expression of five fields"),
+    Broken("significance that proves nothing", {"gate.significance": "0.7"}, "spec.gate.significance", "at most 0.5"),
+    Broken("a negative share", {"gate.maxHurtPercent": "-1"}, "spec.gate.maxHurtPercent", "from 0 to 100"),
+    Broken("a share above all", {"canary.maxErrorPercent": "101"}, "spec.canary.maxErrorPercent", "from 0 to 100"),
+    Broken("canary steps that shrink", {"canary.steps": STEPS_DOWN}, "spec.canary.steps", "must grow from"),
+    Broken("canary steps that stand still", {"canary.steps": STEPS_SAME}, "spec.canary.steps", "must grow"),
+    Broken("a canary with all traffic", {"canary.steps": [{"weightPercent": 100, "minAnswers": 1}]},
+           "spec.canary.steps[0].weightPercent", "must be below 100"),
+    Broken("a canary step without answers", {"canary.steps": [{"weightPercent": 10}]},
+           "spec.canary.steps[0].minAnswers", "is missing"),
+    Broken("a judge's signal without a judge", {"canary.signal": "Judge"}, "spec.canary.signal", "needs feedback"),
+    Broken("a bucket in capitals", {"objectStore.bucket": "Models"}, "spec.objectStore.bucket", "name of a bucket"),
+    Broken("a prefix with a leading slash", {"objectStore": {"bucket": "models", "prefix": "/a"}},
+           "spec.objectStore.prefix", "must not begin with '/'"),
+)  # fmt: skip
+
+VALID: Mapping[str, Mapping[str, Any]] = {
+    "nothing but what is required": {},
+    "a field that is null counts as absent": {"collaboration.prompts": None, "rounds": None},
+    "a quantity is a number or text": {"weak.resources": {"requests": {"cpu": 2, "memory": "4Gi"}}},
+    "a pod template carries any pod field": {"weak.podTemplate.spec": {"nodeSelector": {"disk": "ssd"}, "x": [1]}},
+    "no canary": {"canary.steps": []},
+    "plain http on loopback": {"strong.endpoint": "http://127.0.0.1:8000/v1"},
+    "plain http to IPv6 loopback": {"strong.endpoint": "http://[::1]:8000/v1"},
+    "plain http to a Service": {"strong.endpoint": "http://strong.models.svc:80/v1"},
+    "plain http to a Service by its full name": {"strong.endpoint": "http://strong.models.svc.cluster.local/v1"},
+    "plain http to a single label": {"strong.endpoint": "http://strong/v1"},
+    "an endpoint that does not end in v1": {"strong.endpoint": "https://llm.example.com/v1beta/openai/"},
+    "a budget with prices": {
+        "strong.prices": {"inputPerMillionTokens": "2.50", "outputPerMillionTokens": "10"},
+        "strong.budget": {"moneyPerDay": "3", "callsPerRound": 10**12},
+    },
+    "a judge that also judges live": {"feedback.evaluator": {**JUDGE, "rubric": "right"}, "canary.signal": "Judge"},
+    "a scorer over HTTP": {"feedback.evaluator": {"type": "HTTP", "endpoint": "http://scorer:8080/score"}},
+    "choices": {"feedback.evaluator": {"type": "Choice", "choices": ["yes", "no"]}},
+    "numbers with a tolerance": {"feedback.evaluator": {"type": "Numeric", "relativeTolerance": "0.01"}},
+    "templates with other braces": {"collaboration.prompts.refine": '{"q": "{query}", "d": "{draft}", {x}}'},
+    "templates of a ConfigMap": {"collaboration.promptsConfigMapRef.name": "prompts"},
+    "a pinned hub model": {"weak.model": "hf://org/name@0123abc"},
+    "a schedule": {"rounds.trigger.schedule": "0 3 * * *"},
+    "an object store": {
+        "weak.model": "s3://models/weak",
+        "objectStore": {"endpoint": "http://minio.minio.svc:9000", "bucket": "models", "pathStyle": True},
+    },
+}
