@@ -1,0 +1,281 @@
+"""Align the weak model with what helps the strong one: DPO on pairs of drafts (CoWest, section 3.2).
+
+    loss = -log sigmoid(beta * (log pi(y+|x)/ref(y+|x) - log pi(y-|x)/ref(y-|x))) - nllWeight * log pi(y+|x) per token
+
+The reference is the model that the round started from: its log-probabilities are computed before the first step, from
+the very weights that are then tuned (with LoRA: with the fresh adapters off).
+
+Differs from the paper: the NLL term, which keeps the chosen drafts likely (nllWeight: "0" turns it off). Dropout is off
+(so lora.dropout acts in `sft` alone): otherwise policy and reference differ by chance.
+
+    python -m cowest_training.dpo --job job.yaml --model s3://b/j/r0/sft --feedback s3://b/j/r1/feedback --out s3://b/j/r1/dpo
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from cowest_serving import store
+from cowest_serving.contract import digest_of
+from cowest_serving.generate import PromptError, prompt_ids, render_prompt
+from cowest_serving.model_files import model_digest
+from cowest_training import tuning
+from cowest_training.cards import ModelCard, model_card
+from cowest_training.contract import EXIT_OK, Manifest, StepError, Training
+from cowest_training.steps import Progress, code_version, load_settings, need_manifest, open_output, parser, run
+
+WARMUP = 0.1
+MEASURED_PAIRS = 256  # the chosen drafts' log-probabilities are measured again at the end on so many
+CHOSEN_DROP_ALARM = 0.2
+LENGTH_RATIO_ALARM = (0.8, 1.25)
+TOO_LONG = "longer than maxLength"
+SAME = "with two equal drafts"
+REFUSED = "refused by the chat template"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
+    settings = load_settings(args.job)
+    pairs = read_pairs(pairs_file(args.feedback))
+    folder = tuning.weak_folder(args.model)
+    inputs = _inputs(settings.training, pairs, model_digest(folder))
+    output = open_output(args.out, step="dpo", inputs=inputs)
+    if isinstance(output, Manifest):
+        return EXIT_OK
+    with tuning.checkpoint_folder(args.out, "dpo", inputs) as checkpoints:
+        work = tuning.Work(output.folder, checkpoints, Progress(args.progress, "dpo"))
+        metrics = align(folder, pairs, settings.training, work)
+        digest = model_digest(output.folder)
+        card = ModelCard(
+            step="dpo",
+            digest=digest,
+            base=args.model,
+            base_digest=inputs["model"],
+            data_digest=inputs["pairs"],
+            seed=settings.training.seed,
+            parameters=inputs["training"],
+            metrics=metrics,
+            license=tuning.inherited_license(folder),
+            version=code_version(),
+        )
+        (output.folder / "README.md").write_text(model_card(card), encoding="utf-8")
+        output.finish(kind="Model", metrics=metrics, digest=digest)
+    return EXIT_OK
+
+
+def _parse(argv: Sequence[str] | None) -> Any:
+    flags = parser(__doc__)
+    flags.add_argument("--model", required=True, metavar="URI", help="the model of the round's start: the reference")
+    flags.add_argument("--feedback", required=True, metavar="URI", help="output of `feedback`, or a pairs.jsonl")
+    return flags.parse_args(argv)
+
+
+def pairs_file(uri: str) -> str:
+    if uri.endswith(".jsonl"):
+        return uri
+    need_manifest(uri, what="--feedback")
+    return store.join(uri, "pairs.jsonl")
+
+
+def _inputs(training: Training, pairs: Sequence[Pair], model: str) -> dict[str, Any]:
+    return {
+        "model": model,
+        "pairs": digest_of([dataclasses.asdict(pair) for pair in pairs]),
+        "training": {
+            **dataclasses.asdict(training.preference),
+            "lora": dataclasses.asdict(training.lora),
+            "max_length": training.max_length,
+            "seed": training.seed,
+        },
+    }
+
+
+# ---------------------------------------------------------------- pairs
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two drafts for one prompt; `prompt` is what the weak model was asked."""
+
+    prompt: tuple[Mapping[str, Any], ...]
+    chosen: str
+    rejected: str
+
+
+def read_pairs(uri: str) -> list[Pair]:
+    """The pairs of a pairs.jsonl; a line that is no pair is named by its number."""
+    lines = store.get(uri).decode().splitlines()
+    return [_pair(line, f"{uri}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _pair(line: str, where: str) -> Pair:
+    try:
+        data = json.loads(line)
+        pair = Pair(tuple(data["prompt"]), data["chosen"], data["rejected"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StepError(
+            f"{where}: wanted prompt, chosen and rejected as JSON, saw {error!r}; run the feedback step again"
+        ) from None
+    if not isinstance(pair.chosen, str) or not isinstance(pair.rejected, str):
+        raise StepError(f"{where}: wanted two drafts as text, saw other types; run the feedback step again")
+    return pair
+
+
+def encode(weak: tuning.Weak, pairs: Iterable[Pair]) -> tuple[list[dict[str, list[int]]], Counter[str]]:
+    """Token ids of the pairs, and what was dropped by reason.
+
+    A pair of which one side does not fit is dropped whole: cut drafts would be compared by their beginnings.
+    """
+    examples: list[dict[str, list[int]]] = []
+    dropped: Counter[str] = Counter()
+    for pair in pairs:
+        try:
+            text = render_prompt(weak.tokenizer, pair.prompt)
+            prompt = prompt_ids(weak.tokenizer, text)
+        except PromptError:
+            dropped[REFUSED] += 1
+            continue
+        chosen = tuning.completion_ids(weak.tokenizer, text, pair.chosen)
+        rejected = tuning.completion_ids(weak.tokenizer, text, pair.rejected)
+        if chosen == rejected:
+            dropped[SAME] += 1
+        elif len(prompt) + max(len(chosen), len(rejected)) > weak.limit:
+            dropped[TOO_LONG] += 1
+        else:
+            examples.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+    return examples, dropped
+
+
+# ---------------------------------------------------------------- tuning
+class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]
+    """DPOTrainer on token ids. TRL 1.16 tokenises texts itself, which may double the beginning-of-sequence token and
+    move the border of the prompt; here both are as the server sees them."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+
+def align(
+    folder: Path,
+    pairs: Sequence[Pair],
+    training: Training,
+    work: tuning.Work,
+) -> dict[str, Any]:
+    """Tune the model in `folder` and write it whole. Returns metrics."""
+    stage = training.preference
+    weak = tuning.load_weak(folder, tuning=stage.tuning, max_length=training.max_length, seed=training.seed)
+    examples, dropped = encode(weak, pairs)
+    tuning.require_rows(
+        len(examples),
+        len(pairs),
+        dropped,
+        "pairs of different drafts that fit into training.maxLength",
+        "raise feedback.draftsPerQuery or maxQueries, lower minMargin, or raise training.maxLength",
+    )
+    trainer = build_trainer(weak, examples, training, work)
+    reference = trainer.train_dataset.with_format(None)
+    log = tuning.train(trainer, work)
+    model = tuning.plain(trainer)
+    after = [
+        completion_logp(model, example["prompt_ids"], example["chosen_ids"]) for example in examples[:MEASURED_PAIRS]
+    ]
+    tuning.save_whole(model, weak, work.target)
+    measured = {
+        "pairs": len(examples),
+        "dropped": dict(dropped),
+        "steps": trainer.state.global_step,
+        "loss_first": log[0]["loss"],
+        "loss_last": log[-1]["loss"],
+        "accuracy_last": log[-1]["rewards/accuracies"],
+        "margin_last": log[-1]["rewards/margins"],
+        "logp_chosen_before": _mean(reference["ref_chosen_logps"][:MEASURED_PAIRS]),
+        "logp_chosen_after": _mean(after),
+        "length_ratio": _mean(len(e["chosen_ids"]) for e in examples) / _mean(len(e["rejected_ids"]) for e in examples),
+    }
+    return {**measured, "alarms": alarms(measured)}
+
+
+def build_trainer(
+    weak: tuning.Weak, examples: Sequence[Mapping[str, Any]], training: Training, work: tuning.Work
+) -> DPOTrainer:
+    """The trainer with the reference's log-probabilities already in its `train_dataset`."""
+    stage = training.preference
+    nll_weight = stage.nll_weight or 0.0
+    arguments = tuning.common_arguments(
+        stage,
+        work,
+        rows=len(examples),
+        longest=max(len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples),
+        sequences=2,
+        warmup=WARMUP,
+        seed=training.seed,
+        device=weak.device,
+    )
+    config = DPOConfig(
+        **arguments,
+        beta=0.1 if stage.beta is None else stage.beta,
+        loss_type=["sigmoid", "sft"] if nll_weight else ["sigmoid"],
+        loss_weights=[1.0, nll_weight] if nll_weight else [1.0],
+        # The live model before its first step is the reference. Without this TRL loads one again from wherever the
+        # model's configuration says that it once came from.
+        precompute_ref_log_probs=True,
+    )
+    return TokenisedDPOTrainer(
+        model=weak.model,
+        args=config,
+        train_dataset=Dataset.from_list(list(examples)),
+        processing_class=weak.tokenizer,
+        peft_config=tuning.lora_config(training.lora, stage.tuning),
+        callbacks=[tuning.Watch(work)],
+    )
+
+
+@torch.no_grad()
+def completion_logp(model: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> float:
+    """log pi(completion | prompt), summed over the completion's tokens (nats)."""
+    model.eval()
+    ids = torch.tensor([[*prompt_ids, *completion_ids]], device=model.device)
+    logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    start = len(prompt_ids) - 1
+    return float(logps[start:].gather(-1, ids[0, start + 1 :, None]).sum())
+
+
+def alarms(metrics: Mapping[str, Any]) -> list[str]:
+    """Signs that the tuning went astray, as sentences. They end nothing: the gate judges the pair's answers."""
+    before, after = metrics["logp_chosen_before"], metrics["logp_chosen_after"]
+    drop = (before - after) / max(abs(before), 1e-9)
+    low, high = LENGTH_RATIO_ALARM
+    ratio = metrics["length_ratio"]
+    found = (
+        (
+            drop > CHOSEN_DROP_ALARM,
+            f"The log-probability of the chosen drafts fell by {drop:.0%} (more than {CHOSEN_DROP_ALARM:.0%}): "
+            "raise nllWeight or lower learningRate.",
+        ),
+        (
+            not low <= ratio <= high,
+            f"Chosen drafts are {ratio:.2f} times as long as rejected ones (outside {low} to {high}): "
+            "the model may learn length instead of help.",
+        ),
+        (
+            metrics["margin_last"] <= 0,
+            "Chosen drafts are no likelier against rejected ones than at the start: raise learningRate or epochs.",
+        ),
+    )
+    return [sentence for rings, sentence in found if rings]
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+if __name__ == "__main__":
+    run(main)

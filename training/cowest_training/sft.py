@@ -1,0 +1,168 @@
+"""Teach the weak model the domain: supervised fine-tuning on explanations (CoWest, section 3.1).
+
+Loss on the draft alone (`explanation` and the end-of-sequence token), given the very prompt that the weak model gets at
+request time. The output is a whole model folder: LoRA adapters are merged.
+
+    python -m cowest_training.sft --job job.yaml --data s3://b/j/r0/data --model hf://org/name --out s3://b/j/r0/sft
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from cowest_serving.collaborate import draft_messages
+from cowest_serving.contract import Prompts
+from cowest_serving.generate import PromptError, prompt_ids, render_prompt
+from cowest_serving.model_files import model_digest
+from cowest_serving.store import join
+from cowest_training import tuning
+from cowest_training.cards import ModelCard, model_card
+from cowest_training.contract import EXIT_OK, Manifest, Row, Training
+from cowest_training.data import read_rows, rows_digest
+from cowest_training.steps import Progress, code_version, load_settings, open_output, parser, read_manifest, run
+
+WARMUP = 0.03
+NO_EXPLANATION = "without explanation"
+TOO_LONG = "longer than maxLength"
+REFUSED = "refused by the chat template"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
+    settings = load_settings(args.job)
+    prompts = tuning.resolved_prompts(settings.collaboration)
+    rows = read_rows(dataset_file(args.data))
+    folder = tuning.weak_folder(args.model)
+    inputs = _inputs(settings.training, prompts, rows, model_digest(folder))
+    output = open_output(args.out, step="sft", inputs=inputs)
+    if isinstance(output, Manifest):
+        return EXIT_OK
+    with tuning.checkpoint_folder(args.out, "sft", inputs) as checkpoints:
+        work = tuning.Work(output.folder, checkpoints, Progress(args.progress, "sft"))
+        metrics = fine_tune(folder, rows, prompts, settings.training, work)
+        digest = model_digest(output.folder)
+        card = ModelCard(
+            step="sft",
+            digest=digest,
+            base=args.model,
+            base_digest=inputs["model"],
+            data_digest=inputs["data"],
+            seed=settings.training.seed,
+            parameters=inputs["training"],
+            metrics=metrics,
+            license=tuning.inherited_license(folder),
+            version=code_version(),
+        )
+        (output.folder / "README.md").write_text(model_card(card), encoding="utf-8")
+        output.finish(kind="Model", metrics=metrics, digest=digest)
+    return EXIT_OK
+
+
+def _parse(argv: Sequence[str] | None) -> Any:
+    flags = parser(__doc__ or "")
+    flags.add_argument("--data", required=True, metavar="URI", help="collected data set, or a JSONL or Parquet file")
+    flags.add_argument("--model", required=True, metavar="URI", help="the weak model: file://, s3:// or hf://")
+    return flags.parse_args(argv)
+
+
+def dataset_file(uri: str) -> str:
+    """The rows of a collected data set; any other URI is read as the file that it names."""
+    return join(uri, "dataset.jsonl") if read_manifest(uri) else uri
+
+
+def _inputs(training: Training, prompts: Prompts, rows: Sequence[Row], model: str) -> dict[str, Any]:
+    return {
+        "model": model,
+        "data": rows_digest(rows),
+        "prompts": prompts.digest,
+        "training": {
+            **dataclasses.asdict(training.supervised),
+            "lora": dataclasses.asdict(training.lora),
+            "max_length": training.max_length,
+            "seed": training.seed,
+        },
+    }
+
+
+def fine_tune(
+    folder: Path,
+    rows: Sequence[Row],
+    prompts: Prompts,
+    training: Training,
+    work: tuning.Work,
+) -> dict[str, Any]:
+    """Tune the model in `folder` and write it whole. Returns metrics."""
+    stage = training.supervised
+    weak = tuning.load_weak(folder, tuning=stage.tuning, max_length=training.max_length, seed=training.seed)
+    examples, dropped = encode(weak, rows, prompts)
+    tuning.require_rows(
+        len(examples),
+        len(rows),
+        dropped,
+        "rows with an `explanation` that fit into training.maxLength",
+        "give rows an `explanation`, raise training.maxLength, or set training.sft: Never",
+    )
+    arguments = tuning.common_arguments(
+        stage,
+        work,
+        rows=len(examples),
+        longest=max(len(example["input_ids"]) for example in examples),
+        sequences=1,
+        warmup=WARMUP,
+        seed=training.seed,
+        device=weak.device,
+    )
+    trainer = SFTTrainer(
+        model=weak.model,
+        args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=Dataset.from_list(examples),
+        processing_class=weak.tokenizer,
+        peft_config=tuning.lora_config(training.lora, stage.tuning),
+        callbacks=[tuning.Watch(work)],
+    )
+    log = tuning.train(trainer, work)
+    tuning.save_whole(tuning.plain(trainer), weak, work.target)
+    return {
+        "rows": len(examples),
+        "dropped": dict(dropped),
+        "steps": trainer.state.global_step,
+        "loss_first": log[0]["loss"],
+        "loss_last": log[-1]["loss"],
+        "token_accuracy_last": log[-1].get("mean_token_accuracy"),
+    }
+
+
+def encode(weak: tuning.Weak, rows: Sequence[Row], prompts: Prompts) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Token ids and labels (-100 on the prompt), and what was dropped by reason.
+
+    A row that does not fit is dropped whole: a cut draft would teach drafts without an end.
+    """
+    examples: list[dict[str, Any]] = []
+    dropped: Counter[str] = Counter()
+    for row in rows:
+        if not row.explanation:
+            dropped[NO_EXPLANATION] += 1
+            continue
+        try:
+            text = render_prompt(weak.tokenizer, draft_messages(row.messages, prompts))
+            prompt = prompt_ids(weak.tokenizer, text)
+        except PromptError:
+            dropped[REFUSED] += 1
+            continue
+        draft = tuning.completion_ids(weak.tokenizer, text, row.explanation)
+        if len(prompt) + len(draft) > weak.limit:
+            dropped[TOO_LONG] += 1
+            continue
+        examples.append({"input_ids": [*prompt, *draft], "labels": [-100] * len(prompt) + draft})
+    return examples, dropped
+
+
+if __name__ == "__main__":
+    run(main)
