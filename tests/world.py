@@ -89,7 +89,12 @@ def comparison(difference: float = 0.1, p_better: float = 1e-6, p_worse: float =
 def report(candidate: str = CANDIDATE.digest, control: str = STABLE.digest, **changes: Any) -> EvaluationReport:
     arms = tuple(
         ArmReport(name, 1000, score, score - 0.02, score + 0.02, hurt)
-        for name, score, hurt in (("candidate", 0.7, 0.05), ("control", 0.6, 0.1), ("solo", 0.3, 0.0), ("weak", 0.4, 0.1))
+        for name, score, hurt in (
+            ("candidate", 0.7, 0.05),
+            ("control", 0.6, 0.1),
+            ("solo", 0.3, 0.0),
+            ("weak", 0.4, 0.1),
+        )
     )
     built = EvaluationReport(
         candidate, control, "sha256:held", "sha256:evaluator", "strong-1", "", arms, comparison(), comparison(0.4)

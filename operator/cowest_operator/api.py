@@ -261,7 +261,7 @@ class StepState:
     attempts: int = 1
     message: str = ""
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    digest: str = ""
+    digest: str = ""  # of the artifact; a model's is the digest that its server reports
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,8 @@ def _too_few(wanted: int, seen: int, why: str, canary: api.Canary) -> Verdict:
     return Verdict(
         "RollBack",
         api.REASON_TOO_FEW_ANSWERS,
-        f"{seen} of {wanted} scored live answers when canary.deadlineSeconds = {canary.deadline_seconds} was over{note}.",
+        f"{seen} of {wanted} scored live answers when canary.deadlineSeconds = {canary.deadline_seconds}"
+        f" was over{note}.",
     )
 
 

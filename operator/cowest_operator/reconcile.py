@@ -13,7 +13,7 @@ from typing import Literal
 
 from cowest_operator import api, people, promotion, rounds
 from cowest_operator.api import Event, Plan, Status, Trial, World
-from cowest_serving.contract import Arm, Pair, Routing
+from cowest_serving.contract import Arm, Mode, Pair, Routing
 from cowest_training.contract import EXIT_BUDGET, EXIT_RETRY
 
 RETRIES = 3  # of a step that ended with EXIT_RETRY, before the embedded run gives up
@@ -126,9 +126,8 @@ def _step_done(
     facts = {**rounds.needed_of(state.metrics), "digest": state.digest}
     trial = replace(trial, done={**trial.done, name: facts})
     if name == rounds.model_step(trial, steps):
-        digest = str(state.metrics["model_digest"])
         make = rounds.declared_pair if trial.origin in ("Baseline", "Edit") else rounds.tuned_pair
-        trial = replace(trial, pair=make(world, digest, step.out))
+        trial = replace(trial, pair=make(world, state.digest, step.out))
     status = replace(world.status, candidate=trial)
     if name == "feedback" and int(state.metrics["pairs"]) < (least := world.job.spec.feedback.min_pairs):
         message = f"{state.metrics['pairs']} usable pairs, feedback.minPairs wants {least}."
@@ -354,9 +353,8 @@ def _arm(world: World, name: Literal["stable", "candidate"], weight: int, mode: 
     """A server that is not ready keeps its address: the gateway then does what `whenWeakFails` says."""
     server = world.servers.get(pair.weak_digest)
     endpoint = server.endpoint if server is not None and mode == "Pair" else None
-    if pair.strong_model == world.job.spec.strong.model:  # another address of the same model applies at once
-        pair = replace(pair, strong_endpoint=world.job.spec.strong.endpoint)
-    return Arm(name, weight, "Pair" if endpoint else "StrongAlone", pair, endpoint)
+    mode_now: Mode = "Pair" if endpoint else "StrongAlone"
+    return Arm(name, weight, mode_now, rounds.at_declared_address(world, pair), endpoint)
 
 
 # ---------------------------------------------------------------- the story

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cowest_operator import api
@@ -85,6 +86,12 @@ def tuned_pair(world: api.World, weak_digest: str, weak_uri: str) -> Pair:
     if stable is None:
         return declared_pair(world, weak_digest, weak_uri)
     return Pair(weak_digest, weak_uri, stable.prompts, stable.draft, stable.strong_endpoint, stable.strong_model)
+
+
+def at_declared_address(world: api.World, pair: Pair) -> Pair:
+    """Another address of the same strong model applies at once, and is no edit of the pair."""
+    strong = world.job.spec.strong
+    return replace(pair, strong_endpoint=strong.endpoint) if pair.strong_model == strong.model else pair
 
 
 def _tuned_round(world: api.World) -> Next:
@@ -178,7 +185,7 @@ def _tune(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
             ("--dataset", dataset),
             ("--calls", world.calls),
             number,
-            files=(("--pair", dump(stable)),),
+            files=(("--pair", dump(at_declared_address(world, stable))),),
             calls_strong=True,
         ),
         _step(world, trial, "dpo", ("--model", stable.weak_uri), ("--feedback", feedback)),
@@ -188,8 +195,7 @@ def _tune(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
 def _evaluation(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
     pair = trial.pair or _placeholder(world)
     control = control_of(world.status) if trial.origin != "Revalidation" else SOLO
-    stable = world.status.stable
-    solo = control == SOLO or stable is None
+    served = world.status.stable if control != SOLO else None
     return (
         _step(
             world,
@@ -197,8 +203,11 @@ def _evaluation(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
             "evaluate",
             ("--held-out", world.job.spec.data.held_out),
             ("--calls", world.calls),
-            *((("--control", SOLO),) if solo else ()),
-            files=(("--candidate", dump(pair)), *(() if solo else (("--control", dump(stable)),))),
+            *(() if served else (("--control", SOLO),)),
+            files=(
+                ("--candidate", dump(at_declared_address(world, pair))),
+                *((("--control", dump(at_declared_address(world, served))),) if served else ()),
+            ),
             calls_strong=True,
         ),
     )
@@ -210,7 +219,7 @@ def _placeholder(world: api.World) -> Pair:
 
 
 def live_score(world: api.World, trial: api.Trial, control: Pair | None) -> api.StepSpec:
-    """The watcher that scores live answers while a canary runs; one report per canary step. No control: the strong alone."""
+    """The watcher that scores live answers in a canary, one report a step; without `control` against solo."""
     candidate = trial.pair
     assert candidate is not None
     return api.StepSpec(
@@ -224,7 +233,10 @@ def live_score(world: api.World, trial: api.Trial, control: Pair | None) -> api.
             ("--calls", world.calls),
             *(() if control else (("--control", SOLO),)),
         ),
-        files=(("--candidate", dump(candidate)), *((("--control", dump(control)),) if control else ())),
+        files=(
+            ("--candidate", dump(at_declared_address(world, candidate))),
+            *((("--control", dump(at_declared_address(world, control))),) if control else ()),
+        ),
         calls_strong=True,
         keeps_running=True,
     )
@@ -243,7 +255,7 @@ class Estimate:
 
 
 def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baseline: bool) -> Estimate:
-    """Strong-model calls of the baseline or of one tuned round: every draft distinct, nothing cached but solo answers."""
+    """Strong-model calls of the baseline or of one tuned round: all drafts distinct, no call cached but solo ones."""
     spec = job.spec
     queries = 0 if baseline else min(rows, spec.feedback.max_queries)
     with_draft = queries * spec.feedback.drafts_per_query + held_out
@@ -268,10 +280,10 @@ def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baselin
 
 def smallest_gain_points(held_out: int, discordant: float = 0.2) -> float:
     """Points that a paired test sees with 80 % power when a share `discordant` of the queries changes sides."""
-    return 100 * 2.8 * (discordant / max(1, held_out)) ** 0.5
+    return 280 * math.sqrt(discordant / max(1, held_out))
 
 
 def needed_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a step's metrics that later decisions and the status need."""
-    wanted = ("model_digest", "pairs", "rows", "from_traces", "traces_usable", "strong_calls", "money")
+    wanted = ("pairs", "rows", "from_traces", "traces_usable", "strong_calls", "money")
     return {name: metrics[name] for name in wanted if name in metrics}

@@ -59,7 +59,9 @@ def test_a_candidate_that_gains_passes_every_offline_gate():
             id="p = .01 is not enough at the second look",
         ),
         pytest.param(
-            case(gate=replace(w.SPEC.gate, minimum_effect_points=11.0)), api.REASON_EFFECT_TOO_SMALL, id="10 of 11 points"
+            case(gate=replace(w.SPEC.gate, minimum_effect_points=11.0)),
+            api.REASON_EFFECT_TOO_SMALL,
+            id="10 of 11 points",
         ),
         pytest.param(
             case(w.report(against_solo=w.comparison(-0.1, 0.99, 0.001))),
@@ -159,4 +161,6 @@ def test_the_watch_ends_by_time_and_is_cut_short_by_errors():
     watch = w.trial("Watch", step=2)
     assert promotion.judge_watch(canary, watch, None, w.NOW).action == "Wait"
     assert promotion.judge_watch(canary, watch, None, w.NOW + 50).action == "Advance"
-    assert promotion.judge_watch(canary, watch, w.live(20, errors=2, step=2), w.NOW).reason == api.REASON_TOO_MANY_ERRORS
+    assert (
+        promotion.judge_watch(canary, watch, w.live(20, errors=2, step=2), w.NOW).reason == api.REASON_TOO_MANY_ERRORS
+    )

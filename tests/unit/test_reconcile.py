@@ -55,7 +55,7 @@ def done(metrics, digest="sha256:out"):
 
 
 def test_after_the_model_the_baseline_is_evaluated_against_solo():
-    world = replace(FRESH, steps={"r0-sft": done({"model_digest": "sha256:candidate"})})
+    world = replace(FRESH, steps={"r0-sft": done({}, "sha256:candidate")})
     plan = settle(world)
     assert steps(plan) == ["r0-evaluate"]
     assert ("--control", "solo") in plan.steps[0].args
@@ -101,10 +101,10 @@ def test_a_baseline_that_passes_goes_to_canary_against_the_strong_alone():
 def test_a_round_runs_its_steps_in_order_from_the_stable_model():
     seen = []
     world = w.world()
-    for name, metrics in (("collect", {}), ("feedback", {"pairs": 300}), ("dpo", {"model_digest": "sha256:candidate"})):
+    for name, metrics in (("collect", {}), ("feedback", {"pairs": 300}), ("dpo", {})):
         plan = settle(world)
         seen += steps(plan)
-        world = replace(world, status=plan.status, steps={f"r1-{name}": done(metrics)})
+        world = replace(world, status=plan.status, steps={f"r1-{name}": done(metrics, "sha256:candidate")})
     plan = settle(world)
     assert [*seen, *steps(plan)] == ["r1-collect", "r1-feedback", "r1-dpo", "r1-evaluate"]
     assert plan.status.candidate.pair.weak_digest == "sha256:candidate"
@@ -242,7 +242,9 @@ def test_a_proposal_is_imported_and_gated_before_the_next_round():
 @pytest.mark.parametrize(
     ("job", "first"),
     [
-        pytest.param(w.job(collaboration={"prompts": replace(w.PROMPTS, solo="Q: {query}")}), "r1-evaluate", id="prompts"),
+        pytest.param(
+            w.job(collaboration={"prompts": replace(w.PROMPTS, solo="Q: {query}")}), "r1-evaluate", id="prompts"
+        ),
         pytest.param(w.job(collaboration={"draft": "Answer"}), "r1-evaluate", id="draft form"),
         pytest.param(w.job(strong={"model": "strong-2"}), "r1-evaluate", id="strong model"),
         pytest.param(w.job(weak={"model": "file:///other"}), "r1-sft", id="base model"),

@@ -1,0 +1,391 @@
+"""The embedded engine: the same decisions as on Kubernetes, over processes and a folder.
+
+observe -> reconcile.plan -> apply, until nothing is left to do. All state is in the job's home folder, so that a kill
+at any moment costs at most the work of the running step.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cowest_cli import jobs
+from cowest_cli.processes import Child, free_port, get_json, port_is_free
+from cowest_operator import api, reconcile, rounds
+from cowest_serving.contract import Routing, digest_of, dump
+from cowest_training.contract import (
+    EXIT_BAD_INPUT,
+    EXIT_RETRY,
+    MANIFEST,
+    EvaluationReport,
+    LiveReport,
+    StepError,
+    load_live_report,
+    load_report,
+)
+
+TICK = 0.1  # seconds between looks at the world
+PATIENCE = 10.0  # seconds that a child has to end by itself
+DRAIN = 3.0  # seconds that a weak model outlives its last traffic
+MAX_RESTARTS = 4  # of a server that never became ready
+
+
+@dataclass
+class _Step:
+    spec: api.StepSpec
+    child: Child
+    attempts: int = 1
+    again_at: float | None = None
+
+
+@dataclass
+class _Server:
+    child: Child
+    port: int
+    ready: bool = False
+    digest: str = ""
+    message: str = "it starts"
+    restarts: int = 0
+    again_at: float | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the data before anything runs."""
+
+    rows: int
+    held_out: int
+    has_explanations: bool
+    query_chars: float
+
+
+class Engine:
+    """One job on one machine."""
+
+    def __init__(
+        self,
+        declared: jobs.Declared,
+        home: jobs.Home,
+        facts: Facts,
+        secrets: Path | None,
+        port: int | None = None,
+    ) -> None:
+        self.home = home
+        self.document = declared.document
+        self.job = declared.job
+        self.facts = facts
+        self.port = port or self.job.spec.gateway.port
+        self.keys = jobs.keys_environment(self.job, secrets)
+        self.status = jobs.read_status(home)
+        self.steps: dict[str, _Step] = {}
+        self.servers: dict[str, _Server] = {}
+        self.gateway: _Server | None = None
+        self._unwanted: dict[str, float] = {}  # servers without traffic, and since when
+        self.counts = api.TraceCounts()
+        self._counted_at = 0.0
+        self._routing: Any = None
+        self._said = ""
+
+    # ------------------------------------------------------------ the loop
+    def run(self, on_look: Callable[[Engine, api.Plan], None], serve: bool, stop: Callable[[], bool]) -> api.Plan:
+        """Until the loop is over (or for ever with `serve`), a step fails for good, or `stop` says so."""
+        jobs.write_json(self.home.job, self.document)
+        jobs.write_json(self.home.run, {"pid": os.getpid(), "gateway": f"http://127.0.0.1:{self.port}/v1"})
+        try:
+            while True:
+                plan = reconcile.plan(self.observe())
+                self.apply(plan)
+                on_look(self, plan)
+                if stop() or plan.failure or (plan.finished and not serve and self._quiet()):
+                    return plan
+                if plan.again_after:
+                    time.sleep(TICK)
+        finally:
+            self.close()
+
+    def _quiet(self) -> bool:
+        return self.gateway is not None and self.gateway.ready
+
+    # ------------------------------------------------------------ observe
+    def observe(self) -> api.World:
+        self._look_at_servers()
+        trial = self.status.candidate
+        return api.World(
+            now=time.time(),
+            job=self.job,
+            status=self.status,
+            store=self.home.store.as_uri(),
+            calls=str(self.home.calls),
+            has_explanations=self.facts.has_explanations,
+            evaluator=digest_of(dump(self.job.spec.feedback.evaluator)),
+            steps={name: self._step_state(step) for name, step in self.steps.items()},
+            servers={digest: self._server_state(server) for digest, server in self.servers.items()},
+            gateway=self._server_state(self.gateway) if self.gateway else api.ServerState(False),
+            report=self._report(trial),
+            live=self._live(trial),
+            traces=self._traces(trial),
+            actions=jobs.read_actions(self.home, self.status.last_action),
+        )
+
+    def _step_state(self, step: _Step) -> api.StepState:
+        code = step.child.code()
+        if code is None:
+            return api.StepState("Running", attempts=step.attempts, message=self.progress(step.spec.name))
+        if code == 0 and not step.spec.keeps_running:
+            manifest = jobs.read_json(self._artifact(step.spec) / MANIFEST)
+            return api.StepState("Succeeded", 0, step.attempts, "", manifest["metrics"], manifest["digest"])
+        if code < 0:
+            message = f"it was killed by signal {-code}{' (out of memory?)' if code == -9 else ''}"
+            return api.StepState("Failed", EXIT_RETRY, step.attempts, message)
+        return api.StepState("Failed", code, step.attempts, step.child.last_words())
+
+    def _artifact(self, spec: api.StepSpec) -> Path:
+        return Path(spec.out.removeprefix("file://"))
+
+    def progress(self, name: str) -> str:
+        seen = jobs.read_json(self.home.progress / f"{name}.json")
+        if not seen or not seen.get("total"):
+            return ""
+        left = seen.get("eta_seconds")
+        eta = f", {left:.0f} s left" if left is not None else ""
+        return f"{seen['done']} of {seen['total']} {seen['unit']}{eta} {seen.get('message', '')}".strip()
+
+    def _server_state(self, server: _Server) -> api.ServerState:
+        return api.ServerState(server.ready, f"http://127.0.0.1:{server.port}/v1", server.digest, server.message)
+
+    def _report(self, trial: api.Trial | None) -> EvaluationReport | None:
+        if trial is None or trial.stage != "Preparing" or "evaluate" not in trial.done:
+            return None
+        data = jobs.read_json(self.home.store / "runs" / f"r{trial.number}" / "evaluate" / "report.json")
+        return load_report(data) if data else None
+
+    def _live(self, trial: api.Trial | None) -> LiveReport | None:
+        if trial is None or trial.stage == "Preparing":
+            return None
+        data = jobs.read_json(self.home.store / "runs" / f"r{trial.number}" / f"live-{trial.step}.json")
+        return load_live_report(data) if data else None
+
+    def _traces(self, trial: api.Trial | None) -> api.TraceCounts:
+        """Counted every few seconds, and only while a round may wait for them."""
+        waiting = trial is None and self.job.spec.rounds.trigger.new_traces > 0
+        if time.monotonic() - self._counted_at < (2.0 if waiting else 10.0) and self._counted_at:
+            return self.counts
+        from cowest_training.collect import count_usable, held_out_keys
+
+        seen = count_usable(
+            self.home.store.as_uri(),
+            evaluator=self.job.spec.feedback.evaluator,
+            held_out=held_out_keys(self.job.spec.data.held_out),
+        )
+        self.counts = api.TraceCounts(seen.all, seen.usable, seen.reason)
+        self._counted_at = time.monotonic()
+        return self.counts
+
+    # ------------------------------------------------------------ apply
+    def apply(self, plan: api.Plan) -> None:
+        """Routing before servers end, status before events: each order is safe to be cut anywhere."""
+        self._apply_routing(plan.routing)
+        self._apply_gateway()
+        self._apply_servers(plan)
+        if plan.status != self.status:
+            self.status = plan.status
+            jobs.write_status(self.home, plan.status)
+        for event in plan.events:
+            jobs.append_event(self.home, event, time.time())
+        self._apply_steps(plan)
+
+    def _apply_routing(self, routing: Routing) -> None:
+        content = dump(routing)
+        if content == self._routing:
+            return
+        before = jobs.read_json(self.home.routing) or {"version": 0}
+        if {**before, "version": 0} != content:
+            jobs.write_json(self.home.routing, dump(replace(routing, version=int(before["version"]) + 1)))
+        self._routing = content
+
+    def _apply_gateway(self) -> None:
+        if self.gateway is not None:
+            return
+        deadline = time.monotonic() + PATIENCE
+        while not port_is_free(self.port):  # the gateway of a run that was just killed may still be draining
+            if time.monotonic() > deadline:
+                raise StepError(
+                    f"port {self.port} is in use: the gateway cannot listen there. Stop what uses it, or give another"
+                    " port with --port or gateway.port.",
+                    EXIT_BAD_INPUT,
+                )
+            time.sleep(TICK)
+        self.gateway = _Server(self._start_gateway(), self.port)
+
+    def _start_gateway(self) -> Child:
+        command = self._python(
+            "cowest_serving.app", "--routing", self.home.routing, "--job", self.home.job,
+            "--store", self.home.store.as_uri(), "--port", self.port,
+        )  # fmt: skip
+        return Child("gateway", command, self._environment(strong=True), self.home.logs / "gateway.log")
+
+    def _apply_servers(self, plan: api.Plan) -> None:
+        wanted = {server.digest: server for server in plan.servers}
+        for digest in [d for d in self.servers if d not in wanted and self._drained(d)]:
+            self.servers.pop(digest).child.stop(PATIENCE)
+            self._unwanted.pop(digest)
+        for digest, spec in wanted.items():
+            self._unwanted.pop(digest, None)
+            if digest not in self.servers:
+                port = free_port()
+                self.servers[digest] = _Server(self._start_weak(spec, port), port)
+
+    def _drained(self, digest: str) -> bool:
+        """No traffic for long enough: the gateway has taken up the routing and its drafts are done."""
+        return time.monotonic() - self._unwanted.setdefault(digest, time.monotonic()) > DRAIN
+
+    def _start_weak(self, spec: api.ServerSpec, port: int) -> Child:
+        if self.job.spec.weak.engine == "vLLM":
+            folder = spec.model.removeprefix("file://")
+            command = [
+                "vllm",
+                "serve",
+                folder,
+                "--port",
+                str(port),
+                "--host",
+                "127.0.0.1",
+                "--served-model-name",
+                "weak",
+            ]
+        else:
+            command = self._python(
+                "cowest_serving.weak_server", "--model", spec.model, "--port", port, "--name", "weak"
+            )
+        log = self.home.logs / f"weak-{spec.digest.removeprefix('sha256:')[:12]}.log"
+        return Child("weak", command, self._environment(strong=False), log)
+
+    def _apply_steps(self, plan: api.Plan) -> None:
+        wanted = {spec.name: spec for spec in plan.steps}
+        for name in [n for n, step in self.steps.items() if wanted.get(n) != step.spec]:
+            self.steps.pop(name).child.stop(PATIENCE)
+        for name, spec in wanted.items():
+            known = self.steps.get(name)
+            if known is None:
+                self.steps[name] = _Step(spec, self._start_step(spec))
+            elif known.child.code() is not None and (spec.keeps_running or self._worth_another(known)):
+                self._retry(known)
+
+    def _worth_another(self, step: _Step) -> bool:
+        state = self._step_state(step)
+        return state.phase == "Failed" and state.code == EXIT_RETRY and step.attempts < reconcile.RETRIES
+
+    def _retry(self, step: _Step) -> None:
+        if step.again_at is None:
+            step.again_at = time.monotonic() + 2.0**step.attempts
+        elif time.monotonic() >= step.again_at:
+            step.child = self._start_step(step.spec)
+            step.attempts += 1
+            step.again_at = None
+
+    def _start_step(self, spec: api.StepSpec) -> Child:
+        command = self._python(spec.module, "--job", self.home.job, "--out", spec.out)
+        for flag, value in spec.args:
+            command += [flag, value]
+        for flag, content in spec.files:
+            path = self.home.files / f"{spec.name}{flag}.json"
+            jobs.write_json(path, content)
+            command += [flag, str(path)]
+        command += ["--progress", str(self.home.progress / f"{spec.name}.json")]
+        log = self.home.logs / f"{spec.name}.log"
+        return Child(spec.name, command, self._environment(spec.calls_strong), log, nice=5)
+
+    # ------------------------------------------------------------ servers
+    def _look_at_servers(self) -> None:
+        if self.gateway is not None:
+            self._look_at(self.gateway, "gateway", self._start_gateway)
+        specs = {s.digest: s for s in self._known_models()}
+        for digest, server in self.servers.items():
+            spec = specs.get(digest)
+            if spec is not None:
+                self._look_at(server, "weak-model server", lambda s=spec, v=server: self._start_weak(s, v.port))  # type: ignore[misc]
+                if server.ready and server.digest and server.digest != digest:
+                    server.ready, server.message = False, f"it serves {server.digest}, wanted {digest}"
+
+    def _known_models(self) -> tuple[api.ServerSpec, ...]:
+        trial = self.status.candidate
+        pairs = [self.status.stable, trial.pair if trial else None]
+        return tuple(api.ServerSpec(p.weak_digest, p.weak_uri) for p in pairs if p)
+
+    def _look_at(self, server: _Server, what: str, start: Callable[[], Child]) -> None:
+        code = server.child.code()
+        if code is not None:
+            self._restart(server, what, code, start)
+        elif not server.ready and time.monotonic() >= (server.again_at or 0.0):
+            server.again_at = time.monotonic() + 0.25
+            base = f"http://127.0.0.1:{server.port}"
+            vllm = what != "gateway" and self.job.spec.weak.engine == "vLLM"
+            if get_json(base + ("/health" if vllm else "/readyz")) is not None:
+                models = get_json(base + "/v1/models") or {}
+                server.digest = str((models.get("data") or [{}])[0].get("digest", "")) if what != "gateway" else ""
+                server.ready, server.message, server.restarts = True, "", 0
+
+    def _restart(self, server: _Server, what: str, code: int, start: Callable[[], Child]) -> None:
+        server.ready = False
+        server.message = f"the {what} ended with code {code}: {server.child.last_words()}"
+        if code == EXIT_BAD_INPUT or server.restarts >= MAX_RESTARTS:
+            raise StepError(f"{server.message} (log: {server.child.log})", EXIT_BAD_INPUT if code == 2 else 1)
+        if server.again_at is None or server.again_at < time.monotonic() - 60:
+            server.again_at = time.monotonic() + 2.0**server.restarts
+        elif time.monotonic() >= server.again_at:
+            server.child = start()
+            server.restarts += 1
+            server.again_at = None
+
+    # ------------------------------------------------------------ helpers
+    def _python(self, module: str, *arguments: object) -> list[str]:
+        return [sys.executable, "-m", module, *(str(a) for a in arguments)]
+
+    def _environment(self, strong: bool) -> dict[str, str]:
+        """Keys only for those who call the strong model; threads by what is left beside the servers."""
+        own = {k: v for k, v in os.environ.items() if not k.startswith("COWEST_SECRET_")}
+        own.pop("COWEST_STRONG_API_KEYS", None)
+        own.pop("COWEST_EVALUATOR_API_KEY", None)
+        own.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
+        own.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        own.setdefault("TOKENIZERS_PARALLELISM", "false")
+        own["PYTHONUNBUFFERED"] = "1"
+        return {**own, **(self.keys if strong else {})}
+
+    def close(self) -> None:
+        """End the children in order: steps first, then the gateway (it drains), then the models it asks."""
+        children = [s.child for s in self.steps.values()]
+        for child in children:
+            child.ask_to_stop()
+        for child in children:
+            child.stop(PATIENCE)
+        if self.gateway is not None:
+            self.gateway.child.stop(PATIENCE)
+        for server in self.servers.values():
+            server.child.ask_to_stop()
+        for server in self.servers.values():
+            server.child.stop(PATIENCE)
+
+
+def facts_of(job: api.Job) -> Facts:
+    """Read both data sets strictly, before anything is started or spent. Raises `StepError`."""
+    from cowest_training.data import check_split, read_rows
+    from cowest_training.evaluator import check_references
+
+    train, held_out = read_rows(job.spec.data.train), read_rows(job.spec.data.held_out)
+    check_split(train, held_out)
+    check_references(train, job.spec.feedback.evaluator)
+    check_references(held_out, job.spec.feedback.evaluator)
+    queries = [len(row.query) for row in held_out]
+    return Facts(len(train), len(held_out), any(row.explanation for row in train), sum(queries) / max(1, len(queries)))
+
+
+def estimates(job: api.Job, facts: Facts) -> tuple[rounds.Estimate, ...]:
+    """What the baseline and one tuned round may cost at most."""
+    sizes: Mapping[str, Any] = {"rows": facts.rows, "held_out": facts.held_out, "query_chars": facts.query_chars}
+    return rounds.estimate(job, **sizes, baseline=True), rounds.estimate(job, **sizes, baseline=False)

@@ -1,0 +1,192 @@
+"""A job on one machine: where its state lies, and how manifest, status, actions and events are read and written."""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cowest_operator import api, manifest
+from cowest_serving.collaborate import DEFAULT_PROMPTS
+from cowest_serving.contract import dump, parse
+from cowest_training.contract import EXIT_BAD_INPUT, StepError
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder of one job's state. Everything in it is written atomically or appended to."""
+
+    root: Path
+
+    def __getattr__(self, name: str) -> Path:
+        """`home.status` is `<root>/status.json`; see `_PLACES`."""
+        try:
+            return self.root / _PLACES[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+_PLACES = {
+    "lock": "lock",
+    "job": "job.json",
+    "status": "status.json",
+    "actions": "actions",
+    "events": "events.jsonl",
+    "routing": "routing.json",
+    "run": "run.json",
+    "files": "files",
+    "logs": "logs",
+    "progress": "progress",
+    "store": "store",
+    "calls": "calls.sqlite",
+}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic, also against a power cut: temporary file, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The content, or None where there is no such file."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+# ---------------------------------------------------------------- manifest
+@dataclass(frozen=True)
+class Declared:
+    """A manifest that passed the schema: the resolved document, and the same as values."""
+
+    document: Mapping[str, Any]
+    job: api.Job
+    folder: Path
+
+
+def load(path: Path) -> Declared:
+    """Read, validate, default and resolve a manifest file. Raises `ManifestError`."""
+    loaded = manifest.load(path)
+    document = manifest.resolve_files(loaded.job, path.resolve().parent)
+    form = document["spec"]["collaboration"]["draft"]
+    document = manifest.resolve_prompts(document, loaded.config_maps, asdict(DEFAULT_PROMPTS[form]))
+    return Declared(document, api.parse_job(document), path.resolve().parent)
+
+
+def home_of(file: Path | None, home: Path | None) -> Home:
+    """`--home`, or `.cowest/<name>` beside the manifest."""
+    if home is not None:
+        return Home(home.resolve())
+    if file is None:
+        raise StepError("wanted -f MANIFEST or --home FOLDER, saw neither.")
+    try:
+        documents = list(yaml.safe_load_all(file.read_text("utf-8")))
+    except (OSError, yaml.YAMLError) as error:
+        raise StepError(f"{file}: cannot be read as YAML: {error}") from error
+    names = [d["metadata"]["name"] for d in documents if isinstance(d, dict) and d.get("kind") == api.KIND]
+    if not names:
+        raise StepError(f"{file}: wanted a document of kind {api.KIND} with metadata.name, saw none.")
+    return Home(file.resolve().parent / ".cowest" / str(names[0]))
+
+
+# ---------------------------------------------------------------- status
+def read_status(home: Home) -> api.Status:
+    data = read_json(home.status)
+    return parse(api.Status, data, "status") if data else api.Status()
+
+
+def write_status(home: Home, status: api.Status) -> None:
+    write_json(home.status, dump(status))
+
+
+def append_event(home: Home, event: api.Event, now: float) -> None:
+    home.root.mkdir(parents=True, exist_ok=True)
+    with home.events.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": now, **asdict(event)}, ensure_ascii=False) + "\n")
+
+
+# ---------------------------------------------------------------- what people say
+def record_action(home: Home, verb: api.Verb, why: str, by: str | None = None, model: str | None = None) -> api.Action:
+    """One file an action, whether or not an engine runs: the next look at the job takes it in."""
+    now = time.time()
+    who = by or os.environ.get("COWEST_USER") or getpass.getuser()
+    action = api.Action(f"{time.time_ns():020d}-{verb}", verb, who, why, now, model)
+    write_json(home.actions / f"{action.id}.json", {k: v for k, v in asdict(action).items() if v is not None})
+    return action
+
+
+def read_actions(home: Home, after: str) -> tuple[api.Action, ...]:
+    paths = sorted(p for p in home.actions.glob("[0-9]*.json") if p.stem > after) if home.actions.is_dir() else []
+    return tuple(api.Action(**read_json(path)) for path in paths)
+
+
+# ---------------------------------------------------------------- one engine at a time
+@contextmanager
+def locked(home: Home) -> Iterator[None]:
+    """Only one `cowest run` of a job at a time; the lock dies with its process. Raises `StepError`."""
+    home.root.mkdir(parents=True, exist_ok=True)
+    with home.lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise StepError(
+                f"another `cowest run` (process {file.read().strip() or 'unknown'}) already runs this job in"
+                f" {home.root}. Wait for it, stop it, or use another --home.",
+                EXIT_BAD_INPUT,
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+# ---------------------------------------------------------------- secrets
+def secret(name: str, key: str, folder: Path | None) -> str:
+    """Value of a Secret's key on one machine: an environment variable or a file. Raises `StepError`."""
+    variable = "COWEST_SECRET_" + "".join(c if c.isalnum() else "_" for c in f"{name}_{key}").upper()
+    if value := os.environ.get(variable):
+        return value.strip()
+    if folder is not None and (path := folder / name / key).is_file():
+        return path.read_text("utf-8").strip()
+    where = f" or the file {folder / name / key}" if folder else " or --secrets FOLDER with a file"
+    raise StepError(
+        f"secret {name}/{key}: wanted its value in the environment variable {variable}{where}"
+        f"{'' if folder else f' {name}/{key}'}, saw neither."
+    )
+
+
+def keys_environment(job: api.Job, folder: Path | None) -> dict[str, str]:
+    """What only the gateway and the steps that ask the strong model get."""
+    keys = [secret(ref.name, ref.key, folder) for ref in job.spec.strong.api_key_secret_refs]
+    environment = {"COWEST_STRONG_API_KEYS": "\n".join(keys)} if keys else {}
+    if reference := job.spec.feedback.evaluator.api_key_secret_ref:
+        environment["COWEST_EVALUATOR_API_KEY"] = secret(reference.name, reference.key, folder)
+    return environment
+
+
+def with_generation(declared: Declared, home: Home) -> Declared:
+    """Count edits of the spec like an API server does: the generation grows when the spec changed."""
+    before = read_json(home.job) or {}
+    generation = int(before.get("metadata", {}).get("generation", 0))
+    if before.get("spec") != declared.document["spec"]:
+        generation += 1
+    metadata = {**declared.document["metadata"], "generation": generation}
+    document = {**declared.document, "metadata": metadata}
+    return replace(declared, document=document, job=replace(declared.job, generation=generation))

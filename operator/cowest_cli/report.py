@@ -1,0 +1,320 @@
+"""`cowest report`: one self-contained HTML page and one JSON file of what the loop did, from the artifacts alone."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cowest_cli import jobs
+from cowest_cli.options import FileOrNone, HomeFolder, Output
+from cowest_operator import api
+from cowest_training.contract import ArmReport, EvaluationReport, StepError, load_report
+
+EXAMPLES = 6
+
+
+def report(
+    file: FileOrNone = None,
+    home: HomeFolder = None,
+    html_: Annotated[Path, typer.Option("--html", help="Where the page goes.")] = Path("report.html"),
+    json_: Annotated[Path | None, typer.Option("--json", help="Where the figures go as JSON.")] = None,
+    domain: Annotated[str | None, typer.Option(help="A name for the domain (default: the job's name).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Shown beside the figures (default: training.seed).")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Wall time to show (default: from the events).")] = None,
+    output: Output = "text",
+) -> None:
+    """Write what the loop did as a page that opens in any browser, and as JSON."""
+    place = jobs.home_of(file, home)
+    story = read_story(place)
+    figures = build_figures(story, domain, seed, seconds)
+    html_.write_text(build_page(story, figures), "utf-8")
+    typer.echo(f"{html_}", err=True)
+    if json_ is not None:
+        jobs.write_json(json_, figures)
+        typer.echo(f"{json_}", err=True)
+    if output == "json":
+        typer.echo(json.dumps(figures))
+
+
+# ---------------------------------------------------------------- reading
+@dataclass(frozen=True)
+class Story:
+    """All that the page is made of."""
+
+    document: Mapping[str, Any]
+    status: api.Status
+    evaluations: Mapping[int, EvaluationReport]  # by round
+    items: Mapping[int, Sequence[Mapping[str, Any]]]  # of the same
+    feedback: Mapping[int, Mapping[str, Any]]  # metrics of the feedback steps
+    spent: Mapping[str, Any]
+    events: Sequence[Mapping[str, Any]]
+
+
+def read_story(place: jobs.Home) -> Story:
+    document = jobs.read_json(place.job)
+    if document is None:
+        raise StepError(f"{place.root}: wanted the state of a job, saw none. Run it first with `cowest run -f ...`.")
+    evaluations, items, feedback = {}, {}, {}
+    for folder in sorted((place.store / "runs").glob("r*")):
+        number = int(folder.name.removeprefix("r"))
+        if data := jobs.read_json(folder / "evaluate" / "report.json"):
+            evaluations[number] = load_report(data)
+            items[number] = _rows(folder / "evaluate" / "items.parquet")
+        if manifest := jobs.read_json(folder / "feedback" / "manifest.json"):
+            feedback[number] = manifest["metrics"]
+    events = (
+        [json.loads(line) for line in place.events.read_text("utf-8").splitlines()] if place.events.exists() else []
+    )
+    return Story(document, jobs.read_status(place), evaluations, items, feedback, _spent(place), events)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist() if path.exists() else []
+    return rows
+
+
+def _spent(place: jobs.Home) -> Mapping[str, Any]:
+    """Of the steps, from the book of paid calls; live answers are in the traces."""
+    from cowest_training.paid_calls import read_spent
+
+    return asdict(read_spent(place.calls))
+
+
+# ---------------------------------------------------------------- figures
+def first_evaluation(story: Story) -> tuple[int, EvaluationReport] | None:
+    return min(story.evaluations.items(), default=None)
+
+
+def final_evaluation(story: Story) -> tuple[int, EvaluationReport] | None:
+    """Of the pair that is stable now, as the gate saw it."""
+    number = story.status.stable_round
+    return (number, story.evaluations[number]) if number is not None and number in story.evaluations else None
+
+
+def build_figures(story: Story, domain: str | None, seed: int | None, seconds: float | None) -> dict[str, Any]:
+    """report.json: fractions with 95 % intervals, decisions, and the digest of what is stable."""
+    first, final = first_evaluation(story), final_evaluation(story)
+    arms: dict[str, Any] = {}
+    if first:
+        report = first[1]
+        arms = {
+            "solo": _arm(report.arm("solo")),
+            "weak": _arm(report.arm("weak")),
+            "sft": _arm(report.arm("candidate")),
+        }
+    if final:
+        arms["final"] = _arm(final[1].arm("candidate"))
+        arms["weak_final"] = _arm(final[1].arm("weak"))
+    times = [event["time"] for event in story.events]
+    elapsed = seconds if seconds is not None else (max(times) - min(times) if times else 0.0)
+    stable = story.status.stable
+    return {
+        "domain": domain or story.document["metadata"]["name"],
+        "seed": seed if seed is not None else story.document["spec"]["training"]["seed"],
+        "seconds": round(elapsed),
+        "arms": arms,
+        "rounds": [
+            {
+                "number": outcome.number,
+                "origin": outcome.origin,
+                "decision": outcome.decision,
+                "reason": outcome.reason,
+                "message": outcome.message,
+                "pairs": outcome.pairs,
+                "p_value": outcome.p_value,
+                "difference": outcome.difference,
+                "live_difference": outcome.live_difference,
+                "live_answers": outcome.live_answers,
+            }
+            for outcome in story.status.rounds
+        ],
+        "stable": {"digest": stable.digest if stable else None, "round": story.status.stable_round},
+        "strong": {"model": final[1].strong_model, "version": final[1].strong_version} if final else {},
+        "spent": dict(story.spent),
+    }
+
+
+def _arm(arm: ArmReport) -> dict[str, Any]:
+    return {
+        "accuracy": arm.score,
+        "low": arm.low,
+        "high": arm.high,
+        "n": arm.n,
+        "hurt_rate": arm.hurt_rate,
+        "strong_calls": arm.strong_calls,
+    }
+
+
+# ---------------------------------------------------------------- the page
+_NAMES = {
+    "solo": "strong model alone",
+    "weak": "first weak model alone",
+    "sft": "pair, first weak model",
+    "final": "pair, last promoted",
+    "weak_final": "last promoted weak model alone",
+}
+
+_STYLE = """
+:root{--ink:#1b1f24;--soft:#5b6570;--line:#d7dce1;--good:#1a7f4b;--bad:#b3261e;--hold:#8a6100;--bar:#3f6fb5;--page:#fff}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ec;--soft:#9aa5b1;--line:#39424c;--good:#5cc98d;--bad:#ff8a80;
+--hold:#e0b04a;--bar:#7ba6e6;--page:#14181d}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:64rem;margin:2rem auto;
+padding:0 1rem}
+h1{font-size:1.6rem;margin-bottom:.2rem}
+h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}
+table{border-collapse:collapse;width:100%}
+th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+.Promoted{color:var(--good)}.RolledBack{color:var(--bad)}.Refused{color:var(--hold)}
+p.soft,td.soft{color:var(--soft)}.wide{overflow-x:auto}
+pre{white-space:pre-wrap;margin:0;font:13px/1.45 ui-monospace,monospace}
+svg text{fill:var(--ink);font:13px system-ui,sans-serif}
+"""
+
+
+def build_page(story: Story, figures: Mapping[str, Any]) -> str:
+    name = html.escape(str(figures["domain"]))
+    version = figures["strong"].get("version") or "none given"
+    parts = [
+        f"<h1>{name}: what the loop did</h1>",
+        f'<p class="soft">seed {figures["seed"]}, {figures["seconds"]} s; strong model'
+        f" {html.escape(str(figures['strong'].get('model')))}, version {html.escape(str(version))}</p>",
+        f"<p>{html.escape(_summary(story))}</p>",
+        "<h2>Arms on the held-out queries</h2>",
+        _bars(figures["arms"]),
+        _arms_table(figures["arms"]),
+        "<h2>Rounds</h2>",
+        _rounds_table(story.status.rounds),
+        "<h2>What changed in the drafts</h2>",
+        *_examples(story),
+        "<h2>Calls and money</h2>",
+        _spent_table(story),
+        "<h2>Events</h2>",
+        _events(story.events),
+    ]
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{name}: CoWest report</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _summary(story: Story) -> str:
+    return " ".join(f"{c.type}: {c.message}" for c in story.status.conditions)
+
+
+def _bars(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """One bar an arm with its interval; the scale is 0 to 100 %."""
+    left, width, step = 220, 520, 30
+    rows = []
+    for place, (name, arm) in enumerate(arms.items()):
+        y = 8 + place * step
+        x = [left + width * float(arm[key]) for key in ("accuracy", "low", "high")]
+        rows.append(
+            f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{html.escape(_NAMES.get(name, name))}</text>'
+            f'<rect x="{left}" y="{y}" width="{x[0] - left:.1f}" height="18" rx="2" fill="var(--bar)"/>'
+            f'<path d="M{x[1]:.1f} {y + 9}H{x[2]:.1f}M{x[1]:.1f} {y + 4}v10M{x[2]:.1f} {y + 4}v10"'
+            ' stroke="var(--ink)"/>'
+            f'<text x="{x[2] + 8:.1f}" y="{y + 14}">{100 * arm["accuracy"]:.1f} %</text>'
+        )
+    height = 12 + step * len(arms)
+    return f'<svg viewBox="0 0 820 {height}" role="img" aria-label="Accuracy of the arms">{"".join(rows)}</svg>'
+
+
+def _table(head: Sequence[str], rows: Iterator[Sequence[str]], numbers: frozenset[int] = frozenset()) -> str:
+    def cell(tag: str, place: int, text: str) -> str:
+        return f"<{tag}{' class=n' if place in numbers else ''}>{text}</{tag}>"
+
+    top = "".join(cell("th", i, html.escape(h)) for i, h in enumerate(head))
+    body = "".join("<tr>" + "".join(cell("td", i, t) for i, t in enumerate(row)) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _arms_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = (
+        (
+            html.escape(_NAMES.get(name, name)),
+            f"{100 * arm['accuracy']:.1f} %",
+            f"{100 * arm['low']:.1f} to {100 * arm['high']:.1f} %",
+            str(arm["n"]),
+            f"{100 * arm['hurt_rate']:.1f} %",
+            str(arm["strong_calls"]),
+        )
+        for name, arm in arms.items()
+    )
+    head = ("arm", "score", "95 % interval", "queries", "hurt rate", "strong calls")
+    return _table(head, rows, frozenset(range(1, 6)))
+
+
+def _rounds_table(outcomes: Sequence[api.Outcome]) -> str:
+    rows = (
+        (
+            str(o.number),
+            html.escape(o.origin),
+            f'<b class="{o.decision}">{o.decision}</b>',
+            "" if o.difference is None else f"{100 * o.difference:+.1f}",
+            "" if o.p_value is None else f"{o.p_value:.1g}",
+            "" if o.live_difference is None else f"{100 * o.live_difference:+.1f} ({o.live_answers})",
+            "" if o.pairs is None else str(o.pairs),
+            f"{html.escape(o.reason)}: {html.escape(o.message)}",
+        )
+        for o in outcomes
+    )
+    head = ("round", "origin", "decision", "gain, points", "p", "live gain (answers)", "pairs", "why")
+    return _table(head, rows, frozenset({0, 3, 4, 5, 6}))
+
+
+def _examples(story: Story) -> Iterator[str]:
+    """Queries whose answer changed between the first pair and the last promoted one, gains and losses by turns."""
+    first, final = first_evaluation(story), final_evaluation(story)
+    if not first or not final or first[0] == final[0]:
+        yield "<p>No candidate was promoted over the first pair.</p>"
+        return
+    before = {row["id"]: row for row in story.items[first[0]]}
+    both = [(before[row["id"]], row) for row in story.items[final[0]] if row["id"] in before]
+    lengths = [sum(len(pair[i]["candidate_draft"] or "") for pair in both) / max(1, len(both)) for i in (0, 1)]
+    changed = sum(a["candidate_draft"] != b["candidate_draft"] for a, b in both)
+    yield (
+        f"<p>{changed} of {len(both)} drafts changed; their mean length went from {lengths[0]:.0f} to"
+        f" {lengths[1]:.0f} characters.</p>"
+    )
+    gained = [p for p in both if p[1]["candidate_score"] > p[0]["candidate_score"]]
+    lost = [p for p in both if p[1]["candidate_score"] < p[0]["candidate_score"]]
+    shown = [*gained[: EXAMPLES - 2], *lost[:2]]
+    head = ("query", "draft before", "draft after", "strong alone", "answer before", "answer after", "gain")
+    yield _table(head, (_example(a, b) for a, b in shown), frozenset({6}))
+
+
+def _example(before: Mapping[str, Any], after: Mapping[str, Any]) -> Sequence[str]:
+    texts = (after["query"], before["candidate_draft"], after["candidate_draft"], after["solo_answer"],
+             before["candidate_answer"], after["candidate_answer"])  # fmt: skip
+    gain = float(after["candidate_score"]) - float(after["solo_score"])
+    return (*(f"<pre>{html.escape(str(text or ''))}</pre>" for text in texts), f"{gain:+.2g}")
+
+
+def _spent_table(story: Story) -> str:
+    rows = [(html.escape(str(k)), html.escape(str(v))) for k, v in _flat(story.spent)]
+    for number, metrics in story.feedback.items():
+        rows += [(f"round {number} feedback, {html.escape(str(k))}", html.escape(str(v))) for k, v in _flat(metrics)]
+    return _table(("what", "how much"), iter(rows), frozenset({1}))
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{prefix}{key} ")
+        else:
+            yield f"{prefix}{key}", f"{item:.4g}" if isinstance(item, float) else item
+
+
+def _events(events: Sequence[Mapping[str, Any]]) -> str:
+    begun = events[0]["time"] if events else 0.0
+    rows = ((f"{event['time'] - begun:.0f} s", html.escape(str(event["message"]))) for event in events)
+    return _table(("after", "what"), rows, frozenset({0}))

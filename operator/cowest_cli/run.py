@@ -1,0 +1,96 @@
+"""`cowest run` and `cowest plan`: the loop on one machine, and what it will cost before anything is spent."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cowest_cli import engine as engines
+from cowest_cli import jobs
+from cowest_cli.options import File, HomeFolder, Output
+from cowest_cli.view import View, rounds_table
+from cowest_operator import rounds
+from cowest_serving.contract import dump
+from cowest_training.contract import EXIT_INTERRUPTED, StepError
+
+ASK_ABOVE_CALLS = 20_000
+
+
+def run(
+    file: File,
+    home: HomeFolder = None,
+    secrets: Annotated[Path | None, typer.Option(help="Folder of secrets: <name>/<key> files.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the gateway instead of gateway.port.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Go on serving when no round is left, until Ctrl-C.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, whatever the plan says it may cost.")] = False,
+    output: Output = "text",
+) -> None:
+    """Run the whole loop of one job on this machine. Interrupt it at any point; the same command goes on."""
+    declared = jobs.load(file)
+    place = jobs.home_of(file, home)
+    console = Console(stderr=True, highlight=False)
+    with jobs.locked(place):
+        declared = jobs.with_generation(declared, place)
+        facts = engines.facts_of(declared.job)
+        if not yes and not place.status.exists():
+            _ask(declared, facts, console)
+        stopped: list[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda received, _: stopped.append(received))
+        view = View(console)
+        engine = engines.Engine(declared, place, facts, secrets, port)
+        try:
+            plan = engine.run(view, serve, lambda: bool(stopped))
+        finally:
+            view.close()
+    console.print(rounds_table(plan.status))
+    if stopped:
+        console.print("interrupted: all that is finished is kept; run the same command again to go on.")
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if plan.failure:
+        raise StepError(f"{plan.failure.message}\nRun the same command again to go on from here.", plan.failure.code)
+    if output == "json":
+        typer.echo(json.dumps({"finished": plan.finished, "home": str(place.root), "status": dump(plan.status)}))
+    console.print(f"the loop is over: {plan.finished} State and models: {place.root}", soft_wrap=True)
+
+
+def _ask(declared: jobs.Declared, facts: engines.Facts, console: Console) -> None:
+    """Above a limit a person says yes, before the first paid call."""
+    costs = engines.estimates(declared.job, facts)
+    calls = costs[0].calls + costs[1].calls * declared.job.spec.rounds.max
+    if calls <= ASK_ABOVE_CALLS:
+        return
+    console.print(f"The whole job may ask the strong model up to {calls} times (`cowest plan` has the parts).")
+    if not console.is_terminal:
+        raise StepError(f"up to {calls} strong-model calls: wanted --yes to go on without a question, saw none.")
+    if not typer.confirm("Go on?", err=True):
+        raise typer.Exit(1)
+
+
+def plan(file: File, output: Output = "text") -> None:
+    """Say what the job may cost at most: strong-model calls, tokens and money. Spends and starts nothing."""
+    declared = jobs.load(file)
+    facts = engines.facts_of(declared.job)
+    costs = engines.estimates(declared.job, facts)
+    spec = declared.job.spec
+    smallest = rounds.smallest_gain_points(min(facts.held_out, 10**9))
+    if output == "json":
+        typer.echo(json.dumps({"data": asdict(facts), "smallestGainPoints": smallest,
+                               "parts": [asdict(c) for c in costs], "maxRounds": spec.rounds.max}))  # fmt: skip
+        return
+    typer.echo(f"{facts.rows} training rows, {facts.held_out} held-out rows; upper bounds:")
+    for cost in costs:
+        money = f", {cost.money:.2f} {cost.currency}" if cost.money is not None else ""
+        times = f" (at most {spec.rounds.max} times)" if cost is costs[1] else ""
+        typer.echo(f"  {cost.name:12} {cost.calls:8} calls, {cost.tokens:10} tokens{money}{times}")
+    typer.echo(
+        f"With {facts.held_out} held-out queries a gain under {smallest:.1f} points will most likely not be seen."
+    )
+    if spec.strong.prices is None:
+        typer.echo("No money is shown: declare strong.prices to see it.")

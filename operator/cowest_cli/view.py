@@ -1,0 +1,98 @@
+"""What `cowest run` and `cowest status` show: one table of rounds, the running step, canary weights. No model text.
+
+On a terminal it is a live view; elsewhere each event is one line, and a line a while says what is awaited.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from cowest_operator import api
+
+if TYPE_CHECKING:
+    from cowest_cli.engine import Engine
+
+HEARTBEAT = 15.0  # seconds between lines that only say that it goes on
+
+_COLOURS = {"Promoted": "green", "Refused": "yellow", "RolledBack": "red"}
+
+
+def rounds_table(status: api.Status) -> Table:
+    table = Table(title=None, expand=False, pad_edge=False, box=None, header_style="bold")
+    for name in ("round", "origin", "decision", "pair", "gain", "p", "live gain", "pairs", "reason"):
+        table.add_column(name, justify="left" if name in ("origin", "decision", "reason") else "right")
+    for outcome in status.rounds:
+        table.add_row(
+            str(outcome.number),
+            outcome.origin,
+            Text(outcome.decision, style=_COLOURS[outcome.decision]),
+            _percent(outcome.score),
+            _points(outcome.difference),
+            f"{outcome.p_value:.1g}" if outcome.p_value is not None else "",
+            _points(outcome.live_difference),
+            str(outcome.pairs) if outcome.pairs is not None else "",
+            outcome.reason + (f" ({outcome.by})" if outcome.by else ""),
+        )
+    if (trial := status.candidate) is not None:
+        table.add_row(str(trial.number), trial.origin, Text(trial.stage, style="cyan"), _percent(trial.score),
+                      _points(trial.difference), "", _points(trial.live_difference), "", "")  # fmt: skip
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _points(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:+.1f}"
+
+
+def traffic(status: api.Status, arms: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {weight} %" for name, weight in arms.items()) + f" (stable answers by {status.serving})"
+
+
+class View:
+    """Called after each look at the world."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._message = ""
+        self._at = 0.0
+        if self._live:
+            self._live.start()
+
+    def __call__(self, engine: Engine, plan: api.Plan) -> None:
+        for event in plan.events:
+            style = "red" if event.type == "Warning" else ""
+            self._console.print(Text(f"{time.strftime('%H:%M:%S')}  {event.message}", style=style))
+        progressing = next(c for c in plan.status.conditions if c.type == api.ROUND_PROGRESSING)
+        if self._live:
+            self._live.update(self._picture(engine, plan, progressing))
+        elif progressing.message != self._message and time.monotonic() - self._at > HEARTBEAT:
+            self._console.print(Text(f"{time.strftime('%H:%M:%S')}  ... {progressing.message}"))
+            self._message, self._at = progressing.message, time.monotonic()
+
+    def _picture(self, engine: Engine, plan: api.Plan, progressing: api.Condition) -> Group:
+        ready = next(c for c in plan.status.conditions if c.type == api.READY)
+        arms: dict[str, int] = {arm.name: arm.weight_percent for arm in plan.routing.arms}
+        return Group(
+            Text(
+                f"\n{engine.job.name}  http://127.0.0.1:{engine.port}/v1  {ready.reason}: {ready.message}", style="bold"
+            ),
+            rounds_table(plan.status),
+            Text(f"traffic  {traffic(plan.status, arms)}"),
+            Text(f"traces   {engine.counts.all} in all, {engine.counts.usable} usable {engine.counts.reason}"),
+            Text(f"now      {progressing.message}", style="cyan"),
+        )
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()

@@ -1,0 +1,170 @@
+"""Kill the run with SIGKILL at random moments; the decisions must be the same and no received answer paid again.
+
+    python tests/benchmarks/kill.py --kills 20 [--seed 0] [--ignore-idempotency]
+
+A small job of the freight desk with a canary on live traffic runs once undisturbed and once with kills. The last line
+is one JSON object: {"kills", "same_decisions", "same_stable", "repeated_paid_calls", "resent_in_flight", "bound"}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cowest_cli.processes import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "crds" / "examples" / "freight"
+COWEST = [sys.executable, "-m", "cowest_cli"]
+LIMIT = 1800.0  # seconds for one run
+
+
+def prepare(folder: Path, seed: int, port: int) -> Path:
+    """The freight desk, made small: fewer rows, a shorter canary."""
+    folder.mkdir(parents=True)
+    maker = [sys.executable, str(EXAMPLE / "make_data.py"), "--out", str(folder / "data"), "--seed", str(seed)]
+    subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
+    for name, rows in (("train", 3000), ("held_out", 250)):
+        path = folder / "data" / f"{name}.jsonl"
+        path.write_text("".join(path.read_text("utf-8").splitlines(keepends=True)[:rows]), "utf-8")
+    document = yaml.safe_load((EXAMPLE / "job.yaml").read_text("utf-8"))
+    spec = document["spec"]
+    spec["strong"]["endpoint"] = f"http://127.0.0.1:{port}/v1"
+    spec["gateway"] = {**spec.get("gateway", {}), "port": free_port()}
+    spec["feedback"] = {**spec["feedback"], "maxQueries": 200, "minPairs": 10}
+    spec["rounds"] = {"max": 1}
+    spec["gate"] = {"minHeldOut": 100, "significance": "0.05"}
+    spec["canary"] = {"steps": [{"weightPercent": 50, "minAnswers": 30}], "maxLossPoints": "15"}
+    spec["training"]["supervised"]["epochs"] = 2
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(document), "utf-8")
+    return path
+
+
+class Job:
+    """`cowest run` with users: traffic goes on while the run comes and goes."""
+
+    def __init__(self, manifest: Path) -> None:
+        self.manifest = manifest
+        self.home = manifest.parent / ".cowest" / "freight"
+        self.gateway = f"http://127.0.0.1:{yaml.safe_load(manifest.read_text())['spec']['gateway']['port']}/v1"
+
+    def start(self) -> subprocess.Popen[bytes]:
+        with (self.manifest.parent / "run.log").open("ab") as log:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            return subprocess.Popen([*COWEST, "run", "-f", str(self.manifest), "--yes"], stdout=log, stderr=log,
+                                    env=environment)  # fmt: skip
+
+    def traffic(self) -> subprocess.Popen[bytes]:
+        data = self.manifest.parent / "data" / "live.jsonl"
+        with (self.manifest.parent / "traffic.log").open("ab") as log:
+            command = [*COWEST, "send", "--data", str(data), "--url", self.gateway, "--rate", "3"]
+            return subprocess.Popen(command, stdout=log, stderr=log)  # each question once: no content twice by users
+
+    def decisions(self) -> list[tuple[int, str, str]]:
+        status = json.loads((self.home / "status.json").read_text("utf-8"))
+        return [(r["number"], r["decision"], r["reason"]) for r in status["rounds"]]
+
+    def stable(self) -> str:
+        return str(json.loads((self.home / "status.json").read_text("utf-8"))["stable"]["weakDigest"])
+
+    def paid(self) -> int:
+        """Calls in the book of paid calls: each content once."""
+        with sqlite3.connect(self.home / "calls.sqlite") as db:
+            return int(db.execute("SELECT count(*) FROM calls").fetchone()[0])
+
+    def finish(self) -> None:
+        child = self.start()
+        if child.wait(LIMIT):
+            raise SystemExit(f"cowest run ended with {child.returncode}; see {self.manifest.parent / 'run.log'}")
+
+
+def with_kills(job: Job, kills: int, seed: int, seconds: float) -> int:
+    """Kill the run at `kills` moments spread over its length; returns how many kills met a running run."""
+    chance, met = random.Random(seed), 0
+    for _ in range(kills):
+        child = job.start()
+        try:
+            child.wait(chance.uniform(1.0, 2.0 * seconds / kills))
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            met += 1
+            continue
+        if child.returncode:
+            raise SystemExit(f"cowest run ended with {child.returncode}; see {job.manifest.parent / 'run.log'}")
+        break  # the loop was over before the last kill
+    return met
+
+
+def stats(port: int) -> dict[str, Any]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/stats", timeout=5) as answer:
+        return dict(json.loads(answer.read()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ignore-idempotency", action="store_true", help="a strong endpoint that ignores the key")
+    parser.add_argument("--work", type=Path, help="work folder [default: a new one, removed at the end]")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        result = compare(options, (options.work or Path(temporary)).resolve())
+    print(json.dumps(result))
+    bounded = result["repeated_paid_calls"] == 0 and result["resent_in_flight"] <= result["bound"]
+    return 0 if result["same_decisions"] and bounded else 1
+
+
+def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    jobs, seen = [], []
+    seconds, met = 0.0, 0
+    for name in ("undisturbed", "killed"):
+        port = free_port()
+        flags = ["--ignore-idempotency"] if options.ignore_idempotency else []
+        strong = subprocess.Popen([sys.executable, str(EXAMPLE / "strong.py"), "--port", str(port), *flags],
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        job = Job(prepare(work / name, options.seed, port))
+        traffic = job.traffic()
+        try:
+            begun = time.monotonic()
+            if name == "killed":
+                met = with_kills(job, options.kills, options.seed, seconds)
+            job.finish()
+            seconds = time.monotonic() - begun
+            seen.append(stats(port))
+        finally:
+            for child in (traffic, strong):
+                child.terminate()
+                child.wait(10)
+        jobs.append(job)
+        print(f"{name}: {seconds:.0f} s, {job.decisions()}", flush=True)
+    undisturbed, killed = jobs
+    concurrency = int(yaml.safe_load(killed.manifest.read_text())["spec"]["strong"].get("maxConcurrency", 16))
+    return {
+        "kills": met,
+        "seconds": [round(seconds)],
+        "same_decisions": undisturbed.decisions() == killed.decisions(),
+        "same_stable": undisturbed.stable() == killed.stable(),
+        "paid_calls": killed.paid(),
+        "repeated_paid_calls": seen[1]["repeated_paid_calls"],  # same content charged under another key
+        "resent_in_flight": seen[1]["repeated_idempotent"],  # same key again; charged once where the key is honoured
+        "bound": met * concurrency,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""`cowest run` end to end: real processes, a tiny weak model, a strong model behind HTTP, no canary or one with traffic."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cowest_cli.processes import free_port
+from tests.fakes import Call, ScriptedModel
+from tests.loop.tiny_models import make_model
+
+WORDS = [f"w{i}" for i in range(40)]
+COWEST = [sys.executable, "-m", "cowest_cli"]
+
+
+def strong(call: Call) -> str:
+    """Right when the draft names the word of the question, else wrong: a draft can only help."""
+    word = call.last.split()[1]
+    return f"it is {word}" if f"note {word}" in call.last else "it is unknown"
+
+
+def write_job(folder: Path, endpoint: str, **sections: Any) -> Path:
+    rows = [
+        {"id": f"q{i}", "query": f"name {word}", "reference": f"it is {word}", "explanation": f"note {word}"}
+        for i, word in enumerate(WORDS)
+    ]
+    held_out = [{"id": f"h{i}", "query": f"name {w} again", "reference": f"it is {w}"} for i, w in enumerate(WORDS)]
+    for name, part in (("train", rows), ("held_out", held_out)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    make_model(folder / "base", [f"name {w} again note {w} it is unknown" for w in WORDS])
+    spec: dict[str, Any] = {
+        "weak": {"model": "file://base"},
+        "strong": {"endpoint": endpoint, "model": "strong-1", "maxRetries": 1, "timeoutSeconds": 5},
+        "collaboration": {
+            "draftMaxTokens": 8,
+            "prompts": {"draft": "{query}", "refine": "{query} | {draft}", "solo": "{query}"},
+        },
+        "data": {"train": "file://train.jsonl", "heldOut": "file://held_out.jsonl"},
+        "feedback": {"evaluator": {"type": "ExactMatch"}, "draftsPerQuery": 2, "minPairs": 1},
+        "training": {
+            "maxLength": 32,
+            "supervised": {"tuning": "Full", "epochs": 1, "learningRate": "0.01", "batchSize": 8},
+            "preference": {"tuning": "Full", "epochs": 1, "learningRate": "0.0001", "batchSize": 8},
+        },
+        "rounds": {"max": 0},
+        "gate": {"minHeldOut": 10},
+        "canary": {"steps": []},
+        "gateway": {"port": free_port()},
+    }
+    for name, changes in sections.items():
+        spec[name] = {**spec.get(name, {}), **changes}
+    document = {
+        "apiVersion": "cowest.dev/v1alpha1",
+        "kind": "CollaborationJob",
+        "metadata": {"name": "desk"},
+        "spec": spec,
+    }
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@contextmanager
+def running(job: Path, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
+    with (job.parent / "run.log").open("ab") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        child = subprocess.Popen([*COWEST, "run", "-f", str(job), *flags], stdout=log, stderr=log, env=environment)
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.kill()
+        child.wait(30)
+
+
+def run(job: Path, seconds: float = 180) -> tuple[int, str]:
+    with running(job) as child:
+        code = child.wait(seconds)
+    return code, (job.parent / "run.log").read_text()
+
+
+def status(job: Path) -> dict[str, Any]:
+    path = job.parent / ".cowest" / "desk" / "status.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def until(wanted: Any, child: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not wanted():
+        assert child.poll() is None, "cowest run ended"
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def endpoint() -> Iterator[ScriptedModel]:
+    with ScriptedModel(answers=strong).in_thread() as server:
+        yield server
+
+
+def test_the_baseline_runs_to_a_decision_and_a_rerun_repeats_nothing(tmp_path, endpoint):
+    job = write_job(tmp_path, endpoint.url)
+    code, log = run(job)
+    assert code == 0, log
+    first = status(job)
+    assert [r["number"] for r in first["rounds"]] == [0]
+    assert first["stable"]["weakDigest"].startswith("sha256:")
+    calls = len(endpoint.calls)
+    code, log = run(job)
+    assert code == 0, log
+    assert status(job)["rounds"] == first["rounds"]
+    assert len(endpoint.calls) == calls, "a rerun asks nothing that was answered"
+
+
+def test_an_interrupted_run_says_so_and_goes_on(tmp_path, endpoint):
+    job = write_job(tmp_path, endpoint.url)
+    with running(job) as child:
+        until(lambda: status(job).get("candidate"), child)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == 130
+    assert "run the same command again" in (tmp_path / "run.log").read_text()
+    code, log = run(job)
+    assert code == 0, log
+
+
+def test_a_second_run_of_the_same_job_is_refused(tmp_path, endpoint):
+    job = write_job(tmp_path, endpoint.url)
+    with running(job) as child:
+        until(lambda: status(job), child)
+        second = subprocess.run([*COWEST, "run", "-f", str(job)], capture_output=True, text=True, check=False)
+        assert second.returncode == 2
+        assert "another `cowest run`" in second.stderr
+
+
+def test_a_port_in_use_is_one_clear_sentence(tmp_path, endpoint):
+    taken = int(endpoint.url.rsplit(":", 1)[1].split("/")[0])
+    job = write_job(tmp_path, endpoint.url, gateway={"port": taken})
+    code, log = run(job)
+    assert code == 2
+    assert f"port {taken} is in use" in log
+
+
+def test_a_strong_endpoint_that_is_down_ends_the_run_and_a_rerun_goes_on(tmp_path, endpoint):
+    job = write_job(tmp_path, "http://127.0.0.1:9/v1")
+    code, log = run(job)
+    assert code == 75, log
+    assert "127.0.0.1:9" in log
+    write_job(tmp_path, endpoint.url, gateway={"port": free_port()})
+    code, log = run(job)
+    assert code == 0, log
