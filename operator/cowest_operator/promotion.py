@@ -86,6 +86,17 @@ def enough_held_out_queries(case: Offline) -> Refusal | None:
     return None
 
 
+def one_strong_version(case: Offline) -> Refusal | None:
+    """Arms that asked different versions of the strong model cannot be compared."""
+    version = case.judged.strong_version
+    if version.startswith("mixed"):
+        return Refusal(
+            api.REASON_STRONG_CHANGED,
+            f"the strong model changed its version between the arms' calls ({version}); propose the candidate again.",
+        )
+    return None
+
+
 def few_enough_errors(case: Offline) -> Refusal | None:
     arm = case.judged.arm("candidate")
     percent = 100 * arm.errors / max(1, arm.n)
@@ -158,6 +169,7 @@ OFFLINE_GATES: tuple[Callable[[Offline], Refusal | None], ...] = (
     report_is_of_the_candidate,
     not_vetoed_by_a_person,
     enough_held_out_queries,
+    one_strong_version,
     few_enough_errors,
     candidate_gains,
     effect_is_large_enough,

@@ -203,6 +203,7 @@ def _evaluation(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
             "evaluate",
             ("--held-out", world.job.spec.data.held_out),
             ("--calls", world.calls),
+            ("--round", str(trial.number)),
             *(() if served else (("--control", SOLO),)),
             files=(
                 ("--candidate", dump(at_declared_address(world, pair))),
@@ -231,6 +232,7 @@ def live_score(world: api.World, trial: api.Trial, control: Pair | None) -> api.
             ("--step", str(trial.step)),
             ("--since", repr(trial.step_since)),
             ("--calls", world.calls),
+            ("--round", str(trial.number)),
             *(() if control else (("--control", SOLO),)),
         ),
         files=(

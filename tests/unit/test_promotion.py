@@ -44,6 +44,9 @@ def test_a_candidate_that_gains_passes_every_offline_gate():
         pytest.param(
             case(w.report(against_control=w.comparison(n=0))), api.REASON_TOO_FEW_HELD_OUT, id="no data is never a pass"
         ),
+        pytest.param(
+            case(w.report(strong_version="mixed: a, b")), api.REASON_STRONG_CHANGED, id="arms of two strong versions"
+        ),
         pytest.param(case(candidate_arm(errors=51)), api.REASON_TOO_MANY_ERRORS, id="51 of 1000 queries failed"),
         pytest.param(
             case(w.report(against_control=w.comparison(0.0, 0.5))), api.REASON_NO_GAIN_OFFLINE, id="a tie is no gain"

@@ -1,0 +1,203 @@
+"""The evaluate step over tiny weak models and a strong model on loopback: what its report says, when it has none."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from cowest_serving.contract import Pair
+from cowest_training import evaluate
+from cowest_training.contract import EXIT_INTERRUPTED, EXIT_RETRY, EvaluationReport, load_report
+from cowest_training.steps import read_manifest
+from tests.fakes import Call, ScriptedModel
+from tests.loop import asking_world as world
+
+
+@pytest.fixture
+def strong() -> Iterator[ScriptedModel]:
+    with ScriptedModel(world.strong_answer).in_thread() as server:
+        yield server
+
+
+class Step:
+    def __init__(self, folder: Path, strong: ScriptedModel, **sections: Any) -> None:
+        self.folder = folder
+        self.candidate = world.make_pair(folder / "weak", strong)
+        self.job = world.write_job(folder / "job.json", strong.url, **sections)
+        self.data = world.write_rows(folder / "held_out.jsonl", world.rows())
+
+    def flags(self, control: Pair | None, out: str = "out", calls: str = "calls") -> list[str]:
+        flags = {
+            "--job": self.job,
+            "--candidate": world.write_pair(self.folder / "candidate.json", self.candidate),
+            "--control": world.write_pair(self.folder / "control.json", control) if control else "solo",
+            "--held-out": self.data,
+            "--calls": self.folder / calls,
+            "--out": self.folder / out,
+        }
+        return [str(part) for flag in flags.items() for part in flag]
+
+    def run(self, control: Pair | None = None, out: str = "out") -> EvaluationReport:
+        evaluate.main(self.flags(control, out))
+        assert read_manifest(str(self.folder / out))
+        return load_report(json.loads((self.folder / out / "report.json").read_text()))
+
+    def items(self, out: str = "out") -> list[dict[str, Any]]:
+        return pq.read_table(self.folder / out / "items.parquet").to_pylist()  # type: ignore[no-any-return]
+
+
+def mean(values: Any) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def test_against_the_strong_alone_the_control_is_solo_and_paid_once(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong)
+    report = step.run()
+    items = step.items()
+    assert (report.candidate, report.control) == (step.candidate.digest, "solo")
+    assert [arm.name for arm in report.arms] == ["candidate", "control", "solo", "weak"]
+    assert report.arm("solo").score == 1 / 8
+    assert report.arm("control").score == 1 / 8
+    assert (report.arm("control").strong_calls, report.arm("solo").strong_calls) == (0, 8)
+    assert report.arm("candidate").strong_calls == 8 == len(strong.paid) - 8
+    right = [world.likes(item["query"] + item["candidate_draft"].strip()) for item in items]
+    assert [item["candidate_score"] for item in items] == [float(value) for value in right]
+    assert report.arm("candidate").score == mean(right)
+    assert report.against_control == report.against_solo
+    assert report.against_solo.difference == pytest.approx(mean(right) - 1 / 8)
+    assert report.arm("candidate").hurt_rate == float(not right[0]) / 8
+    assert (report.arm("solo").hurt_rate, report.strong_version) == (0.0, "fp_1")
+    assert [(part.group, part.n) for part in report.slices] == [("even", 4), ("odd", 4)]
+
+
+def test_the_weak_alone_is_scored_by_its_draft(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong, feedback={"evaluator": {"type": "TokenF1"}})
+    report = step.run()
+    drafts = [(item["candidate_draft"].split(), item["reference"]) for item in step.items()]
+    hit = [reference in draft for draft, reference in drafts]
+    assert [item["weak_score"] > 0 for item in step.items()] == hit
+    assert report.arm("weak").strong_calls == 0
+
+
+def test_two_pairs_are_compared_on_the_same_queries(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong)
+    control = world.make_pair(tmp_path / "stable", strong, seed=5)
+    report = step.run(control)
+    items = step.items()
+    assert report.control == control.digest
+    differences = [item["candidate_score"] - item["control_score"] for item in items]
+    assert any(item["candidate_draft"] != item["control_draft"] for item in items)
+    assert report.against_control.difference == pytest.approx(mean(differences))
+    assert report.against_control.better == sum(value > 0 for value in differences)
+    assert report.against_control.worse == sum(value < 0 for value in differences)
+
+
+def test_pairs_that_share_weak_model_and_prompts_share_drafts_and_calls(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong)
+    twin = replace(step.candidate, weak_uri=(tmp_path / "gone").as_uri())  # never loaded: the drafts are there
+    report = step.run(twin)
+    assert report.against_control.difference == 0
+    assert report.against_control.better == report.against_control.worse == 0
+    assert len(strong.paid) == 16
+
+
+def test_a_second_evaluation_pays_nothing_for_what_is_known(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong)
+    first = step.run()
+    paid = len(strong.paid)
+    again = step.run(out="again")
+    assert len(strong.calls) == paid
+    assert again == first
+
+
+def test_a_refused_query_scores_nothing_and_is_counted(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong)
+    original = strong._answer  # faults of ScriptedModel go by order, this one goes by query
+
+    async def refusing(request: Any, call: Call, fault: Any) -> Any:
+        return await original(request, call, 400 if call.last.startswith("what is gamma ? DRAFT") else fault)
+
+    strong._answer = refusing  # type: ignore[method-assign]
+    report = step.run()
+    assert report.arm("candidate").errors == 1
+    assert report.arm("candidate").n == 8
+    (item,) = [item for item in step.items() if "gamma" in item["query"]]
+    assert item["candidate_score"] == 0
+    assert "400" in item["candidate_error"]
+    assert report.arm("solo").errors == 0
+
+
+def test_a_change_of_the_strong_models_version_shows_in_the_report(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong)
+    step.run()
+    strong.version = "fp_2"
+    other = world.make_pair(tmp_path / "other", strong, seed=5)
+    step.candidate = other
+    assert step.run(out="again").strong_version == "mixed: fp_1, fp_2"
+
+
+def test_macro_f1_is_given_for_choices(tmp_path: Path, strong: ScriptedModel) -> None:
+    choices = list(world.NUMBERS.values())
+    step = Step(tmp_path, strong, feedback={"evaluator": {"type": "Choice", "choices": choices}})
+    report = step.run()
+    assert report.arm("solo").score == 1 / 8
+    assert report.arm("solo").macro_f1 == pytest.approx(1 / 8)  # one label of eight is right, and never wrong
+
+
+def forget_calls(folder: Path) -> None:
+    """The answers but not the drafts, so that a command need not load torch."""
+    for file in folder.glob("calls*"):
+        if file.is_file():
+            file.unlink()
+
+
+def test_an_interruption_in_the_middle_of_calls_ends_cleanly(tmp_path: Path) -> None:
+    with ScriptedModel(world.strong_answer).in_thread() as server:
+        step = Step(tmp_path, server)
+        step.run(out="before")
+        forget_calls(tmp_path)
+        server.calls.clear()
+        server.gate.clear()
+        command = [sys.executable, "-m", "cowest_training.evaluate", *step.flags(None)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            deadline = time.monotonic() + 60
+            while len(server.calls) < 4:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=30)
+        assert process.returncode == EXIT_INTERRUPTED
+        assert errors.strip().splitlines()[-1].startswith("interrupted")
+        assert "Traceback" not in errors
+        assert len(server.calls) == 4, "nothing new is begun on the way out"
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_strong_model_that_is_away_ends_the_command_with_retry_and_no_output(tmp_path: Path) -> None:
+    with ScriptedModel(world.strong_answer).in_thread() as server:
+        step = Step(tmp_path, server)
+        step.run(out="before")
+        forget_calls(tmp_path)
+        server.calls.clear()
+        server.faults = [None] * 4 + [503] * 1000
+        command = [sys.executable, "-m", "cowest_training.evaluate", *step.flags(None)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert ended.returncode == EXIT_RETRY, ended.stderr
+        assert f"{server.url} answered 503" in ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert not (tmp_path / "out").exists()
+        server.faults = []
+        server.calls.clear()
+        step.run()
+        assert len(server.calls) == 16 - 4, "what came before the fault is not asked again"

@@ -1,0 +1,248 @@
+"""The book of paid calls against a strong model on loopback: nothing received is paid for again, also after a kill."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cowest_serving.contract import Budget, Prices
+from cowest_serving.models import BadRequest, ChatResult, HttpChatModel, ServerFault
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_RETRY, StepError
+from cowest_training.paid_calls import PaidCalls, read_spent
+from tests.fakes import Call, ScriptedModel
+
+PRICES = Prices(input_per_million_tokens=1e6, output_per_million_tokens=2e6, currency="USD")  # 1 and 2 USD a token
+
+
+async def ask(book: PaidCalls, server: ScriptedModel, text: str, **changes: Any) -> tuple[ChatResult, str, bool]:
+    async with HttpChatModel(server.url, "m", timeout_seconds=5, max_retries=2, backoff_seconds=0.01) as model:
+        return await book.ask(
+            model,
+            [{"role": "user", "content": text}],
+            **{"endpoint": server.url, "name": "m", "purpose": "test", "params": {"temperature": 0.0}, **changes},
+        )
+
+
+async def test_an_answer_is_paid_for_once_also_by_the_next_process(tmp_path: Path) -> None:
+    async with ScriptedModel("forty two") as server:
+        async with PaidCalls(tmp_path / "calls") as book:
+            first, key, was_cached = await ask(book, server, "x")
+            assert (first.text, was_cached) == ("forty two", False)
+            assert server.calls[0].key == key
+        async with PaidCalls(tmp_path / "calls") as book:
+            again, same_key, was_cached = await ask(book, server, "x")
+            assert (again.text, again.version, again.output_tokens) == ("forty two", "fp_1", 2)
+            assert (same_key, was_cached) == (key, True)
+            assert dict(book.asked.cached) == {"test": 1}
+        assert len(server.calls) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"name": "other"}, id="another model"),
+        pytest.param({"params": {"temperature": 1.0}}, id="other parameters"),
+        pytest.param({"sample": 1}, id="another sample"),
+        pytest.param({"endpoint": "http://elsewhere/v1"}, id="another endpoint"),
+    ],
+)
+async def test_what_decides_an_answer_is_part_of_the_key(tmp_path: Path, changes: dict[str, Any]) -> None:
+    async with ScriptedModel() as server, PaidCalls(tmp_path / "calls") as book:
+        _, key, _ = await ask(book, server, "x")
+        _, other, was_cached = await ask(book, server, "x", **changes)
+        assert key != other
+        assert not was_cached
+
+
+async def test_parameters_that_are_absent_do_not_change_the_key() -> None:
+    message = [{"role": "user", "content": "x"}]
+    bare = PaidCalls.key("http://a/v1", "m", message, {"temperature": 0.0})
+    assert bare == PaidCalls.key("http://a/v1/", "m", message, {"temperature": 0.0, "max_tokens": None})
+
+
+async def test_callers_who_ask_the_same_at_once_share_one_call(tmp_path: Path) -> None:
+    async with ScriptedModel() as server, PaidCalls(tmp_path / "calls") as book:
+        results = await asyncio.gather(*(ask(book, server, "x") for _ in range(5)))
+        assert len(server.calls) == 1
+        assert sorted(was_cached for _, _, was_cached in results) == [False, True, True, True, True]
+
+
+async def test_a_retry_carries_the_same_key_and_a_refusal_is_not_remembered(tmp_path: Path) -> None:
+    async with ScriptedModel("ok", faults=[500, None, 400]) as server, PaidCalls(tmp_path / "calls") as book:
+        _, key, _ = await ask(book, server, "x")
+        assert [call.key for call in server.calls] == [key, key]
+        with pytest.raises(BadRequest):
+            await ask(book, server, "y")
+        result, _, was_cached = await ask(book, server, "y")
+        assert (result.text, was_cached) == ("ok", False)
+
+
+async def test_an_answer_whose_caller_has_gone_is_kept_all_the_same(tmp_path: Path) -> None:
+    async with ScriptedModel("late") as server:
+        server.gate.clear()
+        async with HttpChatModel(server.url, "m") as model, PaidCalls(tmp_path / "calls") as book:
+            message = [{"role": "user", "content": "x"}]
+            call = book.ask(model, message, endpoint=server.url, name="m", purpose="test", params={"temperature": 0.0})
+            task = asyncio.create_task(call)
+            await server.arrived.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            server.gate.set()
+        async with PaidCalls(tmp_path / "calls") as book:
+            result, _, was_cached = await ask(book, server, "x")
+        assert (result.text, was_cached, len(server.calls)) == ("late", True, 1)
+
+
+# ---------------------------------------------------------------- budget
+async def outcomes(book: PaidCalls, server: ScriptedModel, n: int) -> tuple[int, list[StepError]]:
+    """(answers, refusals) of n different calls at once."""
+    found = await asyncio.gather(*(ask(book, server, f"q{i}") for i in range(n)), return_exceptions=True)
+    refusals = [error for error in found if isinstance(error, StepError)]
+    return sum(isinstance(result, tuple) for result in found), refusals
+
+
+async def test_calls_beyond_the_budget_of_a_round_are_not_made(tmp_path: Path) -> None:
+    async with ScriptedModel() as server:
+        async with PaidCalls(tmp_path / "calls", round_number=1, budget=Budget(calls_per_round=3)) as book:
+            answers, refusals = await outcomes(book, server, 5)
+            assert (answers, len(refusals), len(server.calls)) == (3, 2, 3)
+            assert refusals[0].code == EXIT_BUDGET
+            assert "at most 3 calls in round 1" in str(refusals[0])
+        async with PaidCalls(tmp_path / "calls", round_number=2, budget=Budget(calls_per_round=3)) as book:
+            answers, refusals = await outcomes(book, server, 5)
+            assert (answers, refusals) == (5, [])
+            assert book.spent(round_number=2).calls == 2
+        assert len(server.paid) == 5
+
+
+async def test_a_reservation_that_is_too_large_waits_for_room_instead_of_failing(tmp_path: Path) -> None:
+    budget = Budget(tokens_per_day=1100)  # room for one answer of unknown length at a time; each takes a few tokens
+    async with ScriptedModel() as server, PaidCalls(tmp_path / "calls", budget=budget) as book:
+        answers, refusals = await outcomes(book, server, 4)
+        assert (answers, refusals) == (4, [])
+
+
+async def test_money_is_counted_with_what_the_endpoint_says_it_used(tmp_path: Path) -> None:
+    params = {"temperature": 0.0, "max_tokens": 2}
+    async with ScriptedModel("two words") as server:
+        book = PaidCalls(tmp_path / "calls", budget=Budget(money_per_round=16.0), prices=PRICES)
+        async with book:
+            await ask(book, server, "three words here", params=params)
+            assert book.spent().money == 3 * 1 + 2 * 2
+            with pytest.raises(StepError) as refusal:
+                await ask(book, server, "more", params=params)
+        assert refusal.value.code == EXIT_BUDGET
+        assert read_spent(tmp_path / "calls").calls == 1
+
+
+async def test_a_failed_call_gives_its_reservation_back(tmp_path: Path) -> None:
+    book = PaidCalls(tmp_path / "calls", budget=Budget(calls_per_round=1))
+    async with ScriptedModel(faults=[500, 500, 500]) as server, book:
+        with pytest.raises(ServerFault):
+            await ask(book, server, "x")
+        result, _, _ = await ask(book, server, "y")
+        assert result.text == "an answer"
+
+
+async def test_a_budget_in_money_without_prices_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StepError, match=r"spec\.strong\.prices") as error:
+        PaidCalls(tmp_path / "calls", budget=Budget(money_per_day=1.0))
+    assert error.value.code == EXIT_BAD_INPUT
+
+
+async def test_a_book_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    with pytest.raises(StepError, match="book of paid calls") as error:
+        PaidCalls(tmp_path)
+    assert error.value.code == EXIT_RETRY
+
+
+async def test_purposes_and_rounds_are_counted_apart(tmp_path: Path) -> None:
+    async with ScriptedModel() as server, PaidCalls(tmp_path / "calls", round_number=4) as book:
+        await ask(book, server, "x", purpose="evaluate:1:solo")
+        await ask(book, server, "y", purpose="feedback:2:answer")
+        assert book.spent(purpose="evaluate:1").calls == 1
+        assert book.spent(round_number=4).calls == 2
+        assert book.spent(round_number=3).calls == 0
+    async with PaidCalls(tmp_path / "calls") as book, ScriptedModel() as server:
+        await ask(book, server, "z")
+        assert book.spent(round_number=4).calls == 3  # without a number: the round that the book saw last
+
+
+async def test_a_score_that_costs_is_remembered(tmp_path: Path) -> None:
+    asked = []
+
+    async def judge() -> float:
+        asked.append(1)
+        await asyncio.sleep(0)
+        return 0.5
+
+    for _ in range(2):
+        async with PaidCalls(tmp_path / "calls") as book:
+            scores = await asyncio.gather(*(book.remember_score("k", judge) for _ in range(3)))
+            assert scores == [0.5, 0.5, 0.5]
+    assert len(asked) == 1
+
+
+# ---------------------------------------------------------------- kill -9
+CHILD = """
+import asyncio, sys
+from cowest_serving.models import HttpChatModel
+from cowest_training.paid_calls import PaidCalls
+
+async def main(url, path):
+    async with HttpChatModel(url, "m") as model, PaidCalls(path, max_concurrency=3) as book:
+        async def one(i):
+            message = [{"role": "user", "content": f"q{i}"}]
+            _, key, _ = await book.ask(
+                model, message, endpoint=url, name="m", purpose="t", params={"temperature": 0.0}
+            )
+            print(key, flush=True)
+        await asyncio.gather(*(one(i) for i in range(9)))
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def start(server: ScriptedModel, book: Path) -> asyncio.subprocess.Process:
+    command = [sys.executable, "-c", CHILD, server.url, str(book)]
+    return await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+
+
+async def test_after_a_kill_no_received_answer_is_asked_again_and_calls_in_flight_keep_their_key(
+    tmp_path: Path,
+) -> None:
+    def answer(call: Call) -> str:
+        if len(server.paid) == 3:  # the fourth answer is the last; the calls after it stay in flight
+            server.gate.clear()
+        return f"answer to {call.last}"
+
+    server = ScriptedModel(answer)
+    async with server, asyncio.timeout(60):
+        child = await start(server, tmp_path / "calls")
+        assert child.stdout
+        received = {(await child.stdout.readline()).decode().strip() for _ in range(4)}
+        while len(server.calls) < 4 + 3:
+            server.arrived.clear()
+            await server.arrived.wait()
+        child.kill()
+        await child.wait()
+        before = list(server.calls)
+        in_flight = {call.key for call in before} - received
+        assert (len(received), len(in_flight)) == (4, 3)
+
+        server.answers = lambda call: f"answer to {call.last}"
+        server.gate.set()
+        child = await start(server, tmp_path / "calls")
+        output, _ = await child.communicate()
+        assert child.returncode == 0
+        after = [call.key for call in server.calls[len(before) :]]
+        assert len(output.split()) == 9
+        assert received.isdisjoint(after)
+        assert in_flight <= set(after)
+        assert len(after) == 5
+        assert len({call.key for call in server.calls}) == 9

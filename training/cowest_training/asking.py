@@ -1,0 +1,312 @@
+"""What `feedback`, `evaluate` and `score_live` have in common: the pair's drafts, the strong model's answers, scores.
+
+drafts    in this process, in fixed batches, kept on disk so that an interrupted step does not draw them again
+answers   through the book of paid calls
+scores    of a judge or a user's scorer through the same book: they cost money too
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from cowest_serving.collaborate import draft_messages, is_draftable, refine_messages, solo_messages
+from cowest_serving.contract import Messages, Pair, Strong, digest_of, parse
+from cowest_serving.models import BadRequest, HttpChatModel
+
+from .contract import Evaluator, Row, StepError
+from .evaluator import Score, build_evaluator
+from .paid_calls import PaidCalls
+
+if TYPE_CHECKING:
+    from cowest_serving.generate import Generator
+
+BATCH_DRAFTS = 64  # drafts drawn at once; part of what makes a ledger reproducible
+DEADLINE_OVER_TIMEOUT = 3  # a step can wait out a rate limit for longer than a user would wait for an answer
+
+
+# ---------------------------------------------------------------- the pair
+def read_pair(path: str) -> Pair:
+    """The pair in a pair.json (the pair itself, or a file with it under `pair`). Raises `StepError`."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse(Pair, data.get("pair", data), path)
+    except (OSError, ValueError, AttributeError) as error:  # SettingsError is a ValueError
+        raise StepError(f"{path}: wanted a pair (JSON, as `cowest` writes it), saw: {error}.") from None
+
+
+# ---------------------------------------------------------------- drafts
+@dataclass(frozen=True)
+class Draft:
+    """y ~ pi_w(x). `index` 0 is the greedy one."""
+
+    query_id: str
+    index: int
+    seed: int
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a draft besides the query: same recipe, rows, machine and threads -> same drafts."""
+
+    pair: Pair
+    drafts_per_query: int
+    temperature: float
+    max_tokens: int
+    seed: str  # of the job and round; one more seed is made of it per query and draft index
+
+    @property
+    def batch_rows(self) -> int:
+        return max(1, BATCH_DRAFTS // self.drafts_per_query)
+
+    def digest(self, rows: Sequence[Row]) -> str:
+        how = [self.drafts_per_query, self.temperature, self.max_tokens, self.seed, BATCH_DRAFTS]
+        what = [[row.id, list(row.messages)] for row in rows]
+        return digest_of([self.pair.weak_digest, self.pair.prompts.draft, how, what])
+
+
+def draft_seed(seed: str, query_id: str, index: int) -> int:
+    """63 bits, so that it fits a signed column."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{query_id}/{index}".encode()).digest()[:8], "big") >> 1
+
+
+class Drafts:
+    """The drafts of some rows by one recipe, batch by batch, from disk where a run before drew them."""
+
+    def __init__(self, recipe: Recipe, rows: Sequence[Row], folder: Path) -> None:
+        self.recipe = recipe
+        size = recipe.batch_rows
+        self.batches = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+        self._path = folder / f"{recipe.digest(rows).removeprefix('sha256:')}.jsonl"
+        self._known = _read_batches(self._path)
+        self._generator: Generator | None = None
+
+    @property
+    def on_disk(self) -> int:
+        """Batches that were drawn before."""
+        return len(self._known)
+
+    def draw(self, number: int) -> dict[str, list[Draft]]:
+        """The drafts of one batch of rows, by query id, in order of index; none where none can be drawn. Blocks."""
+        if number not in self._known:
+            self._known[number] = self._draw(self.batches[number])
+            _append(self._path, {"batch": number, "drafts": [list(vars(d).values()) for d in self._known[number]]})
+        found: dict[str, list[Draft]] = {row.id: [] for row in self.batches[number]}
+        for draft in self._known[number]:
+            found[draft.query_id].append(draft)
+        return found
+
+    def forget(self) -> None:
+        """The drafts stand in the step's output now."""
+        self._path.unlink(missing_ok=True)
+
+    def _draw(self, rows: Sequence[Row]) -> list[Draft]:
+        from cowest_serving.generate import Ask
+
+        recipe = self.recipe
+        generator = self._generator = self._generator or load_generator(recipe.pair)
+        wanted = [
+            (row.id, index, draft_seed(recipe.seed, row.id, index), ids)
+            for row in rows
+            if (ids := prompt_ids(generator, row, recipe.pair)) is not None
+            for index in range(recipe.drafts_per_query)
+        ]
+        drawn = generator.run(
+            [Ask(ids, recipe.max_tokens, recipe.temperature if index else 0.0, seed) for _, index, seed, ids in wanted]
+        )
+        return [
+            Draft(query_id, index, seed, result.text, len(result.token_ids))
+            for (query_id, index, seed, _), result in zip(wanted, drawn, strict=True)
+        ]
+
+
+def prompt_ids(generator: Generator, row: Row, pair: Pair) -> list[int] | None:
+    """None where the weak model cannot be asked: too long for it, or not text. In service the strong answers alone."""
+    from cowest_serving.generate import PromptError
+
+    if not is_draftable(row.messages):
+        return None
+    try:
+        ids = generator.encode(draft_messages(row.messages, pair.prompts))
+        generator.room(ids)
+    except PromptError:
+        return None
+    return ids
+
+
+def load_generator(pair: Pair) -> Generator:
+    """The pair's weak model, in this process. Raises when its files are not what the pair names."""
+    # Here, for they bring torch: seconds to load, and not needed when all drafts are on disk.
+    from cowest_serving.generate import Generator
+    from cowest_serving.model_files import resolve_model
+
+    generator = Generator.load(resolve_model(pair.weak_uri))
+    if pair.weak_digest and generator.digest != pair.weak_digest:
+        raise StepError(
+            f"{pair.weak_uri}: wanted the weak model {pair.weak_digest}, saw {generator.digest}. "
+            "Its files were changed: publish them as a model of its own and propose that one."
+        )
+    return generator
+
+
+def generate_greedy(generator: Generator, row: Row, pair: Pair, max_tokens: int) -> str | None:
+    """One draft for one query; None where none can be drawn. Blocks."""
+    from cowest_serving.generate import Ask
+
+    if (ids := prompt_ids(generator, row, pair)) is None:
+        return None
+    return generator.run([Ask(ids, max_tokens, 0.0, 0)])[0].text
+
+
+def drafts_folder(calls: str | Path) -> Path:
+    """Beside the book of paid calls: local, and kept as long as it."""
+    return Path(f"{calls}.drafts")
+
+
+def _read_batches(path: Path) -> dict[int, list[Draft]]:
+    known: dict[int, list[Draft]] = {}
+    if path.exists():
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                batch = json.loads(line)
+                known[batch["batch"]] = [Draft(*values) for values in batch["drafts"]]
+            except (ValueError, KeyError, TypeError):
+                continue  # torn by a kill: that batch is drawn again
+    return known
+
+
+def _append(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        # A line begins with a newline, so that one torn by a kill spoils no other.
+        file.write(b"\n" + json.dumps(value).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------- answers
+@dataclass(frozen=True)
+class Reply:
+    """An answer of the strong model. `error` says why there is none: it found the request itself wrong."""
+
+    text: str
+    call: str  # key in the book
+    version: str  # of the strong model, "" where it does not say
+    model: str = ""
+    error: str = ""
+
+
+class Asking:
+    """The strong model and the evaluator behind one book; made by `open_asking`."""
+
+    def __init__(self, strong: Strong, calls: PaidCalls, evaluator: Score, purpose: str, stack: AsyncExitStack) -> None:
+        self.calls = calls
+        self.evaluator = evaluator
+        self.purpose = purpose
+        self._strong = strong
+        self._stack = stack
+        self._models: dict[tuple[str, str], HttpChatModel] = {}
+        self.replies = 0  # answers that came back, paid now or before
+        self._first_error = ""
+
+    async def answer(self, row: Row, draft: str, pair: Pair, purpose: str = "answer") -> Reply:
+        """y* ~ pi_s(x, y)"""
+        return await self._ask(refine_messages(row.messages, draft, pair.prompts), pair, purpose)
+
+    async def solo(self, row: Row, pair: Pair, purpose: str = "solo") -> Reply:
+        """z ~ pi_s(x). The same in every round and for every weak model, so paid once."""
+        return await self._ask(solo_messages(row.messages, pair.prompts), pair, purpose)
+
+    async def score(self, row: Row, reply: Reply) -> float:
+        """E(answer, query) in [0, 1]; no answer is worth 0."""
+        return 0.0 if reply.error else await self.score_text(row, reply.text)
+
+    async def score_text(self, row: Row, answer: str) -> float:
+        if self.evaluator.needs_reference:
+            return await self.evaluator(row, answer)
+        key = digest_of([self.evaluator.digest, list(row.messages), row.reference, answer])
+        return await self.calls.remember_score(key, lambda: self.evaluator(row, answer))
+
+    def refuse_nothing_but_errors(self, errors: int, asked: int) -> None:
+        """Models that find every query wrong are set up wrongly; that is no measurement."""
+        if asked and errors == asked:
+            why = f"the strong model refused them. It said first: {self._first_error}"
+            too_long = (
+                "they do not fit into the weak model's context. Shorten the prompts or choose another weak model."
+            )
+            raise StepError(f"None of the {asked} queries could be answered: {why if self._first_error else too_long}")
+
+    async def _ask(self, messages: Messages, pair: Pair, purpose: str) -> Reply:
+        try:
+            result, key, _ = await self.calls.ask(
+                self._model(pair),
+                messages,
+                endpoint=pair.strong_endpoint,
+                name=pair.strong_model,
+                purpose=f"{self.purpose}:{purpose}",
+                params={"max_tokens": self._strong.max_tokens, "temperature": 0.0},
+            )
+        except BadRequest as error:
+            self._first_error = self._first_error or str(error)
+            return Reply("", "", "", error=str(error))
+        self.replies += 1
+        return Reply(result.text, key, result.version, result.model)
+
+    def _model(self, pair: Pair) -> HttpChatModel:
+        where = (pair.strong_endpoint, pair.strong_model)
+        if where not in self._models:
+            # Keys go to the endpoint that they were given for, not to one that a pair of older days names.
+            ours = _origin(pair.strong_endpoint) == _origin(self._strong.endpoint)
+            self._models[where] = HttpChatModel(
+                *where,
+                api_keys=os.environ.get("COWEST_STRONG_API_KEYS", "").split() if ours else (),
+                timeout_seconds=self._strong.timeout_seconds,
+                deadline_seconds=DEADLINE_OVER_TIMEOUT * self._strong.timeout_seconds,
+                max_concurrency=self._strong.max_concurrency,
+                max_retries=self._strong.max_retries,
+            )
+            self._stack.push_async_callback(self._models[where].aclose)
+        return self._models[where]
+
+
+@asynccontextmanager
+async def open_asking(
+    strong: Strong, evaluator: Evaluator, calls: str, *, purpose: str, round_number: int | None = None
+) -> AsyncIterator[Asking]:
+    """`purpose` marks in the book what this step pays for. Keys come by environment only."""
+    async with AsyncExitStack() as stack:
+        scorer = build_evaluator(evaluator, api_key=os.environ.get("COWEST_EVALUATOR_API_KEY") or None)
+        stack.push_async_callback(scorer.aclose)
+        models = await stack.enter_async_context(AsyncExitStack())  # closed after the book has let calls come home
+        book = await stack.enter_async_context(PaidCalls.for_strong(calls, strong, round_number))
+        yield Asking(strong, book, scorer, purpose, models)
+
+
+def _origin(endpoint: str) -> tuple[str, str]:
+    parts = urlsplit(endpoint)
+    return parts.scheme, parts.netloc
+
+
+# ---------------------------------------------------------------- drafting and asking at once
+async def each_batch(drafts: Drafts, then: Callable[[Row, list[Draft]], None]) -> None:
+    """Draw batch by batch in a thread and hand over each row with its drafts, while answers to earlier ones come in."""
+    for number, rows in enumerate(drafts.batches):
+        found = await asyncio.to_thread(drafts.draw, number)
+        for row in rows:
+            then(row, found[row.id])
+
+
+def versions(replies: Sequence[Reply]) -> str:
+    """The strong model's version, or "mixed: a, b" where it changed in between."""
+    seen = sorted({reply.version for reply in replies if not reply.error})
+    return f"mixed: {', '.join(version or 'unnamed' for version in seen)}" if len(seen) > 1 else "".join(seen)

@@ -1,0 +1,291 @@
+"""Measure a candidate pair against its control on the held-out queries: the same queries, strong model and evaluator.
+
+    candidate  the strong model's answer given the candidate's greedy draft
+    control    the same with the pair that is served now, or the strong model alone (`--control solo`)
+    solo       the strong model alone: where it scores higher than an arm, that arm's draft hurt
+    weak       the candidate's greedy draft taken as the answer: shown, never a gate
+
+Writes report.json (an EvaluationReport) and items.parquet. A query without an answer from a strong model that is away
+ends the step (run it again); a query that the strong model refuses as wrong scores 0 and counts as an error.
+
+    python -m cowest_training.evaluate --job job.yaml --candidate pair.json --control solo \\
+        --held-out s3://b/held_out.jsonl --calls calls.sqlite --out s3://b/j/r3/evaluate
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cowest_serving.contract import Pair, digest_of
+
+from . import steps
+from .asking import Asking, Draft, Drafts, Recipe, Reply, drafts_folder, each_batch, open_asking, read_pair, versions
+from .contract import (
+    EXIT_OK,
+    ArmReport,
+    Comparison,
+    EvaluationReport,
+    Evaluator,
+    Manifest,
+    Row,
+    SliceReport,
+    StepSettings,
+)
+from .data import read_rows, rows_digest
+from .evaluator import check_references, evaluator_digest, extracted, find_label
+from .paid_calls import Spent
+from .statistics import compare_paired, macro_f1, mean_interval
+
+SOLO = "solo"
+REPORT, ITEMS = "report.json", "items.parquet"
+GREEDY_SEED = "greedy"  # nothing is sampled: drafts of a pair are the same in every evaluation, and drawn once
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _flags(argv)
+    settings = steps.load_settings(args.job)
+    candidate = read_pair(args.candidate)
+    control = None if args.control == SOLO else read_pair(args.control)
+    rows = read_rows(args.held_out)
+    check_references(rows, settings.feedback.evaluator)
+    inputs = _inputs(settings, candidate, control, rows)
+    output = steps.open_output(args.out, step="evaluate", inputs=inputs)
+    if isinstance(output, Manifest):
+        return EXIT_OK
+    job = _Job(settings, candidate, control, args.calls, args.round, f"evaluate:{digest_of(inputs)[7:19]}")
+    run = asyncio.run(_ask_all(job, rows, steps.Progress(args.progress, "evaluate")))
+    report = make_report(run, job, rows)
+    report_json = json.dumps(asdict(report), indent=1, ensure_ascii=False)
+    (output.folder / REPORT).write_text(report_json, encoding="utf-8")
+    write_items(output.folder / ITEMS, rows, run.arms)
+    output.finish(kind="Evaluation", metrics=measured(report, run))
+    return EXIT_OK
+
+
+def _flags(argv: Sequence[str] | None) -> Any:
+    flags = steps.parser(__doc__)
+    flags.add_argument("--candidate", required=True, metavar="FILE", help="pair.json of the candidate")
+    flags.add_argument(
+        "--control", required=True, metavar="FILE|solo", help="pair.json of what is served now, or `solo`"
+    )
+    flags.add_argument("--held-out", required=True, metavar="URI", help="held-out rows, JSONL or Parquet")
+    flags.add_argument("--calls", required=True, metavar="FILE", help="book of paid calls (SQLite, local)")
+    flags.add_argument("--round", type=int, metavar="N", help="whose budget pays; default: the book's latest round")
+    return flags.parse_args(argv)
+
+
+def _inputs(settings: StepSettings, candidate: Pair, control: Pair | None, rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        "candidate": candidate.digest,
+        "control": control.digest if control else SOLO,
+        "held_out": rows_digest(rows),
+        "evaluator": evaluator_digest(settings.feedback.evaluator),
+        "draft_max_tokens": settings.collaboration.draft_max_tokens,
+        "strong_max_tokens": settings.strong.max_tokens,
+    }
+
+
+# ---------------------------------------------------------------- drafts, answers, scores
+@dataclass(frozen=True)
+class Item:
+    """One query through one arm."""
+
+    draft: str | None
+    reply: Reply
+    score: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """All arms over all rows, in the order of the rows, with what was paid for each arm."""
+
+    arms: Mapping[str, Sequence[Item]]
+    spent: Mapping[str, Spent]
+
+
+@dataclass(frozen=True)
+class _Job:
+    settings: StepSettings
+    candidate: Pair
+    control: Pair | None
+    calls: str
+    round: int | None
+    purpose: str
+
+    @property
+    def arms_with_drafts(self) -> dict[str, Pair]:
+        return {"candidate": self.candidate} | ({"control": self.control} if self.control else {})
+
+    def drafts(self, pair: Pair, rows: Sequence[Row]) -> Drafts:
+        recipe = Recipe(pair, 1, 0.0, self.settings.collaboration.draft_max_tokens, GREEDY_SEED)
+        return Drafts(recipe, rows, drafts_folder(self.calls))
+
+
+async def _ask_all(job: _Job, rows: Sequence[Row], progress: steps.Progress) -> Run:
+    strong, evaluator = job.settings.strong, job.settings.feedback.evaluator
+    async with open_asking(strong, evaluator, job.calls, purpose=job.purpose, round_number=job.round) as asking:
+        tasks: dict[str, list[asyncio.Task[Item]]] = {name: [] for name in (*job.arms_with_drafts, SOLO, "weak")}
+        total = len(rows) * len(tasks)
+
+        done = 0
+
+        def tick(_: object) -> None:
+            nonlocal done
+            done += 1
+            progress.update(done, total, "answers")
+
+        def start(group: asyncio.TaskGroup, name: str, item: Coroutine[Any, Any, Item]) -> None:
+            task = group.create_task(item)
+            task.add_done_callback(tick)
+            tasks[name].append(task)
+
+        # In a task group the first failure ends the others, the drawing of drafts included.
+        async with asyncio.TaskGroup() as group:
+            for row in rows:
+                start(group, SOLO, _solo(asking, row, job.candidate))
+            for name, pair in job.arms_with_drafts.items():
+
+                def ask(row: Row, drafts: list[Draft], name: str = name, pair: Pair = pair) -> None:
+                    draft = drafts[0].text if drafts else None
+                    start(group, name, _answer(asking, row, draft, pair, name))
+                    if name == "candidate":
+                        start(group, "weak", _weak_alone(asking, row, draft or ""))
+
+                # One weak model at a time in memory. The same one twice is drawn once: its drafts are on disk.
+                await each_batch(job.drafts(pair, rows), ask)
+        arms = {name: [task.result() for task in found] for name, found in tasks.items()}
+        asking.refuse_nothing_but_errors(sum(bool(item.reply.error) for item in arms["candidate"]), len(rows))
+        spent = {name: asking.calls.spent(purpose=f"{job.purpose}:{name}") for name in arms}
+        # Alone in control, the strong model's answers are the solo ones, paid for once.
+        return Run({"control": arms[SOLO]} | arms, {"control": Spent()} | spent)
+
+
+async def _solo(asking: Asking, row: Row, pair: Pair) -> Item:
+    reply = await asking.solo(row, pair, SOLO)
+    return Item(None, reply, await asking.score(row, reply))
+
+
+async def _answer(asking: Asking, row: Row, draft: str | None, pair: Pair, arm: str) -> Item:
+    """Without a draft the strong model answers alone, as it does in service."""
+    reply = await (asking.solo(row, pair, arm) if draft is None else asking.answer(row, draft, pair, arm))
+    return Item(draft, reply, await asking.score(row, reply))
+
+
+async def _weak_alone(asking: Asking, row: Row, draft: str) -> Item:
+    return Item(draft, Reply(draft, "", ""), await asking.score_text(row, draft))
+
+
+# ---------------------------------------------------------------- the report
+def make_report(run: Run, job: _Job, rows: Sequence[Row]) -> EvaluationReport:
+    evaluator = job.settings.feedback.evaluator
+    seed = job.settings.training.seed
+    asked = [item.reply for name in ("candidate", "control", SOLO) for item in run.arms[name]]
+    return EvaluationReport(
+        candidate=job.candidate.digest,
+        control=job.control.digest if job.control else SOLO,
+        held_out_digest=rows_digest(rows),
+        evaluator_digest=evaluator_digest(evaluator),
+        strong_model=job.candidate.strong_model,
+        strong_version=versions(asked),
+        arms=tuple(arm_report(name, run, rows, evaluator, seed) for name in ("candidate", "control", SOLO, "weak")),
+        against_control=_compare(run, "control", seed),
+        against_solo=_compare(run, SOLO, seed),
+        slices=slices(rows, _scores(run, "candidate"), _scores(run, "control"), seed),
+    )
+
+
+def arm_report(name: str, run: Run, rows: Sequence[Row], evaluator: Evaluator, seed: int) -> ArmReport:
+    scores, solo = _scores(run, name), _scores(run, SOLO)
+    mean, low, high = mean_interval(scores, seed=seed)
+    return ArmReport(
+        name=name,
+        n=len(scores),
+        score=mean,
+        low=low,
+        high=high,
+        hurt_rate=sum(alone > score for alone, score in zip(solo, scores, strict=True)) / len(scores),
+        errors=sum(bool(item.reply.error) for item in run.arms[name]),
+        strong_calls=run.spent[name].calls,
+        macro_f1=_macro_f1(run.arms[name], rows, evaluator),
+    )
+
+
+def slices(
+    rows: Sequence[Row], candidate: Sequence[float], control: Sequence[float], seed: int
+) -> tuple[SliceReport, ...]:
+    """Candidate against control within each `group`; rows without one are in no slice."""
+    reports = []
+    for group in sorted({row.group for row in rows if row.group is not None}):
+        inside = [i for i, row in enumerate(rows) if row.group == group]
+        seen = compare_paired([candidate[i] for i in inside], [control[i] for i in inside], seed=seed)
+        reports.append(SliceReport(group, seen.n, seen.difference, seen.low, seen.high))
+    return tuple(reports)
+
+
+def _compare(run: Run, control: str, seed: int) -> Comparison:
+    return compare_paired(_scores(run, "candidate"), _scores(run, control), seed=seed)
+
+
+def _scores(run: Run, name: str) -> list[float]:
+    return [item.score for item in run.arms[name]]
+
+
+def _macro_f1(items: Sequence[Item], rows: Sequence[Row], evaluator: Evaluator) -> float | None:
+    if evaluator.type != "Choice":
+        return None
+    choices = evaluator.choices or ()
+    predicted = [find_label(extracted(evaluator.extract, item.reply.text), choices) for item in items]
+    gold = [find_label(row.reference, choices) or row.reference for row in rows]
+    return macro_f1(predicted, gold, choices)
+
+
+# ---------------------------------------------------------------- what is written
+def write_items(path: Path, rows: Sequence[Row], arms: Mapping[str, Sequence[Item]]) -> None:
+    """One row a query: id, group, query, reference, then draft, answer, error and score of each arm."""
+    text = pa.string()
+    columns: dict[str, pa.Array] = {
+        "id": pa.array([row.id for row in rows], text),
+        "group": pa.array([row.group for row in rows], text),
+        "query": pa.array([row.query for row in rows], text),
+        "reference": pa.array([row.reference for row in rows], text),
+    }
+    for name in ("candidate", "control", SOLO, "weak"):
+        items = arms[name]
+        columns[f"{name}_draft"] = pa.array([item.draft for item in items], text)
+        columns[f"{name}_answer"] = pa.array([item.reply.text for item in items], text)
+        columns[f"{name}_error"] = pa.array([item.reply.error for item in items], text)
+        columns[f"{name}_score"] = pa.array([item.score for item in items], pa.float64())
+    pq.write_table(pa.table(columns), path, compression="zstd")
+
+
+def measured(report: EvaluationReport, run: Run) -> dict[str, Any]:
+    total = Spent(
+        sum(spent.calls for spent in run.spent.values()),
+        sum(spent.input_tokens for spent in run.spent.values()),
+        sum(spent.output_tokens for spent in run.spent.values()),
+        sum(spent.money for spent in run.spent.values()),
+    )
+    return {
+        "queries": report.against_control.n,
+        **{f"{arm.name}_score": arm.score for arm in report.arms},
+        "hurt_rate": report.arm("candidate").hurt_rate,
+        "difference": report.against_control.difference,
+        "p_better": report.against_control.p_better,
+        "strong_version": report.strong_version,
+        "strong_calls": total.calls,
+        "input_tokens": total.input_tokens,
+        "output_tokens": total.output_tokens,
+        "money": total.money,
+    }
+
+
+if __name__ == "__main__":
+    steps.run(main)

@@ -1,0 +1,319 @@
+"""Turn queries into preference pairs of drafts (CoWest, section 3.2).
+
+gain = E(y*, x) - E(z, x): the evaluator's score of the answer given the draft, less that of the strong model alone.
+
+    BestVersusWorst  the best-scoring draft of a query against its worst, where they differ by `minMargin` (z cancels)
+    SignOfGain       the paper's: a draft with gain > 0 is chosen, any other rejected; a query with one kind yields none
+
+Writes ledger.parquet (one row a draft) and pairs.jsonl. Differs from the paper: K drafts per query; the evaluator need
+not be the strong model; solo answers are paid once per strong model, prompts and query, in whatever round.
+
+    python -m cowest_training.feedback --job job.yaml --pair pair.json --dataset s3://b/j/r3/data \\
+        --calls calls.sqlite --round 3 --out s3://b/j/r3/feedback
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cowest_serving.collaborate import draft_messages
+from cowest_serving.contract import Pair, digest_of
+from cowest_serving.store import join
+
+from . import steps
+from .asking import Asking, Draft, Drafts, Recipe, Reply, drafts_folder, each_batch, open_asking, read_pair
+from .contract import EXIT_OK, LEDGER_COLUMNS, Feedback, Manifest, Row, StepSettings
+from .data import read_rows, rows_digest
+from .evaluator import check_references, evaluator_digest
+from .paid_calls import Spent
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _flags(argv)
+    settings = steps.load_settings(args.job)
+    pair = read_pair(args.pair)
+    rows = read_rows(dataset_file(args.dataset))
+    check_references(rows, settings.feedback.evaluator)
+    chosen = choose_queries(rows, settings.feedback.max_queries, settings.training.seed, args.round)
+    inputs = _inputs(settings, pair, rows, args.round)
+    output = steps.open_output(args.out, step="feedback", inputs=inputs)
+    if isinstance(output, Manifest):
+        return EXIT_OK
+    recipe = Recipe(
+        pair=pair,
+        drafts_per_query=settings.feedback.drafts_per_query,
+        temperature=settings.feedback.temperature,
+        max_tokens=settings.collaboration.draft_max_tokens,
+        seed=f"{settings.training.seed}/{args.round}",
+    )
+    drafts = Drafts(recipe, chosen, drafts_folder(args.calls))
+    job = _Job(settings, args.calls, args.round, f"feedback:{digest_of(inputs)[7:19]}", len(chosen))
+    ledger, spent, cached = asyncio.run(_ask_all(job, drafts, steps.Progress(args.progress, "feedback")))
+    pairs = make_pairs(ledger, settings.feedback)
+    write_ledger(output.folder / "ledger.parquet", ledger, pair, evaluator_digest(settings.feedback.evaluator))
+    write_pairs(output.folder / "pairs.jsonl", pairs, pair)
+    output.finish(kind="Feedback", metrics=measured(ledger, pairs, job.queries, spent, cached))
+    drafts.forget()
+    return EXIT_OK
+
+
+def _flags(argv: Sequence[str] | None) -> Any:
+    flags = steps.parser(__doc__)
+    flags.add_argument("--pair", required=True, metavar="FILE", help="pair.json: the pair that drafts and answers")
+    flags.add_argument("--dataset", required=True, metavar="URI", help="collected data set, or a JSONL or Parquet file")
+    flags.add_argument("--calls", required=True, metavar="FILE", help="book of paid calls (SQLite, local)")
+    flags.add_argument("--round", required=True, type=int, metavar="N", help="number of the round")
+    return flags.parse_args(argv)
+
+
+def dataset_file(uri: str) -> str:
+    """The rows of a collected data set; any other URI is read as the file that it names."""
+    return join(uri, "dataset.jsonl") if steps.read_manifest(uri) else uri
+
+
+def _inputs(settings: StepSettings, pair: Pair, rows: Sequence[Row], round_number: int) -> dict[str, Any]:
+    wanted = settings.feedback
+    return {
+        "pair": pair.digest,
+        "data": rows_digest(rows),
+        "round": round_number,
+        "seed": settings.training.seed,
+        "evaluator": evaluator_digest(wanted.evaluator),
+        "feedback": {
+            "drafts_per_query": wanted.drafts_per_query,
+            "temperature": wanted.temperature,
+            "rule": wanted.rule,
+            "min_margin": wanted.min_margin,
+            "max_queries": wanted.max_queries,
+        },
+        "draft_max_tokens": settings.collaboration.draft_max_tokens,
+        "strong_max_tokens": settings.strong.max_tokens,
+    }
+
+
+def choose_queries(rows: Sequence[Row], at_most: int, seed: int, round_number: int) -> list[Row]:
+    """A sample that depends on seed, round and ids alone; the order of the file does not count."""
+    order = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}/{round_number}/{row.id}".encode()).digest())
+    return order[:at_most]
+
+
+# ---------------------------------------------------------------- drafts, answers, scores
+@dataclass(frozen=True)
+class Entry:
+    """One line of the gain ledger: a draft and what it was worth."""
+
+    row: Row
+    draft: Draft
+    answer: Reply
+    answer_score: float
+    solo: Reply
+    solo_score: float
+
+    @property
+    def gain(self) -> float:
+        return self.answer_score - self.solo_score
+
+
+@dataclass(frozen=True)
+class _Job:
+    settings: StepSettings
+    calls: str
+    round: int
+    purpose: str
+    queries: int
+
+
+async def _ask_all(job: _Job, drafts: Drafts, progress: steps.Progress) -> tuple[list[Entry], Spent, int]:
+    """(ledger in the order of the queries, what was paid for it, calls that cost nothing)."""
+    pair, strong = drafts.recipe.pair, job.settings.strong
+    async with open_asking(
+        strong, job.settings.feedback.evaluator, job.calls, purpose=job.purpose, round_number=job.round
+    ) as asking:
+        tasks: list[asyncio.Task[list[Entry]]] = []
+        done = 0
+
+        def tick(_: object) -> None:
+            nonlocal done
+            done += 1
+            progress.update(done, job.queries, "queries", f"{asking.replies} answers of the strong model")
+
+        # In a task group the first failure ends the others, the drawing of drafts included.
+        async with asyncio.TaskGroup() as group:
+
+            def judge(row: Row, found: list[Draft]) -> None:
+                task = group.create_task(_judge_query(asking, row, found, pair))
+                task.add_done_callback(tick)
+                tasks.append(task)
+
+            await each_batch(drafts, judge)
+        ledger = [task.result() for task in tasks]
+        asking.refuse_nothing_but_errors(len(ledger) - sum(map(bool, ledger)), len(ledger))
+        spent = asking.calls.spent(purpose=job.purpose)
+        return [entry for entries in ledger for entry in entries], spent, sum(asking.calls.asked.cached.values())
+
+
+async def _judge_query(asking: Asking, row: Row, drafts: Sequence[Draft], pair: Pair) -> list[Entry]:
+    """Solo and the answer to each distinct draft, scored. Nothing where there is no draft or a call is refused."""
+    if not drafts:
+        return []
+
+    async def scored(reply: Reply) -> tuple[Reply, float]:
+        return reply, await asking.score(row, reply)
+
+    async def alone() -> tuple[Reply, float]:
+        return await scored(await asking.solo(row, pair))
+
+    async def answered(text: str) -> tuple[Reply, float]:
+        return await scored(await asking.answer(row, text, pair))
+
+    distinct = list(dict.fromkeys(draft.text for draft in drafts))
+    async with asyncio.TaskGroup() as group:
+        solo_task = group.create_task(alone())
+        tasks = {text: group.create_task(answered(text)) for text in distinct}
+    solo, solo_score = solo_task.result()
+    results = {text: task.result() for text, task in tasks.items()}
+    if solo.error or any(reply.error for reply, _ in results.values()):
+        return []
+    return [Entry(row, draft, *results[draft.text], solo, solo_score) for draft in drafts]
+
+
+# ---------------------------------------------------------------- pairs (pure)
+@dataclass(frozen=True)
+class Preference:
+    """Two drafts of one query, the first worth more than the second."""
+
+    chosen: Entry
+    rejected: Entry
+
+
+def best_versus_worst(entries: Sequence[Entry], min_margin: float) -> list[Preference]:
+    """The best draft of one query against its worst; none below the margin. Equal scores: the earlier draft."""
+    best = min(entries, key=lambda entry: (-entry.answer_score, entry.draft.index))
+    worst = min(entries, key=lambda entry: (entry.answer_score, entry.draft.index))
+    margin = best.answer_score - worst.answer_score
+    # 0.1 + 0.2 style noise must not decide; a margin of 0 still asks for a difference.
+    return [Preference(best, worst)] if margin > 0 and margin >= min_margin - 1e-9 else []
+
+
+def sign_of_gain(entries: Sequence[Entry], min_margin: float = 0.0) -> list[Preference]:
+    """The paper's rule within one query: gain > 0 against the rest, in order of index, each draft used once."""
+    in_order = sorted(entries, key=lambda entry: entry.draft.index)
+    positive = [entry for entry in in_order if entry.gain > 0]
+    others = [entry for entry in in_order if entry.gain <= 0]
+    return [Preference(chosen, rejected) for chosen, rejected in zip(positive, others, strict=False)]
+
+
+RULES: Mapping[str, Callable[[Sequence[Entry], float], list[Preference]]] = {
+    "BestVersusWorst": best_versus_worst,
+    "SignOfGain": sign_of_gain,
+}
+
+
+def make_pairs(ledger: Sequence[Entry], settings: Feedback) -> list[Preference]:
+    """All pairs of a ledger whose drafts stand query by query."""
+    rule = RULES[settings.rule]
+    return [pair for entries in _by_query(ledger) for pair in rule(entries, settings.min_margin)]
+
+
+def _by_query(ledger: Iterable[Entry]) -> list[list[Entry]]:
+    return [list(entries) for _, entries in groupby(ledger, key=lambda entry: entry.row.id)]
+
+
+# ---------------------------------------------------------------- what is written
+def write_ledger(path: Path, ledger: Sequence[Entry], pair: Pair, evaluator: str) -> None:
+    kinds = {"string": pa.string(), "int32": pa.int32(), "int64": pa.int64(), "double": pa.float64()}
+    schema = pa.schema([(name, kinds[kind]) for name, kind in LEDGER_COLUMNS.items()])
+    records = [_record(entry, pair, evaluator) for entry in ledger]
+    pq.write_table(pa.Table.from_pylist(records, schema=schema), path, compression="zstd")
+
+
+def _record(entry: Entry, pair: Pair, evaluator: str) -> dict[str, Any]:
+    row, draft = entry.row, entry.draft
+    return {
+        "query_id": row.id,
+        "query": row.query,
+        "reference": row.reference,
+        "group": row.group,
+        "draft_index": draft.index,
+        "seed": draft.seed,
+        "draft": draft.text,
+        "draft_tokens": draft.tokens,
+        "answer": entry.answer.text,
+        "answer_score": entry.answer_score,
+        "solo": entry.solo.text,
+        "solo_score": entry.solo_score,
+        "gain": entry.gain,
+        "answer_call": entry.answer.call,
+        "solo_call": entry.solo.call,
+        "weak_digest": pair.weak_digest,
+        "prompts_digest": pair.prompts.digest,
+        "strong_model": entry.answer.model or pair.strong_model,
+        "strong_version": entry.answer.version,
+        "evaluator_digest": evaluator,
+    }
+
+
+def write_pairs(path: Path, pairs: Sequence[Preference], pair: Pair) -> None:
+    """One JSON object a line; `prompt` is what the weak model saw."""
+    with path.open("w", encoding="utf-8") as file:
+        for preference in pairs:
+            chosen, rejected = preference.chosen, preference.rejected
+            record = {
+                "query_id": chosen.row.id,
+                "prompt": draft_messages(chosen.row.messages, pair.prompts),
+                "chosen": chosen.draft.text,
+                "rejected": rejected.draft.text,
+                "chosen_score": chosen.answer_score,
+                "rejected_score": rejected.answer_score,
+                "solo_score": chosen.solo_score,
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def measured(
+    ledger: Sequence[Entry], pairs: Sequence[Preference], queries: int, spent: Spent, cached: int
+) -> dict[str, Any]:
+    """The step's metrics. Rates are over drafts; `ties` are queries whose drafts all score alike."""
+    by_query = _by_query(ledger)
+    n = max(1, len(ledger))
+    spreads = [max(scores) - min(scores) for e in by_query if (scores := [entry.answer_score for entry in e])]
+    return {
+        "queries": len(by_query),
+        "skipped": queries - len(by_query),
+        "drafts": len(ledger),
+        "distinct_drafts": sum(len({entry.draft.text for entry in entries}) for entries in by_query),
+        "pairs": len(pairs),
+        "queries_with_pairs": len({pair.chosen.row.id for pair in pairs}),
+        "ties": sum(spread == 0 for spread in spreads),
+        "answer_score": sum(entry.answer_score for entry in ledger) / n,
+        "greedy_score": _mean(entries[0].answer_score for entries in by_query),
+        "solo_score": _mean(entries[0].solo_score for entries in by_query),
+        "mean_gain": sum(entry.gain for entry in ledger) / n,
+        "hurt_rate": sum(entry.gain < 0 for entry in ledger) / n,
+        "draft_tokens": sum(entry.draft.tokens for entry in ledger) / n,
+        "strong_calls": spent.calls,
+        "strong_calls_cached": cached,
+        "input_tokens": spent.input_tokens,
+        "output_tokens": spent.output_tokens,
+        "money": spent.money,
+        "strong_versions": sorted({entry.answer.version for entry in ledger}),
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found) if found else 0.0
+
+
+if __name__ == "__main__":
+    steps.run(main)
