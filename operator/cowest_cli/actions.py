@@ -13,8 +13,9 @@ from rich.console import Console
 
 from cowest_cli import jobs
 from cowest_cli.options import By, FileOrNone, HomeFolder, Output, Why
-from cowest_cli.view import rounds_table
+from cowest_cli.view import printable, rounds_table
 from cowest_operator import api
+from cowest_operator.manifest import FILE, absolute_uri, local_path
 from cowest_serving.contract import dump
 from cowest_training.contract import StepError
 
@@ -36,11 +37,12 @@ def status(file: FileOrNone = None, home: HomeFolder = None, output: Output = "t
         routing = jobs.read_json(place.routing) or {}
         typer.echo(json.dumps({"status": dump(seen), "gateway": run.get("gateway"), "routing": routing}))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=max(console.width, 120))  # a pipe has no edge
     for condition in seen.conditions:
-        console.print(
-            f"{condition.type:18} {condition.status:8} {condition.reason}: {condition.message}", soft_wrap=True
-        )
+        line = f"{condition.type:18} {condition.status:8} {condition.reason}: {condition.message}"
+        console.print(printable(line), soft_wrap=True)
     console.print(rounds_table(seen))
 
 
@@ -48,21 +50,18 @@ def explain(file: FileOrNone = None, home: HomeFolder = None, output: Output = "
     """What holds the loop now and how each round was decided, in sentences, with the last events."""
     place = _known(file, home)
     seen = jobs.read_status(place)
-    events = (
-        [json.loads(line) for line in place.events.read_text("utf-8").splitlines()] if place.events.exists() else []
-    )
+    events = jobs.read_events(place)
     if output == "json":
         typer.echo(
             json.dumps({"conditions": dump(seen.conditions), "rounds": dump(seen.rounds), "events": events[-50:]})
         )
         return
     for condition in seen.conditions:
-        typer.echo(f"{condition.type} is {condition.status} ({condition.reason}): {condition.message}")
+        typer.echo(printable(f"{condition.type} is {condition.status} ({condition.reason}): {condition.message}"))
     for outcome in seen.rounds:
         by = f" by {outcome.by}" if outcome.by else ""
-        typer.echo(
-            f"Round {outcome.number} ({outcome.origin}): {outcome.decision}{by}, {outcome.reason}: {outcome.message}"
-        )
+        head = f"Round {outcome.number} ({outcome.origin}): {outcome.decision}{by}, {outcome.reason}"
+        typer.echo(printable(f"{head}: {outcome.message}"))
     if seen.vetoed:
         typer.echo(f"{len(seen.vetoed)} pair(s) rolled back by a person are never promoted automatically.")
 
@@ -83,7 +82,9 @@ def _say(
     if output == "json":
         typer.echo(json.dumps(asdict(action)))
         return
-    typer.echo(f"{verb} by {action.by} is recorded; the running or next `cowest run` of this job takes it in.")
+    typer.echo(
+        f"{verb} by {printable(action.by)} is recorded; the running or next `cowest run` of this job takes it in."
+    )
 
 
 def pause(
@@ -130,8 +131,8 @@ def propose(
     output: Output = "text",
 ) -> None:
     """Gate any model as a candidate: same gate, same canary as a tuned one."""
-    uri = model if "://" in model else Path(model).resolve().as_uri()
-    if uri.startswith("file://") and not Path(uri.removeprefix("file://")).is_dir():
+    uri = absolute_uri(model if "://" in model else Path(model).resolve().as_uri(), Path.cwd())
+    if uri.startswith(FILE) and not local_path(uri).is_dir():
         raise StepError(f"--model {model}: wanted a model folder, saw none there.")
     _say("propose", file, home, why, by, output, uri)
 
@@ -156,14 +157,9 @@ def lineage(
     if answer:
         for name in ("trace_id", "time", "arm", "mode", "pair_digest", "weak_digest", "prompts_digest", "draft_form",
                      "strong_model", "strong_version", "query", "draft", "answer"):  # fmt: skip
-            typer.echo(f"{name:15} {_printable(answer[name])}")
+            typer.echo(f"{name:15} {printable(answer[name])}")
     for depth, part in enumerate(chain):
         typer.echo(f"{'  ' * depth}{part['step']} {part['digest']} <- {json.dumps(part['inputs'], default=str)}")
-
-
-def _printable(value: object) -> str:
-    """Model output on a terminal: no control characters."""
-    return "".join(c if c.isprintable() else " " for c in str(value))
 
 
 def _trace(place: jobs.Home, trace_id: str) -> dict[str, Any] | None:

@@ -16,7 +16,9 @@ from typing import Any
 
 from cowest_cli import jobs
 from cowest_cli.processes import Child, free_port, get_json, port_is_free
+from cowest_cli.replay import decision_of
 from cowest_operator import api, reconcile, rounds
+from cowest_operator.manifest import local_path
 from cowest_serving.contract import Routing, digest_of, dump
 from cowest_training.contract import (
     EXIT_BAD_INPUT,
@@ -98,7 +100,9 @@ class Engine:
         jobs.write_json(self.home.run, {"pid": os.getpid(), "gateway": f"http://127.0.0.1:{self.port}/v1"})
         try:
             while True:
-                plan = reconcile.plan(self.observe())
+                world = self.observe()
+                plan = reconcile.plan(world)
+                self._keep_decision(world, plan)
                 self.apply(plan)
                 on_look(self, plan)
                 if stop() or plan.failure or (plan.finished and not serve and self._quiet()):
@@ -145,7 +149,7 @@ class Engine:
         return api.StepState("Failed", code, step.attempts, step.child.last_words())
 
     def _artifact(self, spec: api.StepSpec) -> Path:
-        return Path(spec.out.removeprefix("file://"))
+        return local_path(spec.out)
 
     def progress(self, name: str) -> str:
         seen = jobs.read_json(self.home.progress / f"{name}.json")
@@ -173,7 +177,7 @@ class Engine:
     def _traces(self, trial: api.Trial | None) -> api.TraceCounts:
         """Counted every few seconds, and only while a round may wait for them."""
         waiting = trial is None and self.job.spec.rounds.trigger.new_traces > 0
-        if time.monotonic() - self._counted_at < (2.0 if waiting else 10.0) and self._counted_at:
+        if time.monotonic() - self._counted_at < (2.0 if waiting else 60.0) and self._counted_at:
             return self.counts
         from cowest_training.collect import count_usable, held_out_keys
 
@@ -198,6 +202,12 @@ class Engine:
         for event in plan.events:
             jobs.append_event(self.home, event, time.time())
         self._apply_steps(plan)
+
+    def _keep_decision(self, world: api.World, plan: api.Plan) -> None:
+        """Before the status says it: a kill in between decides, and writes, anew."""
+        if decision := decision_of(world, plan, self.document["spec"]):
+            name, content = decision
+            jobs.write_json(self.home.store / "runs" / name, content)
 
     def _apply_routing(self, routing: Routing) -> None:
         content = dump(routing)
@@ -246,7 +256,7 @@ class Engine:
 
     def _start_weak(self, spec: api.ServerSpec, port: int) -> Child:
         if self.job.spec.weak.engine == "vLLM":
-            folder = spec.model.removeprefix("file://")
+            folder = str(local_path(spec.model))
             command = [
                 "vllm",
                 "serve",
@@ -344,7 +354,7 @@ class Engine:
 
     # ------------------------------------------------------------ helpers
     def _python(self, module: str, *arguments: object) -> list[str]:
-        return [sys.executable, "-m", module, *(str(a) for a in arguments)]
+        return [sys.executable, "-P", "-m", module, *(str(a) for a in arguments)]
 
     def _environment(self, strong: bool) -> dict[str, str]:
         """Keys only for those who call the strong model; threads by what is left beside the servers."""

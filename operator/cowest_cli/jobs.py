@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,14 +121,30 @@ def append_event(home: Home, event: api.Event, now: float) -> None:
         file.write(json.dumps({"time": now, **asdict(event)}, ensure_ascii=False) + "\n")
 
 
+def read_events(home: Home) -> list[dict[str, Any]]:
+    """Oldest first. A line that a full disk cut off is left out."""
+    events: list[dict[str, Any]] = []
+    for line in home.events.read_text("utf-8").splitlines() if home.events.exists() else []:
+        with suppress(ValueError):
+            events.append(json.loads(line))
+    return events
+
+
 # ---------------------------------------------------------------- what people say
 def record_action(home: Home, verb: api.Verb, why: str, by: str | None = None, model: str | None = None) -> api.Action:
     """One file an action, whether or not an engine runs: the next look at the job takes it in."""
     now = time.time()
-    who = by or os.environ.get("COWEST_USER") or getpass.getuser()
+    who = by or os.environ.get("COWEST_USER") or _user()
     action = api.Action(f"{time.time_ns():020d}-{verb}", verb, who, why, now, model)
     write_json(home.actions / f"{action.id}.json", {k: v for k, v in asdict(action).items() if v is not None})
     return action
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container may run as a user without a name
+        return f"user {os.getuid()}"
 
 
 def read_actions(home: Home, after: str) -> tuple[api.Action, ...]:

@@ -50,7 +50,10 @@ VERBS = (
     ),
     Verb("lineage", "actions:lineage", "From an answer to its draft, pair, models and data.", "Look"),
     Verb(
-        "report", "report:report", "Write what the loop did as a page that opens in any browser, and as JSON.", "Look"
+        "replay",
+        "replay:replay",
+        "Compute every live decision again from recorded traces and feedback; exit code 1 when one differs.",
+        "Look",
     ),
     Verb("pause", "actions:pause", "Start no round and take no canary step until `resume`; answers go on.", "Decide"),
     Verb("resume", "actions:resume", "Take a pause back.", "Decide"),
@@ -129,7 +132,9 @@ def main() -> None:
         code = exit_code(error)
         if code == EXIT_FAILED:
             traceback.print_exc()
-        sys.stderr.write(message(error).rstrip() + "\n")
+        # It may quote what an endpoint or a model said, and nothing of that may steer the terminal.
+        for line in message(error).rstrip().splitlines():
+            sys.stderr.write("".join(c if c.isprintable() else " " for c in line) + "\n")
         sys.exit(code)
 
 

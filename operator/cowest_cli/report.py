@@ -33,6 +33,7 @@ def report(
     place = jobs.home_of(file, home)
     story = read_story(place)
     figures = build_figures(story, domain, seed, seconds)
+    html_.parent.mkdir(parents=True, exist_ok=True)
     html_.write_text(build_page(story, figures), "utf-8")
     typer.echo(f"{html_}", err=True)
     if json_ is not None:
@@ -61,16 +62,14 @@ def read_story(place: jobs.Home) -> Story:
     if document is None:
         raise StepError(f"{place.root}: wanted the state of a job, saw none. Run it first with `cowest run -f ...`.")
     evaluations, items, feedback = {}, {}, {}
-    for folder in sorted((place.store / "runs").glob("r*")):
+    for folder in sorted((place.store / "runs").glob("r[0-9]*")):
         number = int(folder.name.removeprefix("r"))
         if data := jobs.read_json(folder / "evaluate" / "report.json"):
             evaluations[number] = load_report(data)
             items[number] = _rows(folder / "evaluate" / "items.parquet")
         if manifest := jobs.read_json(folder / "feedback" / "manifest.json"):
             feedback[number] = manifest["metrics"]
-    events = (
-        [json.loads(line) for line in place.events.read_text("utf-8").splitlines()] if place.events.exists() else []
-    )
+    events = jobs.read_events(place)
     return Story(document, jobs.read_status(place), evaluations, items, feedback, _spent(place), events)
 
 
@@ -172,7 +171,7 @@ h1{font-size:1.6rem;margin-bottom:.2rem}
 h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}
 table{border-collapse:collapse;width:100%}
 th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+td.n{white-space:nowrap}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 .Promoted{color:var(--good)}.RolledBack{color:var(--bad)}.Refused{color:var(--hold)}
 p.soft,td.soft{color:var(--soft)}.wide{overflow-x:auto}
 pre{white-space:pre-wrap;margin:0;font:13px/1.45 ui-monospace,monospace}
@@ -180,14 +179,19 @@ svg text{fill:var(--ink);font:13px system-ui,sans-serif}
 """
 
 
+def _text(value: str) -> str:
+    """As text of the page: what a model wrote is shown, and is never markup or a control character."""
+    return html.escape("".join(c if c.isprintable() or c in "\n\t" else " " for c in value))
+
+
 def build_page(story: Story, figures: Mapping[str, Any]) -> str:
-    name = html.escape(str(figures["domain"]))
+    name = _text(str(figures["domain"]))
     version = figures["strong"].get("version") or "none given"
     parts = [
         f"<h1>{name}: what the loop did</h1>",
         f'<p class="soft">seed {figures["seed"]}, {figures["seconds"]} s; strong model'
-        f" {html.escape(str(figures['strong'].get('model')))}, version {html.escape(str(version))}</p>",
-        f"<p>{html.escape(_summary(story))}</p>",
+        f" {_text(str(figures['strong'].get('model')))}, version {_text(str(version))}</p>",
+        f"<p>{_text(_summary(story))}</p>",
         "<h2>Arms on the held-out queries</h2>",
         _bars(figures["arms"]),
         _arms_table(figures["arms"]),
@@ -202,6 +206,7 @@ def build_page(story: Story, figures: Mapping[str, Any]) -> str:
     ]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{name}: CoWest report</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
 
@@ -218,7 +223,7 @@ def _bars(arms: Mapping[str, Mapping[str, Any]]) -> str:
         y = 8 + place * step
         x = [left + width * float(arm[key]) for key in ("accuracy", "low", "high")]
         rows.append(
-            f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{html.escape(_NAMES.get(name, name))}</text>'
+            f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{_text(_NAMES.get(name, name))}</text>'
             f'<rect x="{left}" y="{y}" width="{x[0] - left:.1f}" height="18" rx="2" fill="var(--bar)"/>'
             f'<path d="M{x[1]:.1f} {y + 9}H{x[2]:.1f}M{x[1]:.1f} {y + 4}v10M{x[2]:.1f} {y + 4}v10"'
             ' stroke="var(--ink)"/>'
@@ -232,7 +237,7 @@ def _table(head: Sequence[str], rows: Iterator[Sequence[str]], numbers: frozense
     def cell(tag: str, place: int, text: str) -> str:
         return f"<{tag}{' class=n' if place in numbers else ''}>{text}</{tag}>"
 
-    top = "".join(cell("th", i, html.escape(h)) for i, h in enumerate(head))
+    top = "".join(cell("th", i, _text(h)) for i, h in enumerate(head))
     body = "".join("<tr>" + "".join(cell("td", i, t) for i, t in enumerate(row)) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -240,7 +245,7 @@ def _table(head: Sequence[str], rows: Iterator[Sequence[str]], numbers: frozense
 def _arms_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
     rows = (
         (
-            html.escape(_NAMES.get(name, name)),
+            _text(_NAMES.get(name, name)),
             f"{100 * arm['accuracy']:.1f} %",
             f"{100 * arm['low']:.1f} to {100 * arm['high']:.1f} %",
             str(arm["n"]),
@@ -257,13 +262,13 @@ def _rounds_table(outcomes: Sequence[api.Outcome]) -> str:
     rows = (
         (
             str(o.number),
-            html.escape(o.origin),
+            _text(o.origin),
             f'<b class="{o.decision}">{o.decision}</b>',
             "" if o.difference is None else f"{100 * o.difference:+.1f}",
             "" if o.p_value is None else f"{o.p_value:.1g}",
             "" if o.live_difference is None else f"{100 * o.live_difference:+.1f} ({o.live_answers})",
             "" if o.pairs is None else str(o.pairs),
-            f"{html.escape(o.reason)}: {html.escape(o.message)}",
+            f"{_text(o.reason)}: {_text(o.message)}",
         )
         for o in outcomes
     )
@@ -288,33 +293,38 @@ def _examples(story: Story) -> Iterator[str]:
     gained = [p for p in both if p[1]["candidate_score"] > p[0]["candidate_score"]]
     lost = [p for p in both if p[1]["candidate_score"] < p[0]["candidate_score"]]
     shown = [*gained[: EXAMPLES - 2], *lost[:2]]
-    head = ("query", "draft before", "draft after", "strong alone", "answer before", "answer after", "gain")
-    yield _table(head, (_example(a, b) for a, b in shown), frozenset({6}))
+    yield "<p>Gain: score of the answer minus score of the strong model alone.</p>"
+    head = ("query", "reference", "draft before", "draft after", "strong alone", "answer before", "answer after",
+            "gain before", "gain after")  # fmt: skip
+    yield _table(head, (_example(a, b) for a, b in shown), frozenset({7, 8}))
 
 
 def _example(before: Mapping[str, Any], after: Mapping[str, Any]) -> Sequence[str]:
-    texts = (after["query"], before["candidate_draft"], after["candidate_draft"], after["solo_answer"],
-             before["candidate_answer"], after["candidate_answer"])  # fmt: skip
-    gain = float(after["candidate_score"]) - float(after["solo_score"])
-    return (*(f"<pre>{html.escape(str(text or ''))}</pre>" for text in texts), f"{gain:+.2g}")
+    texts = (after["query"], after["reference"], before["candidate_draft"], after["candidate_draft"],
+             after["solo_answer"], before["candidate_answer"], after["candidate_answer"])  # fmt: skip
+    gains = (float(row["candidate_score"]) - float(row["solo_score"]) for row in (before, after))
+    return (*(f"<pre>{_text(str(text or ''))}</pre>" for text in texts), *(f"{gain:+.2g}" for gain in gains))
 
 
 def _spent_table(story: Story) -> str:
-    rows = [(html.escape(str(k)), html.escape(str(v))) for k, v in _flat(story.spent)]
-    for number, metrics in story.feedback.items():
-        rows += [(f"round {number} feedback, {html.escape(str(k))}", html.escape(str(v))) for k, v in _flat(metrics)]
-    return _table(("what", "how much"), iter(rows), frozenset({1}))
+    """One column for all that the steps asked, one for each round's feedback."""
+    columns = [dict(_flat(story.spent)), *(dict(_flat(metrics)) for metrics in story.feedback.values())]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = ((_text(name.replace("_", " ")), *(_text(c.get(name, "")) for c in columns)) for name in names)
+    head = ("", "all steps", *(f"feedback, round {number}" for number in story.feedback))
+    return _table(head, rows, frozenset(range(1, len(head))))
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The figures among some metrics."""
     for key, item in value.items():
         if isinstance(item, Mapping):
             yield from _flat(item, f"{prefix}{key} ")
-        else:
-            yield f"{prefix}{key}", f"{item:.4g}" if isinstance(item, float) else item
+        elif isinstance(item, int | float):
+            yield f"{prefix}{key}", f"{item:.4g}" if isinstance(item, float) else str(item)
 
 
 def _events(events: Sequence[Mapping[str, Any]]) -> str:
     begun = events[0]["time"] if events else 0.0
-    rows = ((f"{event['time'] - begun:.0f} s", html.escape(str(event["message"]))) for event in events)
+    rows = ((f"{event['time'] - begun:.0f} s", _text(str(event["message"]))) for event in events)
     return _table(("after", "what"), rows, frozenset({0}))

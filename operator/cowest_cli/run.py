@@ -34,7 +34,7 @@ def run(
     """Run the whole loop of one job on this machine. Interrupt it at any point; the same command goes on."""
     declared = jobs.load(file)
     place = jobs.home_of(file, home)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     with jobs.locked(place):
         declared = jobs.with_generation(declared, place)
         facts = engines.facts_of(declared.job)

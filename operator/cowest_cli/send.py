@@ -11,22 +11,25 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from cowest_cli.options import Output
 from cowest_training.contract import EXIT_RETRY, StepError
 
 
 def send(
     data: Annotated[str, typer.Option(help="JSONL or Parquet with id, query or messages, and reference.")],
     url: Annotated[str, typer.Option(help="The gateway's /v1 URL.")] = "http://127.0.0.1:8080/v1",
-    rate: Annotated[float, typer.Option(help="Requests a second.")] = 10.0,
-    limit: Annotated[int | None, typer.Option(help="Stop after this many requests.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Stop after this time.")] = None,
+    rate: Annotated[float, typer.Option(help="Requests a second.", min=0.01)] = 10.0,
+    limit: Annotated[int | None, typer.Option(help="Stop after this many requests.", min=1)] = None,
+    seconds: Annotated[float | None, typer.Option(help="Stop after this time.", min=0.0)] = None,
     repeat: Annotated[bool, typer.Option("--repeat", help="Start again when the file is through.")] = False,
-    feedback: Annotated[str, typer.Option(help="reference: send it after each answer; none.")] = "reference",
-    output: Annotated[str, typer.Option("--output", "-o", help="text or json.")] = "text",
+    feedback: Annotated[
+        Literal["reference", "none"], typer.Option(help="reference: send it after each answer; none.")
+    ] = "reference",
+    output: Output = "text",
 ) -> None:
     """Send questions through the gateway at a steady rate; each row is a user of its own."""
     from cowest_training.data import read_rows
@@ -38,7 +41,12 @@ def send(
     else:
         typer.echo(", ".join(f"{name} {count}" for name, count in sorted(seen.items())))
     if not any(name.startswith("answered") for name in seen):
-        raise StepError(f"{url}: no request was answered. Is the gateway running (`cowest status`)?", EXIT_RETRY)
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(seen.items())) or "nothing sent"
+        raise StepError(
+            f"{url}: wanted answers, saw {counts}. Is it the /v1 address that `cowest status -o json` names, and does"
+            " `cowest run` run?",
+            EXIT_RETRY,
+        )
 
 
 async def _send(

@@ -25,7 +25,7 @@ _COLOURS = {"Promoted": "green", "Refused": "yellow", "RolledBack": "red"}
 
 
 def rounds_table(status: api.Status) -> Table:
-    table = Table(title=None, expand=False, pad_edge=False, box=None, header_style="bold")
+    table = Table(title=None, expand=False, pad_edge=False, box=None, header_style="bold", collapse_padding=True)
     for name in ("round", "origin", "decision", "pair", "gain", "p", "live gain", "pairs", "reason"):
         table.add_column(name, justify="left" if name in ("origin", "decision", "reason") else "right")
     for outcome in status.rounds:
@@ -38,12 +38,17 @@ def rounds_table(status: api.Status) -> Table:
             f"{outcome.p_value:.1g}" if outcome.p_value is not None else "",
             _points(outcome.live_difference),
             str(outcome.pairs) if outcome.pairs is not None else "",
-            outcome.reason + (f" ({outcome.by})" if outcome.by else ""),
+            outcome.reason + (f" ({printable(outcome.by)})" if outcome.by else ""),
         )
     if (trial := status.candidate) is not None:
         table.add_row(str(trial.number), trial.origin, Text(trial.stage, style="cyan"), _percent(trial.score),
                       _points(trial.difference), "", _points(trial.live_difference), "", "")  # fmt: skip
     return table
+
+
+def printable(value: object) -> str:
+    """On one line and without control characters: a model's text must not steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in str(value))
 
 
 def _percent(value: float | None) -> str:
@@ -72,12 +77,16 @@ class View:
     def __call__(self, engine: Engine, plan: api.Plan) -> None:
         for event in plan.events:
             style = "red" if event.type == "Warning" else ""
-            self._console.print(Text(f"{time.strftime('%H:%M:%S')}  {event.message}", style=style))
+            self._console.print(
+                Text(f"{time.strftime('%H:%M:%S')}  {printable(event.message)}", style=style), soft_wrap=True
+            )
         progressing = next(c for c in plan.status.conditions if c.type == api.ROUND_PROGRESSING)
         if self._live:
             self._live.update(self._picture(engine, plan, progressing))
         elif progressing.message != self._message and time.monotonic() - self._at > HEARTBEAT:
-            self._console.print(Text(f"{time.strftime('%H:%M:%S')}  ... {progressing.message}"))
+            self._console.print(
+                Text(f"{time.strftime('%H:%M:%S')}  ... {printable(progressing.message)}"), soft_wrap=True
+            )
             self._message, self._at = progressing.message, time.monotonic()
 
     def _picture(self, engine: Engine, plan: api.Plan, progressing: api.Condition) -> Group:
@@ -90,7 +99,7 @@ class View:
             rounds_table(plan.status),
             Text(f"traffic  {traffic(plan.status, arms)}"),
             Text(f"traces   {engine.counts.all} in all, {engine.counts.usable} usable {engine.counts.reason}"),
-            Text(f"now      {progressing.message}", style="cyan"),
+            Text(f"now      {printable(progressing.message)}", style="cyan"),
         )
 
     def close(self) -> None:

@@ -193,6 +193,13 @@ class Verdict:
     message: str
 
 
+def judge(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveReport | None, now: float) -> Verdict:
+    """One look at a trial in canary or watch."""
+    if trial.stage == "Watch":
+        return judge_watch(canary, trial, live, now)
+    return judge_live(canary, alpha, trial, live, now)
+
+
 def judge_live(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveReport | None, now: float) -> Verdict:
     """A pure function of the recorded live report; replaying the report gives the same verdict.
 

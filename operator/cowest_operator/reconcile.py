@@ -388,7 +388,7 @@ def _answers_by(status: Status) -> str:
     if status.stable is None:
         return "the strong model answers alone until there is a weak model."
     if status.serving == "StrongAlone":
-        return "the strong model answers alone: drafts of the stable weak model did not make it better."
+        return "the strong model answers alone: the stable pair has not passed the gate against it."
     return f"the pair of round {status.stable_round} answers."
 
 
@@ -399,6 +399,6 @@ def _drafts_help(status: Status) -> tuple[str, str, str]:
         return (
             "False",
             api.REASON_NOT_BETTER_THAN_SOLO,
-            "the stable pair was not measurably better than the strong alone.",
+            "the stable pair has not passed the gate against the strong model alone.",
         )
     return "True", api.REASON_MEASURED_BETTER, "the stable pair passed the gate."

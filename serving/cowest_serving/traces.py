@@ -14,9 +14,10 @@ import re
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import BytesIO
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -192,10 +193,10 @@ class _Lane:
         except (TypeError, ValueError):  # Arrow's errors are of these kinds
             batch = [row for row in batch if _fits(row, self.schema)]
             data = segment(batch, self.schema)
-        now = datetime.now(UTC)
-        name = f"{now:%H%M%S}-{self.writer_id}-{self.segments}.parquet"
+        now, number = datetime.now(UTC), self.segments
+        self.segments += 1  # whatever comes of it: a number never names two contents
+        name = f"{now:%H%M%S}-{self.writer_id}-{number}.parquet"
         store.put(store.join(self.folder, f"{now:%Y-%m-%d}", name), data)
-        self.segments += 1
         return len(batch)
 
 
@@ -237,8 +238,37 @@ def read_feedback(store_uri: str, since: float | datetime | None = None) -> pa.T
 
 def _read(folder: str, schema: pa.Schema, since: float | datetime | None) -> pa.Table:
     start = datetime.fromtimestamp(since, UTC) if isinstance(since, int | float) else since
-    segments = [uri for uri in store.list_files(folder) if _may_hold(uri, start)]
-    tables = [table for uri in segments if (table := _segment(uri, schema)) is not None]
+    names = [name for name in _names(folder) if start is None or name.may_hold(start)]
+    return _rows(names, schema, start)
+
+
+Mark = Mapping[str, int]  # writer -> number of its last segment
+Lane = Literal["traces", "feedback"]
+
+
+def read_new(
+    store_uri: str, lane: Lane, after: Mark, *, since: float, until: Mark | float | None = None
+) -> tuple[pa.Table, Mark]:
+    """Rows not older than `since` of the segments beyond the mark `after`, oldest first, and the mark behind them.
+
+    A writer numbers its segments in the order in which they appear, so that a mark says exactly what was seen and
+    the same mark as `until` gives it again. `until` in epoch seconds: what was written by the end of that second.
+    """
+    folder, rows = (TRACES_PREFIX, TRACE_SCHEMA) if lane == "traces" else (FEEDBACK_PREFIX, FEEDBACK_SCHEMA)
+    start = datetime.fromtimestamp(since, UTC)
+    names = [
+        name
+        for name in _names(store.join(store_uri, folder))
+        if name.may_hold(start) and name.number > after.get(name.writer, -1) and name.is_within(until)
+    ]
+    mark = dict(after)
+    for name in names:
+        mark[name.writer] = max(name.number, mark.get(name.writer, -1))
+    return _rows(names, rows, start), mark
+
+
+def _rows(names: list[_Name], schema: pa.Schema, start: datetime | None) -> pa.Table:
+    tables = [table for name in names if (table := _segment(name.uri, schema)) is not None]
     table = pa.concat_tables([schema.empty_table(), *tables]).sort_by("time")
     if start is None:
         return table
@@ -261,14 +291,34 @@ def _segment(uri: str, schema: pa.Schema) -> pa.Table | None:
     return pa.table(columns, schema=schema)
 
 
-_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})/(\d{6})-[^/]*\.parquet$")
+_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})/(\d{6})-([^/]*)-(\d+)\.parquet$")
 
 
-def _may_hold(uri: str, since: datetime | None) -> bool:
-    match = _NAME.search(uri)
-    if match is None:
-        return False
-    if since is None:
-        return True
-    written = datetime.strptime(f"{match[1]} {match[2]}", "%Y-%m-%d %H%M%S").replace(tzinfo=UTC)
-    return written >= since.astimezone(UTC).replace(microsecond=0)
+@dataclass(frozen=True)
+class _Name:
+    """What the name of a segment says."""
+
+    uri: str
+    written: datetime  # to the second
+    writer: str
+    number: int
+
+    def may_hold(self, since: datetime) -> bool:
+        return self.written >= since.astimezone(UTC).replace(microsecond=0)
+
+    def is_within(self, until: Mark | float | None) -> bool:
+        if until is None:
+            return True
+        if isinstance(until, Mapping):
+            return self.number <= until.get(self.writer, -1)
+        return self.written.timestamp() <= until
+
+
+def _names(folder: str) -> list[_Name]:
+    """Of the segments in a folder; whatever else lies there is none."""
+    found = []
+    for uri in store.list_files(folder):
+        if match := _NAME.search(uri):
+            written = datetime.strptime(f"{match[1]} {match[2]}", "%Y-%m-%d %H%M%S").replace(tzinfo=UTC)
+            found.append(_Name(uri, written, match[3], int(match[4])))
+    return found

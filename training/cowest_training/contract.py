@@ -245,6 +245,10 @@ class LiveReport:
     comparison: Comparison | None = None  # None until both arms have a scored answer
     unscored_reason: str = ""  # why answers are not usable, as a sentence
     updated: float = 0.0  # epoch seconds
+    # Exactly what this report was made of, for replaying it: the last segment of each writer by lane (traces,
+    # feedback), and the answers that could be scored but were not yet.
+    seen: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    pending: tuple[str, ...] = ()
 
 
 def load_report(data: Mapping[str, Any]) -> EvaluationReport:
@@ -264,6 +268,7 @@ def load_live_report(data: Mapping[str, Any]) -> LiveReport:
     nested = {
         "arms": tuple(ArmReport(**arm) for arm in data.get("arms", ())),
         "comparison": Comparison(**comparison) if comparison else None,
+        "pending": tuple(data.get("pending", ())),
     }
     return LiveReport(**{**data, **nested})
 

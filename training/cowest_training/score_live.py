@@ -9,6 +9,9 @@ Only records decide: the same traces, feedback and book of calls give the same r
 with --once) and rewrites the report atomically about once a second. An endpoint or store that is away for a while is
 named in `unscored_reason`, and scoring goes on when it is back.
 
+A report says which records it was made of. `--once --until REPORT` makes the same report again from the kept records,
+which is how a decision is replayed; `--until EPOCH` takes what was recorded by then.
+
     python -m cowest_training.score_live --job job.yaml --store s3://b/j --candidate pair.json --control solo \\
         --step 0 --since 1764000000 --calls calls.sqlite --out live-0.json
 """
@@ -24,12 +27,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cowest_serving import store
 from cowest_serving.contract import Pair
 from cowest_serving.models import ModelError
-from cowest_serving.traces import read_feedback, read_traces
+from cowest_serving.traces import Lane, Mark, read_new
 
 from . import steps
 from .asking import Asking, generate_greedy, load_generator, open_asking, read_pair
@@ -44,6 +48,7 @@ from .contract import (
     Row,
     StepError,
     StepSettings,
+    load_live_report,
 )
 from .evaluator import needs_reference, reference_problem
 from .statistics import compare_independent, compare_paired, mean_interval
@@ -53,8 +58,6 @@ if TYPE_CHECKING:
 
 SOLO, CANDIDATE, CONTROL = "solo", "candidate", "control"
 PASS_SECONDS = 1.0
-LATE_SECONDS = 300.0  # a record may be written this long after its request came
-FULL_READ_PASSES = 60  # and for any that is later still, everything is read again every so many passes
 FAILED = ("weak_failed", "strong_failed")
 NOT_OURS = ("client_gone", "refused")  # the user left, or asked what no model answers: says nothing about an arm
 
@@ -63,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _flags(argv)
     settings = steps.load_settings(args.job)
     control = None if args.control == SOLO else read_pair(args.control)
-    canary = Canary(settings, read_pair(args.candidate), control, args.step, args.since)
+    until = read_until(args.until) if args.until else Until()
+    canary = Canary(settings, read_pair(args.candidate), control, args.step, args.since, until)
     asyncio.run(_watch(canary, args, steps.Progress(args.progress, "score_live")))
     return EXIT_OK
 
@@ -80,7 +84,34 @@ def _flags(argv: Sequence[str] | None) -> Any:
     flags.add_argument("--calls", required=True, metavar="FILE", help="book of paid calls (SQLite, local)")
     flags.add_argument("--round", type=int, metavar="N", help="whose budget pays; default: the book's latest round")
     flags.add_argument("--once", action="store_true", help="one pass over what is recorded, then end")
-    return flags.parse_args(argv)
+    flags.add_argument("--until", metavar="EPOCH|REPORT", help="count only what was recorded by then (with --once)")
+    args = flags.parse_args(argv)
+    if args.until and not args.once:
+        flags.error("--until looks back: it needs --once")
+    return args
+
+
+@dataclass(frozen=True)
+class Until:
+    """Where the records end: nowhere, at a time, or exactly where those of an earlier report ended."""
+
+    at: float | None = None
+    seen: Mapping[str, Mark] | None = None
+    pending: frozenset[str] = frozenset()
+
+    def of(self, lane: Lane) -> Mark | float | None:
+        return self.at if self.seen is None else self.seen.get(lane, {})
+
+
+def read_until(value: str) -> Until:
+    """Epoch seconds, or the path of a report. Raises `StepError`."""
+    with suppress(ValueError):
+        return Until(at=float(value))
+    try:
+        report = load_live_report(json.loads(Path(value).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StepError(f"--until {value}: wanted epoch seconds or a report of this step, saw: {error}.") from None
+    return Until(seen=report.seen, pending=frozenset(report.pending))
 
 
 # ---------------------------------------------------------------- records (pure)
@@ -93,6 +124,7 @@ class Canary:
     control: Pair | None  # None: the strong model alone
     step: int
     since: float
+    until: Until = field(default_factory=Until)
 
     @property
     def signal(self) -> str:
@@ -190,23 +222,25 @@ class Records:
     canary: Canary
     store_uri: str
     answers: dict[str, LiveAnswer] = field(default_factory=dict)
+    seen: dict[str, Mark] = field(default_factory=dict)  # by lane
     _words: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    _passes: int = 0
-    _seen: float = 0.0  # time of the latest trace
 
     def read(self) -> None:
         """Take up what was recorded since the last pass. Blocks; raises StoreError."""
-        full = self._passes % FULL_READ_PASSES == 0
-        since = self.canary.since if full else max(self.canary.since, self._seen - LATE_SECONDS)
-        for trace in read_traces(self.store_uri, since).to_pylist():
-            self._seen = max(self._seen, trace["time"].timestamp())
+        for trace in self._new("traces"):
             if (arm := arm_of(trace, self.canary.candidate, self.canary.control)) and trace[
                 "trace_id"
             ] not in self.answers:
                 self.answers[trace["trace_id"]] = live_answer(trace, arm)
-        for word in read_feedback(self.store_uri, since).to_pylist():
+        for word in self._new("feedback"):
             self._words[word["feedback_id"]] = word
-        self._passes += 1
+
+    def _new(self, lane: Lane) -> list[dict[str, Any]]:
+        until = self.canary.until.of(lane)
+        table, mark = read_new(self.store_uri, lane, self.seen.get(lane, {}), since=self.canary.since, until=until)
+        rows: list[dict[str, Any]] = table.to_pylist()
+        self.seen[lane] = mark
+        return rows
 
     @property
     def verdicts(self) -> dict[str, Verdict]:
@@ -232,7 +266,9 @@ class Scorer:
         """Start on what can be scored and is not."""
         for answer in answers.values():
             key = (answer.id, said.get(answer.id, Verdict()))
-            if key not in self._tasks and not why_unscorable(answer, key[1], self._canary):
+            if key in self._tasks or answer.id in self._canary.until.pending:
+                continue
+            if not why_unscorable(answer, key[1], self._canary):
                 self._tasks[key] = asyncio.create_task(self._score(answer, key[1]))
 
     async def settle(self, seconds: float | None) -> None:
@@ -304,6 +340,7 @@ def make_report(
     scores: Mapping[str, Scores],
     now: float,
     trouble: str = "",
+    seen: Mapping[str, Mark] | None = None,
 ) -> LiveReport:
     by_arm = {arm: [answer for answer in answers.values() if answer.arm == arm] for arm in (CANDIDATE, CONTROL)}
     samples, seed = _samples(canary, answers, scores), canary.settings.training.seed
@@ -320,6 +357,14 @@ def make_report(
         comparison=_compare(paired, samples[CANDIDATE], samples[CONTROL], seed),
         unscored_reason=unscored_reason(canary, answers, said, scores, trouble),
         updated=now,
+        seen={lane: dict(mark) for lane, mark in (seen or {}).items()},
+        pending=tuple(
+            sorted(
+                id_
+                for id_, answer in answers.items()
+                if id_ not in scores and not why_unscorable(answer, said.get(id_, Verdict()), canary)
+            )
+        ),
     )
 
 
@@ -417,7 +462,7 @@ async def _one_pass(canary: Canary, records: Records, scorer: Scorer, seconds: f
     await scorer.settle(seconds)
     scores = scorer.scores(said)
     return await asyncio.to_thread(
-        make_report, canary, records.answers, said, scores, time.time(), trouble or scorer.trouble
+        make_report, canary, records.answers, said, scores, time.time(), trouble or scorer.trouble, records.seen
     )
 
 

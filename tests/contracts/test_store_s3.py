@@ -1,0 +1,150 @@
+"""Store, step outputs and traces against a real MinIO server process.
+
+Its binary is `minio` on PATH, or COWEST_TEST_MINIO; without it these tests are reported as not run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from minio import Minio
+
+from cowest_serving import store
+from cowest_serving.contract import TRACE_COLUMNS
+from cowest_serving.model_files import resolve_model
+from cowest_serving.store import StoreError
+from cowest_serving.traces import TraceWriter, read_traces
+from cowest_training import steps
+from cowest_training.contract import Manifest
+
+BINARY = os.environ.get("COWEST_TEST_MINIO") or shutil.which("minio")
+pytestmark = pytest.mark.skipif(not BINARY, reason="no minio binary: put it on PATH or name it in COWEST_TEST_MINIO")
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    keys = {"MINIO_ROOT_USER": "cowest-test", "MINIO_ROOT_PASSWORD": "cowest-test-secret"}
+    data = tmp_path_factory.mktemp("minio")
+    log = (data / "log").open("wb")
+    command = [str(BINARY), "server", "--quiet", "--address", address, str(data / "data")]
+    with subprocess.Popen(command, env={**os.environ, **keys}, stdout=log, stderr=log) as server:
+        try:
+            end = time.monotonic() + 60
+            while not is_up(f"http://{address}/minio/health/ready"):
+                assert server.poll() is None and time.monotonic() < end, (data / "log").read_text()
+                time.sleep(0.05)
+            Minio(address, "cowest-test", "cowest-test-secret", secure=False).make_bucket("models")
+            yield f"http://{address}"
+        finally:
+            server.kill()
+            log.close()
+
+
+def is_up(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def s3(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COWEST_S3_ENDPOINT", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "cowest-test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "cowest-test-secret")
+    monkeypatch.setenv("COWEST_S3_PATH_STYLE", "true")
+
+
+def test_what_was_put_is_there_listed_and_gone_after_delete() -> None:
+    uri = "s3://models/a job/round 1/x.bin"
+    assert not store.exists(uri)
+    assert store.list_files("s3://models/a job") == []
+    store.put(uri, b"one")
+    store.put(uri, b"two")
+    store.put("s3://models/a job-not/y", b"")
+    assert store.get(uri) == b"two"
+    assert store.exists(uri) and store.exists("s3://models/a job/") and not store.exists("s3://models/a jo")
+    assert store.list_files("s3://models/a job") == store.list_files(uri) == [uri]
+    store.delete("s3://models/a job")
+    store.delete("s3://models/a job")
+    assert store.list_files("s3://models/a job") == []
+    assert store.exists("s3://models/a job-not/y")
+
+
+def test_a_folder_goes_up_and_comes_down_whole(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "sub" / "weights").write_bytes(os.urandom(12_000_000))  # more than one part
+    (source / "manifest.json").write_text("{}")
+    store.upload(source, "s3://models/up")
+    assert store.list_files("s3://models/up") == ["s3://models/up/manifest.json", "s3://models/up/sub/weights"]
+    folder = store.download("s3://models/up", tmp_path / "down")
+    assert (folder / "sub" / "weights").read_bytes() == (source / "sub" / "weights").read_bytes()
+    assert sorted(path.name for path in folder.rglob("*")) == ["manifest.json", "sub", "weights"]
+    alone = store.download("s3://models/up/manifest.json", tmp_path / "alone")
+    assert alone.read_text() == "{}"
+
+
+def test_a_model_in_s3_is_kept_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COWEST_CACHE", str(tmp_path / "cache"))
+    store.put("s3://models/weak/config.json", b"{}")
+    first = resolve_model("s3://models/weak")
+    assert resolve_model("s3://models/weak") == first
+    store.put("s3://models/weak/config.json", b'{"changed": true}')
+    second = resolve_model("s3://models/weak")
+    assert second != first
+    assert (second / "config.json").read_bytes() == b'{"changed": true}'
+    assert len(list((tmp_path / "cache" / "models").iterdir())) == 2
+
+
+@pytest.mark.parametrize("uri", ["s3://models/none", "s3://no-such-bucket/key"], ids=["no key", "no bucket"])
+def test_what_is_not_there_is_not_worth_a_retry(uri: str, tmp_path: Path) -> None:
+    for use in (store.get, lambda u: store.download(u, tmp_path)):
+        with pytest.raises(StoreError, match="check bucket") as caught:
+            use(uri)
+        assert not caught.value.retryable
+
+
+def test_a_wrong_key_is_said_without_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+    with pytest.raises(StoreError, match="AWS_SECRET_ACCESS_KEY") as caught:
+        store.get("s3://models/weak/config.json")
+    assert not caught.value.retryable and "wrong-secret" not in str(caught.value)
+
+
+def test_a_key_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="leads out of it"):
+        store._inside(tmp_path, "../evil")
+
+
+def test_a_steps_output_exists_only_with_its_manifest_and_is_made_once() -> None:
+    uri = "s3://models/job/runs/r1/collect"
+    output = steps.open_output(uri, step="collect", inputs={"seed": 1})
+    assert not isinstance(output, Manifest)
+    (output.folder / "dataset.jsonl").write_text("{}\n")
+    assert steps.read_manifest(uri) is None
+    written = output.finish(kind="Dataset", metrics={"rows": 1})
+    assert steps.read_manifest(uri) == written
+    assert isinstance(steps.open_output(uri, step="collect", inputs={"seed": 1}), Manifest)
+    assert not isinstance(steps.open_output(uri, step="collect", inputs={"seed": 2}), Manifest)
+
+
+async def test_traces_are_written_in_segments_and_read_back() -> None:
+    writer = TraceWriter("s3://models/desk", "test")
+    await writer.start()
+    row = dict.fromkeys(TRACE_COLUMNS) | {"trace_id": "t1", "time": datetime.now(UTC), "query": "q", "status": "ok"}
+    assert writer.add(row)
+    await writer.aclose()
+    assert read_traces("s3://models/desk")["trace_id"].to_pylist() == ["t1"]
