@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cowest_cli import jobs
 from cowest_cli.options import By, FileOrNone, HomeFolder, Output, Why
-from cowest_cli.view import printable, rounds_table
+from cowest_cli.view import printable, rounds_table, spent
 from cowest_operator import api
 from cowest_operator.manifest import FILE, absolute_uri, local_path
 from cowest_serving.contract import dump
@@ -43,6 +43,7 @@ def status(file: FileOrNone = None, home: HomeFolder = None, output: Output = "t
     for condition in seen.conditions:
         line = f"{condition.type:18} {condition.status:8} {condition.reason}: {condition.message}"
         console.print(printable(line), soft_wrap=True)
+    console.print(f"{'Spent':18} {spent(seen, jobs.read_json(place.job))}", soft_wrap=True)
     console.print(rounds_table(seen))
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from cowest_cli.processes import Child, free_port, get_json, port_is_free
 from cowest_cli.replay import decision_of
 from cowest_operator import api, reconcile, rounds
 from cowest_operator.manifest import local_path
-from cowest_serving.contract import Routing, digest_of, dump
+from cowest_serving.contract import Routing, dump
 from cowest_training.contract import (
     EXIT_BAD_INPUT,
     EXIT_RETRY,
@@ -30,9 +31,11 @@ from cowest_training.contract import (
     load_live_report,
     load_report,
 )
+from cowest_training.evaluator import evaluator_digest
 
 TICK = 0.1  # seconds between looks at the world
 PATIENCE = 10.0  # seconds that a child has to end by itself
+GATEWAY_PATIENCE = 40.0  # it finishes its answers (30 s at most), then writes their records
 DRAIN = 3.0  # seconds that a weak model outlives its last traffic
 MAX_RESTARTS = 4  # of a server that never became ready
 
@@ -53,7 +56,8 @@ class _Server:
     digest: str = ""
     message: str = "it starts"
     restarts: int = 0
-    again_at: float | None = None
+    again_at: float | None = None  # the next start of one that ended
+    look_at: float = 0.0  # the next question whether it is ready
 
 
 @dataclass(frozen=True)
@@ -84,22 +88,27 @@ class Engine:
         self.port = port or self.job.spec.gateway.port
         self.keys = jobs.keys_environment(self.job, secrets)
         self.status = jobs.read_status(home)
+        self._evaluator = evaluator_digest(self.job.spec.feedback.evaluator)
         self.steps: dict[str, _Step] = {}
         self.servers: dict[str, _Server] = {}
         self.gateway: _Server | None = None
         self._unwanted: dict[str, float] = {}  # servers without traffic, and since when
         self.counts = api.TraceCounts()
         self._counted_at = 0.0
+        self.budget = self.status.budget
+        self._spent_at = 0.0
         self._routing: Any = None
         self._said = ""
 
     # ------------------------------------------------------------ the loop
     def run(self, on_look: Callable[[Engine, api.Plan], None], serve: bool, stop: Callable[[], bool]) -> api.Plan:
         """Until the loop is over (or for ever with `serve`), a step fails for good, or `stop` says so."""
+        self._leave_out_the_time_away()
         jobs.write_json(self.home.job, self.document)
         jobs.write_json(self.home.run, {"pid": os.getpid(), "gateway": f"http://127.0.0.1:{self.port}/v1"})
         try:
             while True:
+                os.utime(self.home.run)
                 world = self.observe()
                 plan = reconcile.plan(world)
                 self._keep_decision(world, plan)
@@ -111,6 +120,16 @@ class Engine:
                     time.sleep(TICK)
         finally:
             self.close()
+
+    def _leave_out_the_time_away(self) -> None:
+        """While no engine ran nobody was answered: no part of the deadline of a canary step, nor of the watch."""
+        trial = self.status.candidate
+        if trial is None or trial.stage == "Preparing" or not self.home.run.exists():
+            return
+        last_look = max(self.home.run.stat().st_mtime, trial.step_since)
+        away = trial.away + max(0.0, time.time() - last_look)
+        self.status = replace(self.status, candidate=replace(trial, away=away))
+        jobs.write_status(self.home, self.status)
 
     def _quiet(self) -> bool:
         return self.gateway is not None and self.gateway.ready
@@ -126,13 +145,14 @@ class Engine:
             store=self.home.store.as_uri(),
             calls=str(self.home.calls),
             has_explanations=self.facts.has_explanations,
-            evaluator=digest_of(dump(self.job.spec.feedback.evaluator)),
+            evaluator=self._evaluator,
             steps={name: self._step_state(step) for name, step in self.steps.items()},
             servers={digest: self._server_state(server) for digest, server in self.servers.items()},
             gateway=self._server_state(self.gateway) if self.gateway else api.ServerState(False),
             report=self._report(trial),
             live=self._live(trial),
             traces=self._traces(trial),
+            budget=self._budget(trial),
             actions=jobs.read_actions(self.home, self.status.last_action),
         )
 
@@ -189,6 +209,20 @@ class Engine:
         self.counts = api.TraceCounts(seen.all, seen.usable, seen.reason)
         self._counted_at = time.monotonic()
         return self.counts
+
+    def _budget(self, trial: api.Trial | None) -> api.Budget:
+        """From the book of paid calls, read every other second."""
+        if time.monotonic() - self._spent_at < 2.0 and self._spent_at:
+            return self.budget
+        from cowest_training.paid_calls import read_spent
+
+        number = trial.number if trial else max(0, self.status.trials - 1)
+        with suppress(StepError):  # another process writes it just now: the next look sees it
+            whole, part = read_spent(self.home.calls), read_spent(self.home.calls, round_number=number)
+            current = api.Spent(part.calls, part.tokens, part.money)
+            self.budget = api.Budget(whole.calls, whole.tokens, whole.money, current)
+        self._spent_at = time.monotonic()
+        return self.budget
 
     # ------------------------------------------------------------ apply
     def apply(self, plan: api.Plan) -> None:
@@ -279,6 +313,7 @@ class Engine:
         wanted = {spec.name: spec for spec in plan.steps}
         for name in [n for n, step in self.steps.items() if wanted.get(n) != step.spec]:
             self.steps.pop(name).child.stop(PATIENCE)
+            self._spent_at = 0.0
         for name, spec in wanted.items():
             known = self.steps.get(name)
             if known is None:
@@ -292,7 +327,7 @@ class Engine:
 
     def _retry(self, step: _Step) -> None:
         if step.again_at is None:
-            step.again_at = time.monotonic() + 2.0**step.attempts
+            step.again_at = time.monotonic() + 2.0 ** min(step.attempts, 6)
         elif time.monotonic() >= step.again_at:
             step.child = self._start_step(step.spec)
             step.attempts += 1
@@ -331,8 +366,8 @@ class Engine:
         code = server.child.code()
         if code is not None:
             self._restart(server, what, code, start)
-        elif not server.ready and time.monotonic() >= (server.again_at or 0.0):
-            server.again_at = time.monotonic() + 0.25
+        elif not server.ready and time.monotonic() >= server.look_at:
+            server.look_at = time.monotonic() + 0.25
             base = f"http://127.0.0.1:{server.port}"
             vllm = what != "gateway" and self.job.spec.weak.engine == "vLLM"
             if get_json(base + ("/health" if vllm else "/readyz")) is not None:
@@ -345,7 +380,7 @@ class Engine:
         server.message = f"the {what} ended with code {code}: {server.child.last_words()}"
         if code == EXIT_BAD_INPUT or server.restarts >= MAX_RESTARTS:
             raise StepError(f"{server.message} (log: {server.child.log})", EXIT_BAD_INPUT if code == 2 else 1)
-        if server.again_at is None or server.again_at < time.monotonic() - 60:
+        if server.again_at is None:
             server.again_at = time.monotonic() + 2.0**server.restarts
         elif time.monotonic() >= server.again_at:
             server.child = start()
@@ -375,7 +410,7 @@ class Engine:
         for child in children:
             child.stop(PATIENCE)
         if self.gateway is not None:
-            self.gateway.child.stop(PATIENCE)
+            self.gateway.child.stop(GATEWAY_PATIENCE)
         for server in self.servers.values():
             server.child.ask_to_stop()
         for server in self.servers.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import http.client
 import json
 import os
 import signal
@@ -11,19 +12,23 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: after a fork only the call is safe
+_LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy for our own children
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """In the child, before exec: Linux kills it when the engine is gone, however that went."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before we could ask for that
+        os._exit(1)
     os.setpgid(0, 0)  # Ctrl-C in the terminal reaches the engine alone, which ends its children in order
 
 
@@ -43,7 +48,7 @@ class Child:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=dict(environment),
-                preexec_fn=_die_with_parent,
+                preexec_fn=partial(_die_with_parent, os.getpid()),
             )
 
     @property
@@ -71,7 +76,8 @@ class Child:
         try:
             self._process.wait(patience)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # and what it has started itself
             self._process.wait()
 
 
@@ -94,9 +100,9 @@ def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
 def get_json(url: str, timeout: float = 2.0) -> Any | None:
     """The JSON body of a 200, or None: used for health checks of our own children on loopback."""
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as answer:
+        with _LOOPBACK.open(url, timeout=timeout) as answer:
             body = answer.read()
-    except (OSError, urllib.error.URLError, ValueError):
+    except (OSError, http.client.HTTPException, ValueError):
         return None
     try:
         return json.loads(body)

@@ -142,7 +142,9 @@ def score_again(place: jobs.Home, kept: Mapping[str, Any]) -> LiveReport:
         strong = {**kept["spec"]["strong"], "budget": {"callsPerRound": 0}}
         jobs.write_json(folder / "job.json", {**kept["spec"], "strong": strong})
         jobs.write_json(folder / "until.json", kept["report"])
-        flags = {**kept["args"], "--store": place.store.as_uri(), "--calls": str(place.calls)}
+        # Without --round, which the book would take as the round that pays from now on.
+        args = {flag: value for flag, value in kept["args"].items() if flag != "--round"}
+        flags = {**args, "--store": place.store.as_uri(), "--calls": str(place.calls)}
         for flag, content in kept["files"].items():
             flags[flag] = str(folder / f"{flag.strip('-')}.json")
             jobs.write_json(Path(flags[flag]), content)

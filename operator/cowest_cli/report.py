@@ -148,7 +148,8 @@ def _arm(arm: ArmReport) -> dict[str, Any]:
         "high": arm.high,
         "n": arm.n,
         "hurt_rate": arm.hurt_rate,
-        "strong_calls": arm.strong_calls,
+        "strong_calls": 0 if arm.name == "weak" else arm.n,  # that the arm's answers take
+        "paid_calls": arm.strong_calls,  # of these, not answered from the book of paid calls
     }
 
 
@@ -251,11 +252,12 @@ def _arms_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
             str(arm["n"]),
             f"{100 * arm['hurt_rate']:.1f} %",
             str(arm["strong_calls"]),
+            str(arm["paid_calls"]),
         )
         for name, arm in arms.items()
     )
-    head = ("arm", "score", "95 % interval", "queries", "hurt rate", "strong calls")
-    return _table(head, rows, frozenset(range(1, 6)))
+    head = ("arm", "score", "95 % interval", "queries", "hurt rate", "strong calls", "of these paid now")
+    return _table(head, rows, frozenset(range(1, 7)))
 
 
 def _rounds_table(outcomes: Sequence[api.Outcome]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -63,6 +63,17 @@ def traffic(status: api.Status, arms: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {weight} %" for name, weight in arms.items()) + f" (stable answers by {status.serving})"
 
 
+def spent(status: api.Status, job: Mapping[str, Any] | None = None) -> str:
+    """What the steps have paid for; `job` is the manifest that names the currency."""
+    prices = ((job or {}).get("spec") or {}).get("strong", {}).get("prices")
+
+    def words(seen: api.Spent | api.Budget) -> str:
+        money = f", {seen.money:.2f} {prices['currency']}" if prices else ""
+        return f"{seen.calls} calls, {seen.tokens} tokens{money}"
+
+    return f"{words(status.budget)}; the current round {words(status.budget.round)}"
+
+
 class View:
     """Called after each look at the world."""
 
@@ -98,6 +109,7 @@ class View:
             ),
             rounds_table(plan.status),
             Text(f"traffic  {traffic(plan.status, arms)}"),
+            Text(f"spent    {spent(plan.status, engine.document)}"),
             Text(f"traces   {engine.counts.all} in all, {engine.counts.usable} usable {engine.counts.reason}"),
             Text(f"now      {printable(progressing.message)}", style="cyan"),
         )

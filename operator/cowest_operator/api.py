@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cowest_serving.contract import Collaboration, Mode, Pair, Prompts, Routing, Strong, parse
+from cowest_serving.contract import Collaboration, Mode, Pair, Prompts, Routing, Strong, digest_of, parse
 from cowest_training.contract import Data, EvaluationReport, Feedback, LiveReport, Training
 
 GROUP, VERSION, KIND, PLURAL = "cowest.dev", "v1alpha1", "CollaborationJob", "collaborationjobs"
@@ -30,6 +30,7 @@ REASON_PROGRESSING = "Progressing"
 REASON_SUSPENDED = "Suspended"
 REASON_PAUSED = "PausedByPerson"
 REASON_WAITING_FOR_TRACES = "WaitingForTraces"
+REASON_WAITING_FOR_SCHEDULE = "WaitingForSchedule"
 REASON_COOLDOWN = "Cooldown"
 REASON_MAX_ROUNDS = "MaxRoundsReached"
 REASON_NO_GAIN = "RoundsWithoutGain"
@@ -58,6 +59,7 @@ REASON_WORSE_LIVE = "WorseOnLiveTraffic"
 REASON_LOSS_NOT_EXCLUDED = "LossNotExcluded"
 REASON_TOO_FEW_ANSWERS = "TooFewAnswers"
 REASON_REVALIDATED = "Revalidated"
+REASON_EDIT_WITHDRAWN = "EditWithdrawn"
 
 Decision = Literal["Promoted", "Refused", "RolledBack"]
 Origin = Literal["Baseline", "Round", "Proposal", "Edit", "Revalidation"]
@@ -207,14 +209,21 @@ class Trial:
     step: int = 0  # of the canary
     step_since: float = 0.0
     looks: int = 0  # at the live answers, within this step
+    away: float = 0.0  # seconds of this step in which no engine ran: no part of its deadline
     approved_by: str | None = None
     difference: float | None = None
     p_value: float | None = None
     score: float | None = None
+    evaluator: str | None = None  # digest of the evaluator that the evaluation went by
     live_difference: float | None = None
     live_answers: int | None = None
-    by: str | None = None  # who proposed or promoted it
+    by: str | None = None  # who proposed it
     why: str | None = None
+
+
+def edit_digest(base: str | None, pair: Pair) -> str:
+    """Of what a manifest says of a pair: the base model and the settings, the tuned weights left aside."""
+    return digest_of([base, pair.prompts.digest, pair.draft, pair.strong_model])
 
 
 @dataclass(frozen=True)
@@ -225,6 +234,23 @@ class Proposal:
 
 
 @dataclass(frozen=True)
+class Spent:
+    calls: int = 0
+    tokens: int = 0
+    money: float = 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the steps have paid for so far, in all and in the current round. Live answers are in the traces."""
+
+    calls: int = 0
+    tokens: int = 0
+    money: float = 0.0
+    round: Spent = field(default_factory=Spent)
+
+
+@dataclass(frozen=True)
 class Status:
     conditions: tuple[Condition, ...] = ()
     stable: Pair | None = None
@@ -232,6 +258,8 @@ class Status:
     serving: Mode = "StrongAlone"  # what the stable arm answers with: Pair, or StrongAlone while drafts hurt
     previous: Pair | None = None  # what a rollback by a person goes back to
     previous_serving: Mode = "StrongAlone"
+    previous_round: int | None = None
+    previous_base: str | None = None
     base: str | None = None  # weak.model of the manifest that the stable model descends from
     evaluator: str | None = None  # digest that the stable pair was last measured with
     candidate: Trial | None = None
@@ -249,6 +277,7 @@ class Status:
     proposals: tuple[Proposal, ...] = ()
     last_action: str = ""  # id of the last action of a person that was taken in
     last_transition: str = ""  # the last event, as a sentence
+    budget: Budget = field(default_factory=Budget)
 
 
 KEEP_ROUNDS = 10
@@ -309,6 +338,7 @@ class World:
     report: EvaluationReport | None = None  # of the running trial
     live: LiveReport | None = None  # of the running canary step
     traces: TraceCounts = field(default_factory=TraceCounts)
+    budget: Budget = field(default_factory=Budget)
     actions: tuple[Action, ...] = ()
 
 

@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote
 
 import yaml
 
+from cowest_operator import schedule
 from cowest_operator import schema as structural
 from cowest_operator.schema import Problem, nearest
 
@@ -230,7 +231,16 @@ def validate(job: Mapping[str, Any], old: Mapping[str, Any] | None = None) -> li
         problems.append(Problem("apiVersion", f"wanted {API_VERSION}, saw {job.get('apiVersion')!r}"))
     schema = job_schema()
     whole = {**schema, "properties": {**schema["properties"], "metadata": _METADATA}, "required": ["metadata", "spec"]}
-    return problems + [_placed(problem) for problem in structural.check(whole, job, "", old)]
+    problems += [_placed(problem) for problem in structural.check(whole, job, "", old)]
+    return problems or [*_beyond_cel(job)]
+
+
+def _beyond_cel(job: Mapping[str, Any]) -> Iterator[Problem]:
+    """What no rule of the CRD can say; on a cluster the operator says it in a condition."""
+    expression = job["spec"]["rounds"]["trigger"].get("schedule")
+    if expression and (why := schedule.problem(expression)):
+        remedy = 'Write minute, hour, day, month and weekday (UTC), such as "0 3 * * *"'
+        yield Problem("spec.rounds.trigger.schedule", f"is no cron expression ({why}), saw {expression!r}", remedy)
 
 
 def _placed(problem: Problem) -> Problem:

@@ -50,14 +50,24 @@ def _propose(status: Status, action: api.Action) -> tuple[Status, Event]:
 
 def _rollback(status: Status, action: api.Action) -> tuple[Status, Event]:
     """With a candidate on its way `reconcile` ends the trial; here the last promotion is undone."""
-    if status.previous is None or status.stable is None:
+    stable, previous = status.stable, status.previous
+    if stable is None or (previous is None and status.serving != "Pair"):
         return status, _no(action, "there is no earlier pair to go back to; see `cowest status`.")
+    status = replace(status, vetoed=(*status.vetoed, stable.digest))
+    if previous is None:
+        back = replace(status, serving="StrongAlone")
+        return back, _said(action, "rolled the only pair back: the strong model answers alone")
+    base = status.previous_base or status.base
+    edited = api.edit_digest(status.base, stable)
+    was_edit = edited != api.edit_digest(base, previous)
     back = replace(
         status,
-        stable=status.previous,
+        stable=previous,
+        stable_round=status.previous_round,
         serving=status.previous_serving,
+        base=base,
         previous=None,
-        vetoed=(*status.vetoed, status.stable.digest),
+        refused_edit=edited if was_edit else status.refused_edit,
     )
     return back, _said(action, "rolled the stable pair back to the one before")
 

@@ -72,7 +72,9 @@ def report_is_of_the_candidate(case: Offline) -> Refusal | None:
 
 def not_vetoed_by_a_person(case: Offline) -> Refusal | None:
     if case.pair in case.status.vetoed:
-        return Refusal(api.REASON_VETOED, "a person rolled this very pair back; promote it by hand to take that back.")
+        return Refusal(
+            api.REASON_VETOED, "a person rolled this very pair back; `cowest propose` its model to take that back."
+        )
     return None
 
 
@@ -206,11 +208,13 @@ def judge_live(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveRep
     A step is judged when `minAnswers` of the candidate are scored, then at twice and four times as many while a loss
     above `maxLossPoints` is not excluded: the level is shared by all these looks.
     """
+    if trial.step >= len(canary.steps):  # the manifest was edited since
+        return Verdict("Advance", api.REASON_PROGRESSING, "canary.steps declares no further step.")
     step = canary.steps[trial.step]
     wanted = step.min_answers * 2**trial.looks
-    late = now - trial.stage_since > canary.deadline_seconds
+    late = now - trial.step_since - trial.away > canary.deadline_seconds
     undecided = _too_few if late else _wait
-    if live is None or live.step != trial.step or trial.pair is None or live.candidate != trial.pair.digest:
+    if live is None or not _is_of(live, trial):
         return undecided(wanted, 0, "", canary)
     if verdict := _too_many_errors(canary, live, min(20, step.min_answers)):
         return verdict
@@ -246,12 +250,18 @@ def judge_live(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveRep
 
 def judge_watch(canary: api.Canary, trial: api.Trial, live: LiveReport | None, now: float) -> Verdict:
     """After the last step the candidate has all the traffic; the old pair stays warm for `watchSeconds`."""
-    if live is not None and (verdict := _too_many_errors(canary, live, 20)):
+    if live is not None and _is_of(live, trial) and (verdict := _too_many_errors(canary, live, 20)):
         return verdict
-    left = trial.stage_since + canary.watch_seconds - now
+    left = trial.step_since + trial.away + canary.watch_seconds - now
     if left > 0:
         return Verdict("Wait", api.REASON_PROGRESSING, f"watching the promoted pair for {left:.0f} more seconds.")
     return Verdict("Advance", api.REASON_PROMOTED, "the watch ended without trouble.")
+
+
+def _is_of(live: LiveReport, trial: api.Trial) -> bool:
+    """A report of another candidate or step, or one that was there before this step began, says nothing."""
+    candidate = trial.pair.digest if trial.pair else None
+    return (live.candidate, live.step) == (candidate, trial.step) and live.updated >= trial.step_since
 
 
 def _too_many_errors(canary: api.Canary, live: LiveReport, at_least: int) -> Verdict | None:

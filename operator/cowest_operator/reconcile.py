@@ -14,7 +14,7 @@ from typing import Literal
 from cowest_operator import api, people, promotion, rounds
 from cowest_operator.api import Event, Plan, Status, Trial, World
 from cowest_serving.contract import Arm, Mode, Pair, Routing
-from cowest_training.contract import EXIT_BUDGET, EXIT_RETRY
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_FAILED, EXIT_RETRY, EvaluationReport
 
 RETRIES = 3  # of a step that ended with EXIT_RETRY, before the embedded run gives up
 
@@ -56,6 +56,9 @@ def _decide(world: World) -> Move:
     trial = world.status.candidate
     if trial is None:
         return _start(world)
+    if trial.origin == "Edit" and rounds.tried_edit(world, trial) != rounds.declared_edit(world):
+        return _end(world, trial, "Refused" if trial.stage == "Preparing" else "RolledBack",
+                    api.REASON_EDIT_WITHDRAWN, "the manifest declares something else by now.")  # fmt: skip
     return {"Preparing": _prepare, "Canary": _canary, "Watch": _watch}[trial.stage](world, trial)
 
 
@@ -79,15 +82,11 @@ def _start(world: World) -> Move:
         return Move(world.status, following.reason, following.message, finished=finished)
     trial = following.trial
     proposals = world.status.proposals[1:] if trial.origin == "Proposal" else world.status.proposals
-    held_out = world.job.spec.data.held_out
-    looks = world.status.looks if world.status.held_out == held_out else 0
     status = replace(
         world.status,
         candidate=trial,
         trials=trial.number + 1,
         proposals=proposals,
-        looks=looks,
-        held_out=held_out,
         traces_seen=world.traces.usable if trial.origin == "Round" else world.status.traces_seen,
     )
     message = f"round {trial.number} ({trial.origin.lower()}) begins"
@@ -98,21 +97,33 @@ def _prepare(world: World, trial: Trial) -> Move:
     """Run the first step that is not done; after the evaluation ask the gates."""
     steps = rounds.chain(world, trial)
     step = next((s for s in steps if rounds.key(trial, s) not in trial.done), None)
+    state = world.steps.get(step.name) if step else None
+    if state is None and (hold := _hold(world, f"step {step.name}" if step else "the gate")):
+        return hold
     if step is None:
         return _gate(world, trial)
-    state = world.steps.get(step.name)
-    if world.status.paused_by and state is None:
-        return Move(world.status, api.REASON_PAUSED, f"paused by {world.status.paused_by} before step {step.name}.")
     if state is None or state.phase == "Running":
         message = state.message if state else ""
         return Move(world.status, message=f"step {step.name} runs{': ' + message if message else ''}")
     if state.phase == "Failed":
-        return _step_failed(world, step, state)
+        return _step_failed(world, trial, step, state)
     return _step_done(world, trial, steps, step, state)
 
 
-def _step_failed(world: World, step: api.StepSpec, state: api.StepState) -> Move:
+def _hold(world: World, before: str) -> Move | None:
+    """Why a trial in preparation goes no further, when the manifest or a person says so. A running step is finished."""
+    if world.job.spec.suspend:
+        message = f"spec.suspend is true: {before} waits."
+        return Move(world.status, api.REASON_SUSPENDED, message, finished=message)
+    if by := world.status.paused_by:
+        return Move(world.status, api.REASON_PAUSED, f"paused by {by} before {before}.")
+    return None
+
+
+def _step_failed(world: World, trial: Trial, step: api.StepSpec, state: api.StepState) -> Move:
     message = f"step {step.name}: {state.message}"
+    if trial.origin == "Proposal" and trial.pair is None and state.code == EXIT_BAD_INPUT:
+        return _end(world, trial, "Refused", api.REASON_STEP_FAILED, message)  # what was proposed is no usable model
     if state.code == EXIT_RETRY and state.attempts < RETRIES:
         return Move(world.status, api.REASON_STEP_RETRY, message)
     reason = api.REASON_BUDGET if state.code == EXIT_BUDGET else api.REASON_STEP_FAILED
@@ -125,9 +136,13 @@ def _step_done(
     name = rounds.key(trial, step)
     facts = {**rounds.needed_of(state.metrics), "digest": state.digest}
     trial = replace(trial, done={**trial.done, name: facts})
+    if name == "evaluate":
+        trial = replace(trial, evaluator=world.evaluator)
     if name == rounds.model_step(trial, steps):
         make = rounds.declared_pair if trial.origin in ("Baseline", "Edit") else rounds.tuned_pair
         trial = replace(trial, pair=make(world, state.digest, step.out))
+        if trial.origin == "Baseline":
+            trial = replace(trial, model=world.job.spec.weak.model)
     status = replace(world.status, candidate=trial)
     if name == "feedback" and int(state.metrics["pairs"]) < (least := world.job.spec.feedback.min_pairs):
         message = f"{state.metrics['pairs']} usable pairs, feedback.minPairs wants {least}."
@@ -143,12 +158,18 @@ def _gate(world: World, trial: Trial) -> Move:
         return Move(world.status, message="reading the evaluation report")
     if trial.origin == "Revalidation":
         return _revalidated(world, trial)
-    spec = world.job.spec
-    case = promotion.Offline(spec.gate, spec.canary.max_error_percent, world.status, trial.pair.digest, world.report)
+    spec, status, seen = world.job.spec, world.status, world.report.against_control
+    if status.held_out != spec.data.held_out:
+        status = replace(status, looks=0, held_out=spec.data.held_out)
+    # The later word of a person goes before an earlier one: what somebody proposes is judged in spite of a veto.
+    judged = replace(status, vetoed=()) if trial.origin == "Proposal" else status
+    case = promotion.Offline(spec.gate, spec.canary.max_error_percent, judged, trial.pair.digest, world.report)
     refusal = promotion.first_refusal(case)
-    seen = world.report.against_control
-    trial = replace(trial, difference=seen.difference, p_value=seen.p_better, score=world.report.arm("candidate").score)
-    status = replace(world.status, looks=world.status.looks + 1, candidate=trial)
+    if not refusal and not spec.canary.steps and spec.canary.approval == "Manual" and trial.approved_by is None:
+        message = f"the gate is passed with {promotion.points(seen)}; `cowest approve` or `cowest rollback` decides."
+        return Move(world.status, api.REASON_AWAITING_APPROVAL, message)
+    trial = _measured(trial, world.report)
+    status = replace(status, looks=status.looks + 1, candidate=trial)
     world = replace(world, status=status)
     if refusal:
         return _end(world, trial, "Refused", refusal.reason, refusal.message)
@@ -157,19 +178,31 @@ def _gate(world: World, trial: Trial) -> Move:
     if not spec.canary.steps:
         move = _end(world, trial, "Promoted", api.REASON_PROMOTED, message + "; no canary steps are declared.")
         return replace(move, events=(passed, *move.events))
-    trial = replace(trial, stage="Canary", stage_since=world.now, step=0, step_since=world.now, looks=0)
+    trial = replace(trial, stage="Canary", stage_since=world.now, step=0, step_since=world.now, looks=0, away=0.0)
     return Move(replace(status, candidate=trial), message=message, events=(passed,))
 
 
+def _measured(trial: Trial, report: EvaluationReport) -> Trial:
+    seen = report.against_control
+    return replace(
+        trial,
+        difference=seen.difference,
+        p_value=seen.p_better,
+        score=report.arm("candidate").score,
+    )
+
+
 def _revalidated(world: World, trial: Trial) -> Move:
+    """The stable pair by a new evaluator. It is stopped when it hurts; only gate and canary begin to serve a pair."""
     assert world.report is not None
     seen = world.report.against_solo
     hurts = seen.p_worse < world.job.spec.gate.significance
-    serving = _while_drafts_hurt(world) if hurts else "Pair"
+    serving = _while_drafts_hurt(world) if hurts and world.status.serving == "Pair" else world.status.serving
     message = f"the stable pair against the strong model alone: {promotion.points(seen)}; answers come from {serving}."
-    trial = replace(trial, difference=seen.difference, p_value=seen.p_better, score=world.report.arm("candidate").score)
-    status = _closed(world, trial, "Refused" if hurts else "Promoted", api.REASON_REVALIDATED, message, None)
-    status = replace(status, serving=serving, evaluator=world.evaluator)
+    trial = _measured(trial, world.report)
+    decision: api.Decision = "Promoted" if serving == "Pair" else "Refused"
+    status = _closed(world, trial, decision, api.REASON_REVALIDATED, message, None)
+    status = replace(status, serving=serving, evaluator=trial.evaluator or world.evaluator)
     return Move(status, message=message, events=(Event("Normal", api.REASON_REVALIDATED, message),))
 
 
@@ -188,8 +221,10 @@ def _canary(world: World, trial: Trial) -> Move:
     if verdict.action == "RollBack":
         return _end(replace(world, status=replace(world.status, candidate=trial)), trial, "RolledBack",
                     verdict.reason, verdict.message)  # fmt: skip
-    where = f"canary step {trial.step + 1} of {len(spec.canary.steps)}"
+    where = f"canary step {min(trial.step + 1, len(spec.canary.steps))} of {len(spec.canary.steps)}"
     if verdict.action == "Wait":
+        if trouble := _watcher_failed(world, trial):
+            return trouble
         if server is None or not server.ready:
             note = server.message if server else "it starts"
             return Move(
@@ -203,19 +238,30 @@ def _canary(world: World, trial: Trial) -> Move:
     return _next_step(world, trial, where, verdict)
 
 
+def _watcher_failed(world: World, trial: Trial) -> Move | None:
+    """Without its watcher a canary would wait for nothing; the engine starts it again unless that is of no use."""
+    state = world.steps.get(rounds.live_name(trial))
+    if state is None or state.phase != "Failed":
+        return None
+    message = f"step {rounds.live_name(trial)}: {state.message}"
+    if state.code == EXIT_BAD_INPUT or (state.code == EXIT_FAILED and state.attempts >= RETRIES):
+        return Move(world.status, api.REASON_STEP_FAILED, message, failure=api.Failure(state.code, message))
+    return Move(world.status, api.REASON_STEP_RETRY, message)
+
+
 def _next_step(world: World, trial: Trial, where: str, verdict: promotion.Verdict) -> Move:
     canary = world.job.spec.canary
-    last = trial.step + 1 == len(canary.steps)
+    last = trial.step + 1 >= len(canary.steps)
     if last and canary.approval == "Manual" and trial.approved_by is None:
         return Move(world.status, api.REASON_AWAITING_APPROVAL,
                     f"{where} is passed; `cowest approve` or `cowest rollback` decides. {verdict.message}")  # fmt: skip
     passed = Event("Normal", "CanaryStepPassed", f"round {trial.number}, {where} passed: {verdict.message}")
     if not last:
-        trial = replace(trial, step=trial.step + 1, step_since=world.now, looks=0)
+        trial = replace(trial, step=trial.step + 1, step_since=world.now, looks=0, away=0.0)
         return Move(replace(world.status, candidate=trial), message=passed.message, events=(passed,))
     if canary.watch_seconds:
         trial = replace(
-            trial, stage="Watch", step=len(canary.steps), stage_since=world.now, step_since=world.now, looks=0
+            trial, stage="Watch", step=len(canary.steps), stage_since=world.now, step_since=world.now, looks=0, away=0.0
         )
         return Move(replace(world.status, candidate=trial), message=passed.message, events=(passed,))
     move = _end(world, trial, "Promoted", api.REASON_PROMOTED, verdict.message)
@@ -224,7 +270,9 @@ def _next_step(world: World, trial: Trial, where: str, verdict: promotion.Verdic
 
 def _watch(world: World, trial: Trial) -> Move:
     verdict = promotion.judge_watch(world.job.spec.canary, trial, world.live, world.now)
-    if verdict.action == "Wait" or world.status.paused_by:
+    if world.status.paused_by:
+        return Move(world.status, api.REASON_PAUSED, f"paused by {world.status.paused_by} in the watch.")
+    if verdict.action == "Wait":
         return Move(world.status, verdict.reason, verdict.message)
     decision: api.Decision = "RolledBack" if verdict.action == "RollBack" else "Promoted"
     return _end(world, trial, decision, verdict.reason, verdict.message)
@@ -233,7 +281,7 @@ def _watch(world: World, trial: Trial) -> Move:
 # ---------------------------------------------------------------- the end of a trial
 def _end(world: World, trial: Trial, decision: api.Decision, reason: str, message: str, by: str | None = None) -> Move:
     status = _closed(world, trial, decision, reason, message, by)
-    spec = world.job.spec
+    base = trial.model if trial.model and trial.origin in ("Baseline", "Edit") else status.base
     if decision == "Promoted":
         assert trial.pair is not None
         status = replace(
@@ -243,10 +291,12 @@ def _end(world: World, trial: Trial, decision: api.Decision, reason: str, messag
             serving="Pair",
             previous=world.status.stable,
             previous_serving=world.status.serving,
-            base=spec.weak.model if trial.origin in ("Baseline", "Edit") else status.base,
-            evaluator=world.evaluator,
+            previous_round=world.status.stable_round,
+            previous_base=world.status.base,
+            base=base,
+            evaluator=trial.evaluator or world.evaluator,
             refused_edit=None if trial.origin == "Edit" else status.refused_edit,
-            vetoed=tuple(d for d in status.vetoed if d != trial.pair.digest) if by else status.vetoed,
+            vetoed=tuple(d for d in status.vetoed if d != trial.pair.digest),
         )
     elif trial.origin == "Baseline" and trial.pair is not None:
         # The first model is the stable one all the same: rounds tune it, and the gateway says what it answers by.
@@ -254,13 +304,15 @@ def _end(world: World, trial: Trial, decision: api.Decision, reason: str, messag
             status,
             stable=trial.pair,
             stable_round=trial.number,
-            serving=_while_drafts_hurt(world),
-            base=spec.weak.model,
-            evaluator=world.evaluator,
+            serving="StrongAlone" if by else _while_drafts_hurt(world),
+            base=base,
+            evaluator=trial.evaluator or world.evaluator,
         )
-    elif trial.origin == "Edit":
-        status = replace(status, refused_edit=rounds.declared_edit(world))
-    if by and decision == "RolledBack" and trial.pair is not None:
+    elif trial.origin == "Edit" and reason != api.REASON_EDIT_WITHDRAWN:
+        status = replace(status, refused_edit=rounds.tried_edit(world, trial))
+    elif trial.origin == "Revalidation":  # a person ended it
+        status = replace(status, evaluator=world.evaluator)
+    if by and decision == "RolledBack" and trial.pair is not None and trial.origin != "Revalidation":
         status = replace(status, vetoed=(*status.vetoed, trial.pair.digest))
     kind: Literal["Normal", "Warning"] = "Normal" if decision == "Promoted" else "Warning"
     sentence = f"round {trial.number} {decision}: {message}"
@@ -279,7 +331,7 @@ def _closed(world: World, trial: Trial, decision: api.Decision, reason: str, mes
         pair=trial.pair.digest if trial.pair else "",
         started_at=trial.started_at,
         ended_at=world.now,
-        by=by or trial.by,
+        by=by,
         pairs=_fact(trial, "feedback", "pairs"),
         difference=trial.difference,
         p_value=trial.p_value,
@@ -322,10 +374,11 @@ def _steps(world: World, move: Move) -> tuple[api.StepSpec, ...]:
     if trial is None or move.failure:
         return ()
     if trial.stage == "Preparing":
-        paused = move.reason == api.REASON_PAUSED
         chain = rounds.chain(world, trial)
         following = next((s for s in chain if rounds.key(trial, s) not in trial.done), None)
-        return (following,) if following and not paused else ()
+        if following is None or (following.name not in world.steps and _hold(world, following.name)):
+            return ()
+        return (following,)
     served = world.status.stable if world.status.serving == "Pair" else None
     return (rounds.live_score(world, trial, served),)
 
@@ -341,7 +394,8 @@ def _routing(world: World) -> Routing:
         server = world.servers.get(trial.pair.weak_digest)
         if server is not None and server.ready:
             steps = world.job.spec.canary.steps
-            weight = 100 if trial.stage == "Watch" else steps[trial.step].weight_percent
+            declared = steps[min(trial.step, len(steps) - 1)].weight_percent if steps else 0
+            weight = 100 if trial.stage == "Watch" else declared
             arms = (
                 replace(arms[0], weight_percent=100 - weight),
                 _arm(world, "candidate", weight, "Pair", trial.pair),
@@ -370,7 +424,7 @@ def _with_conditions(world: World, move: Move) -> Status:
     before = {c.type: c for c in status.conditions}
     conditions = tuple(_condition(world, before.get(row[0]), *row) for row in wanted)
     last = move.events[-1].message if move.events else status.last_transition
-    return replace(status, conditions=conditions, last_transition=last)
+    return replace(status, conditions=conditions, last_transition=last, budget=world.budget)
 
 
 def _condition(

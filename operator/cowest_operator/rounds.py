@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from cowest_operator import api
 from cowest_operator.promotion import SOLO, control_of
-from cowest_serving.contract import Pair, digest_of, dump
+from cowest_operator.schedule import next_after
+from cowest_serving.contract import Pair, dump
 
 STEPS = "cowest_training"
 
@@ -33,7 +35,7 @@ def next_trial(world: api.World) -> Next:
     if status.paused_by:
         return Next(None, api.REASON_PAUSED, f"paused by {status.paused_by}; `cowest resume` goes on.")
     if status.stable is None:
-        return Next(_trial(world, "Baseline", model=job.spec.weak.model))
+        return Next(_trial(world, "Baseline"))
     if status.proposals:
         first = status.proposals[0]
         return Next(_trial(world, "Proposal", model=first.model, by=first.by, why=first.why))
@@ -50,8 +52,12 @@ def _trial(world: api.World, origin: api.Origin, **values: Any) -> api.Trial:
 
 def declared_edit(world: api.World) -> str:
     """Digest of what the manifest declares of the pair, the tuned weights left aside."""
-    spec = world.job.spec
-    return digest_of([spec.weak.model, world.job.prompts.digest, spec.collaboration.draft, spec.strong.model])
+    return api.edit_digest(world.job.spec.weak.model, declared_pair(world, "", ""))
+
+
+def tried_edit(world: api.World, trial: api.Trial) -> str:
+    """The same of what an Edit tries: the manifest may declare something else since it began."""
+    return api.edit_digest(trial.model or world.status.base, trial.pair or declared_pair(world, "", ""))
 
 
 def _edit(world: api.World) -> api.Trial | None:
@@ -59,9 +65,7 @@ def _edit(world: api.World) -> api.Trial | None:
     status, spec = world.status, world.job.spec
     stable = status.stable
     assert stable is not None
-    served = digest_of([status.base, stable.prompts.digest, stable.draft, stable.strong_model])
-    declared = declared_edit(world)
-    if declared in (served, status.refused_edit):
+    if declared_edit(world) in (api.edit_digest(status.base, stable), status.refused_edit):
         return None
     if spec.weak.model != status.base:
         return _trial(world, "Edit", model=spec.weak.model)
@@ -102,6 +106,8 @@ def _tuned_round(world: api.World) -> Next:
         return Next(None, api.REASON_NO_GAIN, f"{status.without_gain} rounds in a row brought no gain.", True)
     if (left := status.last_round_ended + rounds.cooldown_seconds - world.now) > 0 and status.tuned_rounds:
         return Next(None, api.REASON_COOLDOWN, f"the next round may start in {left:.0f} s (rounds.cooldownSeconds).")
+    if rounds.trigger.schedule and (wait := _before_schedule(world, rounds.trigger.schedule)):
+        return Next(None, api.REASON_WAITING_FOR_SCHEDULE, wait)
     new = world.traces.usable - status.traces_seen
     if new < rounds.trigger.new_traces:
         note = f"; {world.traces.reason}" if world.traces.reason else ""
@@ -111,6 +117,26 @@ def _tuned_round(world: api.World) -> Next:
             f"{new} of {rounds.trigger.new_traces} new usable traces ({world.traces.all} traces in all{note}).",
         )
     return Next(_trial(world, "Round"))
+
+
+def _before_schedule(world: api.World, expression: str) -> str:
+    """Why no round is due by `rounds.trigger.schedule`; "" when one is, and stays so until it starts.
+
+    Due is the first time after the round before (or the baseline) ended: times that pass while a round runs are
+    skipped, times that pass while the job is paused or waits for traces are made up for, once.
+    """
+    status = world.status
+    since = status.last_round_ended if status.tuned_rounds else min((o.ended_at for o in status.rounds), default=0.0)
+    try:
+        due = next_after(expression, since)
+    except ValueError as error:  # an API server cannot tell: its rules know no calendar
+        return f"rounds.trigger.schedule: wanted a cron expression, saw {expression!r}: {error}. Change it."
+    if due is None:
+        return f"rounds.trigger.schedule = {expression!r} never comes. Change it."
+    if due <= world.now:
+        return ""
+    when = datetime.fromtimestamp(due, UTC).strftime("%Y-%m-%d %H:%M")
+    return f"the next round starts at {when} UTC (rounds.trigger.schedule = {expression!r})."
 
 
 # ---------------------------------------------------------------- the steps of a trial
@@ -219,12 +245,16 @@ def _placeholder(world: api.World) -> Pair:
     return declared_pair(world, "", "")
 
 
+def live_name(trial: api.Trial) -> str:
+    return f"r{trial.number}-live-{trial.step}"
+
+
 def live_score(world: api.World, trial: api.Trial, control: Pair | None) -> api.StepSpec:
     """The watcher that scores live answers in a canary, one report a step; without `control` against solo."""
     candidate = trial.pair
     assert candidate is not None
     return api.StepSpec(
-        f"r{trial.number}-live-{trial.step}",
+        live_name(trial),
         f"{STEPS}.score_live",
         run_uri(world, trial, f"live-{trial.step}.json"),
         (

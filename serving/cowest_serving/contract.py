@@ -63,7 +63,7 @@ def parse(kind: type[T], data: Mapping[str, Any], path: str = "spec") -> T:
             if _optional(hints[field.name]):
                 values[field.name] = None
                 continue
-            if field.default is not dataclasses.MISSING:
+            if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING:
                 continue
             raise SettingsError(f"{path}.{key}: wanted a value, saw none")
         values[field.name] = _convert(hints[field.name], data[key], f"{path}.{key}")
@@ -74,9 +74,7 @@ def dump(value: Any) -> Any:
     """The inverse of `parse`: dataclasses to camelCase mappings, floats to decimal strings, `None` left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            camel(f.name): dump(item)
-            for f in dataclasses.fields(value)
-            if (item := getattr(value, f.name)) is not None
+            camel(f.name): dump(item) for f in dataclasses.fields(value) if (item := getattr(value, f.name)) is not None
         }
     if isinstance(value, Mapping):
         return {key: dump(item) for key, item in value.items()}

@@ -28,7 +28,7 @@ from cowest_cli.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "crds" / "examples" / "freight"
-COWEST = [sys.executable, "-m", "cowest_cli"]
+COWEST = [sys.executable, "-P", "-m", "cowest_cli"]  # -P: no module of the current folder
 LIMIT = 1800.0  # seconds for one run
 
 

@@ -161,7 +161,7 @@ class Study:
     ) -> str:
         out = self.work / name
         jobs.write_json(self.work / "files" / f"{name}-job.json", job)
-        command: list[Any] = [sys.executable, "-m", f"cowest_training.{module}", "--out", out.as_uri(),
+        command: list[Any] = [sys.executable, "-P", "-m", f"cowest_training.{module}", "--out", out.as_uri(),
                               "--job", self.work / "files" / f"{name}-job.json"]  # fmt: skip
         for flag, content in (files or {}).items():
             path = self.work / "files" / f"{name}-{flag}.json"

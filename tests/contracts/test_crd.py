@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from cowest_operator import api, manifest
 from cowest_operator.docs import api_markdown
 from cowest_operator.manifest import crd_path
 from cowest_operator.schema import KEYWORDS, Schema, default
-from cowest_serving.contract import parse
+from cowest_serving.contract import camel, parse
 from cowest_training.contract import StepSettings
 from tests.manifests import smallest
 
@@ -92,6 +93,15 @@ def test_the_crd_has_the_names_that_people_type() -> None:
 def test_the_defaulted_spec_holds_all_that_components_parse(kind: type[Any]) -> None:
     spec = default(SPEC, smallest()["spec"])
     parse(kind, spec)  # raises SettingsError on a missing default or on an enum the code does not know
+
+
+def test_the_status_of_the_crd_has_a_place_for_all_that_is_known_of_a_round_and_of_the_budget() -> None:
+    status = manifest.field_schema("status")["properties"]
+    for kind, schema in ((api.Outcome, status["rounds"]["items"]), (api.Budget, status["budget"])):
+        assert {camel(field.name) for field in dataclasses.fields(kind)} == set(schema["properties"]), kind
+    assert {field.name for field in dataclasses.fields(api.Spent)} == set(
+        status["budget"]["properties"]["round"]["properties"]
+    )
 
 
 def test_enums_of_the_crd_are_those_of_the_code() -> None:

@@ -21,7 +21,7 @@ from tests.fakes import Call, ScriptedModel
 from tests.loop.tiny_models import make_model
 
 WORDS = [f"w{i}" for i in range(40)]
-COWEST = [sys.executable, "-m", "cowest_cli"]
+COWEST = [sys.executable, "-P", "-m", "cowest_cli"]  # -P: no module of the current folder
 
 
 def strong(call: Call) -> str:
@@ -117,6 +117,7 @@ def test_the_baseline_runs_to_a_decision_and_a_rerun_repeats_nothing(tmp_path, e
     assert [r["number"] for r in first["rounds"]] == [0]
     assert first["stable"]["weakDigest"].startswith("sha256:")
     calls = len(endpoint.calls)
+    assert first["budget"]["calls"] == first["budget"]["round"]["calls"] == calls
     code, log = run(job)
     assert code == 0, log
     assert status(job)["rounds"] == first["rounds"]

@@ -336,21 +336,6 @@ def test_a_bad_model_folder_is_one_sentence_and_exit_2(tmp_path: Path) -> None:
     assert "Traceback" not in said and "pickle file pytorch_model.bin" in said.splitlines()[-1]
 
 
-def test_sigterm_finishes_the_answer_that_was_begun_and_exits_0(folder: Path) -> None:
-    port = free_port()
-    with process("--model", str(folder), "--port", str(port)) as child:
-        wait_ready(child, f"http://127.0.0.1:{port}")
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="k", max_retries=0) as sdk:
-            stream = sdk.chat.completions.create(
-                model="weak", messages=ASKED, temperature=2, stream=True, n=64, max_tokens=50
-            )
-            chunks = [next(stream)]
-            child.send_signal(signal.SIGTERM)
-            chunks += list(stream)
-        assert sum(choice.finish_reason is not None for chunk in chunks for choice in chunk.choices) == 64
-        assert child.wait(60) == 0
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
 def test_it_dies_with_its_parent(folder: Path) -> None:
     """The parent is killed so hard that it can tell nobody."""
@@ -382,3 +367,14 @@ def is_running(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def test_sigterm_finishes_the_answer_that_was_begun_and_exits_0(sdk: openai.OpenAI, served: Any) -> None:
+    """Stays last: it ends the process that the others share."""
+    options: Any = {"model": "weak", "messages": ASKED, "temperature": 2, "n": 64, "max_tokens": 50}
+    stream = sdk.chat.completions.create(**options, stream=True)
+    chunks = [next(stream)]
+    served[0].send_signal(signal.SIGTERM)
+    chunks += list(stream)
+    assert sum(choice.finish_reason is not None for chunk in chunks for choice in chunk.choices) == 64
+    assert served[0].wait(60) == 0

@@ -159,6 +159,24 @@ def test_too_few_answers_at_the_deadline_roll_back(live):
     assert (verdict.action, verdict.reason) == ("RollBack", api.REASON_TOO_FEW_ANSWERS)
 
 
+def test_each_step_has_the_whole_deadline_and_time_without_an_engine_is_no_part_of_it():
+    later = w.trial("Canary", step=1, stage_since=w.NOW - CANARY.deadline_seconds)
+    assert judge(None, later).action == "Wait"
+    late = w.trial("Canary", step_since=w.NOW - CANARY.deadline_seconds - 100)
+    assert judge(None, late).action == "RollBack"
+    assert judge(None, replace(late, away=101.0)).action == "Wait"
+
+
+def test_a_report_from_before_the_step_is_no_data():
+    stale = w.live(updated=w.NOW - 51)
+    assert judge(stale).action == "Wait"
+    watch = w.trial("Watch", step=2)
+    canary = replace(CANARY, watch_seconds=100)
+    errors = w.live(20, errors=9, step=2)
+    assert promotion.judge_watch(canary, watch, replace(errors, updated=w.NOW - 51), w.NOW).action == "Wait"
+    assert promotion.judge_watch(canary, watch, replace(errors, candidate="sha256:x"), w.NOW).action == "Wait"
+
+
 def test_the_watch_ends_by_time_and_is_cut_short_by_errors():
     canary = replace(CANARY, watch_seconds=100)
     watch = w.trial("Watch", step=2)

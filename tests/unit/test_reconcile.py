@@ -331,3 +331,188 @@ def test_nothing_is_written_when_nothing_changed():
     first = settle(w.world(job=w.job(rounds={"max": 0})))
     again = reconcile.plan(w.world(job=w.job(rounds={"max": 0}), status=first.status, now=w.NOW + 500))
     assert again.status == first.status
+
+
+# ---------------------------------------------------------------- pauses
+def test_a_pause_holds_after_the_running_step():
+    status = replace(w.on_trial(pair=None), paused_by="ada")
+    plan = reconcile.plan(w.world(status=status, steps={"r1-collect": done({})}))
+    assert (list(plan.status.candidate.done), steps(plan)) == (["collect"], [])
+    assert condition(settle(w.world(status=plan.status)), api.ROUND_PROGRESSING).reason == api.REASON_PAUSED
+
+
+def test_a_running_step_goes_on_while_paused():
+    status = replace(w.on_trial(pair=None), paused_by="ada")
+    plan = reconcile.plan(w.world(status=status, steps={"r1-collect": api.StepState("Running")}))
+    assert steps(plan) == ["r1-collect"]
+
+
+@pytest.mark.parametrize("steps_", [w.SPEC.canary.steps, ()], ids=["canary", "no canary"])
+def test_a_pause_holds_the_gate(steps_):
+    job = w.job(canary={"steps": steps_})
+    plan = settle(w.world(status=replace(evaluated(), paused_by="ada"), report=w.report(), job=job))
+    assert plan.status.candidate.stage == "Preparing"
+    assert condition(plan, api.ROUND_PROGRESSING).reason == api.REASON_PAUSED
+
+
+def test_a_suspended_job_prepares_nothing_and_begins_no_canary():
+    job = w.job(suspend=True)
+    waiting = settle(w.world(job=job, status=w.on_trial(pair=None)))
+    assert (steps(waiting), waiting.finished is not None) == ([], True)
+    assert settle(w.world(job=job, status=evaluated(), report=w.report())).status.candidate.stage == "Preparing"
+
+
+def test_manual_approval_holds_also_without_canary_steps():
+    job = w.job(canary={"steps": (), "approval": "Manual"})
+    held = settle(w.world(status=evaluated(), report=w.report(), job=job))
+    assert condition(held, api.ROUND_PROGRESSING).reason == api.REASON_AWAITING_APPROVAL
+    assert held.status.looks == 0
+    approved = settle(w.world(status=held.status, report=w.report(), job=job, actions=(action("approve"),)))
+    assert approved.status.stable == w.CANDIDATE
+
+
+# ---------------------------------------------------------------- a manifest that is edited while a trial runs
+def test_a_base_model_that_was_wrong_can_be_mended_in_the_manifest():
+    started = settle(replace(FRESH, job=w.job(weak={"model": "file:///typo"})))
+    mended = settle(replace(FRESH, status=started.status))
+    assert ("--model", "file:///base") in mended.steps[0].args
+
+
+def test_a_base_edited_while_the_baseline_runs_is_an_edit_afterwards():
+    status = replace(BASELINE, candidate=replace(BASELINE.candidate, model="file:///base"), base=None)
+    seen = w.report(control="solo", against_control=w.comparison(-0.1, 1.0))
+    job = w.job(weak={"model": "file:///other"})
+    ended = reconcile.plan(w.world(status=status, report=seen, job=job))
+    assert ended.status.base == "file:///base"
+    following = settle(w.world(status=ended.status, job=job)).status.candidate
+    assert (following.origin, following.model) == ("Edit", "file:///other")
+
+
+EDITED = replace(w.STABLE, draft="Answer")
+
+
+@pytest.mark.parametrize(
+    ("stage", "decision"), [("Preparing", "Refused"), ("Canary", "RolledBack"), ("Watch", "RolledBack")]
+)
+def test_an_edit_that_the_manifest_takes_back_ends(stage, decision):
+    plan = reconcile.plan(w.world(status=w.on_trial(origin="Edit", stage=stage, pair=EDITED)))
+    outcome = plan.status.rounds[-1]
+    assert (outcome.decision, outcome.reason) == (decision, api.REASON_EDIT_WITHDRAWN)
+    again = settle(w.world(status=plan.status, job=w.job(collaboration={"draft": "Answer"})))
+    assert again.status.candidate.origin == "Edit", "it may be declared again"
+
+
+def test_a_refused_edit_does_not_refuse_the_next_one():
+    seen = w.report(candidate=EDITED.digest, against_control=w.comparison(0.0, 0.5))
+    first = w.job(collaboration={"draft": "Answer"})
+    refused = reconcile.plan(w.world(job=first, status=evaluated("Edit", pair=EDITED), report=seen))
+    second = settle(w.world(job=w.job(collaboration={"draft": "Knowledge"}), status=refused.status))
+    assert second.status.candidate.pair.draft == "Knowledge"
+
+
+def test_an_edit_of_the_base_keeps_its_chain_when_the_model_is_there():
+    job = w.job(weak={"model": "file:///other"})
+    plan = settle(w.world(job=job))
+    plan = reconcile.plan(w.world(job=job, status=plan.status, steps={"r1-sft": done({}, "sha256:candidate")}))
+    assert (steps(plan), plan.status.candidate.pair.weak_digest) == (["r1-evaluate"], "sha256:candidate")
+    assert steps(settle(w.world(job=job, status=plan.status))) == ["r1-evaluate"]
+
+
+@pytest.mark.parametrize("declared", [(api.CanaryStep(10, 50),), ()], ids=["one step left", "none left"])
+def test_canary_steps_that_are_no_longer_declared_are_passed(declared):
+    status = w.on_trial(stage="Canary", done=w.PREPARED, step=1)
+    world = replace(CANARY_WORLD, status=status, job=w.job(canary={"steps": declared}))
+    assert reconcile.plan(world).status.stable == w.CANDIDATE
+    held = reconcile.plan(replace(world, status=replace(status, paused_by="ada")))
+    assert held.routing.arms[0].weight_percent == (90 if declared else 100)
+
+
+def test_another_held_out_set_starts_the_count_of_looks_anew():
+    status = replace(evaluated(), held_out="file:///old.jsonl", looks=7)
+    plan = reconcile.plan(w.world(status=status, report=w.report()))
+    assert (plan.status.looks, plan.status.held_out) == (1, "file:///held_out.jsonl")
+
+
+def test_an_evaluator_edited_in_a_canary_is_measured_afterwards():
+    promoted = reconcile.plan(
+        replace(
+            LAST,
+            status=w.on_trial(stage="Canary", done=w.PREPARED, step=1, evaluator="sha256:evaluator"),
+            evaluator="sha256:new",
+        )
+    )
+    assert promoted.status.stable == w.CANDIDATE
+    assert settle(w.world(status=promoted.status, evaluator="sha256:new")).status.candidate.origin == "Revalidation"
+
+
+# ---------------------------------------------------------------- people
+def test_a_baseline_that_a_person_rolled_back_does_not_serve():
+    job = w.job(collaboration={"when_drafts_hurt": "Serve"})
+    plan = reconcile.plan(w.world(status=BASELINE, job=job, actions=(action("rollback"),)))
+    assert (plan.status.serving, plan.status.stable) == ("StrongAlone", w.CANDIDATE)
+
+
+def test_a_rollback_of_the_only_pair_goes_back_to_the_strong_alone():
+    plan = reconcile.plan(w.world(actions=(action("rollback"),)))
+    assert (plan.status.serving, plan.status.vetoed) == ("StrongAlone", (w.STABLE.digest,))
+    assert plan.routing.arms[0].mode == "StrongAlone"
+
+
+def test_a_rollback_of_an_edit_restores_round_and_base_and_does_not_try_it_again():
+    job = w.job(weak={"model": "file:///other"}, canary={"steps": ()}, rounds={"max": 0})
+    trial = w.trial(origin="Edit", number=4, model="file:///other", done={"sft": {}, "evaluate": {}})
+    promoted = reconcile.plan(w.world(status=replace(w.SERVED, candidate=trial, trials=5), report=w.report(), job=job))
+    assert (promoted.status.stable_round, promoted.status.base) == (4, "file:///other")
+    back = settle(w.world(status=promoted.status, job=job, actions=(action("rollback"),)))
+    assert (back.status.stable, back.status.stable_round, back.status.base) == (w.STABLE, 0, "file:///base")
+    assert back.status.candidate is None
+    assert settle(w.world(status=back.status, job=w.job(rounds={"max": 0}))).status.candidate is None
+
+
+def test_who_proposed_did_not_decide():
+    status = evaluated("Proposal", by="ada")
+    refused = reconcile.plan(w.world(status=status, report=w.report(against_control=w.comparison(0.0, 0.6))))
+    assert refused.status.rounds[-1].by is None
+
+
+def test_a_proposal_that_is_no_usable_model_is_refused_and_the_loop_goes_on():
+    status = w.on_trial(origin="Proposal", pair=None, model="file:///pickles", by="ada")
+    plan = reconcile.plan(
+        w.world(status=status, steps={"r1-publish": api.StepState("Failed", 2, 1, "pickled weights")})
+    )
+    outcome = plan.status.rounds[-1]
+    assert (plan.failure, outcome.decision, outcome.reason) == (None, "Refused", api.REASON_STEP_FAILED)
+    assert "pickled weights" in outcome.message
+
+
+def test_what_a_person_proposes_again_is_judged_in_spite_of_a_veto():
+    status = replace(evaluated("Proposal"), vetoed=(w.CANDIDATE.digest,))
+    assert reconcile.plan(w.world(status=status, report=w.report())).status.candidate.stage == "Canary"
+
+
+def test_a_revalidation_that_a_person_ends_says_nothing_of_the_stable_pair():
+    status = evaluated("Revalidation", pair=w.STABLE)
+    plan = reconcile.plan(w.world(status=status, evaluator="sha256:new", actions=(action("rollback"),)))
+    assert (plan.status.vetoed, plan.status.evaluator) == ((), "sha256:new")
+
+
+def test_a_revalidation_never_begins_to_serve_a_pair():
+    status = replace(evaluated("Revalidation", pair=w.STABLE), serving="StrongAlone")
+    seen = w.report(candidate=w.STABLE.digest, control="solo", against_solo=w.comparison(0.0, 0.5, 0.5))
+    assert reconcile.plan(w.world(status=status, report=seen)).status.serving == "StrongAlone"
+
+
+# ---------------------------------------------------------------- the watcher of a canary
+@pytest.mark.parametrize(
+    ("state", "fails"),
+    [
+        pytest.param(api.StepState("Failed", 2, 1, "no such signal"), True, id="bad input"),
+        pytest.param(api.StepState("Failed", 1, 1, "a bug"), False, id="started again"),
+        pytest.param(api.StepState("Failed", 1, 3, "a bug"), True, id="a bug again and again"),
+        pytest.param(api.StepState("Failed", 75, 9, "disk full"), False, id="better times may come"),
+    ],
+)
+def test_a_watcher_that_fails_is_named(state, fails):
+    plan = reconcile.plan(replace(CANARY_WORLD, steps={"r1-live-0": state}))
+    assert (plan.failure is not None) == fails
+    assert state.message in condition(plan, api.ROUND_PROGRESSING).message

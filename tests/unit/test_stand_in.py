@@ -34,7 +34,9 @@ def client(**options: Any) -> TestClient:
     def answer(messages: Any) -> str:
         return "heard " + str(messages[-1]["content"])
 
-    return TestClient(stand_in.build_app(answer, stand_in.Options(model="m", digest="sha256:d", **options)))
+    return TestClient(
+        stand_in.build_app(answer, stand_in.Options(models=("m", "m-terse"), digest="sha256:d", **options))
+    )
 
 
 def ask(to: TestClient, key: str | None = None, **more: Any) -> Any:
@@ -52,6 +54,12 @@ def test_an_answer_has_usage_and_the_digest_of_the_source() -> None:
     assert body["choices"][0]["finish_reason"] == "stop"
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
     assert body["system_fingerprint"] == "sha256:d"
+
+
+def test_it_answers_to_each_of_its_names() -> None:
+    endpoint = client()
+    assert [card["id"] for card in endpoint.get("/v1/models").json()["data"]] == ["m", "m-terse"]
+    assert ask(endpoint, model="m-terse").json()["model"] == "m-terse"
 
 
 def test_max_tokens_cuts_and_says_so() -> None:
@@ -108,7 +116,7 @@ def test_repeated_paid_calls(keys: tuple[str | None, ...], temperature: float, r
 
 def test_twins_in_flight_share_one_paid_answer() -> None:
     async def both() -> list[tuple[str, bool]]:
-        desk = stand_in.Desk(lambda messages: "x", stand_in.Options("m", "d", latency_seconds=0.01))
+        desk = stand_in.Desk(lambda messages: "x", stand_in.Options(("m",), "d", latency_seconds=0.01))
         replies = await asyncio.gather(desk.reply(CONTENT, KEY), desk.reply(CONTENT, KEY))
         assert desk.book.calls == 1
         return list(replies)

@@ -34,7 +34,7 @@ class StepError(Exception):
 # ---------------------------------------------------------------- settings
 @dataclass(frozen=True)
 class Evaluator:
-    """E(answer, query) -> [0, 1]. `extract` is a regex; its first group (or whole match) of the answer is what is compared."""
+    """E(answer, query) -> [0, 1]. Of the answer the first group (or the whole match) of `extract` is compared."""
 
     type: Literal["ExactMatch", "TokenF1", "Choice", "Numeric", "Judge", "HTTP"]
     extract: str | None = None
@@ -153,7 +153,7 @@ LEDGER_COLUMNS: dict[str, str] = {
     "evaluator_digest": "string",
 }
 # pairs.jsonl of the feedback step: {"query_id", "prompt": [messages], "chosen": str, "rejected": str,
-#                                    "chosen_score", "rejected_score", "solo_score"}   (`prompt` = what the weak model saw)
+#   "chosen_score", "rejected_score", "solo_score"}; `prompt` is what the weak model saw.
 
 
 @dataclass(frozen=True)

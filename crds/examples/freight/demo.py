@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-COWEST = [sys.executable, "-m", "cowest_cli"]
+COWEST = [sys.executable, "-P", "-m", "cowest_cli"]  # -P: no module of the current folder
 LIVE_RATE = "12"  # questions a second
 LIMIT_SECONDS = 1500.0  # after this the demo has failed
 
@@ -61,9 +61,7 @@ def prepare(out: Path, seed: int) -> tuple[Path, int]:
     """A fresh folder with data, base model and the manifest; returns the manifest and the strong stand-in's port."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    subprocess.run(
-        [sys.executable, HERE / "make_data.py", "--out", out / "data", "--seed", str(seed)], check=True
-    )
+    subprocess.run([sys.executable, HERE / "make_data.py", "--out", out / "data", "--seed", str(seed)], check=True)
     strong, gateway = free_port(9190), free_port(8080)
     text = (HERE / "job.yaml").read_text("utf-8")
     text = text.replace("127.0.0.1:9190", f"127.0.0.1:{strong}").replace("port: 8080", f"port: {gateway}")
@@ -75,9 +73,7 @@ def prepare(out: Path, seed: int) -> tuple[Path, int]:
 class Driver(threading.Thread):
     """What the people around the loop do: users ask, and two colleagues propose models that look good to them."""
 
-    def __init__(
-        self, manifest: Path, home: Path, out: Path, seed: int, run: subprocess.Popen[bytes]
-    ) -> None:
+    def __init__(self, manifest: Path, home: Path, out: Path, seed: int, run: subprocess.Popen[bytes]) -> None:
         super().__init__(daemon=True)
         self.manifest, self.home, self.out, self.seed, self.job = manifest, home, out, seed, run
         self.trouble: str | None = None
@@ -139,9 +135,7 @@ class Driver(threading.Thread):
         begun = time.monotonic()
         while not wanted(status := self._status()):
             if self.job.poll() is not None:
-                raise RuntimeError(
-                    f"`cowest run` ended with code {self.job.returncode} while waiting for {what}"
-                )
+                raise RuntimeError(f"`cowest run` ended with code {self.job.returncode} while waiting for {what}")
             if time.monotonic() - begun > LIMIT_SECONDS:
                 raise RuntimeError(f"waited {LIMIT_SECONDS:.0f} s for {what}")
             time.sleep(0.3)

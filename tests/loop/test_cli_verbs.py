@@ -1,0 +1,448 @@
+"""What people ask and say at the command line, over a home folder as an engine leaves it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from cowest_cli import jobs
+from cowest_cli import main as cli
+from cowest_cli.processes import free_port
+from cowest_operator import api, manifest
+from cowest_serving.contract import Arm, Routing, dump
+from cowest_serving.traces import TraceWriter, read_feedback, read_traces
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_RETRY, ArmReport, Manifest
+from cowest_training.steps import manifest_json
+from tests import world as w
+from tests.fakes import ScriptedModel
+from tests.manifests import edited
+
+# What a model, a log or a person may say: steers a terminal, breaks console markup, is markup in a page.
+NASTY = "\x1b[2Jgone [/red] [bold]loud <script>alert(1)</script> \x07 & 'so' \"on\" on http://evil.example/x.js"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cowest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Calls the entry point in this process; nothing it prints may steer a terminal."""
+
+    def call(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["cowest", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = Said(int(ended.value.code or 0), *capsys.readouterr())
+        assert not CONTROL.search(said.out + said.err)
+        return said
+
+    return call
+
+
+# ---------------------------------------------------------------- a home as an engine leaves it
+def outcome(number: int, origin: api.Origin, decision: api.Decision, **changes: Any) -> api.Outcome:
+    message = f"round {number} was decided: {NASTY}"
+    built = api.Outcome(number, origin, decision, "SomeReason", message, f"sha256:p{number}", 10.0, 20.0)
+    return replace(built, **changes)
+
+
+STATUS = replace(
+    w.SERVED,
+    stable=w.CANDIDATE,
+    stable_round=1,
+    conditions=(api.Condition(api.READY, "True", "Answering", f"the pair answers. {NASTY}", 1, 5.0),),
+    rounds=(
+        outcome(0, "Baseline", "Promoted", score=0.6),
+        outcome(1, "Round", "Promoted", pairs=321, difference=0.1, p_value=1e-6, live_difference=0.12, live_answers=60),
+        outcome(2, "Proposal", "RolledBack", by=f"ann {NASTY}"),
+    ),
+    vetoed=("sha256:bad",),
+    trials=3,
+    budget=api.Budget(1200, 34567, 1.5, api.Spent(200, 4567, 0.25)),
+)
+
+
+def write_artifact(place: jobs.Home, name: str, kind: str, digest: str, inputs: Any, metrics: Any = None) -> None:
+    made = Manifest(kind, digest, "sha256:in", inputs, {}, metrics or {}, name.split("/")[1], "0", "2026-01-01", 1.0)
+    folder = place.store / "runs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_bytes(manifest_json(made))
+
+
+def write_evaluation(place: jobs.Home, number: int, score: float, drafts: str) -> None:
+    folder = place.store / "runs" / f"r{number}" / "evaluate"
+    arms = tuple(
+        ArmReport(name, 500, mean, mean - 0.03, mean + 0.03, 0.05, 0, 500)
+        for name, mean in (("candidate", score), ("control", 0.5), ("solo", 0.3), ("weak", 0.2))
+    )
+    jobs.write_json(folder / "report.json", asdict(w.report(arms=arms)))
+    rows = [
+        {
+            "id": f"q{i}", "query": f"query {i} {NASTY}", "reference": "r", "group": "g",
+            "candidate_draft": f"{drafts} {i} {NASTY}", "candidate_answer": f"answer {NASTY}",
+            "candidate_score": float(number > 0 if i < 8 else number == 0), "solo_answer": "no idea", "solo_score": 0.0,
+        }
+        for i in range(10)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), folder / "items.parquet")
+
+
+def trace(id_: str, **changes: Any) -> dict[str, Any]:
+    return {"trace_id": id_, "time": datetime.now(UTC), "arm": "stable", "mode": "Pair", "status": "ok",
+            "pair_digest": w.CANDIDATE.digest, "weak_digest": "sha256:tuned", "strong_model": "strong-1",
+            "query": "what?", "draft": NASTY, "answer": NASTY, "shadow": False, **changes}  # fmt: skip
+
+
+def record(place: jobs.Home, *rows: dict[str, Any]) -> None:
+    async def write() -> None:
+        writer = TraceWriter(place.store.as_uri(), "gw")
+        for row in rows:
+            writer.add(row)
+        await writer.aclose()
+
+    asyncio.run(write())
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> jobs.Home:
+    home = jobs.Home(tmp_path / "a home")
+    prices = {"inputPerMillionTokens": "1", "outputPerMillionTokens": "10", "currency": "EUR"}
+    job = manifest.load(write_manifest(tmp_path, **{"strong.prices": prices})).job
+    jobs.write_json(home.job, {**job, "metadata": {"name": "desk", "generation": 1}})
+    jobs.write_status(home, STATUS)
+    jobs.write_json(home.run, {"pid": 1, "gateway": "http://127.0.0.1:8080/v1"})
+    for number, kind in enumerate(("Normal", "Warning")):
+        jobs.append_event(home, api.Event(kind, "Reason", f"event {number} {NASTY}"), 100.0 + number)
+    write_artifact(home, "r0/sft", "Model", "sha256:first", {"data": "sha256:rows", "model": "file:///base"})
+    write_artifact(home, "r1/collect", "Dataset", "sha256:frozen", {"train": "sha256:rows"})
+    write_artifact(home, "r1/feedback", "Feedback", "sha256:ledger", {"dataset": "sha256:frozen"}, {"pairs": 321})
+    inputs = {"model": "sha256:first", "feedback": {"digest": "sha256:ledger"}}
+    write_artifact(home, "r1/dpo", "Model", "sha256:tuned", inputs)
+    write_evaluation(home, 0, 0.6, "plain")
+    write_evaluation(home, 1, 0.7, "better")
+    return home
+
+
+def write_manifest(folder: Path, **edits: Any) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(edited(edits)))
+    return path
+
+
+# ---------------------------------------------------------------- status, explain
+def test_status_shows_what_answers_and_each_round(cowest: Any, place: jobs.Home) -> None:
+    said = cowest("status", "--home", place.root)
+    assert said.code == EXIT_OK
+    assert "Ready" in said.out and "Answering: the pair answers." in said.out
+    assert "[/red] [bold]loud" in said.out, "text that looks like markup is shown as it is"
+    assert said.out.splitlines()[1].split(maxsplit=1) == [
+        "Spent", "1200 calls, 34567 tokens, 1.50 EUR; the current round 200 calls, 4567 tokens, 0.25 EUR",
+    ]  # fmt: skip
+    rows = [line.split() for line in said.out.splitlines()[3:]]
+    assert [row[:3] for row in rows] == [
+        ["0", "Baseline", "Promoted"],
+        ["1", "Round", "Promoted"],
+        ["2", "Proposal", "RolledBack"],
+    ]
+    assert rows[1][3:7] == ["+10.0", "1e-06", "+12.0", "321"]
+
+
+def test_status_as_json_is_what_the_engine_keeps(cowest: Any, place: jobs.Home) -> None:
+    said = cowest("status", "--home", place.root, "-o", "json")
+    seen = json.loads(said.out)
+    assert seen["status"] == dump(STATUS) and seen["gateway"] == "http://127.0.0.1:8080/v1"
+
+
+def test_the_home_is_found_beside_the_manifest(cowest: Any, tmp_path: Path) -> None:
+    job = write_manifest(tmp_path)
+    said = cowest("status", "-f", job)
+    assert said.code == EXIT_BAD_INPUT and "cowest run -f" in said.err
+    jobs.write_status(jobs.Home(tmp_path / ".cowest" / "desk"), STATUS)
+    assert cowest("status", "-f", job).code == EXIT_OK
+
+
+@pytest.mark.parametrize("verb", ["status", "explain", "lineage", "report", "replay", "pause"])
+def test_without_a_manifest_or_a_home_each_verb_says_what_it_wants(cowest: Any, verb: str) -> None:
+    said = cowest(verb, *(["x"] if verb == "lineage" else []))
+    assert said.code == EXIT_BAD_INPUT and "wanted -f MANIFEST or --home FOLDER" in said.err
+
+
+def test_explain_says_each_decision_in_a_sentence(cowest: Any, place: jobs.Home) -> None:
+    said = cowest("explain", "--home", place.root)
+    lines = said.out.splitlines()
+    assert lines[0].startswith("Ready is True (Answering): the pair answers.")
+    assert lines[2].startswith("Round 1 (Round): Promoted, SomeReason: round 1 was decided")
+    assert lines[3].startswith("Round 2 (Proposal): RolledBack by ann")
+    assert "1 pair(s) rolled back by a person" in lines[4]
+
+
+def test_explain_as_json_has_the_events_and_leaves_out_a_torn_line(cowest: Any, place: jobs.Home) -> None:
+    with place.events.open("a") as file:
+        file.write('{"time": 3, "mess')
+    seen = json.loads(cowest("explain", "--home", place.root, "-o", "json").out)
+    assert [event["reason"] for event in seen["events"]] == ["Reason", "Reason"]
+    assert seen["rounds"] == dump(STATUS.rounds)
+
+
+# ---------------------------------------------------------------- what people say
+@pytest.mark.parametrize("verb", ["pause", "resume", "approve", "promote", "rollback"])
+def test_what_a_person_says_is_recorded_with_who_and_why(cowest: Any, place: jobs.Home, verb: str) -> None:
+    said = cowest(verb, "--home", place.root, "--why", "because", "--by", "ann", "-o", "json")
+    assert said.code == EXIT_OK
+    (action,) = jobs.read_actions(place, "")
+    assert (action.verb, action.by, action.why, action.model) == (verb, "ann", "because", None)
+    assert json.loads(said.out)["id"] == action.id
+    assert jobs.read_actions(place, action.id) == (), "taken in once"
+
+
+def test_actions_are_in_the_order_in_which_they_were_said(cowest: Any, place: jobs.Home) -> None:
+    for verb in ("rollback", "pause", "approve"):
+        cowest(verb, "--home", place.root, "--by", NASTY)
+    assert [action.verb for action in jobs.read_actions(place, "")] == ["rollback", "pause", "approve"]
+
+
+def test_a_user_without_a_name_can_say_something_too(
+    cowest: Any, place: jobs.Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 65532")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    monkeypatch.delenv("COWEST_USER", raising=False)
+    assert cowest("pause", "--home", place.root).code == EXIT_OK
+    assert jobs.read_actions(place, "")[0].by == f"user {os.getuid()}"
+
+
+@pytest.mark.parametrize("given", ["relative", "absolute", "uri", "relative uri"])
+def test_propose_takes_a_folder_however_it_is_written(
+    cowest: Any, place: jobs.Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    folder = tmp_path / "my model"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    written = {
+        "relative": "my model",
+        "absolute": str(folder),
+        "uri": folder.as_uri(),
+        "relative uri": "file://my model",
+    }
+    assert cowest("propose", "--home", place.root, "--model", written[given]).code == EXIT_OK
+    assert jobs.read_actions(place, "")[0].model == folder.as_uri()
+
+
+def test_propose_refuses_what_is_not_there_and_leaves_other_stores_alone(cowest: Any, place: jobs.Home) -> None:
+    said = cowest("propose", "--home", place.root, "--model", "file:///nowhere")
+    assert said.code == EXIT_BAD_INPUT and "wanted a model folder" in said.err
+    assert jobs.read_actions(place, "") == ()
+    cowest("propose", "--home", place.root, "--model", "hf://org/name@main")
+    assert jobs.read_actions(place, "")[0].model == "hf://org/name@main"
+
+
+# ---------------------------------------------------------------- lineage
+def test_lineage_goes_from_an_answer_back_to_the_data(cowest: Any, place: jobs.Home) -> None:
+    record(place, trace("answer-1"))
+    said = cowest("lineage", "answer-1", "--home", place.root)
+    assert said.code == EXIT_OK
+    assert "trace_id        answer-1" in said.out and "[/red] [bold]loud" in said.out
+    steps = [line.split()[:2] for line in said.out.splitlines() if " <- " in line]
+    assert steps == [["dpo", "sha256:tuned"], ["feedback", "sha256:ledger"], ["sft", "sha256:first"],
+                     ["collect", "sha256:frozen"]]  # fmt: skip
+
+
+def test_lineage_knows_a_model_by_the_start_of_its_digest(cowest: Any, place: jobs.Home) -> None:
+    seen = json.loads(cowest("lineage", "fir", "--home", place.root, "-o", "json").out)
+    assert seen["answer"] is None and [part["step"] for part in seen["models"]] == ["sft"]
+
+
+def test_lineage_of_an_answer_without_a_draft_has_no_models(cowest: Any, place: jobs.Home) -> None:
+    record(place, trace("alone", weak_digest="", mode="StrongAlone"))
+    seen = json.loads(cowest("lineage", "alone", "--home", place.root, "-o", "json").out)
+    assert seen["answer"]["mode"] == "StrongAlone" and seen["models"] == []
+
+
+def test_lineage_of_nothing_known_says_so(cowest: Any, place: jobs.Home) -> None:
+    said = cowest("lineage", "nothing", "--home", place.root)
+    assert said.code == EXIT_BAD_INPUT and "wanted a request id" in said.err
+
+
+# ---------------------------------------------------------------- report
+class Page(HTMLParser):
+    """Tags, and all that a browser would load or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [
+            f"{tag} {name}" for name, _ in attrs if name in ("src", "href", "srcset", "data") or name[:2] == "on"
+        ]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_report_is_one_page_that_loads_nothing_and_runs_nothing(cowest: Any, place: jobs.Home) -> None:
+    page = place.root / "out" / "report.html"
+    said = cowest("report", "--home", place.root, "--html", page, "--domain", f"desk {NASTY}")
+    assert said.code == EXIT_OK, said.err
+    text = page.read_text("utf-8")
+    seen = Page()
+    seen.feed(text)
+    assert "script" not in seen.tags and "link" not in seen.tags and "img" not in seen.tags
+    assert seen.loads == [] and "url(" not in text and "@import" not in text
+    assert "<script>alert(1)</script>" in seen.text, "the text is shown, not left out"
+    assert "better 0" in seen.text and "plain 0" in seen.text and "70.0 %" in seen.text
+    assert not CONTROL.search(text)
+
+
+def test_the_figures_have_arms_rounds_and_what_is_stable(cowest: Any, place: jobs.Home, tmp_path: Path) -> None:
+    flags = ("--html", tmp_path / "r.html", "--json", tmp_path / "r.json", "--seconds", "12.4")
+    said = cowest("report", "--home", place.root, *flags, "-o", "json")
+    figures = json.loads(said.out)
+    assert figures == json.loads((tmp_path / "r.json").read_text())
+    assert (figures["domain"], figures["seconds"]) == ("desk", 12)
+    assert {name: arm["accuracy"] for name, arm in figures["arms"].items()} == {
+        "solo": 0.3, "weak": 0.2, "sft": 0.6, "final": 0.7, "weak_final": 0.2,
+    }  # fmt: skip
+    assert figures["arms"]["final"]["n"] == figures["arms"]["final"]["strong_calls"] == 500
+    assert [(r["number"], r["decision"], r["pairs"]) for r in figures["rounds"]] == [
+        (0, "Promoted", None), (1, "Promoted", 321), (2, "RolledBack", None),
+    ]  # fmt: skip
+    assert figures["stable"] == {"digest": w.CANDIDATE.digest, "round": 1}
+
+
+def test_a_report_before_the_first_evaluation_says_what_there_is(cowest: Any, tmp_path: Path) -> None:
+    home = jobs.Home(tmp_path / "home")
+    said = cowest("report", "--home", home.root, "--html", tmp_path / "r.html")
+    assert said.code == EXIT_BAD_INPUT and "Run it first" in said.err
+    jobs.write_json(home.job, manifest.load(write_manifest(tmp_path)).job)
+    said = cowest("report", "--home", home.root, "--html", tmp_path / "r.html", "-o", "json")
+    assert said.code == EXIT_OK and json.loads(said.out)["arms"] == {}
+    assert "No candidate was promoted" in (tmp_path / "r.html").read_text()
+
+
+# ---------------------------------------------------------------- plan, run
+def write_rows(path: Path, prefix: str, count: int) -> None:
+    rows = [{"id": f"{prefix}{i}", "query": f"{prefix} question {i * 7919}", "reference": str(i)} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    write_rows(tmp_path / "train.jsonl", "train", 50)
+    write_rows(tmp_path / "held_out.jsonl", "held", 200)
+    prices = {"inputPerMillionTokens": "1", "outputPerMillionTokens": "10"}
+    return write_manifest(tmp_path, **{
+        "data.train": "file://train.jsonl", "data.heldOut": "file://held_out.jsonl", "strong.prices": prices,
+        "rounds.max": 1000, "feedback.draftsPerQuery": 4, "feedback.minPairs": 1,
+    })  # fmt: skip
+
+
+def test_plan_bounds_calls_tokens_and_money(cowest: Any, job: Path) -> None:
+    seen = json.loads(cowest("plan", "-f", job, "-o", "json").out)
+    baseline, tuned = seen["parts"]
+    assert (baseline["calls"], tuned["calls"]) == (200 + 200, 50 * 4 + 50 + 200)
+    assert baseline["money"] > 0 and seen["maxRounds"] == 1000
+    said = cowest("plan", "-f", job)
+    assert "50 training rows, 200 held-out rows" in said.out and "450 calls" in said.out
+    assert "(at most 1000 times)" in said.out and baseline["currency"] in said.out
+
+
+def test_run_asks_before_it_spends_much_and_nobody_there_is_no(cowest: Any, job: Path) -> None:
+    said = cowest("run", "-f", job)
+    assert said.code == EXIT_BAD_INPUT and "wanted --yes" in said.err
+    assert not (job.parent / ".cowest" / "desk" / "status.json").exists()
+
+
+# ---------------------------------------------------------------- send
+@pytest.fixture
+def gateway(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A real gateway process; its strong model answers alone."""
+    port, store = free_port(), tmp_path / "store"
+    with ScriptedModel("42").in_thread() as strong:
+        pair = replace(w.STABLE, strong_endpoint=strong.url)
+        jobs.write_json(tmp_path / "routing.json", dump(Routing(1, "s", (Arm("stable", 100, "StrongAlone", pair),))))
+        spec = manifest.load(write_manifest(tmp_path, **{"strong.endpoint": strong.url})).job
+        jobs.write_json(tmp_path / "gateway.json", spec)
+        command = [sys.executable, "-m", "cowest_serving.app", "--routing", tmp_path / "routing.json",
+                   "--job", tmp_path / "gateway.json", "--store", store, "--port", port]  # fmt: skip
+        with (tmp_path / "gateway.log").open("wb") as log:
+            process = subprocess.Popen([str(part) for part in command], stderr=log)
+        try:
+            until_ready(f"http://127.0.0.1:{port}/readyz", process)
+            yield f"http://127.0.0.1:{port}/v1", store
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except OSError:
+            continue
+    raise AssertionError("the gateway has ended")
+
+
+def test_send_asks_each_question_as_a_user_of_its_own_and_gives_the_reference(
+    cowest: Any, gateway: tuple[str, Path], tmp_path: Path
+) -> None:
+    url, store = gateway
+    write_rows(tmp_path / "questions.jsonl", "q", 3)
+    flags = ("--data", tmp_path / "questions.jsonl", "--url", url, "--rate", 200)
+    said = cowest("send", *flags, "-o", "json")
+    assert said.code == EXIT_OK and json.loads(said.out) == {"answered stable": 3, "feedback": 3}
+    said = cowest("send", *flags, "--repeat", "--limit", 5, "--feedback", "none")
+    assert said.out.strip() == "answered stable 5"
+
+    def recorded() -> tuple[list[Any], list[Any]]:
+        return read_traces(str(store)).to_pylist(), read_feedback(str(store)).to_pylist()
+
+    while len((found := recorded())[0]) < 8 or len(found[1]) < 3:
+        continue  # the gateway writes in batches; the test's own time limit ends this
+    traces, words = found
+    # A repeated question comes from another user: a canary draws its arm anew.
+    assert len({trace["user_hash"] for trace in traces}) == 5
+    assert sorted(word["reference"] for word in words) == ["0", "1", "2"]
+    assert {word["trace_id"] for word in words} <= {trace["trace_id"] for trace in traces}
+
+
+def test_send_to_nobody_is_worth_a_retry_and_says_what_came(cowest: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "questions.jsonl", "q", 2)
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    said = cowest("send", "--data", tmp_path / "questions.jsonl", "--url", url, "--rate", 100)
+    assert said.code == EXIT_RETRY and "failed ClientConnectorError 2" in said.err
+
+
+@pytest.mark.parametrize("flags", [["--rate", "0"], ["--limit", "0"], ["--feedback", "some"], ["-o", "yaml"]])
+def test_send_refuses_flags_that_make_no_sense(cowest: Any, tmp_path: Path, flags: list[str]) -> None:
+    write_rows(tmp_path / "questions.jsonl", "q", 1)
+    said = cowest("send", "--data", tmp_path / "questions.jsonl", *flags)
+    assert said.code == EXIT_BAD_INPUT and flags[0] in said.err
