@@ -23,6 +23,7 @@ from cowest_operator.manifest import local_path
 from cowest_serving.contract import Routing, dump
 from cowest_training.contract import (
     EXIT_BAD_INPUT,
+    EXIT_FAILED,
     EXIT_RETRY,
     MANIFEST,
     EvaluationReport,
@@ -37,6 +38,7 @@ TICK = 0.1  # seconds between looks at the world
 PATIENCE = 10.0  # seconds that a child has to end by itself
 GATEWAY_PATIENCE = 40.0  # it finishes its answers (30 s at most), then writes their records
 DRAIN = 3.0  # seconds that a weak model outlives its last traffic
+CLIENT_KEYS = "COWEST_CLIENT_API_KEYS"  # who may ask the gateway: for no other child
 MAX_RESTARTS = 4  # of a server that never became ready
 
 
@@ -162,6 +164,8 @@ class Engine:
             return api.StepState("Running", attempts=step.attempts, message=self.progress(step.spec.name))
         if code == 0 and not step.spec.keeps_running:
             manifest = jobs.read_json(self._artifact(step.spec) / MANIFEST)
+            if manifest is None:
+                return api.StepState("Failed", EXIT_FAILED, step.attempts, f"it left no {MANIFEST} at {step.spec.out}")
             return api.StepState("Succeeded", 0, step.attempts, "", manifest["metrics"], manifest["digest"])
         if code < 0:
             message = f"it was killed by signal {-code}{' (out of memory?)' if code == -9 else ''}"
@@ -271,7 +275,9 @@ class Engine:
             "cowest_serving.app", "--routing", self.home.routing, "--job", self.home.job,
             "--store", self.home.store.as_uri(), "--port", self.port,
         )  # fmt: skip
-        return Child("gateway", command, self._environment(strong=True), self.home.logs / "gateway.log")
+        clients = {k: v for k, v in os.environ.items() if k == CLIENT_KEYS}
+        environment = {**self._environment(strong=True), **clients}
+        return Child("gateway", command, environment, self.home.logs / "gateway.log")
 
     def _apply_servers(self, plan: api.Plan) -> None:
         wanted = {server.digest: server for server in plan.servers}
@@ -396,6 +402,7 @@ class Engine:
         own = {k: v for k, v in os.environ.items() if not k.startswith("COWEST_SECRET_")}
         own.pop("COWEST_STRONG_API_KEYS", None)
         own.pop("COWEST_EVALUATOR_API_KEY", None)
+        own.pop(CLIENT_KEYS, None)
         own.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
         own.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         own.setdefault("TOKENIZERS_PARALLELISM", "false")

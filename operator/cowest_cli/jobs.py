@@ -99,7 +99,8 @@ def home_of(file: Path | None, home: Path | None) -> Home:
         documents = list(yaml.safe_load_all(file.read_text("utf-8")))
     except (OSError, yaml.YAMLError) as error:
         raise StepError(f"{file}: cannot be read as YAML: {error}") from error
-    names = [d["metadata"]["name"] for d in documents if isinstance(d, dict) and d.get("kind") == api.KIND]
+    found = [d.get("metadata") for d in documents if isinstance(d, dict) and d.get("kind") == api.KIND]
+    names = [metadata["name"] for metadata in found if isinstance(metadata, dict) and metadata.get("name")]
     if not names:
         raise StepError(f"{file}: wanted a document of kind {api.KIND} with metadata.name, saw none.")
     return Home(file.resolve().parent / ".cowest" / str(names[0]))

@@ -44,6 +44,8 @@ def decision_of(world: api.World, plan: api.Plan, spec: Mapping[str, Any]) -> tu
     step = rounds.live_score(world, trial, served)
     gate = world.job.spec.gate
     verdict = promotion.judge(world.job.spec.canary, gate.significance, trial, world.live, world.now)
+    if verdict.action == "Wait":  # the trial ended for another reason: its edit was withdrawn
+        return None
     look = f"-look-{trial.looks}" if looked_again else ""
     return f"r{trial.number}/live-{trial.step}{look}.decided.json", {
         "verdict": asdict(verdict),

@@ -102,6 +102,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if value not in typing.get_args(hint):
             raise SettingsError(f"{path}: wanted one of {', '.join(typing.get_args(hint))}, saw {value!r}")
         return value
+    return _plain(hint, value, path)
+
+
+def _plain(hint: Any, value: Any, path: str) -> Any:
     if hint is float:
         try:
             return float(Decimal(str(value)))

@@ -1,4 +1,4 @@
-"""`cowest run` end to end: real processes, a tiny weak model, a strong model behind HTTP, no canary or one with traffic."""
+"""`cowest run` end to end: real processes, a tiny weak model, a strong model behind HTTP."""
 
 from __future__ import annotations
 

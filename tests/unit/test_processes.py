@@ -120,3 +120,12 @@ def test_the_time_without_an_engine_is_no_part_of_a_canary(engine):
     preparing = engine.status = replace(w.SERVED, candidate=w.trial())
     engine._leave_out_the_time_away()
     assert engine.status == preparing
+
+
+def test_the_keys_of_clients_go_to_the_gateway_alone(engine, monkeypatch):
+    monkeypatch.setenv("COWEST_CLIENT_API_KEYS", "secret")
+    seen = []
+    monkeypatch.setattr("cowest_cli.engine.Child", lambda _name, _command, environment, _log: seen.append(environment))
+    engine._start_gateway()
+    assert seen[0]["COWEST_CLIENT_API_KEYS"] == "secret"
+    assert not any("secret" in engine._environment(strong).values() for strong in (True, False))

@@ -117,7 +117,8 @@ def test_enough_good_answers_advance():
     ("live", "trial", "action", "reason"),
     [
         pytest.param(None, w.trial("Canary"), "Wait", api.REASON_WAITING_FOR_ANSWERS, id="no report yet"),
-        pytest.param(w.live(step=1), w.trial("Canary"), "Wait", api.REASON_WAITING_FOR_ANSWERS, id="another step's report"),
+        pytest.param(w.live(step=1), w.trial("Canary"), "Wait", api.REASON_WAITING_FOR_ANSWERS,
+                     id="another step's report"),
         pytest.param(w.live(49), w.trial("Canary"), "Wait", api.REASON_WAITING_FOR_ANSWERS, id="one answer short"),
         pytest.param(w.live(60, 29), w.trial("Canary"), "Wait", api.REASON_WAITING_FOR_ANSWERS, id="control one short"),
         pytest.param(
