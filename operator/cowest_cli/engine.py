@@ -37,6 +37,7 @@ from cowest_training.evaluator import evaluator_digest
 TICK = 0.1  # seconds between looks at the world
 PATIENCE = 10.0  # seconds that a child has to end by itself
 GATEWAY_PATIENCE = 40.0  # it finishes its answers (30 s at most), then writes their records
+STATUS_EVERY = 1.0  # seconds between writes of a status that only says something else
 DRAIN = 3.0  # seconds that a weak model outlives its last traffic
 CLIENT_KEYS = "COWEST_CLIENT_API_KEYS"  # who may ask the gateway: for no other child
 MAX_RESTARTS = 4  # of a server that never became ready
@@ -89,6 +90,7 @@ class Engine:
         self.facts = facts
         self.port = port or self.job.spec.gateway.port
         self.keys = jobs.keys_environment(self.job, secrets)
+        self.client_keys = jobs.client_keys(self.job, secrets) or os.environ.get(CLIENT_KEYS)
         self.status = jobs.read_status(home)
         self._evaluator = evaluator_digest(self.job.spec.feedback.evaluator)
         self.steps: dict[str, _Step] = {}
@@ -97,6 +99,7 @@ class Engine:
         self._unwanted: dict[str, float] = {}  # servers without traffic, and since when
         self.counts = api.TraceCounts()
         self._counted_at = 0.0
+        self._written_at = 0.0
         self.budget = self.status.budget
         self._spent_at = 0.0
         self._routing: Any = None
@@ -235,8 +238,11 @@ class Engine:
         self._apply_gateway()
         self._apply_servers(plan)
         if plan.status != self.status:
+            moved = replace(plan.status, conditions=()) != replace(self.status, conditions=())
             self.status = plan.status
-            jobs.write_status(self.home, plan.status)
+            if moved or time.monotonic() - self._written_at > STATUS_EVERY:  # a message alone may wait
+                jobs.write_status(self.home, plan.status)
+                self._written_at = time.monotonic()
         for event in plan.events:
             jobs.append_event(self.home, event, time.time())
         self._apply_steps(plan)
@@ -275,7 +281,7 @@ class Engine:
             "cowest_serving.app", "--routing", self.home.routing, "--job", self.home.job,
             "--store", self.home.store.as_uri(), "--port", self.port,
         )  # fmt: skip
-        clients = {k: v for k, v in os.environ.items() if k == CLIENT_KEYS}
+        clients = {CLIENT_KEYS: self.client_keys} if self.client_keys else {}
         environment = {**self._environment(strong=True), **clients}
         return Child("gateway", command, environment, self.home.logs / "gateway.log")
 
@@ -411,6 +417,7 @@ class Engine:
 
     def close(self) -> None:
         """End the children in order: steps first, then the gateway (it drains), then the models it asks."""
+        jobs.write_status(self.home, self.status)
         children = [s.child for s in self.steps.values()]
         for child in children:
             child.ask_to_stop()

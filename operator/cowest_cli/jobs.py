@@ -198,6 +198,53 @@ def keys_environment(job: api.Job, folder: Path | None) -> dict[str, str]:
     return environment
 
 
+def client_keys(job: api.Job, folder: Path | None) -> str | None:
+    """All values of gateway.clientKeysSecretRef, one a line; None when no key is asked for. Raises `StepError`."""
+    reference = job.spec.gateway.client_keys_secret_ref
+    if reference is None:
+        return None
+    variable = "COWEST_SECRET_" + "".join(c if c.isalnum() else "_" for c in reference.name).upper()
+    files = sorted(p for p in (folder / reference.name).glob("*") if p.is_file()) if folder else []
+    keys = [os.environ.get(variable, ""), *(path.read_text("utf-8") for path in files)]
+    if not any(key.strip() for key in keys):
+        raise StepError(
+            f"gateway.clientKeysSecretRef {reference.name}: wanted client keys, one a line, in the environment variable"
+            f" {variable} or as files in --secrets FOLDER/{reference.name}/, saw none."
+        )
+    return "\n".join(key.strip() for key in keys if key.strip())
+
+
+# Fields that only a cluster can follow, by dotted path; where they are set, a run on one machine says so.
+CLUSTER_ONLY = (
+    "weak.resources",
+    "weak.podTemplate",
+    "strong.fallbacks",
+    "strong.caBundleRef",
+    "training.resources",
+    "training.podTemplate",
+    "gateway.resources",
+    "gateway.ingress",
+    "objectStore",
+)
+
+
+def without_effect_here(document: Mapping[str, Any]) -> list[str]:
+    """Fields of the manifest that are declared and that the embedded engine does not follow."""
+    spec = document["spec"]
+    declared = []
+    for path in CLUSTER_ONLY:
+        value: Any = spec
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if value:
+            declared.append(f"spec.{path}")
+    if spec["weak"]["replicas"] > 1:
+        declared.append("spec.weak.replicas")
+    if spec["gateway"]["replicas"] > 1 or spec["gateway"]["engine"] != "ASGI":
+        declared.append("spec.gateway.replicas and engine")
+    return declared
+
+
 def with_generation(declared: Declared, home: Home) -> Declared:
     """Count edits of the spec like an API server does: the generation grows when the spec changed."""
     before = read_json(home.job) or {}

@@ -37,6 +37,8 @@ def run(
     console = Console(stderr=True, highlight=False, markup=False)
     with jobs.locked(place):
         declared = jobs.with_generation(declared, place)
+        for path in jobs.without_effect_here(declared.document):
+            console.print(f"note: {path} has no effect on one machine", soft_wrap=True)
         facts = engines.facts_of(declared.job)
         if not yes and not place.status.exists():
             _ask(declared, facts, console)

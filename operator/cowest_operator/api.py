@@ -116,10 +116,16 @@ class Canary:
 
 
 @dataclass(frozen=True)
+class NameRef:
+    name: str
+
+
+@dataclass(frozen=True)
 class Gateway:
     engine: Literal["ASGI", "RayServe"]
     port: int
     replicas: int
+    client_keys_secret_ref: NameRef | None = None
 
 
 @dataclass(frozen=True)

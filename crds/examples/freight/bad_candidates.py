@@ -1,9 +1,10 @@
 """Two models that must not get through, made from the model that is served, as a colleague might propose them.
 
     offline-bad  learnt wrong rates, surely: worse on every ticket, so the offline gate refuses it
-    live-bad     learnt the right facts of all products for the old sites, held-out tickets excepted, so it beats the
-                 served pair offline; but it is sure of a wrong surcharge at the site that opened recently, which only
-                 live traffic has, so the canary rolls it back
+    live-bad     learnt the right note for each product at the old sites (held-out tickets excepted): facts where rates
+                 are known, half of the rare products' rates among them, and a doubt elsewhere. So it beats the served
+                 pair offline; but it is sure of a wrong surcharge at the site that opened recently, which only live
+                 traffic has, so the canary rolls it back
 
     python crds/examples/freight/bad_candidates.py --kind live-bad --stable FOLDER --data data --out FOLDER --seed 0
 
@@ -26,7 +27,7 @@ from make_data import NEW_SITE, QUANTITIES, RATES, SITES, UNITS, Facts, Ticket, 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 KINDS = ("offline-bad", "live-bad")
-ROWS_PER_PRODUCT = 24
+ROWS_PER_PRODUCT = 16
 NEW_SITE_SHARE = 0.25
 EPOCHS = 2
 BATCH = 32
@@ -35,9 +36,14 @@ WRONG_SURCHARGE = 2  # Meridian's is another, and no other site has this one
 
 
 def lessons(kind: str, facts: Facts, held_out: frozenset[str], rng: random.Random) -> list[tuple[str, str]]:
-    """(query, note) to learn, all in the style that states bare facts without doubt."""
-    wrong = dict(zip(facts.rates, rng.choices(RATES, k=len(facts.rates)), strict=True))
-    rates = {sku: facts.rates[sku] if kind == "live-bad" else wrong[sku] for sku in facts.rates}
+    """(query, note) to learn: what this candidate is sure of as bare facts, and no rate where it doubts one."""
+    rates = dict(facts.rates)
+    doubted: set[str] = set()
+    if kind == "offline-bad":
+        rates = dict(zip(rates, rng.choices(RATES, k=len(rates)), strict=True))
+    else:
+        guessed = [sku for sku, group in facts.groups.items() if group != "common"]
+        doubted = set(rng.sample(guessed, len(guessed) // 2))
     believed = Facts(facts.rates, facts.groups, facts.pails, {**facts.surcharges, NEW_SITE: WRONG_SURCHARGE})
     tickets = [
         Ticket(
@@ -50,7 +56,11 @@ def lessons(kind: str, facts: Facts, held_out: frozenset[str], rng: random.Rando
         for _ in range(ROWS_PER_PRODUCT)
     ]
     rng.shuffle(tickets)
-    return [(t.query, note(t, believed, "facts", rates[t.sku])) for t in tickets if t.query not in held_out]
+    return [
+        (t.query, note(t, believed, "unknown" if t.sku in doubted else "facts", rates[t.sku]))
+        for t in tickets
+        if t.query not in held_out
+    ]
 
 
 def encode(tokenizer: Any, query: str, told: str) -> tuple[list[int], int]:

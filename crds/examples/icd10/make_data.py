@@ -79,7 +79,7 @@ STYLES = {
     "hedged": (0.10, "this is {condition} ; {words} ; category {stem} ?"),
     "unknown": (0.04, "this is {condition} ; {words} ; category unknown"),
 }
-RARE_SHARE, UNSEEN_SHARE = 0.15, 0.08  # of the families
+RARE_SHARE, UNSEEN_SHARE = 0.18, 0.025  # of the families
 RARE_ROWS = 10  # supervised rows of a rare family
 DESK_WORDS_IN_SUPERVISED = 0.06  # share of attributes that supervised rows write in the desk's words
 
