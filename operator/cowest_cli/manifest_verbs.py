@@ -20,9 +20,9 @@ TEMPLATE = "minimal.yaml"
 DATA_FORMAT = """\
 It names two files of questions with references, JSON Lines or Parquet, one row a question:
   {"id": "1", "query": "Which ...?", "reference": "the right answer"}
-Optional in each row: "explanation" (what a good draft would say; the weak model is first tuned on it), "group" (a slice
-that must not get worse), "messages" (a chat, instead of "query"). No question may be in both files; 100 held-out rows
-are the least, 500 or more let smaller gains be seen.
+Optional in each row: "explanation" (what a good draft would say; the weak model is first tuned on the training rows
+that have one), "group" (a slice that must not get worse), "messages" (a chat, instead of "query"). No question may be
+in both files; 100 held-out rows are the least, 500 or more let smaller gains be seen.
 """
 
 
@@ -63,7 +63,7 @@ def validate(
     if output == "json":
         typer.echo(json.dumps(loaded.job, indent=2, ensure_ascii=False))
         return
-    rows = "".join(f", {count} {name} rows" for name, count in sizes.items())
+    rows = "".join(f", {count} {name} rows" for name, count in sizes.items() if count)
     typer.echo(f"{file}: valid{rows}.")
     for note in _notes(loaded):
         typer.echo(f"note: {note}", err=True)
@@ -95,7 +95,8 @@ def _check_files(job: Mapping[str, Any], source: str) -> dict[str, int]:
         reason = f"wanted at least gate.minHeldOut = {least} rows, saw {len(held_out)}"
         remedy = "No candidate could ever pass. Add held-out rows, or lower gate.minHeldOut"
         raise manifest.ManifestError(source, [Problem("spec.data.heldOut", reason, remedy)])
-    return {"training": len(train), "held-out": len(held_out)}
+    explained = sum(row.explanation is not None for row in train)
+    return {"training": len(train), "held-out": len(held_out), "explained training": explained}
 
 
 def _missing(spec: Mapping[str, Any]) -> Iterator[Problem]:

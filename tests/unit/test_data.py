@@ -232,11 +232,8 @@ def test_an_application_s_instruction_does_not_hide_a_held_out_query() -> None:
     assert hit is not None and hit.equal
 
 
-def test_explanations_on_some_rows_only_are_refused() -> None:
-    train = [row(1, "a", explanation="so", where="t:1"), row(2, "b", where="t:2")]
-    assert "t:2: explanation: wanted one as on other rows" in split_refusal(train, [row(3, "c"), row(4, "d")])
-    traced = [row(1, "a", explanation="so"), row(2, "b", source="trace")]
-    check_split(traced, [row(3, "c"), row(4, "d")])
+def test_explanations_may_be_on_some_rows_only() -> None:
+    check_split([row(1, "a", explanation="so"), row(2, "b")], [row(3, "c"), row(4, "d")])
 
 
 def test_words_numbers_and_signs_are_told_apart() -> None:

@@ -113,7 +113,7 @@ def test_both_have_the_same_public_price_list() -> None:
 def test_alone_it_is_right_only_as_often_as_public_knowledge_allows(seed: int) -> None:
     held_out = rows(seed)["held_out"]
     right = sum(answer(row["query"]) == f"The charge is {row['reference']}." for row in held_out)
-    assert 0.10 < right / len(held_out) < 0.25
+    assert 0.05 < right / len(held_out) < 0.20
 
 
 # ---------------------------------------------------------------- the data

@@ -231,14 +231,13 @@ def _seen(value: Any) -> str:
 
 # ---------------------------------------------------------------- checks
 def check_split(train: Sequence[Row], held_out: Sequence[Row]) -> None:
-    """Refuse duplicates, explanations on some rows only, and held-out queries that train gives away.
+    """Refuse duplicates, and held-out queries that train gives away.
 
     Raises one `StepError` that lists the first few problems.
     """
     problems = [
         *repeated_queries(train),
         *repeated_queries(held_out),
-        *_missing_explanations(train),
         *_leaks(train, held_out),
     ]
     remedy = "Remove them from the training data (or from the held-out data) and run again."
@@ -272,17 +271,6 @@ def _repeats(keyed: Iterable[tuple[Any, Row]]) -> list[tuple[Row, Row]]:
     """(row, the first row with its key) for each row whose key came before."""
     first: dict[Any, Row] = {}
     return [(row, first[key]) for key, row in keyed if first.setdefault(key, row) is not row]
-
-
-def _missing_explanations(train: Sequence[Row]) -> list[str]:
-    """SFT learns explanations: some without are an oversight. Rows from traces never have one."""
-    own = [row for row in train if row.source == "train"]
-    missing = [row for row in own if row.explanation is None]
-    if len(missing) in (0, len(own)):
-        return []
-    return [
-        f"{_place(row)}: explanation: wanted one as on other rows, saw none: add it, or drop all" for row in missing
-    ]
 
 
 def _leaks(train: Sequence[Row], held_out: Sequence[Row]) -> list[str]:
