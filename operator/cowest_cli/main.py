@@ -37,6 +37,7 @@ VERBS = (
     Verb("crd", "manifest_verbs:crd", "Print the CustomResourceDefinition, for `kubectl apply -f -`.", "Begin"),
     Verb("plan", "run:plan", "Say what the job may cost at most: strong-model calls, tokens and money.", "Run"),
     Verb("run", "run:run", "Run the whole loop of one job on this machine.", "Run"),
+    Verb("upload", "upload:upload", "Copy a data file or a model folder into an object store.", "Run"),
     Verb(
         "send",
         "send:send",

@@ -5,10 +5,12 @@ Its binary is `minio` on PATH, or COWEST_TEST_MINIO; without it these tests are 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -25,6 +27,7 @@ from cowest_serving.store import StoreError
 from cowest_serving.traces import TraceWriter, read_traces
 from cowest_training import steps
 from cowest_training.contract import Manifest
+from cowest_training.data import read_rows
 
 BINARY = os.environ.get("COWEST_TEST_MINIO") or shutil.which("minio")
 pytestmark = pytest.mark.skipif(not BINARY, reason="no minio binary: put it on PATH or name it in COWEST_TEST_MINIO")
@@ -148,3 +151,26 @@ async def test_traces_are_written_in_segments_and_read_back() -> None:
     assert writer.add(row)
     await writer.aclose()
     assert read_traces("s3://models/desk")["trace_id"].to_pylist() == ["t1"]
+
+
+def test_upload_is_checked_resumed_and_readable_by_the_steps(tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(f'{{"id": "{i}", "query": "q {i}", "reference": "r"}}\n' for i in range(3)))
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "cowest_cli",
+        "upload",
+        str(data),
+        "s3://models/data/train.jsonl",
+        "-o",
+        "json",
+    ]
+    first, second = (json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(2))
+    assert (first["sent"], second["sent"]) == (1, 0)
+    assert [row.id for row in read_rows("s3://models/data/train.jsonl")] == ["0", "1", "2"]
+    data.write_text("no row\n")
+    refused = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "train.jsonl:1" in refused.stderr
