@@ -90,7 +90,7 @@ class Engine:
         self.facts = facts
         self.port = port or self.job.spec.gateway.port
         self.keys = jobs.keys_environment(self.job, secrets)
-        self.client_keys = jobs.client_keys(self.job, secrets) or os.environ.get(CLIENT_KEYS)
+        self.client_keys = jobs.client_keys(self.job, secrets)
         self.status = jobs.read_status(home)
         self._evaluator = evaluator_digest(self.job.spec.feedback.evaluator)
         self.steps: dict[str, _Step] = {}
@@ -99,7 +99,7 @@ class Engine:
         self._unwanted: dict[str, float] = {}  # servers without traffic, and since when
         self.counts = api.TraceCounts()
         self._counted_at = 0.0
-        self._written_at = 0.0
+        self._written, self._written_at = self.status, 0.0
         self.budget = self.status.budget
         self._spent_at = 0.0
         self._routing: Any = None
@@ -237,12 +237,7 @@ class Engine:
         self._apply_routing(plan.routing)
         self._apply_gateway()
         self._apply_servers(plan)
-        if plan.status != self.status:
-            moved = replace(plan.status, conditions=()) != replace(self.status, conditions=())
-            self.status = plan.status
-            if moved or time.monotonic() - self._written_at > STATUS_EVERY:  # a message alone may wait
-                jobs.write_status(self.home, plan.status)
-                self._written_at = time.monotonic()
+        self._apply_status(plan.status)
         for event in plan.events:
             jobs.append_event(self.home, event, time.time())
         self._apply_steps(plan)
@@ -252,6 +247,15 @@ class Engine:
         if decision := decision_of(world, plan, self.document["spec"]):
             name, content = decision
             jobs.write_json(self.home.store / "runs" / name, content)
+
+    def _apply_status(self, status: api.Status) -> None:
+        """A transition is written at once; a condition that only says something else may wait a second."""
+        moved = replace(status, conditions=()) != replace(self._written, conditions=())
+        waited = time.monotonic() - self._written_at > STATUS_EVERY
+        self.status = status
+        if moved or (waited and status != self._written):
+            jobs.write_status(self.home, status)
+            self._written, self._written_at = status, time.monotonic()
 
     def _apply_routing(self, routing: Routing) -> None:
         content = dump(routing)
@@ -281,7 +285,8 @@ class Engine:
             "cowest_serving.app", "--routing", self.home.routing, "--job", self.home.job,
             "--store", self.home.store.as_uri(), "--port", self.port,
         )  # fmt: skip
-        clients = {CLIENT_KEYS: self.client_keys} if self.client_keys else {}
+        keys = self.client_keys or os.environ.get(CLIENT_KEYS)
+        clients = {CLIENT_KEYS: keys} if keys else {}
         environment = {**self._environment(strong=True), **clients}
         return Child("gateway", command, environment, self.home.logs / "gateway.log")
 

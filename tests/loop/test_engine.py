@@ -115,6 +115,7 @@ def test_the_baseline_runs_to_a_decision_and_a_rerun_repeats_nothing(tmp_path, e
     assert code == 0, log
     first = status(job)
     assert [r["number"] for r in first["rounds"]] == [0]
+    assert {c["type"]: c["reason"] for c in first["conditions"]}["RoundProgressing"] == "MaxRoundsReached"
     assert first["stable"]["weakDigest"].startswith("sha256:")
     calls = len(endpoint.calls)
     assert first["budget"]["calls"] == first["budget"]["round"]["calls"] == calls
