@@ -27,6 +27,8 @@ HERE = Path(__file__).resolve().parent
 COWEST = [sys.executable, "-P", "-m", "cowest_cli"]  # -P: no module of the current folder
 LIVE_RATE = "12"  # questions a second
 LIMIT_SECONDS = 1500.0  # after this the demo has failed
+# One thread for the makers: the other cores belong to the servers, and two threads on one free core crawl.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def free_port(wanted: int) -> int:
@@ -61,7 +63,8 @@ def prepare(out: Path, seed: int) -> tuple[Path, int]:
     """A fresh folder with data, base model and the manifest; returns the manifest and the strong stand-in's port."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    subprocess.run([sys.executable, HERE / "make_data.py", "--out", out / "data", "--seed", str(seed)], check=True)
+    maker = [sys.executable, HERE / "make_data.py", "--out", out / "data", "--seed", str(seed)]
+    subprocess.run(maker, check=True, env=ONE_THREAD)
     strong, gateway = free_port(9190), free_port(8080)
     text = (HERE / "job.yaml").read_text("utf-8")
     text = text.replace("127.0.0.1:9190", f"127.0.0.1:{strong}").replace("port: 8080", f"port: {gateway}")
@@ -105,7 +108,7 @@ class Driver(threading.Thread):
                 maker = [sys.executable, HERE / "bad_candidates.py", "--kind", kind, "--stable", stable,
                          "--data", self.out / "data", "--out", model, "--seed", str(self.seed)]  # fmt: skip
                 with (self.out / f"{kind}.log").open("wb") as log:
-                    subprocess.run(maker, check=True, stdout=log, stderr=subprocess.STDOUT)
+                    subprocess.run(maker, check=True, stdout=log, stderr=subprocess.STDOUT, env=ONE_THREAD)
                 before = self._ends(status)
                 subprocess.run(
                     [
