@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,8 @@ from cowest_operator import api
 from cowest_operator.manifest import FILE, absolute_uri, local_path
 from cowest_serving.contract import dump
 from cowest_training.contract import StepError
+
+SHOWN_EVENTS = 10
 
 
 def _known(file: Path | None, home: Path | None) -> jobs.Home:
@@ -35,7 +38,8 @@ def status(file: FileOrNone = None, home: HomeFolder = None, output: Output = "t
     if output == "json":
         run = jobs.read_json(place.run) or {}
         routing = jobs.read_json(place.routing) or {}
-        typer.echo(json.dumps({"status": dump(seen), "gateway": run.get("gateway"), "routing": routing}))
+        shown = {"status": dump(seen), "gateway": run.get("gateway"), "routing": routing, "running": jobs.runs(place)}
+        typer.echo(json.dumps(shown))
         return
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
@@ -45,6 +49,7 @@ def status(file: FileOrNone = None, home: HomeFolder = None, output: Output = "t
         console.print(printable(line), soft_wrap=True)
     console.print(f"{'Spent':18} {spent(seen, jobs.read_json(place.job))}", soft_wrap=True)
     console.print(rounds_table(seen))
+    _say_when_stopped(place)
 
 
 def explain(file: FileOrNone = None, home: HomeFolder = None, output: Output = "text") -> None:
@@ -65,6 +70,14 @@ def explain(file: FileOrNone = None, home: HomeFolder = None, output: Output = "
         typer.echo(printable(f"{head}: {outcome.message}"))
     if seen.vetoed:
         typer.echo(f"{len(seen.vetoed)} pair(s) rolled back by a person are never promoted automatically.")
+    for event in events[-SHOWN_EVENTS:]:
+        typer.echo(printable(f"{time.strftime('%m-%d %H:%M:%S', time.localtime(event['time']))}  {event['message']}"))
+    _say_when_stopped(place)
+
+
+def _say_when_stopped(place: jobs.Home) -> None:
+    if not jobs.runs(place):
+        typer.echo("Nothing runs now, so nothing answers: this is how the last `cowest run` left it.", err=True)
 
 
 # ---------------------------------------------------------------- saying

@@ -174,6 +174,18 @@ def locked(home: Home) -> Iterator[None]:
         yield
 
 
+def runs(home: Home) -> bool:
+    """Whether a `cowest run` of the job is alive: what it wrote last may be old."""
+    if not home.lock.exists():
+        return False
+    with home.lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 # ---------------------------------------------------------------- secrets
 def secret(name: str, key: str, folder: Path | None) -> str:
     """Value of a Secret's key on one machine: an environment variable or a file. Raises `StepError`."""

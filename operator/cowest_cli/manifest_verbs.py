@@ -13,7 +13,8 @@ import typer
 from cowest_cli.options import File
 from cowest_operator import manifest
 from cowest_operator.schema import Problem
-from cowest_training.contract import EXIT_BAD_INPUT, StepError
+from cowest_serving.contract import parse
+from cowest_training.contract import EXIT_BAD_INPUT, Evaluator, StepError
 
 Format = Annotated[Literal["text", "json"], typer.Option("--output", "-o", help="text or json.")]
 TEMPLATE = "minimal.yaml"
@@ -87,9 +88,13 @@ def _check_files(job: Mapping[str, Any], source: str) -> dict[str, int]:
     if not _can_read(job["spec"]["data"].values()):
         return {}
     from cowest_training.data import check_split, read_rows
+    from cowest_training.evaluator import check_references
 
     train, held_out = read_rows(job["spec"]["data"]["train"]), read_rows(job["spec"]["data"]["heldOut"])
     check_split(train, held_out)
+    evaluator = parse(Evaluator, job["spec"]["feedback"]["evaluator"])
+    check_references(train, evaluator)
+    check_references(held_out, evaluator)
     least = job["spec"]["gate"]["minHeldOut"]
     if len(held_out) < least:
         reason = f"wanted at least gate.minHeldOut = {least} rows, saw {len(held_out)}"
@@ -128,7 +133,7 @@ def _check_weak_model(uri: str) -> None:
 def _can_read(uris: Sequence[str] | Any) -> bool:
     """Rows are read where they are at hand: local files, with the packages that read them."""
     local = all(uri.startswith(manifest.FILE) for uri in uris)
-    return local and all(importlib.util.find_spec(name) for name in ("pyarrow", "numpy"))
+    return local and all(importlib.util.find_spec(name) for name in ("pyarrow", "numpy", "aiohttp"))
 
 
 def _check_config_map(loaded: manifest.Loaded) -> None:

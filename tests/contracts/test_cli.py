@@ -102,6 +102,21 @@ def test_validate_refuses_a_bad_row_with_its_line(cowest: Any, desk: Path) -> No
     assert said.code == EXIT_BAD_INPUT and "train.jsonl" in said.err and "6" in said.err
 
 
+def test_validate_refuses_a_reference_that_the_evaluator_cannot_go_by(cowest: Any, desk: Path) -> None:
+    job = yaml.safe_load((desk / "job.yaml").read_text())
+    job["spec"]["feedback"]["evaluator"] = {"type": "Choice", "choices": [str(i) for i in range(4)]}
+    (desk / "job.yaml").write_text(yaml.safe_dump(job))
+    said = cowest("validate", "-f", str(desk / "job.yaml"))
+    assert said.code == EXIT_BAD_INPUT and "train.jsonl:5: reference of train4" in said.err and "saw '4'" in said.err
+
+
+def test_validate_says_how_many_rows_are_explained(cowest: Any, desk: Path) -> None:
+    with (desk / "train.jsonl").open("a") as file:
+        file.write('{"id": "x", "query": "why", "reference": "r", "explanation": "so"}\n')
+    said = cowest("validate", "-f", str(desk / "job.yaml"))
+    assert said.code == EXIT_OK and "6 training rows, 100 held-out rows, 1 explained training rows" in said.out
+
+
 def test_validate_refuses_held_out_rows_that_are_trained_on(cowest: Any, desk: Path) -> None:
     leaked = (desk / "held_out.jsonl").read_text().splitlines()[0]
     with (desk / "train.jsonl").open("a") as file:

@@ -174,6 +174,14 @@ def test_status_as_json_is_what_the_engine_keeps(cowest: Any, place: jobs.Home) 
     assert seen["status"] == dump(STATUS) and seen["gateway"] == "http://127.0.0.1:8080/v1"
 
 
+def test_status_says_whether_a_run_is_alive(cowest: Any, place: jobs.Home) -> None:
+    assert "Nothing runs now" in cowest("status", "--home", place.root).err
+    with jobs.locked(place):
+        said = cowest("status", "--home", place.root)
+        assert said.code == EXIT_OK and said.err == ""
+        assert json.loads(cowest("status", "--home", place.root, "-o", "json").out)["running"] is True
+
+
 def test_the_home_is_found_beside_the_manifest(cowest: Any, tmp_path: Path) -> None:
     job = write_manifest(tmp_path)
     said = cowest("status", "-f", job)
@@ -195,6 +203,7 @@ def test_explain_says_each_decision_in_a_sentence(cowest: Any, place: jobs.Home)
     assert lines[2].startswith("Round 1 (Round): Promoted, SomeReason: round 1 was decided")
     assert lines[3].startswith("Round 2 (Proposal): RolledBack by ann")
     assert "1 pair(s) rolled back by a person" in lines[4]
+    assert len(lines) == 7 and lines[5][2] == "-"  # the last events, with their time
 
 
 def test_explain_as_json_has_the_events_and_leaves_out_a_torn_line(cowest: Any, place: jobs.Home) -> None:
