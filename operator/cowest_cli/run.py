@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import signal
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +22,7 @@ from cowest_cli.options import File, HomeFolder, Output
 from cowest_cli.view import View, rounds_table
 from cowest_operator import rounds
 from cowest_serving.contract import dump
-from cowest_training.contract import EXIT_INTERRUPTED, StepError
+from cowest_training.contract import EXIT_INTERRUPTED, EXIT_RETRY, StepError
 
 ASK_ABOVE_CALLS = 20_000
 
@@ -40,6 +45,8 @@ def run(
         for path in jobs.without_effect_here(declared.document):
             console.print(f"note: {path} has no effect on one machine", soft_wrap=True)
         facts = engines.facts_of(declared.job)
+        if not jobs.read_status(place).rounds:
+            _reach_strong(declared, jobs.keys_environment(declared.job, secrets))
         if not yes and not place.status.exists():
             _ask(declared, facts, console)
         stopped: list[int] = []
@@ -60,6 +67,32 @@ def run(
     if output == "json":
         typer.echo(json.dumps({"finished": plan.finished, "home": str(place.root), "status": dump(plan.status)}))
     console.print(f"the loop is over: {plan.finished} State and models: {place.root}", soft_wrap=True)
+
+
+def _reach_strong(declared: jobs.Declared, keys: Mapping[str, str]) -> None:
+    """Before the first minutes of tuning: is the endpoint there, and does it take the key? Costs no tokens.
+
+    Only a refused connection or a refused key ends the run: not every endpoint lists its models.
+    """
+    strong = declared.job.spec.strong
+    key = keys.get("COWEST_STRONG_API_KEYS", "").partition("\n")[0]
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(strong.endpoint.rstrip("/") + "/models", headers=headers)
+    try:
+        urllib.request.urlopen(request, timeout=5).close()
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            wanted = "another key" if key else "a key: declare strong.apiKeySecretRefs"
+            raise StepError(f"{strong.endpoint} answers {error.code} to GET /models: it wants {wanted}.") from None
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ConnectionRefusedError | socket.gaierror):
+            raise StepError(
+                f"{strong.endpoint} cannot be reached ({error.reason}). Check that it runs and its address is right,"
+                " then run the same command again.",
+                EXIT_RETRY,
+            ) from None
+    except (OSError, ValueError, http.client.HTTPException):
+        return  # slow or odd: the first real call will tell, with its own retries
 
 
 def _ask(declared: jobs.Declared, facts: engines.Facts, console: Console) -> None:
