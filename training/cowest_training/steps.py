@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -312,19 +314,29 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        sys.exit(main() or EXIT_OK)
+        code = main() or EXIT_OK
     except KeyboardInterrupt:
         _say("interrupted: nothing half-written is left, run the same command again to go on.")
-        sys.exit(EXIT_INTERRUPTED)
+        code = EXIT_INTERRUPTED
+        # What the signal cut short (an event loop, a coroutine) complains when it is collected: not our last word.
+        warnings.simplefilter("ignore")
+        sys.unraisablehook = lambda _: None
     except Exception as error:
-        told = next((told for one in leaves(error) if (told := explain(one))), None)
-        if told is None:
-            traceback.print_exc()
-            _say(f"failed: {type(error).__name__}: {error}")
-            sys.exit(EXIT_FAILED)
-        message, code = told
-        _say(message)
-        sys.exit(code)
+        code = _told(error)
+    gc.collect()
+    sys.exit(code)
+
+
+def _told(error: Exception) -> int:
+    """Say what went wrong; the exit code."""
+    told = next((told for one in leaves(error) if (told := explain(one))), None)
+    if told is None:
+        traceback.print_exception(error)
+        _say(f"failed: {type(error).__name__}: {error}")
+        return EXIT_FAILED
+    message, code = told
+    _say(message)
+    return code
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
