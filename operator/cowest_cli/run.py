@@ -45,10 +45,10 @@ def run(
         for path in jobs.without_effect_here(declared.document):
             console.print(f"note: {path} has no effect on one machine", soft_wrap=True)
         facts = engines.facts_of(declared.job)
-        if not jobs.read_status(place).rounds:
-            _reach_strong(declared, jobs.keys_environment(declared.job, secrets))
         if not yes and not place.status.exists():
             _ask(declared, facts, console)
+        if not jobs.read_status(place).rounds:
+            _reach_strong(declared, jobs.keys_environment(declared.job, secrets))
         stopped: list[int] = []
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda received, _: stopped.append(received))
