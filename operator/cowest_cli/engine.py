@@ -29,10 +29,10 @@ from cowest_training.contract import (
     EvaluationReport,
     LiveReport,
     StepError,
+    evaluator_digest,
     load_live_report,
     load_report,
 )
-from cowest_training.evaluator import evaluator_digest
 
 TICK = 0.1  # seconds between looks at the world
 PATIENCE = 10.0  # seconds that a child has to end by itself

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,10 +58,18 @@ async def _send(
 
     seen: Counter[str] = Counter()
     begun = time.monotonic()
+    stop = asyncio.Event()  # Ctrl-C ends the sending; what was asked is still answered and counted
+    for number_of in (signal.SIGINT, signal.SIGTERM):
+        with suppress(NotImplementedError):
+            asyncio.get_running_loop().add_signal_handler(number_of, stop.set)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
         tasks: set[asyncio.Task[None]] = set()
         number = 0
-        while (limit is None or number < limit) and (seconds is None or time.monotonic() - begun < seconds):
+        while (
+            not stop.is_set()
+            and (limit is None or number < limit)
+            and (seconds is None or time.monotonic() - begun < seconds)
+        ):
             row = rows[number % len(rows)]
             user = f"{row.id}-{number // len(rows)}"
             task = asyncio.create_task(_one(session, url, row, user, feedback, seen))

@@ -18,6 +18,7 @@ GROUP, VERSION, KIND, PLURAL = "cowest.dev", "v1alpha1", "CollaborationJob", "co
 READY = "Ready"  # the gateway answers, by the pair or by what the manifest declares instead
 DRAFTS_HELP = "DraftsHelp"  # the stable pair was measured against the strong model alone
 ROUND_PROGRESSING = "RoundProgressing"
+DEGRADED = "Degraded"  # Kubernetes: something that the job needs is missing or fails; what is served stays served
 
 # ---------------------------------------------------------------- reasons
 REASON_ANSWERING = "Answering"
@@ -60,6 +61,18 @@ REASON_LOSS_NOT_EXCLUDED = "LossNotExcluded"
 REASON_TOO_FEW_ANSWERS = "TooFewAnswers"
 REASON_REVALIDATED = "Revalidated"
 REASON_EDIT_WITHDRAWN = "EditWithdrawn"
+REASON_SPEC_CHANGED = "SpecChanged"
+
+REASON_AS_EXPECTED = "AsExpected"
+REASON_NOT_ON_KUBERNETES = "NotOnKubernetes"
+REASON_NO_KSERVE = "KServeMissing"
+REASON_NO_ARGO = "ArgoWorkflowsMissing"
+REASON_SECRET_MISSING = "SecretMissing"
+REASON_CONFIG_MAP_MISSING = "ConfigMapMissing"
+REASON_STORE_AWAY = "ObjectStoreUnavailable"
+REASON_PROXY_AWAY = "StrongProxyUnavailable"
+REASON_PODS_FAIL = "PodsFail"
+REASON_API_REFUSED = "ApiServerRefused"
 
 Decision = Literal["Promoted", "Refused", "RolledBack"]
 Origin = Literal["Baseline", "Round", "Proposal", "Edit", "Revalidation"]
@@ -69,10 +82,45 @@ Verb = Literal["pause", "resume", "approve", "promote", "rollback", "propose"]
 
 # ---------------------------------------------------------------- the manifest
 @dataclass(frozen=True)
+class NameRef:
+    name: str
+
+
+@dataclass(frozen=True)
+class KeyRef:
+    name: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Resources:
+    """As Kubernetes has them: resource name -> quantity."""
+
+    requests: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PodMeta:
+    labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PodTemplate:
+    """Laid over the pods that CoWest makes; `spec` holds fields of a PodSpec."""
+
+    metadata: PodMeta = field(default_factory=PodMeta)
+    spec: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Weak:
     model: str
     engine: Literal["Transformers", "vLLM"]
     replicas: int
+    resources: Resources | None = None
+    pod_template: PodTemplate | None = None
 
 
 @dataclass(frozen=True)
@@ -116,8 +164,10 @@ class Canary:
 
 
 @dataclass(frozen=True)
-class NameRef:
-    name: str
+class Ingress:
+    host: str
+    class_name: str | None = None
+    tls_secret_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +175,35 @@ class Gateway:
     engine: Literal["ASGI", "RayServe"]
     port: int
     replicas: int
+    max_replicas: int | None = None
+    resources: Resources | None = None
     client_keys_secret_ref: NameRef | None = None
+    ingress: Ingress | None = None
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    bucket: str
+    endpoint: str | None = None
+    prefix: str | None = None
+    region: str | None = None
+    path_style: bool | None = None
+    ca_bundle_ref: KeyRef | None = None
+    credentials_secret_ref: NameRef | None = None
+
+
+@dataclass(frozen=True)
+class Pods:
+    """The part of `training` that says where its pods run."""
+
+    resources: Resources | None = None
+    pod_template: PodTemplate | None = None
+
+
+@dataclass(frozen=True)
+class DeletionPolicy:
+    models: Literal["Keep", "Delete"] = "Keep"
+    traces: Literal["Keep", "Delete"] = "Keep"
 
 
 @dataclass(frozen=True)
@@ -141,6 +219,8 @@ class Spec:
     gate: Gate
     canary: Canary
     gateway: Gateway
+    object_store: ObjectStore | None = None
+    deletion_policy: DeletionPolicy = field(default_factory=DeletionPolicy)
 
 
 @dataclass(frozen=True)
@@ -165,6 +245,11 @@ def parse_job(manifest: Mapping[str, Any]) -> Job:
             "collaboration.prompts: wanted resolved templates, saw none; call manifest.resolve_prompts first"
         )
     return Job(metadata["name"], int(metadata.get("generation", 1)), spec)
+
+
+def parse_pods(training: Mapping[str, Any]) -> Pods:
+    """Where the pods of the steps run: of the manifest's `training`."""
+    return parse(Pods, training, "spec.training")
 
 
 # ---------------------------------------------------------------- status
@@ -225,6 +310,7 @@ class Trial:
     live_answers: int | None = None
     by: str | None = None  # who proposed it
     why: str | None = None
+    declared: str | None = None  # `edit_digest` of the manifest when the trial began
 
 
 def edit_digest(base: str | None, pair: Pair) -> str:
@@ -328,6 +414,14 @@ class Action:
 
 
 @dataclass(frozen=True)
+class Trouble:
+    """Something that a person may have to mend, said in one sentence."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
 class World:
     """All that a decision needs, gathered before it. `now` in epoch seconds."""
 
@@ -336,7 +430,7 @@ class World:
     status: Status
     store: str  # URI under which artifacts of this job lie
     calls: str  # the book of paid calls
-    has_explanations: bool  # the training rows carry an `explanation`
+    has_explanations: bool | None  # the training rows carry an `explanation`; None: a `check` step has to look
     evaluator: str  # digest of the declared evaluator
     steps: Mapping[str, StepState] = field(default_factory=dict)
     servers: Mapping[str, ServerState] = field(default_factory=dict)  # by weak digest
@@ -346,6 +440,14 @@ class World:
     traces: TraceCounts = field(default_factory=TraceCounts)
     budget: Budget = field(default_factory=Budget)
     actions: tuple[Action, ...] = ()
+    frozen: Job | None = None  # the manifest as it was when the running trial began
+    blocked: Trouble | None = None  # the manifest cannot be followed here: nothing of the loop goes on
+    troubles: tuple[Trouble, ...] | None = None  # what is missing or fails; None: an engine that ends instead
+
+    @property
+    def trial_job(self) -> Job:
+        """What the running trial goes by."""
+        return self.frozen or self.job
 
 
 # ---------------------------------------------------------------- plan

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal
 
 from cowest_operator import api
@@ -254,7 +255,8 @@ def judge_watch(canary: api.Canary, trial: api.Trial, live: LiveReport | None, n
         return verdict
     left = trial.step_since + trial.away + canary.watch_seconds - now
     if left > 0:
-        return Verdict("Wait", api.REASON_PROGRESSING, f"watching the promoted pair for {left:.0f} more seconds.")
+        until = datetime.fromtimestamp(now + left, UTC).strftime("%H:%M:%S UTC")
+        return Verdict("Wait", api.REASON_PROGRESSING, f"watching the promoted pair until {until}.")
     return Verdict("Advance", api.REASON_PROMOTED, "the watch ended without trouble.")
 
 

@@ -54,12 +54,22 @@ def _decide(world: World) -> Move:
     if actions:
         return _person(world, actions[0])
     trial = world.status.candidate
+    if world.blocked:
+        return Move(world.status, world.blocked.reason, world.blocked.message)
     if trial is None:
         return _start(world)
+    if trial.stage != "Watch" and _is_of_another_spec(world, trial):
+        return _end(world, trial, "Refused" if trial.stage == "Preparing" else "RolledBack", api.REASON_SPEC_CHANGED,
+                    "the manifest declares another pair since it began; that one is tried next.")  # fmt: skip
     if trial.origin == "Edit" and rounds.tried_edit(world, trial) != rounds.declared_edit(world):
         return _end(world, trial, "Refused" if trial.stage == "Preparing" else "RolledBack",
                     api.REASON_EDIT_WITHDRAWN, "the manifest declares something else by now.")  # fmt: skip
     return {"Preparing": _prepare, "Canary": _canary, "Watch": _watch}[trial.stage](world, trial)
+
+
+def _is_of_another_spec(world: World, trial: Trial) -> bool:
+    """Never a mixture: the manifest's pair was edited after the trial began. (An Edit has its own check.)"""
+    return bool(trial.origin != "Edit" and trial.declared and trial.declared != rounds.declared_edit(world))
 
 
 def _person(world: World, action: api.Action) -> Move:
@@ -298,7 +308,7 @@ def _end(world: World, trial: Trial, decision: api.Decision, reason: str, messag
             refused_edit=None if trial.origin == "Edit" else status.refused_edit,
             vetoed=tuple(d for d in status.vetoed if d != trial.pair.digest),
         )
-    elif trial.origin == "Baseline" and trial.pair is not None:
+    elif trial.origin == "Baseline" and trial.pair is not None and reason != api.REASON_SPEC_CHANGED:
         # The first model is the stable one all the same: rounds tune it, and the gateway says what it answers by.
         status = replace(
             status,
@@ -321,7 +331,7 @@ def _end(world: World, trial: Trial, decision: api.Decision, reason: str, messag
 
 def _closed(world: World, trial: Trial, decision: api.Decision, reason: str, message: str, by: str | None) -> Status:
     status = world.status
-    tuned = trial.origin == "Round"
+    tuned = trial.origin == "Round" and reason != api.REASON_SPEC_CHANGED
     outcome = api.Outcome(
         number=trial.number,
         origin=trial.origin,
@@ -419,7 +429,9 @@ def _with_conditions(world: World, move: Move) -> Status:
         (api.READY, "True" if ready else "False", api.REASON_ANSWERING if ready else api.REASON_STARTING,
          _answers_by(status) if ready else world.gateway.message or "the gateway starts."),
         (api.DRAFTS_HELP, *_drafts_help(status)),
-        (api.ROUND_PROGRESSING, "False" if move.failure or move.finished else "True", move.reason, move.message),
+        (api.ROUND_PROGRESSING, "False" if move.failure or move.finished or world.blocked else "True", move.reason,
+         move.message),
+        *_degraded(world),
     )  # fmt: skip
     before = {c.type: c for c in status.conditions}
     conditions = tuple(_condition(world, before.get(row[0]), *row) for row in wanted)
@@ -436,6 +448,15 @@ def _condition(
         "True" if value == "True" else "False" if value == "False" else "Unknown"
     )
     return api.Condition(type_, as_status, reason, message, world.job.generation, since)
+
+
+def _degraded(world: World) -> tuple[tuple[str, str, str, str], ...]:
+    if world.troubles is None:
+        return ()
+    if not world.troubles:
+        return ((api.DEGRADED, "False", api.REASON_AS_EXPECTED, "all that the job needs is there."),)
+    sentences = " ".join(trouble.message for trouble in world.troubles)
+    return ((api.DEGRADED, "True", world.troubles[0].reason, sentences),)
 
 
 def _answers_by(status: Status) -> str:

@@ -47,7 +47,8 @@ def next_trial(world: api.World) -> Next:
 
 
 def _trial(world: api.World, origin: api.Origin, **values: Any) -> api.Trial:
-    return api.Trial(world.status.trials, origin, "Preparing", world.now, world.now, **values)
+    declared = declared_edit(world)
+    return api.Trial(world.status.trials, origin, "Preparing", world.now, world.now, declared=declared, **values)
 
 
 def declared_edit(world: api.World) -> str:
@@ -105,7 +106,8 @@ def _tuned_round(world: api.World) -> Next:
     if status.without_gain >= rounds.stop_after_rounds_without_gain > 0:
         return Next(None, api.REASON_NO_GAIN, f"{status.without_gain} rounds in a row brought no gain.", True)
     if (left := status.last_round_ended + rounds.cooldown_seconds - world.now) > 0 and status.tuned_rounds:
-        return Next(None, api.REASON_COOLDOWN, f"the next round may start in {left:.0f} s (rounds.cooldownSeconds).")
+        when = _clock(world.now + left)
+        return Next(None, api.REASON_COOLDOWN, f"the next round may start at {when} (rounds.cooldownSeconds).")
     if rounds.trigger.schedule and (wait := _before_schedule(world, rounds.trigger.schedule)):
         return Next(None, api.REASON_WAITING_FOR_SCHEDULE, wait)
     new = world.traces.usable - status.traces_seen
@@ -135,8 +137,11 @@ def _before_schedule(world: api.World, expression: str) -> str:
         return f"rounds.trigger.schedule = {expression!r} never comes. Change it."
     if due <= world.now:
         return ""
-    when = datetime.fromtimestamp(due, UTC).strftime("%Y-%m-%d %H:%M")
-    return f"the next round starts at {when} UTC (rounds.trigger.schedule = {expression!r})."
+    return f"the next round starts at {_clock(due)} (rounds.trigger.schedule = {expression!r})."
+
+
+def _clock(when: float) -> str:
+    return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 # ---------------------------------------------------------------- the steps of a trial
@@ -173,11 +178,13 @@ def _step(world: api.World, trial: api.Trial, name: str, *args: tuple[str, str],
 
 def _first_model(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
     """SFT when the rows carry explanations (`training.sft: Auto`), otherwise the base model as it is."""
-    sft = world.job.spec.training.sft
-    model = ("--model", trial.model or world.job.spec.weak.model)
-    if sft == "Always" or (sft == "Auto" and world.has_explanations):
-        return (_step(world, trial, "sft", ("--data", world.job.spec.data.train), model),)
-    return (_step(world, trial, "publish", model),)
+    spec = world.trial_job.spec
+    sft, model = spec.training.sft, ("--model", trial.model or spec.weak.model)
+    check = () if world.has_explanations is not None else (_step(world, trial, "check"),)
+    explained = trial.done.get("check", {}).get("has_explanations", world.has_explanations)
+    if sft == "Always" or (sft == "Auto" and explained):
+        return (*check, _step(world, trial, "sft", ("--data", spec.data.train), model))
+    return (*check, _step(world, trial, "publish", model))
 
 
 def _import(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
@@ -190,7 +197,7 @@ def _nothing(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
 
 def _tune(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
     """Freeze the data, ask the pair, turn answers into preferences, tune; the reference is the stable model."""
-    stable, data = world.status.stable, world.job.spec.data
+    stable, data = world.status.stable, world.trial_job.spec.data
     assert stable is not None
     number = ("--round", str(trial.number))
     dataset, feedback = run_uri(world, trial, "collect"), run_uri(world, trial, "feedback")
@@ -227,7 +234,7 @@ def _evaluation(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
             world,
             trial,
             "evaluate",
-            ("--held-out", world.job.spec.data.held_out),
+            ("--held-out", world.trial_job.spec.data.held_out),
             ("--calls", world.calls),
             ("--round", str(trial.number)),
             *(() if served else (("--control", SOLO),)),
@@ -317,5 +324,5 @@ def smallest_gain_points(held_out: int, discordant: float = 0.2) -> float:
 
 def needed_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a step's metrics that later decisions and the status need."""
-    wanted = ("pairs", "rows", "from_traces", "traces_usable", "strong_calls", "money")
+    wanted = ("pairs", "rows", "from_traces", "traces_usable", "strong_calls", "money", "has_explanations")
     return {name: metrics[name] for name in wanted if name in metrics}

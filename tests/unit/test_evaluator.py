@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Row, StepError
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Row, StepError, evaluator_digest
 from cowest_training.evaluator import (
     HttpScorer,
     Judge,
     RuleScorer,
     build_evaluator,
     check_references,
-    evaluator_digest,
     find_label,
     last_number,
     squad_normalised,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from cowest_operator import api, reconcile
+from cowest_operator import api, reconcile, rounds
 from tests import world as w
 
 
@@ -516,3 +516,39 @@ def test_a_watcher_that_fails_is_named(state, fails):
     plan = reconcile.plan(replace(CANARY_WORLD, steps={"r1-live-0": state}))
     assert (plan.failure is not None) == fails
     assert state.message in condition(plan, api.ROUND_PROGRESSING).message
+
+
+def test_an_edit_of_the_pair_ends_a_running_round_and_is_tried_next() -> None:
+    before = rounds.declared_edit(w.world())
+    edited = w.job(collaboration={"draft": "Knowledge"})
+    seen = w.world(job=edited, status=w.on_trial(declared=before))
+    first = reconcile.plan(seen)
+    assert (first.status.rounds[-1].decision, first.status.rounds[-1].reason) == ("Refused", api.REASON_SPEC_CHANGED)
+    assert first.status.tuned_rounds == 0 and first.status.without_gain == 0
+    following = reconcile.plan(replace(seen, status=first.status)).status.candidate
+    assert following is not None and following.origin == "Edit"
+
+
+def test_an_edit_of_something_else_lets_the_round_go_on_with_its_own_data() -> None:
+    before = w.world()
+    edited = w.job(data={"train": "file:///new.jsonl"})
+    status = w.on_trial(declared=rounds.declared_edit(before), pair=None)
+    plan = reconcile.plan(w.world(job=edited, frozen=before.job, status=status))
+    assert ("--train", "file:///train.jsonl") in plan.steps[0].args
+
+
+def test_where_nobody_has_looked_at_the_data_a_check_comes_first_and_decides_about_sft() -> None:
+    seen = w.world(status=api.Status(), has_explanations=None)
+    trial = w.trial(origin="Baseline", pair=None, number=0)
+    assert [rounds.key(trial, s) for s in rounds.chain(seen, trial)] == ["check", "publish", "evaluate"]
+    checked = replace(trial, done={"check": {"has_explanations": True}})
+    assert [rounds.key(trial, s) for s in rounds.chain(seen, checked)] == ["check", "sft", "evaluate"]
+
+
+def test_a_manifest_that_cannot_be_followed_starts_nothing_and_says_why() -> None:
+    trouble = api.Trouble(api.REASON_NOT_ON_KUBERNETES, "spec.weak.model: wanted s3://, saw file://.")
+    plan = reconcile.plan(w.world(blocked=trouble, troubles=(trouble,)))
+    conditions = {c.type: c for c in plan.status.conditions}
+    assert plan.steps == () and plan.status.candidate is None
+    assert (conditions[api.DEGRADED].status, conditions[api.DEGRADED].message) == ("True", trouble.message)
+    assert conditions[api.ROUND_PROGRESSING].status == "False"

@@ -81,7 +81,7 @@ def following(status: api.Status, now: float, expression: str = "0 3 * * *", new
 def test_until_it_is_due_the_next_time_is_named_and_the_loop_is_not_over() -> None:
     seen = following(AFTER_BASELINE, THREE - 1)
     assert (seen.trial, seen.reason, seen.final) == (None, api.REASON_WAITING_FOR_SCHEDULE, False)
-    assert seen.message == "the next round starts at 2026-11-23 03:00 UTC (rounds.trigger.schedule = '0 3 * * *')."
+    assert seen.message == "the next round starts at 2026-11-23 03:00:00 UTC (rounds.trigger.schedule = '0 3 * * *')."
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from cowest_serving import store
 from cowest_serving.contract import FEEDBACK_PREFIX, TRACES_PREFIX
 from cowest_serving.traces import read_feedback, read_traces
 from cowest_training.cards import DatasetCard, dataset_card
-from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row
+from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row, evaluator_digest
 from cowest_training.data import (
     Known,
     check_split,
@@ -33,7 +33,7 @@ from cowest_training.data import (
     rows_digest,
     write_jsonl,
 )
-from cowest_training.evaluator import check_references, evaluator_digest, needs_reference, reference_problem
+from cowest_training.evaluator import check_references, needs_reference, reference_problem
 from cowest_training.steps import Output, Progress, code_version, load_settings, open_output, parser, run
 
 DATASET = "dataset.jsonl"

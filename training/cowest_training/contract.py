@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cowest_serving.contract import Collaboration, Pair, SecretRef, Strong
+from cowest_serving.contract import Collaboration, Pair, SecretRef, Strong, digest_of
 
 MANIFEST = "manifest.json"
+EVALUATOR_RULES = 1  # raise it when a rule in evaluator.py changes: scores of different rules must not be compared
 
 # Exit codes of every step and of `cowest`: retry is worth it only for EXIT_RETRY.
 EXIT_OK = 0
@@ -46,6 +47,24 @@ class Evaluator:
     api_key_secret_ref: SecretRef | None = None
     rubric: str | None = None  # Judge: what a good answer is
     timeout_seconds: int | None = None
+
+
+def evaluator_digest(settings: Evaluator) -> str:
+    """Of what decides the score. Keys, time-outs and the judge's address do not."""
+    address = settings.endpoint if settings.type == "HTTP" else None
+    return digest_of(
+        [
+            EVALUATOR_RULES,
+            settings.type,
+            settings.extract,
+            settings.choices,
+            settings.absolute_tolerance,
+            settings.relative_tolerance,
+            address,
+            settings.model,
+            settings.rubric,
+        ]
+    )
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,10 @@ from .contract import (
     Row,
     SliceReport,
     StepSettings,
+    evaluator_digest,
 )
 from .data import read_rows, rows_digest
-from .evaluator import check_references, evaluator_digest, extracted, find_label
+from .evaluator import check_references, extracted, find_label
 from .paid_calls import Spent
 from .statistics import compare_paired, macro_f1, mean_interval
 

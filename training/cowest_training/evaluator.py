@@ -29,10 +29,9 @@ import aiohttp
 
 from cowest_serving.contract import digest_of, query_text
 from cowest_serving.models import ChatModel, HttpChatModel
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Row, StepError
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Row, StepError, evaluator_digest
 from cowest_training.data import refuse
 
-RULES_VERSION = 1  # raise it when a rule below changes: scores of different rules must not be compared
 DEFAULT_TIMEOUT_SECONDS = 60
 DEFAULT_RELATIVE_TOLERANCE = 1e-6
 TRIES = 3  # of a scorer that is away, of a judge that gives no verdict
@@ -58,24 +57,6 @@ def build_evaluator(settings: Evaluator, *, api_key: str | None = None, judge: C
     if settings.type == "HTTP":
         return HttpScorer(settings, api_key)
     return RuleScorer(settings)
-
-
-def evaluator_digest(settings: Evaluator) -> str:
-    """Of what decides the score. Keys, time-outs and the judge's address do not."""
-    address = settings.endpoint if settings.type == "HTTP" else None
-    return digest_of(
-        [
-            RULES_VERSION,
-            settings.type,
-            settings.extract,
-            settings.choices,
-            settings.absolute_tolerance,
-            settings.relative_tolerance,
-            address,
-            settings.model,
-            settings.rubric,
-        ]
-    )
 
 
 def needs_reference(settings: Evaluator) -> bool:
