@@ -1,7 +1,7 @@
 """What `feedback`, `evaluate` and `score_live` have in common: the pair's drafts, the strong model's answers, scores.
 
 drafts    in this process, in fixed batches, kept on disk so that an interrupted step does not draw them again
-answers   through the book of paid calls
+answers   through the book of paid calls; with COWEST_STRONG_URL from the job's proxy, which holds keys and budget
 scores    of a judge or a user's scorer through the same book: they cost money too
 """
 
@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from cowest_serving.book import CODE_BUDGET_SPENT, HEADER_PURPOSE, HEADER_ROUND
 from cowest_serving.collaborate import draft_messages, is_draftable, refine_messages, solo_messages
 from cowest_serving.contract import Messages, Pair, Strong, digest_of, parse
+from cowest_serving.error_bodies import ErrorBody, OutspokenModel, body_of
 from cowest_serving.models import BadRequest, HttpChatModel
 
-from .contract import Evaluator, Row, StepError
+from .contract import EXIT_BUDGET, Evaluator, Row, StepError
 from .evaluator import Score, build_evaluator
 from .paid_calls import PaidCalls
 
@@ -209,13 +211,25 @@ class Reply:
 class Asking:
     """The strong model and the evaluator behind one book; made by `open_asking`."""
 
-    def __init__(self, strong: Strong, calls: PaidCalls, evaluator: Score, purpose: str, stack: AsyncExitStack) -> None:
+    def __init__(
+        self,
+        strong: Strong,
+        calls: PaidCalls,
+        evaluator: Score,
+        purpose: str,
+        stack: AsyncExitStack,
+        *,
+        proxy_url: str = "",
+        round_number: int | None = None,
+    ) -> None:
         self.calls = calls
         self.evaluator = evaluator
         self.purpose = purpose
         self._strong = strong
         self._stack = stack
-        self._models: dict[tuple[str, str], HttpChatModel] = {}
+        self._proxy_url = proxy_url
+        self._round = round_number
+        self._models: dict[tuple[str, str, str], HttpChatModel] = {}
         self.replies = 0  # answers that came back, paid now or before
         self._first_error = ""
 
@@ -247,49 +261,82 @@ class Asking:
             raise StepError(f"None of the {asked} queries could be answered: {why if self._first_error else too_long}")
 
     async def _ask(self, messages: Messages, pair: Pair, purpose: str) -> Reply:
+        purpose = f"{self.purpose}:{purpose}"
         try:
             result, key, _ = await self.calls.ask(
-                self._model(pair),
+                self._model(pair, purpose),
                 messages,
                 endpoint=pair.strong_endpoint,
                 name=pair.strong_model,
-                purpose=f"{self.purpose}:{purpose}",
+                purpose=purpose,
                 params={"max_tokens": self._strong.max_tokens, "temperature": 0.0},
             )
         except BadRequest as error:
+            if said := body_of(error):
+                _refuse_for_proxy(said)
             self._first_error = self._first_error or str(error)
             return Reply("", "", "", error=str(error))
         self.replies += 1
         return Reply(result.text, key, result.version, result.model)
 
-    def _model(self, pair: Pair) -> HttpChatModel:
-        where = (pair.strong_endpoint, pair.strong_model)
+    def _model(self, pair: Pair, purpose: str) -> HttpChatModel:
+        is_proxied = bool(self._proxy_url) and pair.strong_endpoint.rstrip("/") == self._strong.endpoint.rstrip("/")
+        where = (pair.strong_endpoint, pair.strong_model, purpose if is_proxied else "")
         if where not in self._models:
-            # Keys go to the endpoint that they were given for, not to one that a pair of older days names.
-            ours = _origin(pair.strong_endpoint) == _origin(self._strong.endpoint)
-            self._models[where] = HttpChatModel(
-                *where,
-                api_keys=os.environ.get("COWEST_STRONG_API_KEYS", "").split() if ours else (),
-                timeout_seconds=self._strong.timeout_seconds,
-                deadline_seconds=DEADLINE_OVER_TIMEOUT * self._strong.timeout_seconds,
-                max_concurrency=self._strong.max_concurrency,
-                max_retries=self._strong.max_retries,
-            )
+            self._models[where] = self._proxied(pair, purpose) if is_proxied else self._direct(pair)
             self._stack.push_async_callback(self._models[where].aclose)
         return self._models[where]
+
+    def _direct(self, pair: Pair) -> HttpChatModel:
+        # Keys go to the endpoint that they were given for, not to one that a pair of older days names.
+        ours = _origin(pair.strong_endpoint) == _origin(self._strong.endpoint)
+        return HttpChatModel(
+            pair.strong_endpoint,
+            pair.strong_model,
+            api_keys=os.environ.get("COWEST_STRONG_API_KEYS", "").split() if ours else (),
+            timeout_seconds=self._strong.timeout_seconds,
+            deadline_seconds=DEADLINE_OVER_TIMEOUT * self._strong.timeout_seconds,
+            max_concurrency=self._strong.max_concurrency,
+            max_retries=self._strong.max_retries,
+        )
+
+    def _proxied(self, pair: Pair, purpose: str) -> HttpChatModel:
+        """One a purpose, since its headers say who pays. The proxy retries on its own, within the deadline above."""
+        number = {} if self._round is None else {HEADER_ROUND: str(self._round)}
+        longest = DEADLINE_OVER_TIMEOUT * self._strong.timeout_seconds
+        return OutspokenModel(
+            self._proxy_url,
+            pair.strong_model,
+            headers={HEADER_PURPOSE: purpose, **number},
+            timeout_seconds=longest,
+            deadline_seconds=DEADLINE_OVER_TIMEOUT * longest,
+            max_concurrency=self._strong.max_concurrency,
+            max_retries=self._strong.max_retries,
+        )
+
+
+def _refuse_for_proxy(said: ErrorBody) -> None:
+    """What ends a step rather than counting as an answer that is worth nothing. Raises `StepError`."""
+    if said.code == CODE_BUDGET_SPENT:
+        raise StepError(said.message, EXIT_BUDGET)
+    if said.code == "model_not_found":
+        raise StepError(f"The strong model's proxy refused: {said.message}")
 
 
 @asynccontextmanager
 async def open_asking(
     strong: Strong, evaluator: Evaluator, calls: str, *, purpose: str, round_number: int | None = None
 ) -> AsyncIterator[Asking]:
-    """`purpose` marks in the book what this step pays for. Keys come by environment only."""
+    """`purpose` marks in the book what this step pays for. Keys and the proxy's address come by environment only."""
+    proxy_url = os.environ.get("COWEST_STRONG_URL", "").strip()
     async with AsyncExitStack() as stack:
         scorer = build_evaluator(evaluator, api_key=os.environ.get("COWEST_EVALUATOR_API_KEY") or None)
         stack.push_async_callback(scorer.aclose)
         models = await stack.enter_async_context(AsyncExitStack())  # closed after the book has let calls come home
-        book = await stack.enter_async_context(PaidCalls.for_strong(calls, strong, round_number))
-        yield Asking(strong, book, scorer, purpose, models)
+        book = await stack.enter_async_context(
+            PaidCalls.for_strong(calls, strong, round_number, behind_proxy=bool(proxy_url))
+        )
+        yield Asking(strong, book, scorer, purpose, models, proxy_url=proxy_url, round_number=round_number)
 
 
 def _origin(endpoint: str) -> tuple[str, str]:

@@ -1,0 +1,671 @@
+"""The strong-model proxy: the one door to the strong model for everything in a job's cluster but its gateway.
+
+    python -m cowest_serving.proxy --job job.json --book /var/lib/cowest/calls.sqlite --port 8080
+
+It alone holds the keys, the budget and the book of paid calls. A request with an `Idempotency-Key` is paid for once,
+whoever asks and however often; one without is passed on, streams included, and counts in the budget all the same.
+
+Keys come from the files below the folder COWEST_STRONG_API_KEYS_FOLDER (a mounted Secret; read for every call, so that
+a rotation needs no restart), or without it from COWEST_STRONG_API_KEYS, one a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+import uvicorn
+import yaml
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from cowest_serving.answering import Refusal, bad_field, kind_of, parse_chat, parse_object, seconds_to_wait
+from cowest_serving.book import (
+    CODE_BUDGET_SPENT,
+    HEADER_PURPOSE,
+    HEADER_REPLAYED,
+    HEADER_ROUND,
+    Answer,
+    BookError,
+    BudgetSpent,
+    Call,
+    KeyReused,
+    Meter,
+    PaidCalls,
+    Spent,
+    new_call_key,
+)
+from cowest_serving.contract import HEADER_IDEMPOTENCY, SettingsError, Strong, digest_of, parse
+from cowest_serving.error_bodies import OutspokenModel, body_of
+from cowest_serving.metrics import Labels, Metrics
+from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, count
+
+log = logging.getLogger(__name__)
+MAX_BODY = 16 * 1024 * 1024
+DEADLINE_OVER_TIMEOUT = 3  # no user waits here: a rate limit may be waited out for longer than in the gateway
+MODELS_SECONDS = 5.0  # how long the upstream may take to list its models
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection, so that they do not send into a closed one
+
+DURATION = "gen_ai_client_operation_duration_seconds"
+PAID = "cowest_proxy_calls_paid_total"
+REPLAYED = "cowest_proxy_calls_replayed_total"
+REFUSED_BY_BUDGET = "cowest_proxy_calls_refused_by_budget_total"
+FAILED = "cowest_proxy_calls_failed_total"
+IN_FLIGHT = "cowest_proxy_calls_in_flight"
+SPENT_CALLS, SPENT_TOKENS, SPENT_MONEY = (f"cowest_proxy_spent_{what}" for what in ("calls", "tokens", "money"))
+METRICS = {
+    DURATION: "Time of a call of the strong model with its retries, by error type where it failed.",
+    PAID: "Calls that were sent and paid, by purpose.",
+    REPLAYED: "Answers that cost nothing: from the book, or shared with a call on its way.",
+    REFUSED_BY_BUDGET: "Calls that were not made since the budget has no room.",
+    FAILED: "Calls without an answer, by the status that the caller got.",
+    IN_FLIGHT: "Calls that wait for a place, for room in the budget, or for their answer.",
+    SPENT_CALLS: "Calls in the book of paid calls.",
+    SPENT_TOKENS: "Tokens in the book of paid calls, by direction.",
+    SPENT_MONEY: "Money in the book of paid calls, in the currency of spec.strong.prices.",
+}
+
+
+@dataclass(frozen=True)
+class ProxySettings:
+    """The section of a defaulted spec that the proxy reads."""
+
+    strong: Strong
+
+
+def build_app(strong: Strong, book: PaidCalls, read_keys: Callable[[], Sequence[str]]) -> Starlette:
+    proxy = Proxy(strong, book, read_keys)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await book.aclose()  # first: answers in flight are paid for
+            await proxy.upstream.aclose()
+
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", proxy.chat, methods=["POST"]),
+            Route("/v1/models", proxy.models, methods=["GET"]),
+            Route("/v1/spent", proxy.spent, methods=["GET"]),
+            Route("/healthz", proxy.healthz, methods=["GET"]),
+            Route("/readyz", proxy.readyz, methods=["GET"]),
+            Route("/metrics", proxy.metrics, methods=["GET"]),
+        ],
+        exception_handlers={Refusal: _refused, HTTPException: _refused_by_router, Exception: _failed},
+        lifespan=lifespan,
+    )
+
+
+# ---------------------------------------------------------------- keys
+class KeyFolder:
+    """The strong model's keys in the files below a folder, in order of their names."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = str(folder)
+        self._last: tuple[str, ...] = ()
+
+    def __call__(self) -> Sequence[str]:
+        try:
+            self._last = tuple(key for path in sorted(self._files()) for key in _lines(path.read_text("utf-8")))
+        except (OSError, UnicodeDecodeError) as error:  # in the middle of a rotation: the next call finds the new ones
+            log.warning("%s: keys could not be read: %s", self._folder, error)
+        return self._last
+
+    def _files(self) -> Iterable[Path]:
+        # os.walk, since a mounted Secret consists of links, which Path.rglob does not follow.
+        for folder, folders, files in os.walk(self._folder, followlinks=True):
+            folders[:] = [name for name in folders if not name.startswith("..")]
+            yield from (Path(folder, name) for name in files if not name.startswith(".."))
+
+
+def keys_of(environment: Mapping[str, str]) -> Callable[[], Sequence[str]]:
+    if folder := environment.get("COWEST_STRONG_API_KEYS_FOLDER"):
+        return KeyFolder(folder)
+    keys = _lines(environment.get("COWEST_STRONG_API_KEYS", ""))
+    return lambda: keys
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+# ---------------------------------------------------------------- upstream
+class Upstream(OutspokenModel):
+    """The strong model. Keys are read for each attempt; what each call took goes into the metrics."""
+
+    def __init__(self, strong: Strong, read_keys: Callable[[], Sequence[str]], metrics: Metrics) -> None:
+        super().__init__(
+            strong.endpoint,
+            strong.model,
+            api_keys=read_keys(),
+            timeout_seconds=strong.timeout_seconds,
+            deadline_seconds=DEADLINE_OVER_TIMEOUT * strong.timeout_seconds,
+            max_concurrency=strong.max_concurrency,
+            max_retries=strong.max_retries,
+        )
+        self._read_keys, self._metrics = read_keys, metrics
+
+    async def __call__(self, messages: Any, **options: Any) -> ChatResult:
+        with_error = ""
+        started = time.monotonic()
+        try:
+            return await super().__call__(messages, **options)
+        except ModelError as error:
+            with_error = type(error).__name__
+            raise
+        finally:
+            self.observe(started, with_error)
+
+    def observe(self, started: float, error: str = "") -> None:
+        labels = {"gen_ai_operation_name": "chat", "gen_ai_request_model": self.model}
+        more = {"error_type": error} if error else {}
+        self._metrics.observe(DURATION, time.monotonic() - started, **labels, **more)
+
+    async def listed(self) -> Mapping[str, Any] | None:
+        """How the endpoint lists this model; None where it does not."""
+        try:
+            async with (
+                asyncio.timeout(MODELS_SECONDS),
+                self._connected().get(f"{self.endpoint}/models", headers=self._headers("")) as response,
+            ):
+                entries = orjson.loads(await response.read())["data"]
+                return next((entry for entry in entries if entry["id"] == self.model), None)
+        except (ModelError, aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):
+            return None
+
+    def _headers(self, key: str) -> dict[str, str]:
+        self._keys = tuple(self._read_keys())
+        headers = super()._headers(key)
+        return headers if key else {name: value for name, value in headers.items() if name != HEADER_IDEMPOTENCY}
+
+
+# ---------------------------------------------------------------- requests
+@dataclass(frozen=True)
+class Asked:
+    """A request as far as the proxy reads it; `extra` goes on to the strong model as it came."""
+
+    call: Call
+    key: str  # "" where the client gave none
+    stream: bool
+    wants_usage: bool
+    extra: Mapping[str, Any]
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return self.call.params
+
+
+_DELIVERY = frozenset({"model", "messages", "stream", "stream_options"})  # the rest decides the answer
+_KEY = re.compile(r"[\x21-\x7e]{1,256}")
+
+
+def parse_request(data: bytes, headers: Mapping[str, str], strong: Strong) -> Asked:
+    """Raises `Refusal` that names the field."""
+    body = parse_object(data)
+    request = parse_chat(data, "")
+    if request.model not in ("", strong.model):
+        message = f"model: wanted {strong.model} (spec.strong.model), saw {request.model}: this proxy serves no other."
+        raise Refusal(404, message, param="model", code="model_not_found")
+    for name in ("max_tokens", "max_completion_tokens", "n"):
+        value = body.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise bad_field(name, "a whole number above 0", value)
+    extra = {name: value for name, value in body.items() if name not in _DELIVERY}
+    key = headers.get(HEADER_IDEMPOTENCY, "").strip()
+    if key and not _KEY.fullmatch(key):
+        wanted = "Idempotency-Key: wanted at most 256 visible ASCII characters, saw others or more."
+        raise Refusal(400, wanted, code="invalid_idempotency_key")
+    call = Call(
+        key=key or new_call_key(),
+        endpoint=strong.endpoint,
+        name=strong.model,
+        purpose=" ".join(headers.get(HEADER_PURPOSE, "").split())[:200] or "other",
+        messages=request.messages,
+        params={"extra": extra, "max_tokens": body.get("max_tokens")},
+        round=_round(headers.get(HEADER_ROUND, "").strip(), HEADER_ROUND),
+        request=digest_of([list(request.messages), extra]) if key else "",
+    )
+    return Asked(call, key, request.stream, request.wants_usage, extra)
+
+
+def _round(text: str, name: str) -> int | None:
+    if not text:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise Refusal(
+            400, f"{name}: wanted the number of a round, saw {text[:40]!r}.", param=name, code="invalid_round"
+        )
+    return int(text)
+
+
+async def _body(request: Request) -> bytes:
+    parts, size = [], 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > MAX_BODY:
+                raise Refusal(413, f"The body is larger than {MAX_BODY // 1024 // 1024} MiB.", code="body_too_large")
+            parts.append(part)
+    except ClientDisconnect:
+        raise Refusal(400, "The client left in the middle of its request.", code="client_gone") from None
+    return b"".join(parts)
+
+
+# ---------------------------------------------------------------- the proxy
+class Proxy:
+    """What all endpoints share: the book, the upstream and the metrics."""
+
+    def __init__(self, strong: Strong, book: PaidCalls, read_keys: Callable[[], Sequence[str]]) -> None:
+        self._strong, self._book, self._read_keys = strong, book, read_keys
+        self._count = Metrics(METRICS)
+        self.upstream = Upstream(strong, read_keys, self._count)
+
+    async def chat(self, request: Request) -> Response:
+        try:
+            asked = parse_request(await _body(request), request.headers, self._strong)
+            if missing := self._missing_key():
+                raise _unavailable(503, missing)
+            if asked.call.round is not None:
+                await self._book.see_round(asked.call.round)
+            if asked.key:
+                return self._delivered(asked, await self._book.answer(self.upstream, asked.call))
+            if asked.stream:
+                return await self._streamed(asked)
+            return await self._passed_on(asked)
+        except Exception as error:
+            if (refusal := _refusal_of(error)) is None:
+                raise
+            self._note_refusal(refusal)
+            raise refusal from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Not this request was cancelled, but the call that it wanted: the proxy is about to end.
+            raise _unavailable(503, "The proxy is being replaced. Ask again.", retry_after=1) from None
+
+    # ------------------------------------------------------------ with a key: through the book
+    def _delivered(self, asked: Asked, answer: Answer) -> Response:
+        self._count_answer(asked.call, answer.is_free)
+        headers = {HEADER_ROUND: str(answer.round), HEADER_PURPOSE: _header_text(answer.purpose)}
+        if answer.is_free:
+            headers[HEADER_REPLAYED] = "true"
+        completion = answer.result.raw or _completion(asked.call.key, answer)
+        if not asked.stream:
+            return _json(completion, headers=headers)
+        events = b"".join(_event(chunk) for chunk in _chunks(completion, asked.wants_usage)) + _DONE
+        return Response(events, headers=headers, media_type="text/event-stream")
+
+    # ------------------------------------------------------------ without: passed on
+    async def _passed_on(self, asked: Asked) -> Response:
+        async with self._book.metered(asked.call) as meter:
+            result = await self.upstream(asked.call.messages, **asked.options)
+            _read_result(meter, result)
+        self._count_answer(asked.call, is_free=False)
+        return _json(result.raw)
+
+    async def _streamed(self, asked: Asked) -> EventStream:
+        """Answers once the first chunk is there: until then a failure has a status of its own."""
+        events = self._events(asked)
+        try:
+            first = await anext(events, b"")
+        except BaseException:
+            await events.aclose()
+            raise
+        return EventStream(first, events)
+
+    async def _events(self, asked: Asked) -> AsyncGenerator[bytes, None]:
+        # The usage is always asked for, since it is what counts.
+        extra = {**asked.extra, "stream_options": {"include_usage": True}}
+        async with self._book.metered(asked.call) as meter:
+            started = time.monotonic()
+            chunks = self.upstream.stream(asked.call.messages, extra=extra)
+            with_error = ""
+            try:
+                async with aclosing(chunks):
+                    async for payload in chunks:
+                        if _read_chunk(meter, payload) or asked.wants_usage:
+                            yield b"data: " + payload + b"\n\n"
+                yield _DONE
+            except ModelError as error:
+                with_error = type(error).__name__
+                if not meter.has_begun:
+                    raise
+                refusal = _refusal_of(error)
+                assert refusal is not None
+                self._note_refusal(refusal)
+                yield _event(refusal.body())
+            finally:
+                self.upstream.observe(started, with_error)
+                if meter.has_begun:
+                    self._count_answer(asked.call, is_free=False)
+
+    # ------------------------------------------------------------ the small endpoints
+    async def models(self, _: Request) -> Response:
+        declared = {"id": self._strong.model, "object": "model", "created": 0, "owned_by": "strong"}
+        return _json({"object": "list", "data": [await self.upstream.listed() or declared]})
+
+    async def spent(self, request: Request) -> Response:
+        asked = _round(request.query_params.get("round", ""), "round")
+        number = self._book.round if asked is None else asked
+        of_round = self._book.spent(round_number=number)
+        return _json({**_spent(self._book.spent()), "round": _spent(of_round)})
+
+    async def healthz(self, _: Request) -> Response:
+        return _json({"status": "ok"})
+
+    async def readyz(self, _: Request) -> Response:
+        if missing := self._missing_key():
+            return _json({"ready": False, "reason": missing}, status=503)
+        try:
+            await self._book.check()
+        except BookError as error:
+            return _json({"ready": False, "reason": str(error)}, status=503)
+        return _json({"ready": True})
+
+    async def metrics(self, _: Request) -> Response:
+        spent = self._book.spent()
+        tokens: dict[Labels, float] = {
+            (("gen_ai_token_type", "input"),): float(spent.input_tokens),
+            (("gen_ai_token_type", "output"),): float(spent.output_tokens),
+        }
+        gauges: dict[str, Mapping[Labels, float]] = {
+            IN_FLIGHT: {(): float(self._book.in_flight)},
+            SPENT_CALLS: {(): float(spent.calls)},
+            SPENT_TOKENS: tokens,
+            SPENT_MONEY: {(): spent.money},
+        }
+        return PlainTextResponse(self._count.text(gauges), media_type="text/plain; version=0.0.4")
+
+    # ------------------------------------------------------------ shared
+    def _missing_key(self) -> str:
+        if not self._strong.api_key_secret_refs or any(self._read_keys()):
+            return ""
+        return (
+            "spec.strong.apiKeySecretRefs: wanted a key of the strong model, saw none in the folder "
+            "COWEST_STRONG_API_KEYS_FOLDER or in COWEST_STRONG_API_KEYS. Check that the Secret has a value."
+        )
+
+    def _count_answer(self, call: Call, is_free: bool) -> None:
+        self._count.count(REPLAYED if is_free else PAID, purpose=_kind(call.purpose))
+
+    def _note_refusal(self, refusal: Refusal) -> None:
+        if refusal.code == CODE_BUDGET_SPENT:
+            self._count.count(REFUSED_BY_BUDGET)
+        else:
+            self._count.count(FAILED, status=str(refusal.status))
+            log.warning("%d %s", refusal.status, refusal.code)  # a message may quote content
+
+
+class EventStream(StreamingResponse):
+    """Ends the call behind it as soon as its client has gone."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None]) -> None:
+        self._first, self._events = first, events
+        super().__init__(self._all(), headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+    async def _all(self) -> AsyncIterator[bytes]:
+        yield self._first
+        async for event in self._events:
+            yield event
+
+
+def _kind(purpose: str) -> str:
+    """A label with few values: `feedback:3fa4...:solo` counts as feedback."""
+    head = purpose.partition(":")[0]
+    return head if re.fullmatch(r"[A-Za-z_-]{1,32}", head) else "other"
+
+
+def _header_text(text: str) -> str:
+    return " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")
+
+
+# ---------------------------------------------------------------- refusals
+def _unavailable(status: int, message: str, retry_after: float | None = None) -> Refusal:
+    return Refusal(status, message, "api_error", code="strong_unavailable", retry_after=retry_after)
+
+
+def _refusal_of(error: Exception) -> Refusal | None:
+    """What the client is told; None for a bug."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, BudgetSpent):
+        return Refusal(402, str(error), "insufficient_quota", code=CODE_BUDGET_SPENT)
+    if isinstance(error, KeyReused):
+        return Refusal(409, str(error), code="idempotency_key_reused")
+    if isinstance(error, BookError):
+        return Refusal(503, str(error), "api_error", code="book_unavailable", retry_after=5)
+    if not isinstance(error, ModelError):
+        return None
+    said = body_of(error)
+    if said is not None and said.status < 500:
+        return Declined(said.status, said.error, error.retry_after)
+    status = 504 if isinstance(error, DeadlineExceeded) else 502
+    return _unavailable(status, str(error), error.retry_after)
+
+
+class Declined(Refusal):
+    """The strong model's own refusal, handed on in its words."""
+
+    def __init__(self, status: int, error: Mapping[str, Any], retry_after: float | None) -> None:
+        code = error.get("code")
+        super().__init__(status, str(error["message"]), code=None if code is None else str(code))
+        self.retry_after = retry_after
+        self._error = error
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"type": self.type, "param": None, "code": None} | dict(self._error)}
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    wait = seconds_to_wait(error)
+    return _json(error.body(), error.status, {"retry-after": wait} if wait else None)
+
+
+async def _refused_by_router(request: Request, error: Exception) -> Response:
+    """404 and 405."""
+    assert isinstance(error, HTTPException)
+    refusal = Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}.", code="unknown_url")
+    return _json(refusal.body(), error.status_code, error.headers)
+
+
+async def _failed(_: Request, __: Exception) -> Response:
+    refusal = Refusal(500, "A fault of the proxy; its log has more.", "api_error", code="internal")
+    return _json(refusal.body(), refusal.status)
+
+
+# ---------------------------------------------------------------- reading and writing answers
+_DONE = b"data: [DONE]\n\n"
+
+
+def _read_result(meter: Meter, result: ChatResult) -> None:
+    meter.has_begun = True
+    meter.model, meter.version, meter.finish_reason = result.model, result.version, result.finish_reason
+    meter.characters = len(result.text)
+    _read_usage(meter, result.raw.get("usage"))
+
+
+def _read_usage(meter: Meter, usage: Any) -> None:
+    if isinstance(usage, dict):
+        meter.input_tokens = count(usage.get("prompt_tokens"))
+        meter.output_tokens = count(usage.get("completion_tokens"))
+
+
+def _read_chunk(meter: Meter, payload: bytes) -> bool:
+    """Note what a chunk says. True if it is for every client: one of usage alone is for those who asked."""
+    meter.has_begun = True
+    try:
+        chunk = orjson.loads(payload)
+        meter.characters += sum(len((choice.get("delta") or {}).get("content") or "") for choice in chunk["choices"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return True  # no chunk of a completion: its client may know what it is
+    meter.model = str(chunk.get("model") or meter.model)
+    meter.version = str(chunk.get("system_fingerprint") or meter.version)
+    _read_usage(meter, chunk.get("usage"))
+    return bool(chunk.get("choices")) or not chunk.get("usage")
+
+
+def _completion(key: str, answer: Answer) -> Mapping[str, Any]:
+    """Of an answer that was not kept whole: one that a step on one machine paid for."""
+    result = answer.result
+    message = {"role": "assistant", "content": result.text}
+    tokens = {"prompt_tokens": result.input_tokens, "completion_tokens": result.output_tokens}
+    return {
+        "id": f"chatcmpl-{key[:24]}",
+        "object": "chat.completion",
+        "created": int(answer.time),
+        "model": result.model,
+        **({"system_fingerprint": result.version} if result.version else {}),
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": result.finish_reason}],
+        "usage": {**tokens, "total_tokens": sum(tokens.values())},
+    }
+
+
+def _chunks(completion: Mapping[str, Any], wants_usage: bool) -> Iterable[Mapping[str, Any]]:
+    """A whole completion as the chunks of a stream."""
+    head = {name: value for name, value in completion.items() if name not in ("choices", "usage")}
+    head["object"] = "chat.completion.chunk"
+    for choice in completion["choices"]:
+        delta = dict(choice["message"])
+        if delta.get("tool_calls"):
+            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta["tool_calls"])]
+        at = {"index": choice.get("index", 0)}
+        yield head | {"choices": [{**at, "delta": delta, "finish_reason": None}]}
+        yield head | {"choices": [{**at, "delta": {}, "finish_reason": choice.get("finish_reason")}]}
+    if wants_usage:
+        yield head | {"choices": [], "usage": completion.get("usage")}
+
+
+def _event(value: Mapping[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(value), status, headers, media_type="application/json")
+
+
+def _spent(spent: Spent) -> dict[str, Any]:
+    return {"calls": spent.calls, "tokens": spent.tokens, "money": decimal_text(spent.money)}
+
+
+def decimal_text(money: float) -> str:
+    """Without the noise of binary fractions: prices of single tokens need nine digits."""
+    return f"{money:.9f}".rstrip("0").rstrip(".")
+
+
+# ---------------------------------------------------------------- the process
+class Server(uvicorn.Server):
+    """Begins no call once it was told to stop; those on their way are paid for and come home."""
+
+    def __init__(self, config: uvicorn.Config, book: PaidCalls) -> None:
+        super().__init__(config)
+        self._book = book
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._book.stop_beginning()
+        await super().shutdown(sockets)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=options.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        strong = load_strong(options.job)
+        listener = socket.create_server((options.host, options.port), backlog=2048)
+    except (SettingsError, BookError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(
+            f"{options.host}:{options.port} cannot be listened on ({error.strerror}). "
+            "Stop what uses the port, or give another with --port.\n"
+        )
+        return 2
+    try:
+        asyncio.run(_serve(strong, options.book, listener))
+    except (SettingsError, BookError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+async def _serve(strong: Strong, path: Path, listener: socket.socket) -> None:
+    longest = DEADLINE_OVER_TIMEOUT * strong.timeout_seconds
+    book = PaidCalls(
+        path,
+        budget=strong.budget,
+        prices=strong.prices,
+        max_concurrency=strong.max_concurrency,
+        drain_seconds=longest,
+    )
+    # uvicorn raises the signal again after its shutdown; asked to stop and stopped is a success.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    config = uvicorn.Config(
+        build_app(strong, book, keys_of(os.environ)),
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=longest,
+    )
+    log.info("The proxy listens on http://%s:%d", *listener.getsockname()[:2])
+    await Server(config, book).serve(sockets=[listener])
+
+
+def load_strong(path: Path) -> Strong:
+    """From a defaulted CollaborationJob, or its bare spec, as JSON or YAML. Raises `SettingsError`."""
+    try:
+        job = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path}: wanted a CollaborationJob as JSON or YAML, saw: {error}") from None
+    spec = job.get("spec", job) if isinstance(job, dict) else job
+    if not isinstance(spec, dict):
+        raise SettingsError(f"{path}: wanted an object, saw {kind_of(spec)}")
+    return parse(ProxySettings, spec).strong
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cowest_serving.proxy", description="The strong-model proxy.")
+    parser.add_argument("--job", type=Path, required=True, help="defaulted CollaborationJob, JSON or YAML")
+    parser.add_argument("--book", type=Path, required=True, help="the book of paid calls (SQLite, on a kept volume)")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
