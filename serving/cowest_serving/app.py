@@ -2,9 +2,10 @@
 
     python -m cowest_serving.app --routing routing.json --job job.json --store file:///data --port 8080
 
-Which arm answers is said by the routing file that it follows; the gateway itself never decides. Keys come from
-the environment alone: COWEST_STRONG_API_KEYS for the strong model, COWEST_CLIENT_API_KEYS for who may ask (separated
-by newlines; none given: everybody).
+Which arm answers is said by the routing file that it follows; the gateway itself never decides. Keys come from the
+environment, separated by newlines, or as files in a folder that is followed, so that a Secret may be rotated:
+COWEST_STRONG_API_KEYS and COWEST_STRONG_API_KEYS_FOLDER for the strong model, COWEST_CLIENT_API_KEYS and
+COWEST_CLIENT_API_KEYS_FOLDER for who may ask (neither given: everybody).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import orjson
@@ -72,6 +74,7 @@ from cowest_serving.traces import TraceSink, TraceWriter, sampled
 
 log = logging.getLogger(__name__)
 MAX_BODY = 4 * 1024 * 1024
+KEYS_EVERY_SECONDS = 1.0
 METRICS = {
     "cowest_answers_total": "Answers by arm, mode and status.",
     "cowest_answer_seconds": "Time from the request to the end of its answer.",
@@ -100,27 +103,76 @@ class GatewaySettings:
     traces: TraceSettings | None = None
 
 
+class Keys:
+    """Keys as they were given, and those in the files of a folder: one a line, read anew while the gateway runs.
+
+    The folder is a Secret as Kubernetes mounts it: names that start with ".." are its own links.
+    """
+
+    def __init__(self, given: Sequence[str] = (), folder: Path | None = None) -> None:
+        self.folder = folder
+        self.current: tuple[str, ...] = ()
+        self._given = tuple(given)
+        self._trouble = ""
+        self.load()
+
+    @property
+    def are_wanted(self) -> bool:
+        """Also while the folder holds none: a Secret that was emptied must not open the door to everybody."""
+        return bool(self._given) or self.folder is not None
+
+    def load(self) -> bool:
+        """Look at the folder. True: other keys hold now."""
+        try:
+            found = dict.fromkeys([*self._given, *(_keys_in(self.folder) if self.folder else ())])
+        except (OSError, UnicodeDecodeError) as error:
+            if self._trouble != str(error):
+                log.warning("Keys in %s cannot be read (%s); those read before go on.", self.folder, error)
+            self._trouble = str(error)
+            return False
+        self._trouble = ""
+        before, self.current = self.current, tuple(found)
+        return before != self.current
+
+
+def _keys_in(folder: Path) -> list[str]:
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("..") and not path.is_dir())
+    return [key for path in files for key in _lines(path.read_text("utf-8"))]
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+@dataclass
+class Stop:
+    """Whether the process was told to stop; it may still be answering."""
+
+    is_asked: bool = False
+
+
 def build_app(
     settings: GatewaySettings,
     routing: RoutingSource,
     traces: TraceSink,
     *,
-    strong_keys: Sequence[str] = (),
-    client_keys: Sequence[str] = (),
+    strong_keys: Keys | None = None,
+    client_keys: Keys | None = None,
+    stop: Stop | None = None,
 ) -> Starlette:
-    models = Models(settings.strong, strong_keys)
-    gateway = Gateway(settings, routing, traces, models, client_keys)
+    gateway = Gateway(settings, routing, traces, strong_keys or Keys(), client_keys or Keys(), stop or Stop())
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        watching = asyncio.create_task(routing.watch())
+        watching = [asyncio.create_task(routing.watch()), asyncio.create_task(gateway.watch_keys())]
         await traces.start()
         try:
             yield
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
-            await models.aclose()
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
+            await gateway.aclose()
             await traces.aclose()  # last, after every answer has its record
 
     return Starlette(
@@ -145,22 +197,44 @@ class Gateway:
         settings: GatewaySettings,
         routing: RoutingSource,
         traces: TraceSink,
-        models: Models,
-        client_keys: Sequence[str],
+        strong_keys: Keys,
+        client_keys: Keys,
+        stop: Stop,
     ) -> None:
         self.routing, self.traces = routing, traces
-        self.answering = Answering(settings.strong, settings.collaboration, models)
         self.count = Metrics(METRICS)
         self.in_flight = 0
-        self._client_keys = tuple(key.encode() for key in client_keys if key)
+        self._settings, self._stop = settings, stop
+        self._strong_keys, self._client_keys = strong_keys, client_keys
         self._sample_percent = settings.traces.content_sample_percent if settings.traces else 100
+        self._models: list[Models] = []
+        self.answering = self._answering()
+
+    def _answering(self) -> Answering:
+        """With the strong keys of now. What the answers under way use stays open: rotations are few."""
+        self._models.append(Models(self._settings.strong, self._strong_keys.current))
+        return Answering(self._settings.strong, self._settings.collaboration, self._models[-1])
+
+    async def watch_keys(self) -> None:
+        """Take up rotated keys until cancelled."""
+        while True:
+            await asyncio.sleep(KEYS_EVERY_SECONDS)
+            if self._client_keys.load():
+                log.info("%d client keys are read anew.", len(self._client_keys.current))
+            if self._strong_keys.load():
+                log.info("%d keys of the strong model are read anew.", len(self._strong_keys.current))
+                self.answering = self._answering()
+
+    async def aclose(self) -> None:
+        for models in self._models:
+            await models.aclose()
 
     def check_key(self, authorization: str) -> None:
-        if not self._client_keys:
+        if not self._client_keys.are_wanted:
             return
         given = authorization.removeprefix("Bearer ").encode()
         # All are compared, each in constant time, so that timing tells nothing.
-        if not any([hmac.compare_digest(given, key) for key in self._client_keys]):
+        if not any([hmac.compare_digest(given, key.encode()) for key in self._client_keys.current]):
             message = "Wrong or missing API key: send `Authorization: Bearer <key>` with a key of this gateway."
             raise Refusal(401, message, "authentication_error", code="invalid_api_key")
 
@@ -218,8 +292,12 @@ class Gateway:
 
     async def readyz(self, _: Request) -> Response:
         routing = self.routing.current
+        if self._stop.is_asked:
+            return _not_ready("the gateway was told to stop")
         if routing is None:
-            return _json({"ready": False, "reason": "no routing yet"}, status=503)
+            return _not_ready(f"no routing yet: {self.routing.trouble}")
+        if self._client_keys.are_wanted and not self._client_keys.current:
+            return _not_ready(f"no client keys: wanted files with one key a line in {self._client_keys.folder}")
         return _json({"ready": True, "routing_version": routing.version})
 
     async def metrics(self, _: Request) -> Response:
@@ -430,6 +508,10 @@ def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
     return Response(orjson.dumps(value), status, headers, media_type="application/json")
 
 
+def _not_ready(reason: str) -> Response:
+    return _json({"ready": False, "reason": reason}, status=503)
+
+
 def _refusal(refusal: Refusal, request_id: str) -> Response:
     headers = {HEADER_REQUEST_ID: request_id}
     if wait := seconds_to_wait(refusal):
@@ -453,34 +535,20 @@ async def _refused_by_router(request: Request, error: Exception) -> Response:
 
 # ---------------------------------------------------------------- the process
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=options.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    options = parser().parse_args(arguments)
+    log_to_stderr(options.log_level)
+    stop = Stop()
     try:
-        settings = load_settings(options.job)
-        writer = TraceWriter(options.store, f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:6]}")
-        listener = socket.create_server((options.host, options.port), backlog=2048)
+        listener = listen(options.host, options.port)
+        app = app_of(options.routing, options.job, options.store, stop)
     except (SettingsError, StoreError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     except OSError as error:
-        sys.stderr.write(
-            f"{options.host}:{options.port} cannot be listened on ({error.strerror}). "
-            "Stop what uses the port, or give another with --port.\n"
-        )
+        sys.stderr.write(f"{port_trouble(options, error)}\n")
         return 2
-    app = build_app(
-        settings,
-        FileRouting(options.routing),
-        writer,
-        strong_keys=_keys("COWEST_STRONG_API_KEYS"),
-        client_keys=_keys("COWEST_CLIENT_API_KEYS"),
-    )
     if options.die_with_parent:
-        threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=follow_parent, args=(os.getppid(),), daemon=True).start()
     # uvicorn raises the signal again after its shutdown; asked to stop and stopped is a success.
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)
@@ -490,11 +558,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
         access_log=False,
         log_config=None,
         server_header=False,
-        timeout_graceful_shutdown=30,
+        timeout_graceful_shutdown=options.finish_seconds,
     )
     log.info("The gateway listens on http://%s:%d", *listener.getsockname()[:2])
-    uvicorn.Server(config).run(sockets=[listener])
+    DrainingServer(config, stop, options.drain_seconds).run(sockets=[listener])
     return 0
+
+
+def app_of(routing: Path, job: Path, store: str, stop: Stop | None = None) -> Starlette:
+    """The gateway that the files and the environment say. Raises `SettingsError`."""
+    writer_id = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
+    return build_app(
+        load_settings(job),
+        FileRouting(routing),
+        TraceWriter(store, writer_id),
+        strong_keys=_keys("COWEST_STRONG_API_KEYS"),
+        client_keys=_keys("COWEST_CLIENT_API_KEYS"),
+        stop=stop,
+    )
+
+
+class DrainingServer(uvicorn.Server):
+    """Told to stop, it still answers for `drain_seconds`: a pod that ends gets requests until its Service forgets it.
+
+    Meanwhile each answer closes its connection, so that clients go elsewhere. A second signal ends the wait.
+    """
+
+    def __init__(self, config: uvicorn.Config, stop: Stop, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._stop, self._drain_seconds = stop, drain_seconds
+        self._exit_at = 0.0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._stop.is_asked or not self._drain_seconds:
+            self._stop.is_asked = True
+            super().handle_exit(sig, frame)
+            return
+        self._stop.is_asked, self._exit_at = True, time.monotonic() + self._drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._stop.is_asked and time.monotonic() >= self._exit_at:
+            self.should_exit = True
+        is_over = await super().on_tick(counter)
+        close = (b"connection", b"close")
+        if self._stop.is_asked and close not in self.server_state.default_headers:
+            self.server_state.default_headers = [*self.server_state.default_headers, close]
+        return is_over
+
+
+def log_to_stderr(level: str) -> None:
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=level.upper(), format=form, stream=sys.stderr)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # a store that is away is told once, by the trace writer
+
+
+def port_trouble(options: argparse.Namespace, error: OSError) -> str:
+    return (
+        f"{options.host}:{options.port} cannot be listened on ({error.strerror}). "
+        "Stop what uses the port, or give another with --port."
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=host == "::")
 
 
 def load_settings(path: Path) -> GatewaySettings:
@@ -508,23 +635,32 @@ def load_settings(path: Path) -> GatewaySettings:
     return parse(GatewaySettings, job.get("spec", job))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cowest_serving.app", description="The collaboration gateway.")
-    parser.add_argument("--routing", type=Path, required=True, help="JSON file of the routing, followed while it runs")
-    parser.add_argument("--job", type=Path, required=True, help="defaulted CollaborationJob, YAML or JSON")
-    parser.add_argument("--store", required=True, help="URI of the object store for traces and feedback")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--die-with-parent", action="store_true", help="stop when the process that started it ends")
-    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
-    return parser
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(prog="python -m cowest_serving.app", description="The collaboration gateway.")
+    flags.add_argument("--routing", type=Path, required=True, help="JSON file of the routing, followed while it runs")
+    flags.add_argument("--job", type=Path, required=True, help="defaulted CollaborationJob, YAML or JSON")
+    flags.add_argument("--store", required=True, help="URI of the object store for traces and feedback")
+    flags.add_argument("--port", type=int, required=True)
+    flags.add_argument("--host", default="127.0.0.1", help="0.0.0.0 or :: in a pod (default: %(default)s)")
+    flags.add_argument(
+        "--drain-seconds", type=float, default=0, metavar="N",
+        help="told to stop, answer new requests for so long, with /readyz false (default: %(default)s)",
+    )  # fmt: skip
+    flags.add_argument(
+        "--finish-seconds", type=int, default=30, metavar="N",
+        help="then let the answers under way finish for at most so long (default: %(default)s)",
+    )  # fmt: skip
+    flags.add_argument("--die-with-parent", action="store_true", help="stop when the process that started it ends")
+    flags.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    return flags
 
 
-def _keys(name: str) -> list[str]:
-    return [key.strip() for key in os.environ.get(name, "").splitlines() if key.strip()]
+def _keys(name: str) -> Keys:
+    folder = os.environ.get(f"{name}_FOLDER")
+    return Keys(_lines(os.environ.get(name, "")), Path(folder) if folder else None)
 
 
-def _follow_parent(parent: int) -> None:
+def follow_parent(parent: int) -> None:
     """Not PR_SET_PDEATHSIG: that fires when the parent's *thread* ends."""
     while os.getppid() == parent:
         time.sleep(0.25)

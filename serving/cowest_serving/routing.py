@@ -30,6 +30,11 @@ class RoutingSource(Protocol):
         """How often a new routing could not be read."""
         ...
 
+    @property
+    def trouble(self) -> str:
+        """Why the latest routing could not be taken up, "" when it was."""
+        ...
+
     async def watch(self) -> None:
         """Keep `current` up to date until cancelled."""
         ...
@@ -42,9 +47,9 @@ class FileRouting:
         self.path, self.every_seconds = path, every_seconds
         self.current: Routing | None = None
         self.errors = 0
+        self.trouble = ""
         self._seen: tuple[int, int, int] | None = None
         self._data = b""
-        self._trouble = ""
         self.load()
 
     async def watch(self) -> None:
@@ -63,7 +68,7 @@ class FileRouting:
             data = self.path.read_bytes()
             if data != self._data:
                 self._take(parse_routing(data))
-            self._data, self._seen, self._trouble = data, mark, ""
+            self._data, self._seen, self.trouble = data, mark, ""
         except FileNotFoundError:
             self._complain("is not there")
         except (OSError, ValueError, TypeError) as error:
@@ -76,9 +81,11 @@ class FileRouting:
 
     def _complain(self, trouble: str) -> bool:
         """Once for each trouble, not ten times a second."""
-        is_new, self._trouble = trouble != self._trouble, trouble
+        saw = f"{self.path}: {trouble}"
+        is_new, self.trouble = saw != self.trouble, saw
         if is_new:
-            log.warning("The routing file %s %s; the last good one goes on.", self.path, trouble)
+            until = "the last good one goes on" if self.current else "nothing is answered until there is one"
+            log.warning("Routing file %s; %s.", saw, until)
         return is_new
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +26,14 @@ import pytest
 import uvicorn
 
 from cowest_serving.answering import user_hash
-from cowest_serving.app import GatewaySettings, TraceSettings, build_app
+from cowest_serving.app import GatewaySettings, Keys, TraceSettings, build_app
 from cowest_serving.collaborate import DEFAULT_PROMPTS
-from cowest_serving.contract import TRACE_COLUMNS, Arm, Collaboration, Pair, Routing, Strong, dump
+from cowest_serving.contract import TRACE_COLUMNS, Arm, Collaboration, Pair, Routing, SettingsError, Strong, dump
+from cowest_serving.ray_app import ray_settings
 from cowest_serving.routing import FileRouting
 from cowest_serving.traces import TraceWriter, read_feedback, read_traces
 from tests.fakes import Fault, ScriptedModel
+from tests.loop.test_fetch import free_address, minio_server, needs_minio, s3_environment
 
 PROMPTS = replace(
     DEFAULT_PROMPTS["Explanation"], draft="DRAFT {query}", refine="{query} | {draft}", solo="SOLO {query}"
@@ -61,6 +67,7 @@ def arm_of(weak: ScriptedModel | str, strong: ScriptedModel, **changes: Any) -> 
 class FixedRouting:
     current: Routing | None
     errors: int = 0
+    trouble: str = ""
 
     async def watch(self) -> None:
         await asyncio.Event().wait()
@@ -125,7 +132,7 @@ async def gateway(tmp_path: Path, settings: GatewaySettings, routing: Any, **opt
 async def world(tmp_path: Path, **changes: Any) -> AsyncIterator[tuple[ScriptedModel, ScriptedModel, Gateway]]:
     """Weak and strong model and a gateway with one stable arm of both."""
     weak_options, strong_options = changes.pop("weak", {}), changes.pop("strong", {})
-    options = {name: changes.pop(name) for name in ("client_keys", "strong_keys") if name in changes}
+    options = {name: Keys(changes.pop(name)) for name in ("client_keys", "strong_keys") if name in changes}
     arm = changes.pop("arm", {})
     async with (
         ScriptedModel(**({"answers": "a hint", "headers": {"x-cowest-model-digest": DIGEST}} | weak_options)) as weak,
@@ -620,6 +627,137 @@ async def test_weights_change_within_a_second_without_a_failed_request(tmp_path:
                     pass
 
 
+async def readiness(door: Gateway) -> tuple[int, str]:
+    async with door.http.get(door.url + "/readyz") as response:
+        return response.status, (await response.json()).get("reason", "")
+
+
+async def test_a_routing_that_is_not_there_at_the_start_is_taken_up_when_it_comes(tmp_path: Path) -> None:
+    file = tmp_path / "routing.json"
+    async with (
+        ScriptedModel() as weak,
+        ScriptedModel("the answer") as strong,
+        gateway(tmp_path, settings_of(strong), FileRouting(file)) as door,
+    ):
+        assert await readiness(door) == (503, f"no routing yet: {file}: is not there")
+        file.write_text("{ half")
+        async with asyncio.timeout(5):
+            while "unexpected" not in (await readiness(door))[1]:
+                await asyncio.sleep(0.02)
+        file.write_text(json.dumps(dump(Routing(1, "s", (arm_of(weak, strong),)))))
+        async with asyncio.timeout(5):
+            while await readiness(door) != (200, ""):
+                await asyncio.sleep(0.02)
+        assert (await door.ask())[0].choices[0].message.content == "the answer"
+
+
+# ---------------------------------------------------------------- keys in a folder
+def mount(folder: Path, files: Mapping[str, str]) -> Path:
+    """A Secret as the kubelet mounts it: links to a link to a folder of its own, which is replaced at once."""
+    folder.mkdir(exist_ok=True)
+    inner = folder / f"..{uuid.uuid4().hex}"
+    inner.mkdir()
+    for name, text in files.items():
+        (inner / name).write_text(text)
+    (folder / "..new").symlink_to(inner.name)
+    os.replace(folder / "..new", folder / "..data")
+    for link in folder.iterdir():
+        if not link.name.startswith("..") and link.name not in files:
+            link.unlink()
+    for name in files:
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(f"..data/{name}")
+    return folder
+
+
+def test_keys_of_a_folder_are_one_a_line_in_the_order_of_its_files_after_those_given(tmp_path: Path) -> None:
+    folder = mount(tmp_path / "keys", {"b": "three", "a": " one \n\ntwo\n"})
+    keys = Keys(["given", "one"], folder)
+    assert keys.current == ("given", "one", "two", "three")
+    assert not keys.load()
+    mount(folder, {"b": "four"})
+    assert keys.load()
+    assert keys.current == ("given", "one", "four")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda folder: shutil.rmtree(folder), id="the folder is gone"),
+        pytest.param(lambda folder: (folder / "..data").unlink(), id="a link leads nowhere"),
+        pytest.param(lambda folder: (folder / "a").resolve().write_bytes(b"\xff"), id="no text"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_leaves_the_keys_and_says_so_once(
+    tmp_path: Path, spoil: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = mount(tmp_path / "keys", {"a": "one"})
+    keys = Keys((), folder)
+    spoil(folder)
+    assert not keys.load() and not keys.load()
+    assert keys.current == ("one",)
+    assert len(caplog.records) == 1 and "those read before go on" in caplog.text
+
+
+async def test_client_keys_are_rotated_without_a_restart(tmp_path: Path) -> None:
+    folder = mount(tmp_path / "keys", {"old": "old"})
+    async with ScriptedModel() as weak, ScriptedModel() as strong:
+        routing = arm_of(weak, strong)
+        async with gateway(tmp_path, settings_of(strong), routing, client_keys=Keys((), folder)) as door:
+
+            async def status(key: str) -> int:
+                answered, _, _ = await door.post(
+                    "/v1/chat/completions", {"messages": ASKED}, headers={"authorization": f"Bearer {key}"}
+                )
+                return answered
+
+            assert (await status("old"), await status("new")) == (200, 401)
+            mount(folder, {"new": "new"})
+            async with asyncio.timeout(3):
+                while await status("new") != 200:
+                    await asyncio.sleep(0.02)
+            assert await status("old") == 401
+
+
+async def test_a_folder_without_keys_lets_nobody_in_and_is_not_ready(tmp_path: Path) -> None:
+    folder = mount(tmp_path / "keys", {})
+    async with ScriptedModel() as weak, ScriptedModel() as strong:
+        routing = arm_of(weak, strong)
+        async with gateway(tmp_path, settings_of(strong), routing, client_keys=Keys((), folder)) as door:
+            for headers in ({}, {"authorization": "Bearer "}):
+                assert (await door.post("/v1/chat/completions", {"messages": ASKED}, headers=headers))[0] == 401
+            status, reason = await readiness(door)
+            assert status == 503 and f"one key a line in {folder}" in reason
+            mount(folder, {"k": "k"})
+            async with asyncio.timeout(3):
+                while await readiness(door) != (200, ""):
+                    await asyncio.sleep(0.02)
+            await door.ask()
+    assert len(strong.calls) == 1
+
+
+async def test_strong_keys_are_rotated_while_an_answer_is_under_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "cowest_serving.app")
+    folder = mount(tmp_path / "keys", {"key": "old"})
+    async with ScriptedModel() as weak, ScriptedModel("the answer", keys=["old"]) as strong:
+        routing = arm_of(weak, strong)
+        async with gateway(tmp_path, settings_of(strong), routing, strong_keys=Keys((), folder)) as door:
+            strong.gate.clear()
+            early = asyncio.create_task(door.ask())
+            await asyncio.wait_for(strong.arrived.wait(), 5)
+            strong.keys = ("new",)
+            mount(folder, {"key": "new"})
+            async with asyncio.timeout(5):
+                while "keys of the strong model are read anew" not in caplog.text:
+                    await asyncio.sleep(0.02)
+            strong.gate.set()
+            assert (await door.ask())[0].choices[0].message.content == "the answer"
+            assert (await early)[0].choices[0].message.content == "the answer"
+    assert [call.headers["authorization"] for call in strong.calls] == ["Bearer old", "Bearer new"]
+
+
 # ---------------------------------------------------------------- feedback
 async def test_feedback_joins_its_answer_by_the_request_id(tmp_path: Path) -> None:
     async with world(tmp_path) as (_, _, door):
@@ -741,6 +879,97 @@ async def test_the_process_finishes_its_answers_and_writes_its_records_when_told
     assert "the secret plan" not in log and "the answer" not in log and "s3cret" not in log
 
 
+async def test_told_to_stop_it_is_unready_at_once_and_answers_new_requests_until_the_drain_ends(tmp_path: Path) -> None:
+    async with started(tmp_path, "--drain-seconds", "4") as (url, process):
+        async with aiohttp.ClientSession() as http:
+            process.send_signal(signal.SIGTERM)
+            told = time.monotonic()
+            async with asyncio.timeout(3):
+                while True:
+                    async with http.get(url + "/readyz") as response:
+                        if response.status == 503:
+                            assert "told to stop" in await response.text()
+                            break
+            async with asyncio.timeout(10):
+                while True:  # `Connection: close` sends clients elsewhere; each answer until then is good
+                    async with http.post(url + "/v1/chat/completions", json={"messages": ASKED}) as response:
+                        assert response.status == 200
+                        if response.headers.get("connection") == "close":
+                            break
+            assert time.monotonic() - told < 4
+        assert await asyncio.to_thread(process.wait, 20) == 0
+        assert time.monotonic() - told >= 4
+
+
+async def test_a_second_signal_ends_the_drain(tmp_path: Path) -> None:
+    async with started(tmp_path, "--drain-seconds", "600") as (url, process):
+        process.send_signal(signal.SIGTERM)
+        async with aiohttp.ClientSession() as http, asyncio.timeout(10):
+            while True:
+                async with http.get(url + "/readyz") as response:
+                    if response.status == 503:
+                        break
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 20) == 0
+
+
+@needs_minio
+async def test_a_store_that_is_away_at_the_start_gets_all_records_when_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = free_address()
+    for name, value in s3_environment(address).items():
+        monkeypatch.setenv(name, value)
+    store = "s3://models/shop/desk"
+    async with (
+        started(tmp_path, "--host", "0.0.0.0", store=store) as (url, process),
+        aiohttp.ClientSession() as http,
+    ):
+
+        async def metrics() -> str:
+            async with http.get(url + "/metrics") as response:
+                return await response.text()
+
+        async with http.post(url + "/v1/chat/completions", json={"messages": ASKED}) as response:
+            assert response.status == 200
+            feedback = {"request_id": response.headers["x-request-id"], "score": 1}
+        async with http.post(url + "/v1/feedback", json=feedback) as response:
+            assert response.status == 200
+        async with asyncio.timeout(20):  # the store was tried in vain
+            while 'cowest_trace_rows{state="failed_writes"} 0\n' in await metrics():
+                await asyncio.sleep(0.05)
+        with contextlib.ExitStack() as stack:
+            await asyncio.to_thread(stack.enter_context, minio_server(address, tmp_path / "data"))
+            async with asyncio.timeout(20):
+                while 'cowest_trace_rows{state="written"} 2\n' not in await metrics():
+                    await asyncio.sleep(0.05)
+            assert read_traces(store)["status"].to_pylist() == ["ok"]
+            assert read_feedback(store)["trace_id"].to_pylist() == [feedback["request_id"]]
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(process.wait, 20) == 0
+
+
+@asynccontextmanager
+async def started(
+    tmp_path: Path, *flags: str, store: str | None = None
+) -> AsyncIterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A gateway process that is ready, and the models that it asks."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    async with ScriptedModel("a hint") as weak, ScriptedModel("the answer") as strong:
+        (tmp_path / "job.yaml").write_text(json.dumps({"kind": "CollaborationJob", "spec": spec_of(strong)}))
+        (tmp_path / "routing.json").write_text(json.dumps(dump(Routing(1, "s", (arm_of(weak, strong),)))))
+        more = ["--store", store] if store else []
+        with (tmp_path / "log").open("wb") as log:
+            process = subprocess.Popen(command(tmp_path, port, *flags, *more), stderr=log)
+        try:
+            await ready(url, process)
+            yield url, process
+        finally:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+
+
 async def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
     async with ScriptedModel() as strong:
         (tmp_path / "job.yaml").write_text(json.dumps(spec_of(strong)))
@@ -797,3 +1026,30 @@ def test_a_bad_start_ends_with_one_message(tmp_path: Path, wrong: str) -> None:
     assert ended.returncode == 2
     assert words[wrong] in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
+
+
+# ---------------------------------------------------------------- on Ray Serve
+@pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed here")
+async def test_without_ray_its_gateway_names_the_extra(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(json.dumps(spec_of(ScriptedModel())))
+    on_ray = [part.replace("cowest_serving.app", "cowest_serving.ray_app") for part in command(tmp_path, free_port())]
+    ended = await asyncio.to_thread(subprocess.run, on_ray, capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 2
+    assert "install the extra cowest[ray]" in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        pytest.param({"store": ""}, "args.store: wanted a value, saw none", id="a flag that is missing"),
+        pytest.param({"replica": 2}, "wanted some of .*replicas.*, saw replica", id="a flag that nobody knows"),
+        pytest.param(
+            {"replicas": "2"}, "args.replicas: wanted a whole number of at least 1, saw '2'", id="a number as text"
+        ),
+    ],
+)
+def test_arguments_of_a_ray_service_are_checked_by_name(changes: Mapping[str, Any], says: str) -> None:
+    given = {"routing": "/r.json", "job": "/j.json", "store": "s3://b/desk"}
+    assert ray_settings(given | {"replicas": 3}).replicas == 3
+    with pytest.raises(SettingsError, match=says):
+        ray_settings(given | changes)
