@@ -35,7 +35,16 @@ class Step:
         self.job = world.write_job(folder / "job.json", strong.url, **sections)
         self.pair_file = world.write_pair(folder / "pair.json", self.pair)
 
-    def run(self, out: str = "out", round_number: int = 1, calls: str = "calls") -> Manifest:
+    def run(self, out: str = "out", round_number: int = 1, calls: str = "calls", merge: int | None = None) -> Manifest:
+        self.start(out, round_number, calls, merge=merge)
+        return self.manifest(out)
+
+    def shard(self, number: int, of: int, *, out: str = "out") -> Manifest:
+        """As a machine of its own does it: with its own book and drafts."""
+        self.start(out, calls=f"calls-{number}", shard=f"{number}/{of}")
+        return self.manifest(f"{out}/shard-{number}-of-{of}")
+
+    def start(self, out: str, round_number: int = 1, calls: str = "calls", **parts: Any) -> None:
         flags = {
             "--job": self.job,
             "--pair": self.pair_file,
@@ -44,8 +53,11 @@ class Step:
             "--round": round_number,
             "--out": self.folder / out,
             "--progress": self.folder / "progress.json",
+            **{f"--{name}": value for name, value in parts.items() if value is not None},
         }
         feedback.main([str(part) for flag in flags.items() for part in flag])
+
+    def manifest(self, out: str) -> Manifest:
         manifest = read_manifest(str(self.folder / out))
         assert manifest
         return manifest
@@ -162,3 +174,76 @@ def test_the_papers_rule_is_a_setting(tmp_path: Path, strong: ScriptedModel) -> 
     gains = {(line["query_id"], line["draft"]): line["gain"] for line in step.ledger()}
     for pair in step.pairs():
         assert gains[pair["query_id"], pair["chosen"]] > 0 >= gains[pair["query_id"], pair["rejected"]]
+
+
+# ---------------------------------------------------------------- shards
+PAIRS_OF_QUERIES = {"draftsPerQuery": 22}  # few queries a batch: eight of them are four batches
+
+
+@pytest.mark.parametrize("of", [1, 3, 5])
+def test_merged_shards_are_the_very_output_of_one_run(tmp_path: Path, strong: ScriptedModel, of: int) -> None:
+    step = Step(tmp_path, strong, feedback=PAIRS_OF_QUERIES)
+    whole = step.run("whole")
+    parts = [step.shard(number, of) for number in reversed(range(of))]
+    assert {part.kind for part in parts} == {"FeedbackShard"}
+    assert max(part.metrics["queries"] for part in parts) <= -(-4 // of) * 2, "the work is shared"
+    merged = step.run(merge=of)
+    assert (merged.kind, merged.digest, merged.outputs) == (whole.kind, whole.digest, whole.outputs)
+    assert merged.inputs_digest == whole.inputs_digest
+    assert merged.metrics == whole.metrics
+    assert merged.metrics["strong_calls"] == sum(part.metrics["strong_calls"] for part in parts) == len(strong.paid)
+
+
+def test_what_is_merged_is_done_and_its_shards_are_gone(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong)
+    for number in range(2):
+        step.shard(number, 2)
+    step.run(merge=2)
+    asked = len(strong.calls)
+    assert not list((tmp_path / "out").glob("shard-*"))
+    for number in range(2):  # a workflow that runs again begins with its shards
+        step.start("out", calls="new", shard=f"{number}/2")
+    step.run(merge=2)
+    assert not list((tmp_path / "out").glob("shard-*"))
+    assert len(strong.calls) == asked
+
+
+def test_a_shard_that_is_missing_or_of_other_inputs_is_not_merged(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong)
+    step.shard(0, 2)
+    with pytest.raises(StepError, match=r"shard 1 of 2 .*wanted a finished artifact"):
+        step.run(merge=2)
+    step.start("out", round_number=2, shard="1/2")
+    with pytest.raises(StepError, match=r"shard-1-of-2: wanted the shard of these inputs"):
+        step.run(merge=2)
+    assert (tmp_path / "out" / "shard-0-of-2" / "manifest.json").exists(), "what is paid for stays"
+
+
+def test_one_shard_that_is_refused_is_no_verdict(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong, feedback=PAIRS_OF_QUERIES)
+    strong.faults = [404] * 1000
+    assert "404" in step.shard(0, 2).metrics["refusal"]
+    strong.faults = []
+    assert step.shard(1, 2).metrics["refusal"] == ""
+    merged = step.run(merge=2)
+    assert (merged.metrics["queries"], merged.metrics["skipped"]) == (4, 4)
+
+
+def test_when_all_shards_are_refused_the_merge_says_so(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong, feedback=PAIRS_OF_QUERIES)
+    strong.faults = [404] * 1000
+    for number in range(2):
+        step.shard(number, 2)
+    with pytest.raises(StepError, match="None of the 4 queries") as error:
+        step.run(merge=2)
+    assert error.value.code == EXIT_BAD_INPUT
+
+
+@pytest.mark.parametrize("text", ["3/3", "1", "-1/2", "a/b", "0/0"])
+def test_a_shard_that_is_none_is_refused(
+    tmp_path: Path, strong: ScriptedModel, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Step(tmp_path, strong)
+    with pytest.raises(SystemExit):
+        step.start("out", shard=text)
+    assert "--shard" in capsys.readouterr().err

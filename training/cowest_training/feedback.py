@@ -10,15 +10,20 @@ not be the strong model; solo answers are paid once per strong model, prompts an
 
     python -m cowest_training.feedback --job job.yaml --pair pair.json --dataset s3://b/j/r3/data \\
         --calls calls.sqlite --round 3 --out s3://b/j/r3/feedback
+
+Several machines share the work: `--shard I/N` (0 <= I < N) does one part of it below --out, and `--merge N` makes of
+all N the very output that one machine would have written.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,16 +31,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cowest_serving import store
 from cowest_serving.collaborate import draft_messages
 from cowest_serving.contract import Pair, digest_of
 from cowest_serving.store import join
 
 from . import steps
 from .asking import Asking, Draft, Drafts, Recipe, Reply, drafts_folder, each_batch, open_asking, read_pair
-from .contract import EXIT_OK, LEDGER_COLUMNS, Feedback, Manifest, Row, StepSettings
+from .contract import EXIT_OK, LEDGER_COLUMNS, Feedback, Manifest, Row, StepError, StepSettings, evaluator_digest
 from .data import read_rows, rows_digest
-from .evaluator import check_references, evaluator_digest
+from .evaluator import check_references
 from .paid_calls import Spent
+
+STEP = "feedback"
+LEDGER, PAIRS, SHARDS = "ledger.parquet", "pairs.jsonl", "shard-*"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,9 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_references(rows, settings.feedback.evaluator)
     chosen = choose_queries(rows, settings.feedback.max_queries, settings.training.seed, args.round)
     inputs = _inputs(settings, pair, rows, args.round)
-    output = steps.open_output(args.out, step="feedback", inputs=inputs)
-    if isinstance(output, Manifest):
-        return EXIT_OK
     recipe = Recipe(
         pair=pair,
         drafts_per_query=settings.feedback.drafts_per_query,
@@ -56,13 +62,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_tokens=settings.collaboration.draft_max_tokens,
         seed=f"{settings.training.seed}/{args.round}",
     )
+    out, shard = args.out, args.shard
+    if shard:
+        if (whole := steps.read_manifest(out)) and steps.is_of(whole, out, step=STEP, inputs=inputs):
+            return EXIT_OK  # merged already
+        out, inputs, chosen = shard.uri(out), shard.inputs(inputs), shard.queries(chosen, recipe.batch_rows)
+    output = steps.open_output(out, step=STEP, inputs=inputs, parts=SHARDS if args.merge else "")
+    if isinstance(output, Manifest):
+        return EXIT_OK
+    progress = steps.Progress(args.progress, STEP)
     drafts = Drafts(recipe, chosen, drafts_folder(args.calls))
-    job = _Job(settings, args.calls, args.round, f"feedback:{digest_of(inputs)[7:19]}", len(chosen))
-    ledger, spent, cached = asyncio.run(_ask_all(job, drafts, steps.Progress(args.progress, "feedback")))
-    pairs = make_pairs(ledger, settings.feedback)
-    write_ledger(output.folder / "ledger.parquet", ledger, pair, evaluator_digest(settings.feedback.evaluator))
-    write_pairs(output.folder / "pairs.jsonl", pairs, pair)
-    output.finish(kind="Feedback", metrics=measured(ledger, pairs, job.queries, spent, cached))
+    if args.merge:
+        asked = read_shards(output, args.merge, chosen, progress)
+    else:
+        job = _Job(settings, args.calls, args.round, f"feedback:{digest_of(inputs)[7:19]}", len(chosen))
+        asked = asyncio.run(_ask_all(job, drafts, progress))
+    if asked.refusal and not shard:  # of one shard alone it is no verdict yet
+        raise StepError(asked.refusal)
+    pairs = make_pairs(asked.ledger, settings.feedback)
+    write_ledger(output.folder / LEDGER, asked.ledger, pair, evaluator_digest(settings.feedback.evaluator))
+    write_pairs(output.folder / PAIRS, pairs, pair)
+    metrics = measured(asked, pairs, len(chosen))
+    if shard:
+        output.finish(kind="FeedbackShard", metrics={**metrics, "refusal": asked.refusal})
+    else:
+        output.finish(kind="Feedback", metrics=metrics)
     drafts.forget()
     return EXIT_OK
 
@@ -73,7 +97,40 @@ def _flags(argv: Sequence[str] | None) -> Any:
     flags.add_argument("--dataset", required=True, metavar="URI", help="collected data set, or a JSONL or Parquet file")
     flags.add_argument("--calls", required=True, metavar="FILE", help="book of paid calls (SQLite, local)")
     flags.add_argument("--round", required=True, type=int, metavar="N", help="number of the round")
-    return flags.parse_args(argv)
+    parts = flags.add_mutually_exclusive_group()
+    parts.add_argument("--shard", type=Shard.parse, metavar="I/N", help="do part I of N, into OUT/shard-I-of-N")
+    parts.add_argument("--merge", type=int, metavar="N", help="make the output of its N finished shards")
+    args = flags.parse_args(argv)
+    if args.merge is not None and args.merge < 1:
+        flags.error(f"--merge: wanted the number of shards, saw {args.merge}")
+    return args
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `number` (from 0) of `of`: whole batches of drafts, so that they are the same as in one piece."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        number, _, of = text.partition("/")
+        if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+            raise argparse.ArgumentTypeError(f"wanted I/N with 0 <= I < N, saw {text!r}")
+        return cls(int(number), int(of))
+
+    def uri(self, out: str) -> str:
+        return join(out, f"shard-{self.number}-of-{self.of}")
+
+    def inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {**inputs, "shard": f"{self.number}/{self.of}"}
+
+    def queries(self, chosen: Sequence[Row], batch_rows: int) -> list[Row]:
+        """None where there are fewer batches than shards."""
+        batches = -(-len(chosen) // batch_rows)
+        first, end = (number * batches // self.of for number in (self.number, self.number + 1))
+        return list(chosen[first * batch_rows : end * batch_rows])
 
 
 def dataset_file(uri: str) -> str:
@@ -133,8 +190,17 @@ class _Job:
     queries: int
 
 
-async def _ask_all(job: _Job, drafts: Drafts, progress: steps.Progress) -> tuple[list[Entry], Spent, int]:
-    """(ledger in the order of the queries, what was paid for it, calls that cost nothing)."""
+@dataclass(frozen=True)
+class Asked:
+    """The ledger in the order of the queries, and what it took."""
+
+    ledger: Sequence[Entry]
+    spent: Spent
+    cached: int  # calls that cost nothing
+    refusal: str = ""  # why there is no entry at all, "" when there is one
+
+
+async def _ask_all(job: _Job, drafts: Drafts, progress: steps.Progress) -> Asked:
     pair, strong = drafts.recipe.pair, job.settings.strong
     async with open_asking(
         strong, job.settings.feedback.evaluator, job.calls, purpose=job.purpose, round_number=job.round
@@ -157,9 +223,14 @@ async def _ask_all(job: _Job, drafts: Drafts, progress: steps.Progress) -> tuple
 
             await each_batch(drafts, judge)
         ledger = [task.result() for task in tasks]
-        asking.refuse_nothing_but_errors(len(ledger) - sum(map(bool, ledger)), len(ledger))
-        spent = asking.calls.spent(purpose=job.purpose)
-        return [entry for entries in ledger for entry in entries], spent, sum(asking.calls.asked.cached.values())
+        refusal = ""
+        try:
+            asking.refuse_nothing_but_errors(len(ledger) - sum(map(bool, ledger)), len(ledger))
+        except StepError as error:
+            refusal = str(error)
+        entries = [entry for found in ledger for entry in found]
+        cached = sum(asking.calls.asked.cached.values())
+        return Asked(entries, asking.calls.spent(purpose=job.purpose), cached, refusal)
 
 
 async def _judge_query(asking: Asking, row: Row, drafts: Sequence[Draft], pair: Pair) -> list[Entry]:
@@ -229,6 +300,51 @@ def _by_query(ledger: Iterable[Entry]) -> list[list[Entry]]:
     return [list(entries) for _, entries in groupby(ledger, key=lambda entry: entry.row.id)]
 
 
+# ---------------------------------------------------------------- shards
+def read_shards(output: steps.Output, of: int, chosen: Sequence[Row], progress: steps.Progress) -> Asked:
+    """What all shards wrote, as one machine would have asked it."""
+    rows = {row.id: row for row in chosen}
+    parts = []
+    for number in range(of):
+        parts.append(read_shard(Shard(number, of), output, rows))
+        progress.update(number + 1, of, "shards")
+    ledger = [entry for part in parts for entry in part.ledger]
+    spent = Spent(
+        sum(part.spent.calls for part in parts),
+        sum(part.spent.input_tokens for part in parts),
+        sum(part.spent.output_tokens for part in parts),
+        sum(part.spent.money for part in parts),
+    )
+    refusals = [part.refusal for part in parts if part.refusal]
+    return Asked(ledger, spent, sum(part.cached for part in parts), refusals[0] if refusals and not ledger else "")
+
+
+def read_shard(shard: Shard, output: steps.Output, rows: Mapping[str, Row]) -> Asked:
+    """Raises `StepError` where it is not finished, or is of other inputs."""
+    uri = shard.uri(output.uri)
+    manifest = steps.need_manifest(uri, what=f"shard {shard.number} of {shard.of}")
+    if not steps.is_of(manifest, uri, step=STEP, inputs=shard.inputs(output.inputs)):
+        raise StepError(f"{uri}: wanted the shard of these inputs, saw one of others. Run --shard again, then --merge.")
+    paid = manifest.metrics
+    spent = Spent(paid["strong_calls"], paid["input_tokens"], paid["output_tokens"], paid["money"])
+    records = pq.ParquetFile(BytesIO(store.get(join(uri, LEDGER)))).read().to_pylist()
+    ledger = [_entry(record, rows[record["query_id"]]) for record in records]
+    return Asked(ledger, spent, paid["strong_calls_cached"], paid["refusal"])
+
+
+def _entry(record: Mapping[str, Any], row: Row) -> Entry:
+    """The inverse of `_record`."""
+    model, version = record["strong_model"], record["strong_version"]
+    return Entry(
+        row=row,
+        draft=Draft(row.id, record["draft_index"], record["seed"], record["draft"], record["draft_tokens"]),
+        answer=Reply(record["answer"], record["answer_call"], version, model),
+        answer_score=record["answer_score"],
+        solo=Reply(record["solo"], record["solo_call"], version, model),
+        solo_score=record["solo_score"],
+    )
+
+
 # ---------------------------------------------------------------- what is written
 def write_ledger(path: Path, ledger: Sequence[Entry], pair: Pair, evaluator: str) -> None:
     kinds = {"string": pa.string(), "int32": pa.int32(), "int64": pa.int64(), "double": pa.float64()}
@@ -280,10 +396,9 @@ def write_pairs(path: Path, pairs: Sequence[Preference], pair: Pair) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def measured(
-    ledger: Sequence[Entry], pairs: Sequence[Preference], queries: int, spent: Spent, cached: int
-) -> dict[str, Any]:
+def measured(asked: Asked, pairs: Sequence[Preference], queries: int) -> dict[str, Any]:
     """The step's metrics. Rates are over drafts; `ties` are queries whose drafts all score alike."""
+    ledger, spent = asked.ledger, asked.spent
     by_query = _by_query(ledger)
     n = max(1, len(ledger))
     spreads = [max(scores) - min(scores) for e in by_query if (scores := [entry.answer_score for entry in e])]
@@ -302,7 +417,7 @@ def measured(
         "hurt_rate": sum(entry.gain < 0 for entry in ledger) / n,
         "draft_tokens": sum(entry.draft.tokens for entry in ledger) / n,
         "strong_calls": spent.calls,
-        "strong_calls_cached": cached,
+        "strong_calls_cached": asked.cached,
         "input_tokens": spent.input_tokens,
         "output_tokens": spent.output_tokens,
         "money": spent.money,

@@ -33,6 +33,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -103,6 +104,7 @@ class Output:
     inputs: Mapping[str, Any]
     started: float  # epoch seconds
     clock: float  # of time.monotonic
+    parts: str = ""  # names of outputs of their own below `uri` that this one is made of; gone once it is finished
 
     def finish(self, *, kind: str, metrics: Mapping[str, Any], digest: str | None = None) -> Manifest:
         """Publish the files, the manifest last. `digest` names the content where a kind has its own."""
@@ -127,22 +129,27 @@ class Output:
             write_atomically(self.folder / MANIFEST, manifest_json(manifest))
             _swap(self.folder, target)
         else:
-            _clear(self.uri)
+            _clear(self.uri, but=self.parts)
             store.upload(self.folder, self.uri)
             store.put(store.join(self.uri, MANIFEST), manifest_json(manifest))
+            for file in _below(self.uri, self.parts):
+                store.delete(file)
             shutil.rmtree(self.folder, ignore_errors=True)
         return manifest
 
 
-def open_output(uri: str, *, step: str, inputs: Mapping[str, Any]) -> Output | Manifest:
-    """The manifest when this very work (step, inputs, version) is finished, else a cleared place to do it."""
+def open_output(uri: str, *, step: str, inputs: Mapping[str, Any], parts: str = "") -> Output | Manifest:
+    """The manifest when this very work (step, inputs, version) is finished, else a cleared place to do it.
+
+    `parts` is a pattern of names below `uri` (`shard-*`) that a kill must not take before the whole is there.
+    """
     done = read_manifest(uri)
-    if done and done.inputs_digest == inputs_digest(step, inputs) and _is_whole(uri, done):
+    if done and is_of(done, uri, step=step, inputs=inputs):
         return done
     target = local_path(uri)
     if target is None:
         if done is None:
-            _clear(uri)
+            _clear(uri, but=parts)
         folder = Path(tempfile.mkdtemp(prefix=f"cowest-{step}-"))
     else:
         # Beside the target: on the same file system, so that finishing is one rename. A fixed name, so that
@@ -150,10 +157,15 @@ def open_output(uri: str, *, step: str, inputs: Mapping[str, Any]) -> Output | M
         folder = target.parent / f".{target.name}.partial"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    output = Output(uri, folder, step, json.loads(canonical_json(inputs)), time.time(), time.monotonic())
+    output = Output(uri, folder, step, json.loads(canonical_json(inputs)), time.time(), time.monotonic(), parts)
     # A failed step leaves nothing half-written.
     weakref.finalize(output, shutil.rmtree, folder, ignore_errors=True)
     return output
+
+
+def is_of(manifest: Manifest, uri: str, *, step: str, inputs: Mapping[str, Any]) -> bool:
+    """Whether the artifact at `uri` is this very work and all its files are there."""
+    return manifest.inputs_digest == inputs_digest(step, inputs) and _is_whole(uri, manifest)
 
 
 def read_manifest(uri: str) -> Manifest | None:
@@ -240,11 +252,19 @@ def _is_whole(uri: str, manifest: Manifest) -> bool:
     return all(store.exists(store.join(uri, name)) for name in manifest.outputs)
 
 
-def _clear(uri: str) -> None:
+def _clear(uri: str, but: str = "") -> None:
     """The manifest goes first: without it the rest does not exist."""
-    files = store.list_files(uri)
-    for file in sorted(files, key=lambda name: not name.endswith("/" + MANIFEST)):
-        store.delete(file)
+    kept = set(_below(uri, but))
+    for file in sorted(store.list_files(uri), key=lambda name: not name.endswith("/" + MANIFEST)):
+        if file not in kept:
+            store.delete(file)
+
+
+def _below(uri: str, parts: str) -> list[str]:
+    """The files in the folders below `uri` whose name is of the pattern `parts`."""
+    root = uri.rstrip("/") + "/"
+    files = store.list_files(uri) if parts else []
+    return [file for file in files if fnmatch(file.removeprefix(root), f"{parts}/*")]
 
 
 # ---------------------------------------------------------------- progress
@@ -307,8 +327,17 @@ def progress_line(state: Mapping[str, Any]) -> str:
 
 
 # ---------------------------------------------------------------- how a step ends
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a step and exit: one message on stderr and the code that says whether a rerun is worth it."""
+def say(message: str) -> None:
+    """To stderr; its reader may be gone already."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(message.rstrip() + "\n")
+        sys.stderr.flush()
+
+
+def run(
+    main: Callable[[], int | None], *, tell: Callable[[str], None] = say, interrupted: int = EXIT_INTERRUPTED
+) -> NoReturn:
+    """Run a step and exit: one message (by `tell`) and the code that says whether a rerun is worth it."""
     # A background process may inherit "ignore" for SIGINT; SIGTERM takes the same way out, so that finalizers
     # run and a running event loop cancels its tasks first.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -316,26 +345,26 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or EXIT_OK
     except KeyboardInterrupt:
-        _say("interrupted: nothing half-written is left, run the same command again to go on.")
-        code = EXIT_INTERRUPTED
+        tell("interrupted: nothing half-written is left, run the same command again to go on.")
+        code = interrupted
         # What the signal cut short (an event loop, a coroutine) complains when it is collected: not our last word.
         warnings.simplefilter("ignore")
         sys.unraisablehook = lambda _: None
     except Exception as error:
-        code = _told(error)
+        code = _told(error, tell)
     gc.collect()
     sys.exit(code)
 
 
-def _told(error: Exception) -> int:
+def _told(error: Exception, tell: Callable[[str], None]) -> int:
     """Say what went wrong; the exit code."""
     told = next((told for one in leaves(error) if (told := explain(one))), None)
     if told is None:
         traceback.print_exception(error)
-        _say(f"failed: {type(error).__name__}: {error}")
+        tell(f"failed: {type(error).__name__}: {error}")
         return EXIT_FAILED
     message, code = told
-    _say(message)
+    tell(message)
     return code
 
 
@@ -369,9 +398,3 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
             yield from leaves(member)
     else:
         yield error
-
-
-def _say(message: str) -> None:
-    with contextlib.suppress(OSError):  # the reader of stderr may be gone already
-        sys.stderr.write(message.rstrip() + "\n")
-        sys.stderr.flush()

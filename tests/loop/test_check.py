@@ -1,0 +1,139 @@
+"""What is looked at before anything is started: rows, split, references, the weak model's files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cowest_serving.contract import dump
+from cowest_serving.store import StoreError
+from cowest_training import check
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, Manifest, StepError, StepSettings
+from cowest_training.steps import read_manifest
+from tests.world import SPEC
+
+
+class Desk:
+    """A job with its data and the files of a weak model, all in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows("train", 3, explanation="because")
+        self.rows("held_out", 2)
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            self.file(f"weak/{name}")
+        self.declare()
+
+    def file(self, name: str, text: str = "{}") -> None:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+    def rows(self, name: str, count: int, **more: Any) -> None:
+        rows = [{"id": f"{name}{i}", "query": f"{name} {i}?", "reference": "12", **more} for i in range(count)]
+        self.file(f"{name}.jsonl", "\n".join(map(json.dumps, rows)))
+
+    def declare(self, **evaluator: Any) -> None:
+        spec = dump(StepSettings(SPEC.strong, SPEC.collaboration, SPEC.data, SPEC.feedback, SPEC.training))
+        spec["data"] = {
+            name: str(self.folder / f"{file}.jsonl") for name, file in (("train", "train"), ("heldOut", "held_out"))
+        }
+        spec["weak"] = {"model": str(self.folder / "weak")}
+        spec["feedback"]["evaluator"] = {"type": "ExactMatch", **evaluator}
+        self.spec(spec)
+
+    def spec(self, spec: Any) -> None:
+        self.file("job.json", json.dumps({"kind": "CollaborationJob", "spec": spec}))
+
+    def model(self, uri: str | None) -> None:
+        job = json.loads((self.folder / "job.json").read_text())
+        self.spec({**job["spec"], "weak": {"model": uri} if uri else {}})
+
+    def check(self) -> Manifest:
+        out = str(self.folder / "out")
+        assert check.main(["--job", str(self.folder / "job.json"), "--out", out]) == EXIT_OK
+        manifest = read_manifest(out)
+        assert manifest is not None and manifest.kind == "Check"
+        return manifest
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+def test_it_says_what_the_loop_has_to_know(desk: Desk) -> None:
+    assert desk.check().metrics == {
+        "rows": 3,
+        "held_out": 2,
+        "has_explanations": True,
+        "query_chars": len("held_out 0?"),
+        "max_reference_chars": 2,
+    }
+
+
+def test_rows_without_explanations_are_said_to_be(desk: Desk) -> None:
+    desk.rows("train", 3)
+    assert desk.check().metrics["has_explanations"] is False
+
+
+@pytest.mark.parametrize("changed", ["train", "held_out", "weak", "evaluator"])
+def test_a_change_of_any_file_is_looked_at_anew(desk: Desk, changed: str) -> None:
+    first = desk.check()
+    assert desk.check() == first, "unchanged: nothing is done again"
+    if changed == "evaluator":
+        desk.declare(type="TokenF1")
+    elif changed == "weak":
+        desk.file("weak/model.safetensors", "other weights")
+    else:
+        desk.rows(changed, 4)
+    second = desk.check()
+    assert second.inputs_digest != first.inputs_digest
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        pytest.param(lambda d: d.file("train.jsonl", "no row"), r"train.jsonl:1: wanted a JSON object", id="no rows"),
+        pytest.param(lambda d: (d.folder / "held_out.jsonl").unlink(), "held_out.jsonl: wanted", id="no file"),
+        pytest.param(
+            lambda d: d.file("held_out.jsonl", (d.folder / "train.jsonl").read_text()), "are the same", id="no split"
+        ),
+        pytest.param(
+            lambda d: d.declare(type="Choice", choices=["a", "b"]), "wanted one of the choices a, b", id="reference"
+        ),
+        pytest.param(lambda d: d.model(None), r"spec.weak.model: wanted a URI", id="no model named"),
+        pytest.param(lambda d: d.model(str(d.folder / "none")), "saw nothing there", id="no model there"),
+        pytest.param(
+            lambda d: (d.folder / "weak/model.safetensors").unlink(), r"wanted weights as \*.safetensors", id="weights"
+        ),
+        pytest.param(lambda d: (d.folder / "weak/config.json").unlink(), "wanted config.json or", id="configuration"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(desk: Desk, breakage: Any, message: str) -> None:
+    breakage(desk)
+    with pytest.raises(StepError, match=message) as error:
+        desk.check()
+    assert error.value.code == EXIT_BAD_INPUT
+    assert not (desk.folder / "out").exists()
+
+
+def test_weights_in_a_folder_below_are_not_the_models(desk: Desk) -> None:
+    (desk.folder / "weak/model.safetensors").unlink()
+    desk.file("weak/checkpoint-1/model.safetensors")
+    with pytest.raises(StepError, match="safetensors"):
+        desk.check()
+
+
+def test_a_model_of_the_hub_is_left_to_the_step_that_takes_it(desk: Desk) -> None:
+    desk.model("hf://org/name@main")
+    assert desk.check().inputs["model"] == "hf://org/name@main"
+
+
+def test_a_store_that_is_no_store_is_said(desk: Desk) -> None:
+    desk.model("ftp://host/model")
+    with pytest.raises(StoreError, match="s3://"):
+        desk.check()

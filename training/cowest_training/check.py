@@ -1,0 +1,105 @@
+"""Look at all that a job names before anything is started or paid for: its rows, their split, the weak model.
+
+    python -m cowest_training.check --job job.json --out s3://b/j/runs/r0/check
+
+Writes manifest.json alone; its metrics say what the loop has to know of the data. Unchanged files are not read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cowest_serving import store
+from cowest_serving.contract import digest_of
+from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row, StepError, evaluator_digest
+from cowest_training.data import check_split, read_rows, rows_digest
+from cowest_training.evaluator import check_references
+from cowest_training.steps import Progress, load_settings, load_spec, open_output, parser, run
+
+CONFIGURATIONS = ("config.json", "adapter_config.json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser(__doc__).parse_args(argv)
+    settings = load_settings(args.job)
+    data, evaluator, model = settings.data, settings.feedback.evaluator, weak_model(load_spec(args.job))
+    inputs = {
+        "train": store.fingerprint(data.train),
+        "held_out": store.fingerprint(data.held_out),
+        "evaluator": evaluator_digest(evaluator),
+        "model": model if is_of_the_hub(model) else store.fingerprint(model),
+    }
+    output = open_output(args.out, step="check", inputs=inputs)
+    if isinstance(output, Manifest):
+        return EXIT_OK
+    progress = Progress(args.progress, "check")
+    progress.update(0, 2, "checks", "reading rows")
+    train, held_out = read_rows(data.train), read_rows(data.held_out)
+    check_rows(train, held_out, evaluator)
+    progress.update(1, 2, "checks", "looking at the weak model")
+    check_weak_model(model)
+    digest = digest_of([rows_digest(train), rows_digest(held_out)])
+    output.finish(kind="Check", metrics=facts(train, held_out), digest=digest)
+    progress.update(2, 2, "checks")
+    return EXIT_OK
+
+
+def weak_model(spec: Mapping[str, Any]) -> str:
+    weak = spec.get("weak")
+    model = weak.get("model") if isinstance(weak, Mapping) else None
+    if not isinstance(model, str) or not model:
+        raise StepError(f"spec.weak.model: wanted a URI, saw {model!r}.")
+    return model
+
+
+def is_of_the_hub(model: str) -> bool:
+    return model.startswith("hf://")
+
+
+def check_rows(train: Sequence[Row], held_out: Sequence[Row], evaluator: Evaluator) -> None:
+    """Raises `StepError`."""
+    check_split(train, held_out)
+    for rows in (train, held_out):
+        check_references(rows, evaluator)
+
+
+def facts(train: Sequence[Row], held_out: Sequence[Row]) -> dict[str, Any]:
+    """What is known of the data before anything runs; characters of queries are a mean, as estimates use it."""
+    return {
+        "rows": len(train),
+        "held_out": len(held_out),
+        "has_explanations": any(row.explanation for row in train),
+        "query_chars": sum(len(row.query) for row in held_out) / max(1, len(held_out)),
+        "max_reference_chars": max((len(row.reference) for row in (*train, *held_out)), default=0),
+    }
+
+
+def check_weak_model(uri: str) -> None:
+    """By the names of its files: weights may be many gigabytes. A model of the Hub is left to the step that takes it.
+
+    Raises `StepError`.
+    """
+    if is_of_the_hub(uri):
+        return
+    root = uri.rstrip("/") + "/"
+    names = {file.removeprefix(root) for file in store.list_files(uri)}
+    if not names:
+        raise StepError(f"spec.weak.model: wanted a model folder at {uri}, saw nothing there. Check bucket and prefix.")
+    missing = [
+        wanted
+        for wanted, found in (
+            ("weights as *.safetensors", any("/" not in name and name.endswith(".safetensors") for name in names)),
+            (" or ".join(CONFIGURATIONS), not names.isdisjoint(CONFIGURATIONS)),
+        )
+        if not found
+    ]
+    if missing:
+        raise StepError(
+            f"spec.weak.model: wanted {' and '.join(missing)} in {uri}, saw {', '.join(sorted(names)[:5])}. "
+            "Name the folder that `model.save_pretrained` wrote."
+        )
+
+
+if __name__ == "__main__":
+    run(main)
