@@ -24,7 +24,11 @@ from typing import Any
 
 import pytest
 
+from cowest_operator import manifest
+
 START_SECONDS = 90.0
+CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+JOBS = "/apis/cowest.dev/v1alpha1/namespaces/default/collaborationjobs"
 CACHE = Path.home() / ".cache" / "cowest-cluster" / "bin"
 
 
@@ -93,6 +97,15 @@ def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     with contextlib.ExitStack() as stack:
         etcd_url = stack.enter_context(_etcd(etcd, folder))
         yield stack.enter_context(_kube_apiserver(kube_apiserver, etcd_url, folder))
+
+
+@pytest.fixture(scope="session")
+def server(api_server: ApiServer) -> ApiServer:
+    """The API server once it serves our CRD."""
+    status, answer = api_server.request("POST", CRDS, manifest.crd())
+    assert status == 201, answer
+    wait_until(lambda: api_server.request("GET", JOBS)[0] == 200, "the API server to serve CollaborationJobs")
+    return api_server
 
 
 @contextlib.contextmanager

@@ -17,22 +17,11 @@ import yaml
 from cowest_operator import manifest
 from cowest_operator.manifest import ManifestError
 from cowest_operator.schema import UNKNOWN, Schema
-from tests.apiserver.conftest import ApiServer, wait_until
+from tests.apiserver.conftest import CRDS, JOBS, ApiServer
 from tests.manifests import BROKEN, VALID, Broken, edited, smallest
 
-CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-JOBS = "/apis/cowest.dev/v1alpha1/namespaces/default/collaborationjobs"
 DRY = "?fieldValidation=Strict&dryRun=All"
 EXAMPLES = sorted((Path(__file__).parents[2] / "crds" / "examples").rglob("*.yaml"))
-
-
-@pytest.fixture(scope="session")
-def server(api_server: ApiServer) -> ApiServer:
-    """The API server once it serves our CRD."""
-    status, answer = api_server.request("POST", CRDS, manifest.crd())
-    assert status == 201, answer
-    wait_until(lambda: api_server.request("GET", JOBS)[0] == 200, "the API server to serve CollaborationJobs")
-    return api_server
 
 
 def ours(job: Mapping[str, Any]) -> manifest.Loaded | ManifestError:

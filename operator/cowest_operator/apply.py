@@ -1,0 +1,232 @@
+"""I/O: makes the cluster what a plan says. Routing first, then children, one status write, events, Workflows, prune.
+
+Each order is safe to be cut anywhere: what is written twice is the same, and what was not written is decided anew.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from cowest_operator import api, story
+from cowest_operator.kube import Kube, KubeError
+from cowest_operator.objects import common, steps
+from cowest_operator.objects import desired as builders
+from cowest_operator.objects.common import Child, Context, key_of
+from cowest_operator.observe import Memory, Observed
+from cowest_operator.watched import Family, Seen, see
+from cowest_serving.contract import Routing, digest_of, dump
+
+log = logging.getLogger("cowest.apply")
+
+DRAIN = 10.0  # seconds that a weak model outlives its last traffic
+STATUS_EVERY = 60.0  # seconds between writes of a status that only says something else
+KEPT_TRIALS = 2  # whose frozen manifests and steps are kept for a look
+
+
+class Applier:
+    """One for all jobs."""
+
+    def __init__(self, kube: Kube) -> None:
+        self.kube = kube
+
+    async def apply(self, seen: Observed, plan: api.Plan, family: Family, memory: Memory) -> None:
+        """Raises `KubeError` when the API server is away; what it refuses becomes a trouble of the next look."""
+        context = seen.context
+        if seen.world.blocked is None:
+            await self._routing(context, plan.routing, family)
+            await self._freeze(context, plan.status.candidate, family)
+            await self._children(context, plan, family, memory)
+        await self.write_status(context, plan, seen.world.traces, family, memory)
+        for event in plan.events:
+            await self._event(context, event)
+        if seen.world.blocked is None:
+            await self._submit(seen, plan, family, memory)
+            await self._prune(seen, plan, family, memory)
+
+    # ------------------------------------------------------------ children
+    async def _routing(self, context: Context, routing: Routing, family: Family) -> None:
+        """Its version grows with its content, so that two gateways can say which is newer."""
+        known = family.children.get(("ConfigMap", context.name("routing")))
+        text = known.facts.get("routing") if known else None
+        before = json.loads(text) if text else {"version": 0}
+        content = dump(routing)
+        if text and {**before, "version": 0} == {**content, "version": 0}:
+            return
+        child = builders.routing_map(context, replace(routing, version=int(before["version"]) + 1))
+        self._note(family, await self.kube.apply(child))
+
+    async def _freeze(self, context: Context, trial: api.Trial | None, family: Family) -> None:
+        if trial is not None and ("ConfigMap", builders.frozen_name(context, trial)) not in family.children:
+            child = builders.frozen_manifest(context, trial)
+            await self.kube.create(child)
+            if found := await self.kube.get("ConfigMap", context.namespace, child["metadata"]["name"]):
+                self._note(family, found)
+
+    async def _children(self, context: Context, plan: api.Plan, family: Family, memory: Memory) -> None:
+        troubles = []
+        for child in builders.desired(context, plan):
+            try:
+                await self._child(child, family, memory)
+            except KubeError as error:
+                if error.retryable and child["kind"] not in ("InferenceService", "WorkflowTemplate"):
+                    raise
+                troubles.append(_refused(child, error))
+        memory.apply_troubles = tuple(troubles)
+
+    async def _child(self, child: Child, family: Family, memory: Memory) -> None:
+        key, intent = key_of(child), digest_of(child)
+        known = family.children.get(key)
+        if known is not None and memory.applied.get(key) == (intent, known.stamp):
+            return
+        try:
+            answer = await self.kube.apply(child)
+        except KubeError as error:
+            if error.code != 422 or "immutable" not in str(error) or child["kind"] == "PersistentVolumeClaim":
+                raise
+            await self.kube.delete(key[0], child["metadata"]["namespace"], key[1])  # a selector or roleRef was edited
+            answer = await self.kube.apply(child)
+        now = self._note(family, answer)
+        memory.applied[key] = (intent, now)
+
+    def _note(self, family: Family, answer: Mapping[str, Any]) -> str:
+        """What the API server answered is newer than what the watch has shown."""
+        seen = see(answer["kind"], answer)
+        family.children[(seen.kind, seen.name)] = seen
+        return seen.stamp
+
+    # ------------------------------------------------------------ status and events
+    async def write_status(
+        self, context: Context, plan: api.Plan, traces: api.TraceCounts, family: Family, memory: Memory
+    ) -> None:
+        """One write a transition; what only says something else waits for a minute; nothing new is not written."""
+        assert family.job is not None
+        new = story.written(plan.status, plan, traces, context.job.generation)
+        old = memory.written if memory.written is not None else family.job.get("status") or {}
+        moved = story.transition(new) != story.transition(old)
+        waited = time.monotonic() - memory.written_at > STATUS_EVERY
+        if not moved and not (waited and new != old):
+            return
+        await self.kube.apply_status(context.namespace, context.job.name, new)
+        memory.written, memory.written_at = new, time.monotonic()
+        memory.state = story.read(new)
+
+    async def _event(self, context: Context, event: api.Event) -> None:
+        """Named by its content: a restart that decides the same says it once."""
+        name = f"{context.job.name}.{common.hex_of(digest_of([context.uid, event.reason, event.message]), 16)}"
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        body = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": name, "namespace": context.namespace},
+            "type": event.type,
+            "reason": event.reason,
+            "message": event.message[:1024],
+            "involvedObject": {
+                "apiVersion": f"{api.GROUP}/{api.VERSION}",
+                "kind": api.KIND,
+                "name": context.job.name,
+                "namespace": context.namespace,
+                "uid": context.uid,
+            },
+            "source": {"component": "cowest-operator"},
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+        }
+        try:
+            await self.kube.create(body)
+        except KubeError as error:  # an event is never worth a decision
+            log.warning("event not written: %s", error, extra={"job": context.job.name})
+
+    # ------------------------------------------------------------ steps
+    async def _submit(self, seen: Observed, plan: api.Plan, family: Family, memory: Memory) -> None:
+        context = seen.context
+        for step in plan.steps:
+            if step.keeps_running:
+                continue
+            attempt = seen.submit.get(step.name) or (1 if self._unknown(step, family) else 0)
+            if not attempt:
+                continue
+            orders = steps.step_map(context, step, dict(seen.frozen_document))
+            try:
+                await self._child(orders, family, memory)
+                workflow = steps.workflow(context, step, attempt)
+                await self.kube.create(workflow)
+            except KubeError as error:
+                if error.code != 404 and error.retryable:
+                    raise
+                memory.apply_troubles = (*memory.apply_troubles, _refused({"kind": "Workflow"}, error))
+                continue
+            if found := await self.kube.get("Workflow", context.namespace, workflow["metadata"]["name"]):
+                self._note(family, found)
+
+    def _unknown(self, step: api.StepSpec, family: Family) -> bool:
+        return not any(seen.facts["step"] == step.name for seen in family.of("Workflow"))
+
+    # ------------------------------------------------------------ prune
+    async def _prune(self, seen: Observed, plan: api.Plan, family: Family, memory: Memory) -> None:
+        context = seen.context
+        for kind, name in list(self._not_wanted(seen, plan, family, memory)):
+            await self.kube.delete(kind, context.namespace, name)
+            memory.applied.pop((kind, name), None)
+            family.children.pop((kind, name), None)
+
+    def _not_wanted(self, seen: Observed, plan: api.Plan, family: Family, memory: Memory) -> Iterator[tuple[str, str]]:
+        wanted = {key_of(child) for child in builders.desired(seen.context, plan)}
+        wanted.add(("ConfigMap", seen.context.name("routing")))
+        for key, child in list(family.children.items()):
+            if key in wanted:
+                memory.unwanted.pop(child.name, None)
+            elif not child.deleting and self._is_over(child, seen.context, plan, family, memory):
+                yield key
+
+    def _is_over(self, child: Seen, context: Context, plan: api.Plan, family: Family, memory: Memory) -> bool:
+        """Of a child that no plan names: may it go now?"""
+        running = {step.name for step in plan.steps}
+        match child.kind:
+            case "Pod" | "PersistentVolumeClaim":
+                return False
+            case "InferenceService":
+                since = memory.unwanted.setdefault(child.name, time.monotonic())
+                return time.monotonic() - since > DRAIN
+            case "Workflow":
+                return _active(child) and child.facts["step"] not in running
+            case "WorkflowTemplate":
+                return not any(_active(workflow) for workflow in family.of("Workflow"))
+            case "ConfigMap":
+                number = _trial_of(context, child.name)
+                return (
+                    self._rolled_out(context, family) if number is None else number < plan.status.trials - KEPT_TRIALS
+                )
+        return True
+
+    def _rolled_out(self, context: Context, family: Family) -> bool:
+        """Pods of before the last edit still mount the manifest of before it."""
+        parts = (family.children.get(("Deployment", context.name(part))) for part in ("gateway", "proxy", "observer"))
+        return all(seen and seen.facts["current"] and seen.facts["updated"] for seen in parts)
+
+
+def _active(workflow: Seen) -> bool:
+    return workflow.facts["phase"] in ("Pending", "Running")
+
+
+def _trial_of(context: Context, name: str) -> int | None:
+    """3 for `J-r3` and `J-r3-feedback`; None for what belongs to no trial."""
+    head = name.removeprefix(context.name("r")).split("-")[0]
+    return int(head) if name.startswith(context.name("r")) and head.isdigit() else None
+
+
+def _refused(child: Mapping[str, Any], error: KubeError) -> api.Trouble:
+    kind = child["kind"]
+    if error.code == 404 and kind == "InferenceService":
+        return api.Trouble(
+            api.REASON_NO_KSERVE, "KServe is not installed: no InferenceService can be made. Install it."
+        )
+    if error.code == 404 and kind in ("Workflow", "WorkflowTemplate"):
+        return api.Trouble(api.REASON_NO_ARGO, "Argo Workflows is not installed: no step can run. Install it.")
+    return api.Trouble(api.REASON_API_REFUSED, f"{kind}: the API server refuses: {str(error)[:600]}")

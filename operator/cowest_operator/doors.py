@@ -1,0 +1,64 @@
+"""The HTTP doors of a job's own pods: observer, strong-model proxy and weak-model servers. Small facts, short waits."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+
+TIMEOUT = aiohttp.ClientTimeout(total=8, connect=3)
+
+
+class DoorError(Exception):
+    """A pod of ours does not answer, or says that what is behind it is away. One sentence."""
+
+
+class Doors:
+    """Asks by URL; every answer is JSON. Raises `DoorError`; what is not there is `None`."""
+
+    def __init__(self, session: aiohttp.ClientSession | None = None) -> None:
+        self._session = session
+
+    async def artifact(self, observer: str, uri: str) -> Any:
+        return await self._get(f"{observer}/v1/artifact?uri={quote(uri, safe='')}", "the observer")
+
+    async def traces(self, observer: str) -> Any:
+        return await self._get(f"{observer}/v1/traces", "the observer")
+
+    async def spent(self, proxy: str, round_number: int) -> Any:
+        return await self._get(f"{proxy}/v1/spent?round={round_number}", "the strong-model proxy")
+
+    async def served(self, endpoint: str) -> list[str]:
+        """Digests (and names) that a weak-model server says it serves, because it was asked."""
+        answer = await self._get(f"{endpoint}/models", "the weak-model server")
+        models = (answer or {}).get("data") or []
+        return [str(model[field]) for model in models for field in ("digest", "id") if model.get(field)]
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def _get(self, url: str, who: str) -> Any:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(timeout=TIMEOUT)
+        try:
+            async with self._session.get(url) as answer:
+                body = await answer.read()
+                if answer.status == 404:
+                    return None
+                if answer.status >= 400:
+                    raise DoorError(f"{who} answers {answer.status}: {_words(body)}")
+                return json.loads(body)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise DoorError(f"{who} does not answer ({error or type(error).__name__}).") from error
+        except ValueError as error:
+            raise DoorError(f"{who} answered no JSON at {url}.") from error
+
+
+def _words(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")[:300]

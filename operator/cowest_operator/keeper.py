@@ -1,0 +1,141 @@
+"""One asyncio task a job: observe, decide, apply; then sleep until woken or until the plan says so."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+
+from cowest_operator import api, farewell, reconcile, story
+from cowest_operator.apply import Applier
+from cowest_operator.kube import KubeError
+from cowest_operator.metrics import Metrics
+from cowest_operator.observe import HoldError, Memory, Observer
+from cowest_operator.watched import Family, Key, Watched
+
+log = logging.getLogger("cowest.keeper")
+
+AT_ONCE = 16  # jobs looked at side by side
+BUSY, LIVE, IDLE = 15.0, 2.0, 60.0  # seconds until a look that nothing has asked for
+LONGEST_BACKOFF = 60.0
+SETTLE = 0.05  # seconds: events that come together are one look
+
+
+class Keeper:
+    """All jobs of one operator."""
+
+    def __init__(self, watched: Watched, observer: Observer, applier: Applier, metrics: Metrics) -> None:
+        self.watched, self.observer, self.applier, self.metrics = watched, observer, applier, metrics
+        self._tasks: dict[Key, asyncio.Task[None]] = {}
+        self._wakes: dict[Key, asyncio.Event] = {}
+        self._slots = asyncio.Semaphore(AT_ONCE)
+
+    def wake(self, key: Key) -> None:
+        """Something of this job has changed. Starts its task with its first event, ends it with its last."""
+        family = self.watched.families.get(key)
+        if family is None or family.job is None:
+            return
+        self._wakes.setdefault(key, asyncio.Event()).set()
+        task = self._tasks.get(key)
+        if task is None or task.done():
+            self._tasks[key] = asyncio.create_task(self._keep(key))
+
+    def forget(self, key: Key) -> None:
+        """The job is gone; its children go with it by their owner references."""
+        if task := self._tasks.pop(key, None):
+            task.cancel()
+        self._wakes.pop(key, None)
+
+    async def close(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _keep(self, key: Key) -> None:
+        memory, failures = Memory(), 0
+        while (family := self.watched.families.get(key)) is not None and family.job is not None:
+            wake = self._wakes.setdefault(key, asyncio.Event())
+            wake.clear()
+            try:
+                async with self._slots:
+                    again = await self.turn(key, memory)
+                failures = 0
+            except KubeError as error:
+                failures += 1
+                again = min(2.0 ** min(failures, 10), LONGEST_BACKOFF)
+                self.metrics.failed("api_server")
+                log.warning("%s/%s: %s; again in %.0f s", *key, error, again)
+            except Exception:  # a bug in one job must not end the others
+                failures += 1
+                again = min(2.0 ** min(failures, 10), LONGEST_BACKOFF)
+                self.metrics.failed("bug")
+                log.exception("%s/%s: reconciling failed; again in %.0f s", *key, again)
+            if again:
+                try:
+                    await asyncio.wait_for(wake.wait(), again * random.uniform(0.9, 1.1))
+                    await asyncio.sleep(SETTLE)
+                except TimeoutError:
+                    pass
+
+    async def turn(self, key: Key, memory: Memory) -> float:
+        """One look and what it asks for; seconds until the next one."""
+        family = self.watched.families[key]
+        assert family.job is not None
+        if "deletionTimestamp" in family.job["metadata"]:
+            return await self._goodbye(family, memory)
+        begun = time.monotonic()
+        await farewell.hold(self.applier.kube, family.job)
+        try:
+            seen = await self.observer.world(family, memory)
+        except HoldError as hold:
+            await self._hold(key, memory, hold.trouble)
+            return BUSY
+        plan = reconcile.plan(seen.world)
+        await self.applier.apply(seen, plan, family, memory)
+        self.metrics.reconciled(key, time.monotonic() - begun, plan.status)
+        for event in plan.events:
+            log.info("%s/%s: %s", *key, event.message, extra={"reason": event.reason})
+        return _pace(plan)
+
+    async def _goodbye(self, family: Family, memory: Memory) -> float:
+        """Nothing is decided any more."""
+        try:
+            context = (await self.observer.world(family, memory)).context
+        except HoldError:
+            context = None
+        gone = await farewell.goodbye(self.applier.kube, context, family)
+        return IDLE if gone else LIVE
+
+    async def _hold(self, key: Key, memory: Memory, trouble: api.Trouble) -> None:
+        """Nothing can be decided; say so and leave everything as it is."""
+        family = self.watched.families[key]
+        assert family.job is not None
+        before = story.read(family.job.get("status"))
+        generation = int(family.job["metadata"]["generation"])
+        kept = tuple(c for c in before.conditions if c.type not in (api.DEGRADED, api.ROUND_PROGRESSING))
+        known = {c.type: c for c in before.conditions}
+
+        def condition(kind: str, value: str) -> api.Condition:
+            old = known.get(kind)
+            since = old.last_transition if old and old.status == value else time.time()
+            as_status = "True" if value == "True" else "False"
+            return api.Condition(kind, as_status, trouble.reason, trouble.message, generation, since)  # type: ignore[arg-type]
+
+        conditions = (*kept, condition(api.ROUND_PROGRESSING, "False"), condition(api.DEGRADED, "True"))
+        new = dict(family.job.get("status") or {})
+        new["conditions"] = story.conditions(conditions)
+        if story.transition(new) == story.transition(memory.written or family.job.get("status") or {}):
+            return
+        await self.applier.kube.apply_status(*key, new)
+        memory.written = new
+
+
+def _pace(plan: api.Plan) -> float:
+    if plan.again_after == 0.0:
+        return 0.0
+    trial = plan.status.candidate
+    if trial is None:
+        return IDLE if plan.finished else BUSY
+    return LIVE if trial.stage != "Preparing" else BUSY

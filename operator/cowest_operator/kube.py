@@ -1,0 +1,169 @@
+"""The API server, over `kubernetes.aio`: plain dictionaries in and out, server-side apply, one error type."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import urlencode
+
+import aiohttp
+from kubernetes.aio import client, config
+from kubernetes.aio.client.exceptions import ApiException
+
+from cowest_operator import api
+
+CHILDREN, STATUS = "cowest-operator", "cowest-status"  # field managers
+TIMEOUT = 30.0  # seconds of one request
+WRITES_AT_ONCE = 16
+
+PLURALS: Final[Mapping[str, tuple[str, str]]] = {
+    "CollaborationJob": (f"{api.GROUP}/{api.VERSION}", api.PLURAL),
+    "ConfigMap": ("v1", "configmaps"),
+    "Service": ("v1", "services"),
+    "ServiceAccount": ("v1", "serviceaccounts"),
+    "PersistentVolumeClaim": ("v1", "persistentvolumeclaims"),
+    "Pod": ("v1", "pods"),
+    "Event": ("v1", "events"),
+    "Deployment": ("apps/v1", "deployments"),
+    "PodDisruptionBudget": ("policy/v1", "poddisruptionbudgets"),
+    "HorizontalPodAutoscaler": ("autoscaling/v2", "horizontalpodautoscalers"),
+    "Ingress": ("networking.k8s.io/v1", "ingresses"),
+    "Role": ("rbac.authorization.k8s.io/v1", "roles"),
+    "RoleBinding": ("rbac.authorization.k8s.io/v1", "rolebindings"),
+    "InferenceService": ("serving.kserve.io/v1beta1", "inferenceservices"),
+    "Workflow": ("argoproj.io/v1alpha1", "workflows"),
+    "WorkflowTemplate": ("argoproj.io/v1alpha1", "workflowtemplates"),
+}
+
+
+class KubeError(Exception):
+    """The API server refused (`code`) or could not be reached (`code` 0)."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+    @property
+    def retryable(self) -> bool:
+        """A webhook that is away answers 500; throttling 429; a conflict is settled by looking again."""
+        return self.code in (0, 409, 429) or self.code >= 500
+
+
+class Kube:
+    """A thin client. Raises `KubeError`; an object that is not there is `None`."""
+
+    def __init__(self, api_client: client.ApiClient) -> None:
+        self._client = api_client
+        self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
+
+    @classmethod
+    async def connect(cls) -> Kube:
+        """From inside a pod, else by the current kubeconfig."""
+        configuration = client.Configuration()
+        try:
+            config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
+        except config.ConfigException:
+            await config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+        configuration.connection_pool_maxsize = 2 * WRITES_AT_ONCE
+        return cls(client.ApiClient(configuration))
+
+    @property
+    def client(self) -> client.ApiClient:
+        return self._client
+
+    async def close(self) -> None:
+        await self._client.close()  # type: ignore[no-untyped-call]
+
+    # ------------------------------------------------------------ verbs
+    async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
+        try:
+            return await self._call("GET", self._path(kind, namespace, name))
+        except KubeError as error:
+            if error.code == 404:
+                return None
+            raise
+
+    async def list(self, kind: str, namespace: str, **query: str) -> list[dict[str, Any]]:
+        answer = await self._call("GET", self._path(kind, namespace), query)
+        return list(answer["items"])
+
+    async def apply(self, child: Mapping[str, Any], manager: str = CHILDREN) -> dict[str, Any]:
+        """Server-side apply of the whole intent."""
+        path = self._path(child["kind"], child["metadata"]["namespace"], child["metadata"]["name"])
+        query = {"fieldManager": manager, "force": "true"}
+        return await self._call("PATCH", path, query, dict(child), "application/apply-patch+yaml")
+
+    async def create(self, child: Mapping[str, Any]) -> bool:
+        """False: it is there already."""
+        path = self._path(child["kind"], child["metadata"]["namespace"])
+        try:
+            await self._call("POST", path, {"fieldManager": CHILDREN}, dict(child))
+        except KubeError as error:
+            if error.code == 409:
+                return False
+            raise
+        return True
+
+    async def delete(self, kind: str, namespace: str, name: str) -> None:
+        body = {"propagationPolicy": "Background"}
+        try:
+            await self._call("DELETE", self._path(kind, namespace, name), None, body)
+        except KubeError as error:
+            if error.code != 404:
+                raise
+
+    async def apply_status(self, namespace: str, name: str, status: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole status, by its own field manager; nothing of spec or metadata."""
+        body = {
+            "apiVersion": f"{api.GROUP}/{api.VERSION}",
+            "kind": api.KIND,
+            "metadata": {"name": name, "namespace": namespace},
+            "status": dict(status),
+        }
+        path = self._path(api.KIND, namespace, name) + "/status"
+        query = {"fieldManager": STATUS, "force": "true"}
+        return await self._call("PATCH", path, query, body, "application/apply-patch+yaml")
+
+    async def patch(self, kind: str, namespace: str, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        path = self._path(kind, namespace, name)
+        return await self._call("PATCH", path, {"fieldManager": CHILDREN}, dict(body), "application/merge-patch+json")
+
+    # ------------------------------------------------------------ the wire
+    def _path(self, kind: str, namespace: str, name: str = "") -> str:
+        version, plural = PLURALS[kind]
+        root = "/api/v1" if version == "v1" else f"/apis/{version}"
+        return f"{root}/namespaces/{namespace}/{plural}" + (f"/{name}" if name else "")
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Any = None,
+        content_type: str = "application/json",
+    ) -> dict[str, Any]:
+        url = self._client.configuration.host + path + (f"?{urlencode(query)}" if query else "")
+        headers = {"Accept": "application/json", "Content-Type": content_type}
+        await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
+        async with self._slots:
+            try:
+                answer = await self._client.call_api(method, url, headers, body, _request_timeout=TIMEOUT)
+                text = (await answer.read()).decode()  # type: ignore[no-untyped-call]
+            except ApiException as error:
+                raise KubeError(error.status or 0, f"{method} {path}: {error.reason}") from error
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise KubeError(0, f"{method} {path}: {error or type(error).__name__}") from error
+        if answer.status >= 400:
+            raise KubeError(answer.status, f"{method} {path}: {_words(text)}")
+        parsed: dict[str, Any] = json.loads(text)
+        return parsed
+
+
+def _words(text: str) -> str:
+    """The API server's own sentence."""
+    try:
+        return str(json.loads(text)["message"])
+    except (ValueError, KeyError, TypeError):
+        return text[:500]

@@ -1,0 +1,229 @@
+"""The operator: what wakes it (kopf), who may write (a Lease), and its own health. `python -m cowest_operator.main`
+
+kopf's daemons, timers and change handlers would add a finalizer to each job, and with it a delete that waits while the
+operator is away. So only `on.event` is used: it wakes the job's own task (keeper.py), which looks at everything anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+import kopf
+from aiohttp import web
+from kubernetes.aio import client
+from kubernetes.aio.leaderelection.electionconfig import Config
+from kubernetes.aio.leaderelection.leaderelection import LeaderElection
+from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
+from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
+
+from cowest_operator import api, kube, settings
+from cowest_operator.apply import Applier
+from cowest_operator.doors import Doors
+from cowest_operator.keeper import Keeper
+from cowest_operator.kube import Kube
+from cowest_operator.metrics import Metrics
+from cowest_operator.objects.common import JOB_LABEL
+from cowest_operator.observe import Observer
+from cowest_operator.watched import Watched
+
+log = logging.getLogger("cowest.operator")
+
+LEASE = "cowest-operator"
+CHILDREN = tuple(kind for kind in kube.PLURALS if kind not in (api.KIND, "Event"))
+
+
+def login(**told: Any) -> kopf.ConnectionInfo | None:
+    """In a pod its own account, else the current kubeconfig: as `Kube.connect`."""
+    return kopf.login_with_service_account(**told) or kopf.login_with_kubeconfig(**told)
+
+
+def registry(watched: Watched, keeper: Keeper) -> kopf.OperatorRegistry:
+    """Every event does the same: note what was seen, wake the job."""
+    built = kopf.OperatorRegistry()
+    kopf.on.login(registry=built, id="login")(login)
+
+    async def job_seen(type: str | None, body: Any, **_: Any) -> None:
+        key = watched.job(type, body)
+        if type == "DELETED":
+            keeper.forget(key)
+        else:
+            keeper.wake(key)
+
+    def child_seen(kind: str) -> Any:
+        async def seen(type: str | None, body: Any, **_: Any) -> None:
+            if key := watched.child(type, kind, body):
+                keeper.wake(key)
+
+        return seen
+
+    kopf.on.event(api.GROUP, api.VERSION, api.PLURAL, registry=built)(job_seen)
+    for kind in CHILDREN:
+        version, plural = kube.PLURALS[kind]
+        group, _, number = version.rpartition("/")
+        kopf.on.event(group, number, plural, registry=built, id=f"{plural}-seen")(child_seen(kind))
+    return built
+
+
+def kopf_settings() -> kopf.OperatorSettings:
+    built = kopf.OperatorSettings()
+    built.peering.standalone = True
+    built.posting.enabled = False
+    built.watching.server_timeout, built.watching.client_timeout = 300, 330
+    built.networking.request_timeout, built.networking.connect_timeout = 30, 5
+    for kind in CHILDREN:
+        version, plural = kube.PLURALS[kind]
+        built.watching.label_selectors[version.rpartition("/")[0], plural] = JOB_LABEL
+    return built
+
+
+class Operator:
+    """Everything that one process is."""
+
+    def __init__(self, told: settings.Settings, api_server: Kube, doors: Doors, kserve_mode: str) -> None:
+        self.told, self.kube, self.doors = told, api_server, doors
+        self.metrics = Metrics()
+        self.watched = Watched()
+        self.keeper = Keeper(
+            self.watched, Observer(api_server, doors, told, kserve_mode), Applier(api_server), self.metrics
+        )
+        self.watching = asyncio.Event()
+
+    async def lead(self) -> None:
+        """Watch and keep, for as long as the lease is held."""
+        self.metrics.leader = True
+        log.info("this replica writes")
+        try:
+            await kopf.operator(
+                registry=registry(self.watched, self.keeper),
+                settings=kopf_settings(),
+                clusterwide=not self.told.namespaces,
+                namespaces=self.told.namespaces,
+                ready_flag=self.watching,
+            )
+        finally:
+            self.metrics.leader = False
+            await self.keeper.close()
+
+    async def serve(self) -> web.AppRunner:
+        """Health and metrics. A standby is ready: it waits for the lease as it should."""
+        app = web.Application()
+        app.router.add_get("/healthz", self._fine)
+        app.router.add_get("/readyz", self._fine)
+        app.router.add_get("/metrics", self._metrics)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        for port in {self.told.health_port, self.told.metrics_port} - {0}:
+            await web.TCPSite(runner, "0.0.0.0", port).start()
+        return runner
+
+    async def _fine(self, _: web.Request) -> web.Response:
+        return web.json_response({"leader": self.metrics.leader, "jobs": len(self.watched.families)})
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(text=self.metrics.text(), content_type="text/plain")
+
+
+async def run(told: settings.Settings) -> None:
+    api_server = await Kube.connect()
+    doors = Doors()
+    operator = Operator(told, api_server, doors, await kserve_mode(api_server))
+    runner = await operator.serve()
+    try:
+        await _while_leading(operator)
+    finally:
+        await runner.cleanup()
+        await doors.close()
+        await api_server.close()
+
+
+class Lock(LeaseLock):
+    """kubernetes 37 sends `pretty=True` where its own validation wants text, so no lease could ever be made."""
+
+    async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
+        spec = self.update_lease(election_record)
+        body = client.V1Lease(metadata=client.V1ObjectMeta(name=name), spec=spec)
+        try:
+            await self.api_instance.create_namespaced_lease(namespace, body)
+        except client.ApiException as error:
+            log.warning("the lease %s/%s cannot be made: %s", namespace, name, error.reason)
+            return False
+        return True
+
+
+async def _while_leading(operator: Operator) -> None:
+    """Lease lost: this process ends, and another replica, or its own restart, goes on."""
+    told = operator.told
+    lock = Lock(LEASE, told.namespace, told.identity, operator.kube.client)
+    over = asyncio.Event()  # kopf has ended: it takes SIGTERM for itself
+
+    async def lead() -> None:
+        try:
+            await operator.lead()
+        finally:
+            over.set()
+
+    async def stopped() -> None:
+        log.warning("the lease is lost: this replica ends")
+
+    election = asyncio.create_task(LeaderElection(Config(lock, 15, 10, 2, lead, stopped)).run())
+    ended = asyncio.create_task(over.wait())
+    try:
+        await asyncio.wait((election, ended), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (election, ended):
+            task.cancel()
+        await asyncio.gather(election, ended, return_exceptions=True)
+
+
+async def kserve_mode(api_server: Kube) -> str:
+    """`Standard` since KServe 0.16, `RawDeployment` before: told by the CRD, which knows `spec.canary` or not.
+
+    The names live in the controller, not in the schema; 0.16 and later still take the old one as an alias.
+    """
+    return os.environ.get("COWEST_KSERVE_MODE") or "RawDeployment"
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line, with what a record carries of job, round and reason."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name,
+                "message": record.getMessage()}  # fmt: skip
+        line |= {name: getattr(record, name) for name in ("job", "round", "reason") if hasattr(record, name)}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def main() -> int:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=os.environ.get("COWEST_LOG_LEVEL", "INFO"), handlers=[handler])
+    logging.getLogger("kopf").setLevel(logging.WARNING)
+    try:
+        told = settings.read(os.environ)
+    except settings.OperatorSettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+    async def whole() -> None:
+        task = asyncio.create_task(run(told))
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, task.cancel)
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(whole())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Plan -> Kubernetes objects. Pure: the same plan and manifest give the same objects, byte by byte."""

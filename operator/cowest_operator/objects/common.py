@@ -1,0 +1,274 @@
+"""What all children share: names, labels, owner, restricted pods, the object store's environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from cowest_operator import api
+from cowest_operator.settings import Images
+from cowest_serving.contract import canonical_json, digest_of
+
+Child = dict[str, Any]
+
+JOB_LABEL = "cowest.dev/job"
+PART_LABEL = "app.kubernetes.io/component"
+USER = 65532  # of all our images
+PORT = 8080  # every server of ours listens there
+JOB_FOLDER, STEP_FOLDER = "/etc/cowest/job", "/etc/cowest/step"
+STRONG_KEYS, CLIENT_KEYS, EVALUATOR_KEY = "/etc/cowest/strong-keys", "/etc/cowest/client-keys", "/etc/cowest/evaluator"
+
+
+@dataclass(frozen=True)
+class Context:
+    """One job on one cluster: all that builders need beside the plan."""
+
+    job: api.Job
+    namespace: str
+    uid: str
+    document: Mapping[str, Any]  # the declared manifest: defaulted, prompts resolved
+    images: Images
+    kserve_mode: str = "Standard"  # RawDeployment before KServe 0.16
+    has_kuberay: bool = False
+    kueue_queue: str | None = None
+
+    @property
+    def store(self) -> str:
+        """URI of the job's part of the bucket."""
+        return store_of(self.job, self.namespace)
+
+    def name(self, part: str) -> str:
+        return f"{self.job.name}-{part}"
+
+    def host(self, part: str) -> str:
+        """Works in every cluster domain."""
+        return f"{self.name(part)}.{self.namespace}.svc"
+
+
+def store_of(job: api.Job, namespace: str) -> str:
+    place = job.spec.object_store
+    if place is None:
+        raise ValueError("spec.objectStore: wanted a bucket, saw none")
+    parts = (place.bucket, *(p for p in (place.prefix or "").strip("/").split("/") if p), namespace, job.name)
+    return "s3://" + "/".join(parts)
+
+
+def key_of(child: Mapping[str, Any]) -> tuple[str, str]:
+    """(kind, name): unique among the children of one namespace."""
+    return child["kind"], child["metadata"]["name"]
+
+
+def hex_of(digest: str, length: int = 8) -> str:
+    return digest.removeprefix("sha256:")[:length]
+
+
+def content_name(context: Context, part: str, content: Any) -> str:
+    """The name of an object that never changes: another content is another object."""
+    return context.name(f"{part}-{hex_of(digest_of(content))}")
+
+
+def labels(context: Context, part: str) -> dict[str, str]:
+    return {
+        JOB_LABEL: context.job.name,
+        PART_LABEL: part,
+        "app.kubernetes.io/name": "cowest",
+        "app.kubernetes.io/instance": context.job.name,
+        "app.kubernetes.io/managed-by": "cowest-operator",
+    }
+
+
+def child(context: Context, api_version: str, kind: str, name: str, part: str, **content: Any) -> Child:
+    return {
+        "apiVersion": api_version,
+        "kind": kind,
+        "metadata": {
+            "name": name,
+            "namespace": context.namespace,
+            "labels": labels(context, part),
+            "ownerReferences": [
+                {
+                    "apiVersion": f"{api.GROUP}/{api.VERSION}",
+                    "kind": api.KIND,
+                    "name": context.job.name,
+                    "uid": context.uid,
+                    "controller": True,
+                    "blockOwnerDeletion": False,
+                }
+            ],
+        },
+        **content,
+    }
+
+
+def config_map(context: Context, name: str, part: str, data: Mapping[str, str], immutable: bool = True) -> Child:
+    built = child(context, "v1", "ConfigMap", name, part, data=dict(data))
+    return {**built, "immutable": True} if immutable else built
+
+
+def service(context: Context, part: str) -> Child:
+    return child(
+        context, "v1", "Service", context.name(part), part,
+        spec={"selector": selector(context, part),
+              "ports": [{"name": "http", "port": 80, "targetPort": "http", "protocol": "TCP"}]},
+    )  # fmt: skip
+
+
+def selector(context: Context, part: str) -> dict[str, str]:
+    return {JOB_LABEL: context.job.name, PART_LABEL: part}
+
+
+# ---------------------------------------------------------------- pods
+def container(
+    context: Context, name: str, image: str, module: str, arguments: Sequence[str], **more: Any
+) -> dict[str, Any]:
+    """A container under the `restricted` Pod Security profile. `python -P`: the working folder is no source of code."""
+    built = {
+        "name": name,
+        "image": image,
+        "imagePullPolicy": context.images.pull_policy,
+        "command": ["python", "-P", "-m", module],
+        "args": list(arguments),
+        "securityContext": restricted(),
+        **more,
+    }
+    return {key: value for key, value in built.items() if value not in (None, [], {})}
+
+
+def restricted() -> dict[str, Any]:
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "runAsNonRoot": True,
+        "runAsUser": USER,
+        "capabilities": {"drop": ["ALL"]},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def pod(context: Context, **spec: Any) -> dict[str, Any]:
+    """The PodSpec that all servers start from; no token unless a container asks for one."""
+    built: dict[str, Any] = {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        **spec,
+    }
+    if context.images.pull_secrets:
+        built["imagePullSecrets"] = [{"name": name} for name in context.images.pull_secrets]
+    return built
+
+
+def template(context: Context, part: str, spec: Mapping[str, Any], over: api.PodTemplate | None = None) -> Child:
+    """A pod template; what the manifest's podTemplate says is laid over it."""
+    metadata: dict[str, Any] = {"labels": labels(context, part)}
+    if over is not None:
+        metadata["labels"] = {**over.metadata.labels, **metadata["labels"]}
+        if over.metadata.annotations:
+            metadata["annotations"] = dict(over.metadata.annotations)
+    return {"metadata": metadata, "spec": laid_over(spec, over.spec if over else {})}
+
+
+_BY_NAME = ("containers", "initContainers", "volumes", "env", "volumeMounts", "imagePullSecrets")
+
+
+def laid_over(base: Any, over: Any, name: str = "") -> Any:
+    """Merged as `kubectl patch --type=strategic` does: objects deep, named lists by name, other values whole."""
+    if isinstance(base, Mapping) and isinstance(over, Mapping):
+        merged = {key: deepcopy(value) for key, value in base.items()}
+        for key, value in over.items():
+            merged[key] = laid_over(merged[key], value, key) if key in merged else deepcopy(value)
+        return merged
+    if isinstance(base, list) and isinstance(over, list) and name in _BY_NAME:
+        index = "mountPath" if name == "volumeMounts" else "name"
+        given = {item.get(index): item for item in over}
+        kept = [laid_over(item, given.pop(item.get(index), item)) for item in base]
+        return [*kept, *deepcopy(list(given.values()))]
+    if isinstance(base, list) and isinstance(over, list) and name == "tolerations":
+        return [*base, *deepcopy(over)]
+    return deepcopy(over)
+
+
+def resources(wanted: api.Resources | None, cpu: str, memory: str) -> dict[str, Any]:
+    """What the manifest says, else a request that fits a small node and no limit."""
+    if wanted is None or not (wanted.requests or wanted.limits):
+        return {"requests": {"cpu": cpu, "memory": memory}}
+    return {k: dict(v) for k, v in (("requests", wanted.requests), ("limits", wanted.limits)) if v}
+
+
+def probe(path: str, **more: Any) -> dict[str, Any]:
+    return {"httpGet": {"path": path, "port": "http"}, **more}
+
+
+def tmp() -> tuple[dict[str, Any], dict[str, Any]]:
+    return {"name": "tmp", "emptyDir": {}}, {"name": "tmp", "mountPath": "/tmp"}
+
+
+# ---------------------------------------------------------------- environment
+def env(name: str, value: str) -> dict[str, Any]:
+    return {"name": name, "value": value}
+
+
+def store_env(context: Context) -> list[dict[str, Any]]:
+    """How `cowest_serving.store` reaches the bucket; credentials by reference only."""
+    place = context.job.spec.object_store
+    assert place is not None
+    found = [env("COWEST_CACHE", "/tmp/cache")]
+    for name, value in (
+        ("COWEST_S3_ENDPOINT", place.endpoint),
+        ("AWS_REGION", place.region),
+        ("COWEST_S3_PATH_STYLE", None if place.path_style is None else str(place.path_style).lower()),
+        ("COWEST_S3_CA", f"/etc/cowest/s3-ca/{place.ca_bundle_ref.key}" if place.ca_bundle_ref else None),
+    ):
+        if value:
+            found.append(env(name, value))
+    if place.credentials_secret_ref:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            reference = {"name": place.credentials_secret_ref.name, "key": name}
+            found.append({"name": name, "valueFrom": {"secretKeyRef": reference}})
+    return found
+
+
+def store_volumes(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(volumes, mounts) of the object store's own certificates."""
+    place = context.job.spec.object_store
+    assert place is not None
+    if place.ca_bundle_ref is None:
+        return [], []
+    volume = {"name": "s3-ca", "configMap": {"name": place.ca_bundle_ref.name}}
+    return [volume], [{"name": "s3-ca", "mountPath": "/etc/cowest/s3-ca", "readOnly": True}]
+
+
+SERVERS_READ = ("strong", "collaboration", "data", "feedback", "training", "gateway", "traces")
+
+
+def servers_manifest(context: Context) -> Mapping[str, Any]:
+    """The sections that long-running servers read: an edit of any other must not roll them."""
+    document = context.document
+    spec = {name: document["spec"][name] for name in SERVERS_READ if name in document["spec"]}
+    head = {"apiVersion": document["apiVersion"], "kind": document["kind"]}
+    return {**head, "metadata": {"name": context.job.name}, "spec": spec}
+
+
+def job_map(context: Context) -> Child:
+    """What servers read of the manifest; an edit makes another object, and with it a rollout."""
+    content = servers_manifest(context)
+    return config_map(context, content_name(context, "job", content), "manifest", {"job.json": canonical(content)})
+
+
+def job_volume(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
+    name = content_name(context, "job", servers_manifest(context))
+    mount = {"name": "job", "mountPath": JOB_FOLDER, "readOnly": True}
+    return {"name": "job", "configMap": {"name": name}}, mount
+
+
+def canonical(value: Any) -> str:
+    return canonical_json(value).decode()

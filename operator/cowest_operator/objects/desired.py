@@ -1,0 +1,50 @@
+"""All objects of a job, in the order in which they are needed. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cowest_operator import api
+from cowest_operator.objects import common, servers, steps, weak
+from cowest_operator.objects.common import Child, Context
+from cowest_serving.contract import Routing, dump
+
+
+def desired(context: Context, plan: api.Plan) -> tuple[Child, ...]:
+    """What is kept as it is said here. Workflows and frozen manifests come apart: they are made once."""
+    return (
+        common.job_map(context),
+        *servers.observer(context),
+        *servers.proxy(context),
+        *servers.gateway(context),
+        *(weak.inference_service(context, server) for server in plan.servers),
+        *steps.accounts(context),
+        steps.workflow_template(context),
+        *(child for step in plan.steps if step.keeps_running for child in servers.live_score(context, step)),
+    )
+
+
+def routing_map(context: Context, routing: Routing) -> Child:
+    """Kept apart: it goes before all else, and its version grows with its content."""
+    data = {"routing.json": common.canonical(dump(routing))}
+    return common.config_map(context, context.name("routing"), "gateway", data, immutable=False)
+
+
+def frozen_name(context: Context, trial: api.Trial) -> str:
+    return context.name(f"r{trial.number}")
+
+
+def frozen_manifest(context: Context, trial: api.Trial) -> Child:
+    """The manifest as it was when the trial began: its steps go by this one."""
+    data = {"job.json": common.canonical(context.document)}
+    return common.config_map(context, frozen_name(context, trial), "manifest", data)
+
+
+FROZEN = ("weak", "collaboration", "data", "feedback", "training")
+
+
+def followed(frozen: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest that a running trial goes by: what it learns from and how is frozen, the rest applies at once."""
+    kept = {name: frozen["spec"][name] for name in FROZEN if name in frozen["spec"]}
+    return {**declared, "spec": {**declared["spec"], **kept}}

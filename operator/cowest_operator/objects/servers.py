@@ -1,0 +1,280 @@
+"""Gateway, strong-model proxy, observer and the watcher of a canary: Deployments with their Services. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cowest_operator import api
+from cowest_operator.objects import common
+from cowest_operator.objects.common import Child, Context
+from cowest_operator.objects.steps import step_map, step_name
+
+ROUTING_FILE = "/run/cowest/routing.json"
+BOOK = "/var/lib/cowest/book.sqlite"
+TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
+DRAIN_SECONDS = 5  # endpoints take a moment to leave the Service
+
+
+def gateway(context: Context) -> tuple[Child, ...]:
+    spec = context.job.spec.gateway
+    return (
+        *_routing_reader(context),
+        _gateway_deployment(context),
+        common.service(context, "gateway"),
+        *_disruption_budget(context),
+        *_autoscaler(context, spec),
+        *_ingress(context, spec),
+    )
+
+
+def _gateway_deployment(context: Context) -> Child:
+    spec = context.job.spec
+    job_volume, job_mount = common.job_volume(context)
+    tmp_volume, tmp_mount = common.tmp()
+    store_volumes, store_mounts = common.store_volumes(context)
+    strong_volumes, strong_mounts, strong_env = _strong(context)
+    client_volumes, client_mounts, client_env = _clients(spec.gateway)
+    run_mount = {"name": "run", "mountPath": "/run/cowest"}
+    ray = spec.gateway.engine == "RayServe"
+    answering = common.container(
+        context, "gateway", context.images.serving, "cowest_serving.ray_app" if ray else "cowest_serving.app",
+        ["--routing", ROUTING_FILE, "--job", f"{common.JOB_FOLDER}/job.json", "--store", context.store,
+         "--port", str(common.PORT), "--host", "0.0.0.0", "--drain-seconds", str(DRAIN_SECONDS),
+         "--finish-seconds", str(spec.strong.timeout_seconds)],
+        ports=[{"name": "http", "containerPort": common.PORT}],
+        env=[*common.store_env(context), *strong_env, *client_env],
+        resources=common.resources(spec.gateway.resources, "100m", "256Mi"),
+        volumeMounts=[job_mount, run_mount, tmp_mount, *store_mounts, *strong_mounts, *client_mounts],
+        startupProbe=common.probe("/healthz", periodSeconds=1, failureThreshold=120),
+        readinessProbe=common.probe("/readyz", periodSeconds=2, timeoutSeconds=3),
+        livenessProbe=common.probe("/healthz", periodSeconds=10, timeoutSeconds=5, failureThreshold=6),
+    )  # fmt: skip
+    routing = common.container(
+        context, "routing", context.images.serving, "cowest_serving.routing_sync",
+        ["--namespace", context.namespace, "--configmap", context.name("routing"), "--out", ROUTING_FILE],
+        resources={"requests": {"cpu": "10m", "memory": "64Mi"}},
+        volumeMounts=[run_mount, {"name": "token", "mountPath": TOKEN_FOLDER, "readOnly": True}],
+    )  # fmt: skip
+    volumes = [job_volume, {"name": "run", "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}}, tmp_volume,
+               *store_volumes, *strong_volumes, *client_volumes, _token()]  # fmt: skip
+    pod = common.pod(
+        context,
+        serviceAccountName=context.name("gateway"),
+        terminationGracePeriodSeconds=DRAIN_SECONDS + spec.strong.timeout_seconds + 45,  # the last records are written
+        containers=[answering, routing],
+        volumes=volumes,
+        topologySpreadConstraints=[
+            {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway",
+             "labelSelector": {"matchLabels": common.selector(context, "gateway")}},
+        ],
+    )  # fmt: skip
+    scaled = spec.gateway.max_replicas is not None
+    return _deployment(context, "gateway", pod, replicas=None if scaled else spec.gateway.replicas)
+
+
+def _routing_reader(context: Context) -> tuple[Child, ...]:
+    """The sidecar may read one ConfigMap, and no more."""
+    name = context.name("gateway")
+    rules = [{"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get", "list", "watch"],
+              "resourceNames": [context.name("routing")]}]  # fmt: skip
+    return account(context, name, "gateway", rules)
+
+
+def account(context: Context, name: str, part: str, rules: list[dict[str, Any]]) -> tuple[Child, ...]:
+    group = "rbac.authorization.k8s.io"
+    return (
+        common.child(context, "v1", "ServiceAccount", name, part, automountServiceAccountToken=False),
+        common.child(context, f"{group}/v1", "Role", name, part, rules=rules),
+        common.child(
+            context, f"{group}/v1", "RoleBinding", name, part,
+            roleRef={"apiGroup": group, "kind": "Role", "name": name},
+            subjects=[{"kind": "ServiceAccount", "name": name, "namespace": context.namespace}],
+        ),
+    )  # fmt: skip
+
+
+def _token() -> dict[str, Any]:
+    """What an automatic mount would hold, for the one container that needs it."""
+    sources = [
+        {"serviceAccountToken": {"path": "token", "expirationSeconds": 3600}},
+        {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
+    ]
+    return {"name": "token", "projected": {"sources": sources}}
+
+
+def _strong(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """(volumes, mounts, environment) of the strong model's keys and certificates: for gateway and proxy only."""
+    strong = context.job.spec.strong
+    volumes, mounts, environment = [], [], []
+    if strong.api_key_secret_refs:
+        sources = [
+            {"secret": {"name": ref.name, "items": [{"key": ref.key, "path": f"{number:02d}"}]}}
+            for number, ref in enumerate(strong.api_key_secret_refs)
+        ]
+        volumes.append({"name": "strong-keys", "projected": {"sources": sources, "defaultMode": 0o440}})
+        mounts.append({"name": "strong-keys", "mountPath": common.STRONG_KEYS, "readOnly": True})
+        environment.append(common.env("COWEST_STRONG_API_KEYS_FOLDER", common.STRONG_KEYS))
+    bundle = context.document["spec"]["strong"].get("caBundleRef")
+    if bundle:
+        volumes.append({"name": "strong-ca", "configMap": {"name": bundle["name"]}})
+        mounts.append({"name": "strong-ca", "mountPath": "/etc/cowest/strong-ca", "readOnly": True})
+        environment.append(common.env("SSL_CERT_FILE", f"/etc/cowest/strong-ca/{bundle['key']}"))
+    return volumes, mounts, environment
+
+
+def _clients(spec: api.Gateway) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    if spec.client_keys_secret_ref is None:
+        return [], [], []
+    secret = {"secretName": spec.client_keys_secret_ref.name, "defaultMode": 0o440}
+    return (
+        [{"name": "client-keys", "secret": secret}],
+        [{"name": "client-keys", "mountPath": common.CLIENT_KEYS, "readOnly": True}],
+        [common.env("COWEST_CLIENT_API_KEYS_FOLDER", common.CLIENT_KEYS)],
+    )
+
+
+def _disruption_budget(context: Context) -> tuple[Child, ...]:
+    """With one replica a budget would only keep nodes from being drained."""
+    if context.job.spec.gateway.replicas < 2:
+        return ()
+    spec = {"maxUnavailable": 1, "selector": {"matchLabels": common.selector(context, "gateway")}}
+    name = context.name("gateway")
+    return (common.child(context, "policy/v1", "PodDisruptionBudget", name, "gateway", spec=spec),)
+
+
+def _autoscaler(context: Context, spec: api.Gateway) -> tuple[Child, ...]:
+    if spec.max_replicas is None:
+        return ()
+    name = context.name("gateway")
+    scaled = {
+        "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
+        "minReplicas": spec.replicas,
+        "maxReplicas": max(spec.max_replicas, spec.replicas),
+        "metrics": [{"type": "Resource", "resource": {"name": "cpu", "target": {"type": "Utilization",
+                                                                                "averageUtilization": 70}}}],
+    }  # fmt: skip
+    return (common.child(context, "autoscaling/v2", "HorizontalPodAutoscaler", name, "gateway", spec=scaled),)
+
+
+def _ingress(context: Context, spec: api.Gateway) -> tuple[Child, ...]:
+    """Time-outs of streams are set where an ingress controller takes them as annotations: nginx is the common one."""
+    if spec.ingress is None:
+        return ()
+    name = context.name("gateway")
+    backend = {"service": {"name": name, "port": {"name": "http"}}}
+    rule = {"host": spec.ingress.host, "http": {"paths": [{"path": "/", "pathType": "Prefix", "backend": backend}]}}
+    content: dict[str, Any] = {"rules": [rule]}
+    if spec.ingress.class_name:
+        content["ingressClassName"] = spec.ingress.class_name
+    if spec.ingress.tls_secret_name:
+        content["tls"] = [{"hosts": [spec.ingress.host], "secretName": spec.ingress.tls_secret_name}]
+    built = common.child(context, "networking.k8s.io/v1", "Ingress", name, "gateway", spec=content)
+    built["metadata"]["annotations"] = {
+        "nginx.ingress.kubernetes.io/proxy-read-timeout": "3600",
+        "nginx.ingress.kubernetes.io/proxy-buffering": "off",
+    }
+    return (built,)
+
+
+def proxy(context: Context) -> tuple[Child, ...]:
+    """One replica: its book of paid calls is a file. While it is replaced, steps wait and gateways do not notice."""
+    job_volume, job_mount = common.job_volume(context)
+    tmp_volume, tmp_mount = common.tmp()
+    volumes, mounts, environment = _strong(context)
+    container = common.container(
+        context, "proxy", context.images.serving, "cowest_serving.proxy",
+        ["--job", f"{common.JOB_FOLDER}/job.json", "--book", BOOK, "--port", str(common.PORT), "--host", "0.0.0.0"],
+        ports=[{"name": "http", "containerPort": common.PORT}],
+        env=environment,
+        resources={"requests": {"cpu": "50m", "memory": "128Mi"}},
+        volumeMounts=[job_mount, tmp_mount, {"name": "book", "mountPath": "/var/lib/cowest"}, *mounts],
+        startupProbe=common.probe("/healthz", periodSeconds=1, failureThreshold=120),
+        readinessProbe=common.probe("/readyz", periodSeconds=3, timeoutSeconds=3),
+        livenessProbe=common.probe("/healthz", periodSeconds=10, timeoutSeconds=5, failureThreshold=6),
+    )  # fmt: skip
+    name = context.name("proxy")
+    book = {"name": "book", "persistentVolumeClaim": {"claimName": name}}
+    pod = common.pod(
+        context,
+        terminationGracePeriodSeconds=3 * context.job.spec.strong.timeout_seconds + 10,  # what is paid comes home
+        containers=[container],
+        volumes=[job_volume, tmp_volume, book, *volumes],
+    )
+    claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    return (
+        common.child(context, "v1", "PersistentVolumeClaim", name, "proxy", spec=claim),
+        _deployment(context, "proxy", pod, strategy={"type": "Recreate"}),
+        common.service(context, "proxy"),
+    )
+
+
+def observer(context: Context) -> tuple[Child, ...]:
+    job_volume, job_mount = common.job_volume(context)
+    tmp_volume, tmp_mount = common.tmp()
+    volumes, mounts = common.store_volumes(context)
+    container = common.container(
+        context, "observer", context.images.training, "cowest_training.observer",
+        ["--store", context.store, "--job", f"{common.JOB_FOLDER}/job.json", "--port", str(common.PORT),
+         "--host", "0.0.0.0"],
+        ports=[{"name": "http", "containerPort": common.PORT}],
+        env=common.store_env(context),
+        resources={"requests": {"cpu": "20m", "memory": "192Mi"}},
+        volumeMounts=[job_mount, tmp_mount, *mounts],
+        startupProbe=common.probe("/healthz", periodSeconds=1, failureThreshold=120),
+        readinessProbe=common.probe("/readyz", periodSeconds=5, timeoutSeconds=6),
+        livenessProbe=common.probe("/healthz", periodSeconds=10, timeoutSeconds=5, failureThreshold=6),
+    )  # fmt: skip
+    pod = common.pod(context, containers=[container], volumes=[job_volume, tmp_volume, *volumes])
+    return _deployment(context, "observer", pod), common.service(context, "observer")
+
+
+def live_score(context: Context, step: api.StepSpec) -> tuple[Child, ...]:
+    """The watcher of one canary step; the next step's takes its place."""
+    name = step_name(context, step)
+    tmp_volume, tmp_mount = common.tmp()
+    volumes, mounts = common.store_volumes(context)
+    evaluator_volumes, evaluator_mounts, evaluator_env = evaluator_key(context)
+    container = common.container(
+        context, "score-live", context.images.training, "cowest_training.pod", ["--step", common.STEP_FOLDER],
+        env=[*common.store_env(context), common.env("COWEST_STRONG_URL", f"http://{context.host('proxy')}/v1"),
+             *evaluator_env],
+        resources={"requests": {"cpu": "50m", "memory": "256Mi"}},
+        volumeMounts=[{"name": "step", "mountPath": common.STEP_FOLDER, "readOnly": True}, tmp_mount, *mounts,
+                      *evaluator_mounts],
+    )  # fmt: skip
+    pod = common.pod(
+        context,
+        containers=[container],
+        volumes=[{"name": "step", "configMap": {"name": name}}, tmp_volume, *volumes, *evaluator_volumes],
+    )
+    return step_map(context, step), _deployment(context, "live", pod, strategy={"type": "Recreate"}, part="score-live")
+
+
+def evaluator_key(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """A judge's or scorer's own key; the strong model's keys never come here."""
+    reference = context.job.spec.feedback.evaluator.api_key_secret_ref
+    if reference is None:
+        return [], [], []
+    source = {"secretKeyRef": {"name": reference.name, "key": reference.key}}
+    return [], [], [{"name": "COWEST_EVALUATOR_API_KEY", "valueFrom": source}]
+
+
+def _deployment(
+    context: Context,
+    name: str,
+    pod: dict[str, Any],
+    replicas: int | None = 1,
+    strategy: dict[str, Any] | None = None,
+    part: str | None = None,
+) -> Child:
+    part = part or name
+    rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    spec: dict[str, Any] = {
+        "selector": {"matchLabels": common.selector(context, part)},
+        "strategy": strategy or rolling,
+        "revisionHistoryLimit": 2,
+        "template": common.template(context, part, pod),
+    }
+    if replicas is not None:
+        spec["replicas"] = replicas
+    return common.child(context, "apps/v1", "Deployment", context.name(name), part, spec=spec)

@@ -1,0 +1,121 @@
+"""Training on Argo Workflows: one WorkflowTemplate of how steps run, one Workflow a step. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cowest_operator import api
+from cowest_operator.objects import common
+from cowest_operator.objects.common import Child, Context
+
+ARGO = "argoproj.io/v1alpha1"
+ATTEMPT_LABEL, STEP_LABEL, GENERATION_LABEL = "cowest.dev/attempt", "cowest.dev/step", "cowest.dev/generation"
+CALLS = "/tmp/cowest/calls.sqlite"  # of one pod; what counts is the proxy's book
+RETRY_CODES = ("75", "130", "137", "143", "-1", "64")  # of EXIT_RETRY, of an ended or evicted pod, of Argo's executor
+KEPT_SECONDS = 86400
+
+
+def step_name(context: Context, step: api.StepSpec) -> str:
+    return context.name(step.name)
+
+
+def workflow_name(context: Context, step: api.StepSpec, attempt: int) -> str:
+    """The same step and attempt are the same name: a second submission is answered `AlreadyExists`."""
+    name = step_name(context, step)
+    return name if attempt == 1 else f"{name}-{attempt}"
+
+
+def step_map(context: Context, step: api.StepSpec, frozen: dict[str, Any] | None = None) -> Child:
+    """What the pod is to do, and the manifest that it goes by. Never changed: it is frozen with the trial."""
+    orders = {"module": step.module, "out": step.out or None, "args": [list(pair) for pair in step.args],
+              "files": dict(step.files)}  # fmt: skip
+    data = {"step.json": common.canonical(orders), "job.json": common.canonical(frozen or context.document)}
+    return common.config_map(context, step_name(context, step), "step", data, immutable=False)
+
+
+def accounts(context: Context) -> tuple[Child, ...]:
+    """Argo's executor reports by WorkflowTaskResults; a step itself asks nothing of the API server."""
+    from cowest_operator.objects.servers import account
+
+    rules = [{"apiGroups": ["argoproj.io"], "resources": ["workflowtaskresults"], "verbs": ["create", "patch"]}]
+    return account(context, context.name("steps"), "step", rules)
+
+
+def workflow_template(context: Context) -> Child:
+    content = _template_spec(context)
+    name = common.content_name(context, "steps", content)
+    return common.child(context, ARGO, "WorkflowTemplate", name, "step", spec=content)
+
+
+def workflow(context: Context, step: api.StepSpec, attempt: int = 1) -> Child:
+    """One step of a trial. Its template is named by content, so that an edit never changes what runs."""
+    built = common.child(
+        context, ARGO, "Workflow", workflow_name(context, step, attempt), "step",
+        spec={
+            "workflowTemplateRef": {"name": workflow_template(context)["metadata"]["name"]},
+            "arguments": {"parameters": [{"name": "step", "value": step_name(context, step)}]},
+        },
+    )  # fmt: skip
+    built["metadata"]["labels"] |= {
+        STEP_LABEL: step.name,
+        ATTEMPT_LABEL: str(attempt),
+        GENERATION_LABEL: str(context.job.generation),
+    }
+    if context.kueue_queue:
+        built["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = context.kueue_queue
+    return built
+
+
+def _template_spec(context: Context) -> dict[str, Any]:
+    from cowest_operator.objects.servers import evaluator_key
+
+    document = context.document["spec"].get("training", {})
+    pods = api.parse_pods(document)
+    tmp_volume, tmp_mount = common.tmp()
+    volumes, mounts = common.store_volumes(context)
+    evaluator_volumes, evaluator_mounts, evaluator_env = evaluator_key(context)
+    container = common.container(
+        context, "main", context.images.training, "cowest_training.pod", ["--step", common.STEP_FOLDER],
+        env=[*common.store_env(context), common.env("COWEST_STRONG_URL", f"http://{context.host('proxy')}/v1"),
+             common.env("TOKENIZERS_PARALLELISM", "false"), *evaluator_env],
+        resources=common.resources(pods.resources, "250m", "512Mi"),
+        volumeMounts=[{"name": "step", "mountPath": common.STEP_FOLDER, "readOnly": True}, tmp_mount, *mounts,
+                      *evaluator_mounts],
+    )  # fmt: skip
+    container.pop("name")
+    over = pods.pod_template or api.PodTemplate()
+    step: dict[str, Any] = {
+        "name": "step",
+        "metadata": {
+            "labels": {**over.metadata.labels, **common.labels(context, "step")},
+            **({"annotations": dict(over.metadata.annotations)} if over.metadata.annotations else {}),
+        },
+        "container": container,
+        "volumes": [{"name": "step", "configMap": {"name": "{{workflow.parameters.step}}"}}, tmp_volume, *volumes,
+                    *evaluator_volumes],
+        "retryStrategy": {
+            "limit": "5",
+            "retryPolicy": "Always",
+            "expression": " || ".join(f"lastRetry.exitCode == '{code}'" for code in RETRY_CODES),
+            "backoff": {"duration": "5s", "factor": "2", "maxDuration": "30m"},
+        },
+    }  # fmt: skip
+    # Argo's own containers know nothing of the restricted profile; podTemplate is laid over by the same patch.
+    executor: dict[str, Any] = {
+        "initContainers": [{"name": "init", "securityContext": common.restricted()}],
+        "containers": [{"name": "wait", "securityContext": common.restricted()}],
+    }
+    step["podSpecPatch"] = common.canonical(common.laid_over(executor, over.spec))
+    base = common.pod(context)
+    return {
+        "entrypoint": "step",
+        "serviceAccountName": context.name("steps"),
+        "automountServiceAccountToken": True,
+        "securityContext": base["securityContext"],
+        **({"imagePullSecrets": base["imagePullSecrets"]} if "imagePullSecrets" in base else {}),
+        "arguments": {"parameters": [{"name": "step"}]},
+        "synchronization": {"mutexes": [{"name": context.name("steps")}]},
+        "ttlStrategy": {"secondsAfterCompletion": KEPT_SECONDS},
+        "podGC": {"strategy": "OnWorkflowSuccess", "deleteDelayDuration": "60s"},
+        "templates": [step],
+    }

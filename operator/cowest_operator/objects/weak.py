@@ -1,0 +1,98 @@
+"""Weak models on KServe: one InferenceService a model, named by its digest. Pure.
+
+Traffic is split by the gateway, not by KServe: `canaryTrafficPercent` does nothing without Knative, and 0.20's
+`spec.canary` splits only behind a Gateway API controller (kserve: pkg/controller/v1beta1/inferenceservice).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cowest_operator import api
+from cowest_operator.objects import common
+from cowest_operator.objects.common import Child, Context
+
+KSERVE = "serving.kserve.io/v1beta1"
+DIGEST_ANNOTATION = "cowest.dev/model-digest"
+MODEL_FOLDER = "/mnt/models"
+NAME = "weak"  # of the model in the OpenAI API
+
+
+def server_name(context: Context, digest: str) -> str:
+    """At most 48 characters: KServe makes a label `isvc.<name>-predictor` of it."""
+    return f"{context.job.name}-{common.hex_of(digest, 7)}"
+
+
+def endpoint(context: Context, digest: str) -> str:
+    return f"http://{server_name(context, digest)}-predictor.{context.namespace}.svc/v1"
+
+
+def inference_service(context: Context, server: api.ServerSpec) -> Child:
+    weak = context.job.spec.weak
+    volumes, mounts = common.store_volumes(context)
+    tmp_volume, tmp_mount = common.tmp()
+    fetch = common.container(
+        context, "fetch", context.images.serving, "cowest_serving.fetch",
+        ["--model", server.model, "--digest", server.digest, "--out", MODEL_FOLDER],
+        env=common.store_env(context),
+        resources={"requests": {"cpu": "50m", "memory": "128Mi"}},
+        volumeMounts=[{"name": "model", "mountPath": MODEL_FOLDER}, tmp_mount, *mounts],
+    )  # fmt: skip
+    base = common.pod(
+        context,
+        initContainers=[fetch],
+        containers=[_server(context, server, weak, tmp_mount)],
+        volumes=[{"name": "model", "emptyDir": {}}, tmp_volume, *volumes],
+        terminationGracePeriodSeconds=60,
+    )
+    pod = common.template(context, "weak-model", base, weak.pod_template)
+    predictor = {
+        "minReplicas": weak.replicas,
+        "labels": pod["metadata"]["labels"],
+        "deploymentStrategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+        **pod["spec"],
+    }
+    built = common.child(
+        context, KSERVE, "InferenceService", server_name(context, server.digest), "weak-model",
+        spec={"predictor": predictor},
+    )  # fmt: skip
+    built["metadata"]["labels"]["networking.kserve.io/visibility"] = "cluster-local"
+    built["metadata"]["annotations"] = {
+        "serving.kserve.io/deploymentMode": context.kserve_mode,
+        "serving.kserve.io/autoscalerClass": "none",
+        DIGEST_ANNOTATION: server.digest,
+        **pod["metadata"].get("annotations", {}),
+    }
+    return built
+
+
+def _server(context: Context, server: api.ServerSpec, weak: api.Weak, tmp_mount: dict[str, Any]) -> dict[str, Any]:
+    shared: dict[str, Any] = {
+        "ports": [{"name": "http1", "containerPort": common.PORT, "protocol": "TCP"}],
+        "resources": common.resources(weak.resources, "100m", "512Mi"),
+        "volumeMounts": [{"name": "model", "mountPath": MODEL_FOLDER, "readOnly": True}, tmp_mount],
+    }
+    if weak.engine == "vLLM":
+        built = common.container(
+            context, "kserve-container", context.images.vllm, "", 
+            ["serve", MODEL_FOLDER, "--port", str(common.PORT), "--served-model-name", NAME, server.digest,
+             "--generation-config", "vllm"],
+            env=[common.env("HOME", "/tmp"), common.env("VLLM_NO_USAGE_STATS", "1")], **shared,
+            **_probes("/health"),
+        )  # fmt: skip
+        return {**built, "command": ["vllm"]}
+    return common.container(
+        context, "kserve-container", context.images.training, "cowest_serving.weak_server",
+        ["--model", MODEL_FOLDER, "--port", str(common.PORT), "--host", "0.0.0.0", "--name", NAME],
+        env=[common.env("COWEST_CACHE", "/tmp/cache")], **shared, **_probes("/readyz"),
+    )  # fmt: skip
+
+
+def _probes(path: str) -> dict[str, Any]:
+    """By number, not by name: KServe renames ports."""
+    asked = {"httpGet": {"path": path, "port": common.PORT}}
+    return {
+        "startupProbe": {**asked, "periodSeconds": 1, "failureThreshold": 1800},
+        "readinessProbe": {**asked, "periodSeconds": 3, "timeoutSeconds": 3},
+        "livenessProbe": {"tcpSocket": {"port": common.PORT}, "periodSeconds": 10, "failureThreshold": 6},
+    }

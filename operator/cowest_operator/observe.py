@@ -1,0 +1,393 @@
+"""I/O: what the watches have shown, and what the job's own pods say, as the World of one decision."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from cowest_operator import api, manifest, story
+from cowest_operator.doors import DoorError, Doors
+from cowest_operator.kube import Kube, KubeError
+from cowest_operator.objects import steps, weak
+from cowest_operator.objects.common import Context
+from cowest_operator.objects.desired import followed, frozen_name
+from cowest_operator.settings import Settings
+from cowest_operator.watched import Family, Seen
+from cowest_serving.collaborate import DEFAULT_PROMPTS
+from cowest_serving.contract import SettingsError
+from cowest_training.contract import (
+    EXIT_FAILED,
+    EXIT_RETRY,
+    EvaluationReport,
+    LiveReport,
+    evaluator_digest,
+    load_live_report,
+    load_report,
+)
+
+ACTION = "cowest.dev/action."  # annotation: what a person said
+LIVE_EVERY, COUNT_EVERY, SPENT_EVERY, PROBE_EVERY, PROMPTS_EVERY = 2.0, 10.0, 10.0, 20.0, 30.0
+PATIENCE = 20.0  # seconds before a pod that is not there yet is called a trouble
+LONGEST_RETRY = 600.0
+
+
+class HoldError(Exception):
+    """The job cannot be followed at all for now; what it serves stays served."""
+
+    def __init__(self, trouble: api.Trouble) -> None:
+        super().__init__(trouble.message)
+        self.trouble = trouble
+
+
+@dataclass
+class Memory:
+    """What the operator remembers of a job between two looks. Nothing here is needed after a restart."""
+
+    applied: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)  # child -> (intent, stamp)
+    apply_troubles: tuple[api.Trouble, ...] = ()
+    unwanted: dict[str, float] = field(default_factory=dict)  # servers without traffic, since when
+    written: Mapping[str, Any] | None = None  # the status as it was last written
+    written_at: float = 0.0
+    asked: dict[str, tuple[float, Any]] = field(default_factory=dict)  # answers of doors, and when
+    state: api.Status | None = None  # after our own write, until the watch shows it
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A world, and what only the shell needs of it."""
+
+    context: Context
+    world: api.World
+    submit: Mapping[str, int]  # steps that may be submitted now, and as which attempt
+    frozen_document: Mapping[str, Any]  # what the running trial's steps go by
+
+
+class Observer:
+    """Gathers worlds. One for all jobs."""
+
+    def __init__(self, kube: Kube, doors: Doors, settings: Settings, kserve_mode: str = "Standard") -> None:
+        self.kube, self.doors, self.settings = kube, doors, settings
+        self.kserve_mode = kserve_mode
+
+    def base(self, context: Context, part: str) -> str:
+        """Address of a server of the job."""
+        return self._service(context, context.name(part))
+
+    def weak_base(self, context: Context, digest: str) -> str:
+        return self._service(context, f"{weak.server_name(context, digest)}-predictor") + "/v1"
+
+    def _service(self, context: Context, name: str) -> str:
+        return self.settings.service_url.format(service=name, namespace=context.namespace)
+
+    async def world(self, family: Family, memory: Memory, now: float | None = None) -> Observed:
+        """Raises `HoldError` when the manifest cannot be followed, `KubeError` when the API server is away."""
+        assert family.job is not None
+        now = time.time() if now is None else now
+        context = await self._context(family.job, memory)
+        status = memory.state or story.read(family.job.get("status"))
+        looked = _Look(self, context, family, memory, status, now)
+        return await looked.world()
+
+    async def _context(self, body: Mapping[str, Any], memory: Memory) -> Context:
+        metadata = body["metadata"]
+        document = {
+            "apiVersion": body["apiVersion"],
+            "kind": body["kind"],
+            "metadata": {"name": metadata["name"], "generation": metadata["generation"]},
+            "spec": body["spec"],
+        }
+        form = body["spec"]["collaboration"]["draft"]
+        maps = await self._prompts(body, memory)
+        try:
+            document = manifest.resolve_prompts(document, maps, asdict(DEFAULT_PROMPTS[form]))
+            job = api.parse_job(document)
+        except (manifest.ManifestError, SettingsError, ValueError) as error:
+            reason = api.REASON_CONFIG_MAP_MISSING if maps is not None else api.REASON_NOT_ON_KUBERNETES
+            raise HoldError(api.Trouble(reason, _sentence(str(error)))) from error
+        mode = self.kserve_mode
+        return Context(job, metadata["namespace"], metadata["uid"], document, self.settings.images, mode)
+
+    async def _prompts(self, body: Mapping[str, Any], memory: Memory) -> dict[str, Mapping[str, str]]:
+        """The ConfigMap of prompts belongs to the person: it is asked for, not watched."""
+        reference = body["spec"]["collaboration"].get("promptsConfigMapRef")
+        if not reference:
+            return {}
+        namespace, name = body["metadata"]["namespace"], reference["name"]
+        known = memory.asked.get(f"prompts {name}")
+        if known and time.monotonic() - known[0] < PROMPTS_EVERY:
+            found = known[1]
+        else:
+            found = await self.kube.get("ConfigMap", namespace, name)
+            memory.asked[f"prompts {name}"] = (time.monotonic(), found)
+        return {name: found.get("data") or {}} if found else {}
+
+
+class _Look:
+    """One look at one job."""
+
+    def __init__(
+        self, observer: Observer, context: Context, family: Family, memory: Memory, status: api.Status, now: float
+    ) -> None:
+        self.observer, self.context, self.family, self.memory = observer, context, family, memory
+        self.status, self.now = status, now
+        self.troubles: list[api.Trouble] = []
+        self.submit: dict[str, int] = {}
+        self.observer_base, self.proxy_base = observer.base(context, "observer"), observer.base(context, "proxy")
+
+    async def world(self) -> Observed:
+        job, trial = self.context.job, self.status.candidate
+        blocked = blocked_by(job)
+        frozen_document, frozen = self._frozen(trial)
+        nothing = blocked is not None
+        world = api.World(
+            now=self.now,
+            job=job,
+            status=self.status,
+            store="" if nothing else self.context.store,
+            calls=steps.CALLS,
+            has_explanations=None,
+            evaluator=evaluator_digest(job.spec.feedback.evaluator),
+            steps={} if nothing else await self._steps(trial),
+            servers={} if nothing else await self._servers(),
+            gateway=self._gateway(),
+            report=None if nothing else await self._report(trial),
+            live=None if nothing else await self._live(trial),
+            traces=api.TraceCounts() if nothing else await self._traces(trial),
+            budget=self.status.budget if nothing else await self._budget(trial),
+            actions=tuple(read_actions(self.family.job or {}, self.status.last_action)),
+            frozen=frozen,
+            blocked=blocked,
+        )
+        self._look_at_pods()
+        known = {t.message: t for t in (*([blocked] if blocked else []), *self.memory.apply_troubles, *self.troubles)}
+        return Observed(self.context, replace(world, troubles=tuple(known.values())), self.submit, frozen_document)
+
+    # ------------------------------------------------------------ the trial
+    def _frozen(self, trial: api.Trial | None) -> tuple[Mapping[str, Any], api.Job | None]:
+        if trial is None:
+            return self.context.document, None
+        seen = self.family.children.get(("ConfigMap", frozen_name(self.context, trial)))
+        text = seen.facts.get("frozen") if seen else None
+        if not text:
+            return self.context.document, None
+        document = followed(json.loads(text), self.context.document)
+        return document, api.parse_job(document)
+
+    async def _steps(self, trial: api.Trial | None) -> dict[str, api.StepState]:
+        if trial is None:
+            return {}
+        latest: dict[str, Seen] = {}
+        for seen in self.family.of("Workflow"):
+            name = seen.facts["step"]
+            belongs = name.startswith(f"r{trial.number}-")
+            if belongs and (name not in latest or seen.facts["attempt"] > latest[name].facts["attempt"]):
+                latest[name] = seen
+        found: dict[str, api.StepState] = {}
+        for name, seen in latest.items():
+            if state := await self._step(trial, name, seen):
+                found[name] = state
+        if trial.stage != "Preparing":
+            found |= self._watcher(trial)
+        return found
+
+    async def _step(self, trial: api.Trial, name: str, seen: Seen) -> api.StepState | None:
+        """`None` when it is due to be submitted again."""
+        facts = seen.facts
+        if facts["phase"] in ("Pending", "Running"):
+            return api.StepState("Running", attempts=1, message=facts["message"])
+        if name.removeprefix(f"r{trial.number}-") in trial.done:
+            return None
+        if facts["phase"] == "Succeeded":
+            return await self._succeeded(trial, name)
+        code = EXIT_RETRY if facts["code"] is None or str(facts["code"]) in steps.RETRY_CODES else int(facts["code"])
+        words = facts["words"] or facts["message"] or "it failed"
+        again = facts["finished"] + min(5.0 * 2 ** facts["attempt"], LONGEST_RETRY)
+        if self.now >= again or facts["generation"] != self.context.job.generation:
+            self.submit[name] = facts["attempt"] + 1
+            return None
+        return api.StepState("Failed", code, 1, _sentence(words))
+
+    async def _succeeded(self, trial: api.Trial, name: str) -> api.StepState:
+        out = f"{self.context.store}/runs/r{trial.number}/{name.removeprefix(f'r{trial.number}-')}/manifest.json"
+        try:
+            found = await self.observer.doors.artifact(self.observer_base, out)
+        except DoorError as error:
+            self._store_trouble(error)
+            return api.StepState("Running", message=f"its result is not to be had yet: {error}")
+        if found is None:
+            return api.StepState("Failed", EXIT_FAILED, 1, f"it left no {out}")
+        return api.StepState("Succeeded", 0, 1, "", found["metrics"], found["digest"])
+
+    def _watcher(self, trial: api.Trial) -> dict[str, api.StepState]:
+        name = f"r{trial.number}-live-{trial.step}"
+        trouble = next((pod.facts["trouble"] for pod in self._pods("score-live") if pod.facts["trouble"]), "")
+        if trouble:
+            return {name: api.StepState("Failed", EXIT_RETRY, 1, trouble)}
+        return {name: api.StepState("Running")}
+
+    async def _report(self, trial: api.Trial | None) -> EvaluationReport | None:
+        if trial is None or trial.stage != "Preparing" or "evaluate" not in trial.done:
+            return None
+        uri = f"{self.context.store}/runs/r{trial.number}/evaluate/report.json"
+        data = await self._asked(f"report {uri}", 2.0, self.observer.doors.artifact(self.observer_base, uri))
+        return load_report(data) if data else None
+
+    async def _live(self, trial: api.Trial | None) -> LiveReport | None:
+        if trial is None or trial.stage == "Preparing":
+            return None
+        uri = f"{self.context.store}/runs/r{trial.number}/live-{trial.step}.json"
+        data = await self._asked(f"live {uri}", LIVE_EVERY, self.observer.doors.artifact(self.observer_base, uri))
+        return load_live_report(data) if data else None
+
+    async def _traces(self, trial: api.Trial | None) -> api.TraceCounts:
+        waiting = trial is None and self.status.stable is not None and self.context.job.spec.rounds.trigger.new_traces
+        every = COUNT_EVERY if waiting else 6 * COUNT_EVERY
+        data = await self._asked("traces", every, self.observer.doors.traces(self.observer_base))
+        if not data:
+            return api.TraceCounts()
+        return api.TraceCounts(int(data["all"]), int(data["usable"]), str(data.get("reason") or ""))
+
+    async def _budget(self, trial: api.Trial | None) -> api.Budget:
+        number = trial.number if trial else max(0, self.status.trials - 1)
+        every = SPENT_EVERY if trial else 30 * SPENT_EVERY
+        data = await self._asked(f"spent {number}", every, self.observer.doors.spent(self.proxy_base, number))
+        if not data:
+            return self.status.budget
+        part = data.get("round") or {}
+        current = api.Spent(int(part.get("calls", 0)), int(part.get("tokens", 0)), float(part.get("money", 0)))
+        return api.Budget(int(data["calls"]), int(data["tokens"]), float(data["money"]), current)
+
+    async def _asked(self, what: str, every: float, question: Any) -> Any:
+        """The answer of a door, at most `every` seconds old; while the door is shut, the last one."""
+        known = self.memory.asked.get(what)
+        if known and time.monotonic() - known[0] < every:
+            question.close()
+            return known[1]
+        answer = known[1] if known else None
+        try:
+            answer = await question
+        except DoorError as error:
+            self._store_trouble(error)
+        self.memory.asked[what] = (time.monotonic(), answer)
+        return answer
+
+    def _store_trouble(self, error: DoorError) -> None:
+        """While the pods start nobody answers: that is no trouble yet."""
+        asked_of_proxy = "proxy" in str(error)
+        part = "proxy" if asked_of_proxy else "observer"
+        seen = self.family.children.get(("Deployment", self.context.name(part)))
+        if seen is None or (not seen.facts["available"] and self.now - seen.created < 6 * PATIENCE):
+            return
+        reason = api.REASON_PROXY_AWAY if asked_of_proxy else api.REASON_STORE_AWAY
+        self.troubles.append(api.Trouble(reason, _sentence(str(error))))
+
+    # ------------------------------------------------------------ servers
+    def _gateway(self) -> api.ServerState:
+        seen = self.family.children.get(("Deployment", self.context.name("gateway")))
+        if seen is None:
+            return api.ServerState(False, message="the gateway is not made yet.")
+        ready = seen.facts["available"] > 0
+        trouble = next((p.facts["trouble"] for p in self._pods("gateway") if p.facts["trouble"]), "")
+        message = "" if ready else trouble or seen.facts["message"] or "the gateway starts."
+        return api.ServerState(ready, f"http://{self.context.host('gateway')}/v1", message=message)
+
+    async def _servers(self) -> dict[str, api.ServerState]:
+        return {
+            seen.facts["digest"]: await self._server(seen)
+            for seen in self.family.of("InferenceService")
+            if seen.facts["digest"] and not seen.deleting
+        }
+
+    async def _server(self, seen: Seen) -> api.ServerState:
+        """Ready is what answered with the digest; KServe's condition only says when to ask."""
+        digest = seen.facts["digest"]
+        endpoint = weak.endpoint(self.context, digest)
+        if not seen.facts["ready"]:
+            trouble = next((p.facts["trouble"] for p in self._pods("weak-model") if p.facts["trouble"]
+                            and p.name.startswith(seen.name)), "")  # fmt: skip
+            return api.ServerState(False, endpoint, message=trouble or seen.facts["message"] or "it starts")
+        what = f"served {seen.name}"
+        known = self.memory.asked.get(what)
+        if known and known[1] and time.monotonic() - known[0] < PROBE_EVERY:
+            return api.ServerState(True, endpoint, digest)
+        try:
+            served = await self.observer.doors.served(self.observer.weak_base(self.context, digest))
+        except DoorError as error:
+            return api.ServerState(False, endpoint, message=str(error))
+        right = digest in served
+        self.memory.asked[what] = (time.monotonic(), right)
+        note = "" if right else f"it serves {', '.join(served) or 'nothing'}, wanted {digest}"
+        return api.ServerState(right, endpoint, digest if right else "", note)
+
+    # ------------------------------------------------------------ pods
+    def _pods(self, part: str) -> Iterator[Seen]:
+        return (seen for seen in self.family.of("Pod") if seen.facts["part"] == part and not seen.deleting)
+
+    def _look_at_pods(self) -> None:
+        """Each kind of pod once, the kubelet's own words."""
+        said: set[str] = set()
+        for pod in self.family.of("Pod"):
+            part, trouble = pod.facts["part"], pod.facts["trouble"]
+            late = self.now - pod.created > PATIENCE
+            if not trouble and late and pod.facts["waits_for_volumes"]:
+                trouble = f"waits for its volumes: is {self._mounted(part)} there?"
+            if trouble and late and part not in said and not pod.deleting:
+                said.add(part)
+                message = f"pod {pod.name} ({part}) {trouble}"
+                self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(message)))
+
+    def _mounted(self, part: str) -> str:
+        spec = self.context.job.spec
+        names = (
+            [f"Secret {ref.name}" for ref in spec.strong.api_key_secret_refs] if part in ("gateway", "proxy") else []
+        )
+        if part == "gateway" and spec.gateway.client_keys_secret_ref:
+            names.append(f"Secret {spec.gateway.client_keys_secret_ref.name}")
+        return " or ".join(names) or "each of its ConfigMaps, Secrets and volumes"
+
+
+def blocked_by(job: api.Job) -> api.Trouble | None:
+    """What a manifest may say on one machine but not here."""
+    spec = job.spec
+    if spec.object_store is None:
+        return api.Trouble(
+            api.REASON_NOT_ON_KUBERNETES,
+            "spec.objectStore: wanted a bucket for models and traces, saw none; only `cowest run` on one machine can do"
+            " without.",
+        )
+    for field_name, uri in (
+        ("spec.weak.model", spec.weak.model),
+        ("spec.data.train", spec.data.train),
+        ("spec.data.heldOut", spec.data.held_out),
+    ):
+        if uri.startswith("file://"):
+            return api.Trouble(
+                api.REASON_NOT_ON_KUBERNETES,
+                f"{field_name}: wanted an s3:// address, saw {uri}; pods see no files of yours. Bring it in with"
+                " `cowest upload` and name what it prints.",
+            )
+    return None
+
+
+def read_actions(body: Mapping[str, Any], after: str) -> Iterator[api.Action]:
+    """What people said, by annotation; one that cannot be read is left out."""
+    for name, text in sorted(((body.get("metadata") or {}).get("annotations") or {}).items()):
+        if name.startswith(ACTION) and (identity := name.removeprefix(ACTION)) > after:
+            try:
+                said = json.loads(text)
+                yield api.Action(identity, said["verb"], str(said["by"]), str(said.get("why", "")), float(said["at"]),
+                                 said.get("model"))  # fmt: skip
+            except (ValueError, KeyError, TypeError):
+                continue
+
+
+def _sentence(text: str) -> str:
+    """One line that ends with a full stop."""
+    line = " ".join(text.split())[:1000].rstrip()
+    return line if line.endswith((".", "?", "!")) else line + "."
+
+
+__all__ = ["HoldError", "KubeError", "Memory", "Observed", "Observer", "blocked_by", "read_actions"]

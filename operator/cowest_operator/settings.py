@@ -1,0 +1,75 @@
+"""What the operator itself is told by its environment: images, namespaces, ports. Read once at the start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+class OperatorSettingsError(ValueError):
+    """An environment variable of the operator cannot be used. Says what was wanted and seen."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Of the children. `pull_secrets` are names of Secrets in each job's namespace."""
+
+    serving: str
+    training: str
+    vllm: str
+    pull_policy: str = "IfNotPresent"
+    pull_secrets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    images: Images
+    namespace: str  # the operator's own: where its lease lies
+    identity: str  # its name as holder of the lease
+    namespaces: tuple[str, ...] = ()  # watched; empty: all
+    metrics_port: int = 9090
+    health_port: int = 8081
+    service_url: str = "http://{service}.{namespace}.svc"  # how the operator reaches a Service: else for outside of it
+
+
+def read(environment: Mapping[str, str]) -> Settings:
+    """Raises `OperatorSettingsError`."""
+    return Settings(
+        Images(
+            _wanted(environment, "COWEST_IMAGE_SERVING", "the image of gateway and proxy"),
+            _wanted(environment, "COWEST_IMAGE_TRAINING", "the image of steps and weak-model servers"),
+            environment.get("COWEST_VLLM_IMAGE", "docker.io/vllm/vllm-openai:latest"),
+            environment.get("COWEST_IMAGE_PULL_POLICY") or "IfNotPresent",
+            _names(environment.get("COWEST_IMAGE_PULL_SECRETS") or "[]"),
+        ),
+        environment.get("POD_NAMESPACE") or "default",
+        environment.get("POD_NAME") or environment.get("HOSTNAME") or "cowest-operator",
+        tuple(name.strip() for name in environment.get("COWEST_NAMESPACES", "").split(",") if name.strip()),
+        _port(environment, "COWEST_METRICS_PORT", 9090),
+        _port(environment, "COWEST_HEALTH_PORT", 8081),
+        environment.get("COWEST_SERVICE_URL") or Settings.service_url,
+    )
+
+
+def _wanted(environment: Mapping[str, str], name: str, what: str) -> str:
+    if value := environment.get(name):
+        return value
+    raise OperatorSettingsError(f"{name}: wanted {what}, saw nothing; the chart sets it from its values.")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise OperatorSettingsError(f'COWEST_IMAGE_PULL_SECRETS: wanted a JSON list such as ["a"], saw {text!r}')
+    return tuple(names)
+
+
+def _port(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name) or str(default)
+    if not text.isdigit() or not 0 <= int(text) < 65536:
+        raise OperatorSettingsError(f"{name}: wanted a port, 0 for none, saw {text!r}")
+    return int(text)

@@ -1,0 +1,152 @@
+"""Status -> what `kubectl` shows: fields for people, and `state`, from which the heart goes on. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from cowest_operator import api
+from cowest_serving.contract import Pair, dump, parse
+
+MESSAGE_LIMIT = 4096
+
+
+def read(status: Mapping[str, Any] | None) -> api.Status:
+    """The heart's status out of the job's; the conditions are those that people see."""
+    if not status or "state" not in status:
+        return api.Status()
+    state = parse(api.Status, status["state"], "status.state")
+    return replace(state, conditions=tuple(_read_condition(c) for c in status.get("conditions") or []))
+
+
+def _read_condition(seen: Mapping[str, Any]) -> api.Condition:
+    since = datetime.fromisoformat(seen["lastTransitionTime"].replace("Z", "+00:00")).timestamp()
+    generation = int(seen.get("observedGeneration") or 0)
+    return api.Condition(seen["type"], seen["status"], seen["reason"], seen["message"], generation, since)
+
+
+def written(status: api.Status, plan: api.Plan, traces: api.TraceCounts, generation: int) -> dict[str, Any]:
+    """The whole of `.status`."""
+    story: dict[str, Any] = {
+        "observedGeneration": generation,
+        "conditions": conditions(status.conditions),
+        "rounds": [_round(outcome) for outcome in status.rounds],
+        "traffic": _traffic(status, plan),
+        "traces": _present({"all": traces.all, "usable": traces.usable, "reason": traces.reason or None}),
+        "budget": _budget(status.budget),
+        "lastTransition": status.last_transition[:MESSAGE_LIMIT],
+        "state": _state(status),
+    }
+    if status.stable:
+        story["stable"] = _stable(status, status.stable)
+    if status.candidate:
+        story["candidate"] = _candidate(status.candidate)
+    return story
+
+
+def transition(story: Mapping[str, Any]) -> Any:
+    """The part whose change is a transition: written at once. The rest may wait for a minute."""
+    conditions = [{k: v for k, v in c.items() if k != "message"} for c in story.get("conditions", ())]
+    state = {k: v for k, v in story.get("state", {}).items() if k != "budget"}
+    return {"conditions": conditions, "state": state, "traffic": story.get("traffic"),
+            "observedGeneration": story.get("observedGeneration")}  # fmt: skip
+
+
+def _state(status: api.Status) -> dict[str, Any]:
+    state: dict[str, Any] = dump(replace(status, conditions=(), last_transition=""))
+    del state["conditions"], state["lastTransition"]
+    return state
+
+
+def conditions(values: Iterable[api.Condition]) -> list[dict[str, Any]]:
+    return [_condition(condition) for condition in values]
+
+
+def _condition(condition: api.Condition) -> dict[str, Any]:
+    return {
+        "type": condition.type,
+        "status": condition.status,
+        "reason": condition.reason,
+        "message": condition.message[:MESSAGE_LIMIT],
+        "observedGeneration": condition.observed_generation,
+        "lastTransitionTime": _time(condition.last_transition),
+    }
+
+
+def _stable(status: api.Status, pair: Pair) -> dict[str, Any]:
+    shown = {
+        "digest": pair.digest,
+        "weakDigest": pair.weak_digest,
+        "weakUri": pair.weak_uri,
+        "promptsDigest": pair.prompts.digest,
+        "draft": pair.draft,
+        "strongModel": pair.strong_model,
+        "round": status.stable_round,
+        "serving": status.serving,
+    }
+    return _present(shown)
+
+
+def _candidate(trial: api.Trial) -> dict[str, Any]:
+    pair = trial.pair
+    shown = {
+        "digest": pair.digest if pair else None,
+        "weakDigest": pair.weak_digest if pair else None,
+        "weakUri": pair.weak_uri if pair else trial.model,
+        "round": trial.number,
+        "origin": trial.origin,
+        "stage": trial.stage,
+    }
+    return _present(shown)
+
+
+def _traffic(status: api.Status, plan: api.Plan) -> dict[str, Any]:
+    percent = sum(arm.weight_percent for arm in plan.routing.arms if arm.name == "candidate")
+    step = status.candidate.step if status.candidate and status.candidate.stage != "Preparing" else None
+    return _present({"candidatePercent": percent, "step": step})
+
+
+def _round(outcome: api.Outcome) -> dict[str, Any]:
+    shown = {
+        "number": outcome.number,
+        "origin": outcome.origin,
+        "decision": outcome.decision,
+        "reason": outcome.reason,
+        "message": outcome.message[:MESSAGE_LIMIT],
+        "pairs": outcome.pairs,
+        "pValue": _decimal(outcome.p_value),
+        "difference": _decimal(outcome.difference),
+        "score": _decimal(outcome.score),
+        "liveDifference": _decimal(outcome.live_difference),
+        "liveAnswers": outcome.live_answers,
+        "pair": outcome.pair or None,
+        "dataset": outcome.dataset,
+        "by": outcome.by,
+        "startedAt": _time(outcome.started_at),
+        "endedAt": _time(outcome.ended_at),
+    }
+    return _present(shown)
+
+
+def _budget(budget: api.Budget) -> dict[str, Any]:
+    part = budget.round
+    return {
+        "calls": budget.calls,
+        "tokens": budget.tokens,
+        "money": f"{budget.money:.4f}",
+        "round": {"calls": part.calls, "tokens": part.tokens, "money": f"{part.money:.4f}"},
+    }
+
+
+def _decimal(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4g}"
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _present(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

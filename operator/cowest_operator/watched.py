@@ -1,0 +1,217 @@
+"""What the watches have shown, kept slim: of each child only what a decision or a sentence needs. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from cowest_operator.objects.common import JOB_LABEL
+from cowest_operator.objects.steps import ATTEMPT_LABEL, GENERATION_LABEL, STEP_LABEL
+from cowest_operator.objects.weak import DIGEST_ANNOTATION
+
+Key = tuple[str, str]  # (namespace, job)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A child as it is. `stamp` changes when its intent does: generation, or resourceVersion where there is none."""
+
+    kind: str
+    name: str
+    uid: str
+    stamp: str
+    created: float
+    deleting: bool
+    version: int  # resourceVersion: an event that was overtaken by our own write is not taken for news
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Family:
+    """A job and its children."""
+
+    job: dict[str, Any] | None = None
+    children: dict[tuple[str, str], Seen] = field(default_factory=dict)
+
+    def of(self, kind: str) -> Iterator[Seen]:
+        return (seen for seen in self.children.values() if seen.kind == kind)
+
+
+class Watched:
+    """All families. Filled by watch events only."""
+
+    def __init__(self) -> None:
+        self.families: dict[Key, Family] = {}
+
+    def job(self, event: str | None, body: Mapping[str, Any]) -> Key:
+        key = (body["metadata"]["namespace"], body["metadata"]["name"])
+        if event == "DELETED":
+            self.families.pop(key, None)
+        else:
+            family = self.families.setdefault(key, Family())
+            family.job = _job(body)
+        return key
+
+    def child(self, event: str | None, kind: str, body: Mapping[str, Any]) -> Key | None:
+        """The job it belongs to; `None` when nothing that counts has changed."""
+        metadata = body["metadata"]
+        owner = (metadata.get("labels") or {}).get(JOB_LABEL)
+        if not owner:
+            return None
+        key = (metadata["namespace"], owner)
+        children = self.families.setdefault(key, Family()).children
+        before = children.get((kind, metadata["name"]))
+        if event == "DELETED":
+            children.pop((kind, metadata["name"]), None)
+            return key
+        now = see(kind, body)
+        if before is not None and before.uid == now.uid and now.version < before.version:
+            return None
+        children[(kind, metadata["name"])] = now
+        return key if before is None or (before.stamp, before.facts, before.deleting) != (
+            now.stamp, now.facts, now.deleting) else None  # fmt: skip
+
+
+def _job(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the record of who set what: half of its size."""
+    metadata = {k: v for k, v in body["metadata"].items() if k != "managedFields"}
+    return {**body, "metadata": metadata}
+
+
+def see(kind: str, body: Mapping[str, Any]) -> Seen:
+    metadata = body["metadata"]
+    look = _FACTS.get(kind)
+    return Seen(
+        kind,
+        metadata["name"],
+        metadata["uid"],
+        str(metadata.get("generation") or metadata["resourceVersion"]) if kind not in _BY_VERSION
+        else metadata["resourceVersion"],
+        epoch(metadata.get("creationTimestamp")),
+        "deletionTimestamp" in metadata,
+        int(metadata["resourceVersion"]),
+        look(body) if look else {},
+    )  # fmt: skip
+
+
+_BY_VERSION = ("ConfigMap", "Service", "ServiceAccount", "Role", "RoleBinding")
+
+
+def _deployment(body: Mapping[str, Any]) -> dict[str, Any]:
+    status = body.get("status") or {}
+    return {
+        "available": int(status.get("availableReplicas") or 0),
+        "updated": int(status.get("updatedReplicas") or 0),
+        "current": int(status.get("observedGeneration") or 0) >= int(body["metadata"].get("generation") or 0),
+        "message": _failing(status, ("ReplicaFailure",)),
+    }
+
+
+def _failing(status: Mapping[str, Any], types: tuple[str, ...]) -> str:
+    for condition in status.get("conditions") or []:
+        if condition.get("type") in types and condition.get("status") == "True":
+            return str(condition.get("message", ""))
+    return ""
+
+
+def _inference_service(body: Mapping[str, Any]) -> dict[str, Any]:
+    status = body.get("status") or {}
+    conditions = {c.get("type"): c for c in status.get("conditions") or []}
+    ready = conditions.get("Ready", {})
+    failure = ((status.get("modelStatus") or {}).get("lastFailureInfo") or {}).get("message", "")
+    worst: Mapping[str, Any] = next(
+        (c for c in conditions.values() if c.get("status") == "False" and c.get("message")), {}
+    )
+    return {
+        "ready": ready.get("status") == "True",
+        "message": str(failure or worst.get("message", "")),
+        "digest": (body["metadata"].get("annotations") or {}).get(DIGEST_ANNOTATION, ""),
+    }
+
+
+def _workflow(body: Mapping[str, Any]) -> dict[str, Any]:
+    status, labels = body.get("status") or {}, body["metadata"].get("labels") or {}
+    code, words = _exit(status)
+    return {
+        "phase": str(status.get("phase") or "Pending"),
+        "message": str(status.get("message") or ""),
+        "finished": epoch(status.get("finishedAt")),
+        "code": code,
+        "words": words,
+        "step": labels.get(STEP_LABEL, ""),
+        "attempt": int(labels.get(ATTEMPT_LABEL, "1")),
+        "generation": int(labels.get(GENERATION_LABEL, "0")),
+    }
+
+
+def _exit(status: Mapping[str, Any]) -> tuple[int | None, str]:
+    """Exit code and last words of the pod that ended last. (A Workflow of one step never compresses its nodes.)"""
+    pods = [node for node in (status.get("nodes") or {}).values() if node.get("type") == "Pod"]
+    pods.sort(key=lambda node: node.get("finishedAt") or "")
+    for node in reversed(pods):
+        code = (node.get("outputs") or {}).get("exitCode")
+        if code is not None and str(code).lstrip("-").isdigit():
+            return int(code), str(node.get("message", ""))
+    return None, str(pods[-1].get("message", "")) if pods else ""
+
+
+def _config_map(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Texts only of the two kinds that are read back: the routing and a trial's frozen manifest."""
+    data = body.get("data") or {}
+    if "routing.json" in data:
+        return {"routing": data["routing.json"]}
+    if set(data) == {"job.json"} and body["metadata"]["name"].rsplit("-", 1)[-1].removeprefix("r").isdigit():
+        return {"frozen": data["job.json"]}
+    return {}
+
+
+def _pod(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Why a pod does not run, as the kubelet or the scheduler says it."""
+    status, labels = body.get("status") or {}, body["metadata"].get("labels") or {}
+    return {
+        "part": labels.get("app.kubernetes.io/component", ""),
+        "phase": status.get("phase", ""),
+        "trouble": _pod_trouble(status),
+        "waits_for_volumes": _waits_for_volumes(status),
+    }
+
+
+_FINE = ("ContainerCreating", "PodInitializing", "Completed")
+
+
+def _pod_trouble(status: Mapping[str, Any]) -> str:
+    for condition in status.get("conditions") or []:
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+            return f"cannot be scheduled: {condition.get('message', '')}"
+    for each in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+        waiting = (each.get("state") or {}).get("waiting") or {}
+        if waiting.get("reason") and waiting["reason"] not in _FINE:
+            last = ((each.get("lastState") or {}).get("terminated")) or {}
+            words = last.get("message") or waiting.get("message") or last.get("reason") or ""
+            return f"container {each.get('name')}: {waiting['reason']}: {str(words).strip()[-500:]}"
+    return ""
+
+
+def _waits_for_volumes(status: Mapping[str, Any]) -> bool:
+    for condition in status.get("conditions") or []:
+        if condition.get("type") == "PodReadyToStartContainers":
+            return bool(condition.get("status") == "False" and status.get("phase") == "Pending")
+    return False
+
+
+_FACTS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "Deployment": _deployment,
+    "InferenceService": _inference_service,
+    "Workflow": _workflow,
+    "ConfigMap": _config_map,
+    "Pod": _pod,
+}
+
+
+def epoch(text: Any) -> float:
+    """Seconds since 1970 of a Kubernetes time; 0 when there is none."""
+    if not text:
+        return 0.0
+    return datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp()

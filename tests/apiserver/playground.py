@@ -1,0 +1,281 @@
+"""A cluster in small for the operator's tests: a real API server, and stand-ins for what would act on its objects.
+
+The Deployment controller, KServe, Argo and the job's own pods are played by one thread and one HTTP server, slowly
+enough that the operator sees each state. The operator itself is the real process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from tests import world
+from tests.apiserver.conftest import ApiServer, wait_until
+
+NAMESPACE = "default"
+SERVING = "/apis/serving.kserve.io/v1beta1/namespaces/default/inferenceservices"
+WORKFLOWS = "/apis/argoproj.io/v1alpha1/namespaces/default/workflows"
+DEPLOYMENTS = "/apis/apps/v1/namespaces/default/deployments"
+MAPS = "/api/v1/namespaces/default/configmaps"
+EVENTS = "/api/v1/namespaces/default/events"
+FOREIGN = (
+    ("serving.kserve.io", "v1beta1", "InferenceService", "inferenceservices", True),
+    ("argoproj.io", "v1alpha1", "Workflow", "workflows", False),
+    ("argoproj.io", "v1alpha1", "WorkflowTemplate", "workflowtemplates", False),
+)
+
+
+def foreign_crd(group: str, version: str, kind: str, plural: str, status: bool) -> dict[str, Any]:
+    """A CRD that takes anything, as Argo's minimal ones do."""
+    served: dict[str, Any] = {
+        "name": version,
+        "served": True,
+        "storage": True,
+        "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
+    }
+    if status:
+        served["subresources"] = {"status": {}}
+    names = {"kind": kind, "plural": plural, "singular": kind.lower(), "listKind": f"{kind}List"}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{plural}.{group}"},
+        "spec": {"group": group, "scope": "Namespaced", "names": names, "versions": [served]},
+    }
+
+
+@dataclass
+class Script:
+    """What the stand-ins do. A test changes it while it runs."""
+
+    exit_codes: dict[str, list[int]] = field(default_factory=dict)  # step -> codes of its first attempts
+    better_by: float = 0.2  # of the candidate over the control, offline
+    live_better_by: float = 0.1
+    argo_works: bool = True
+    kserve_works: bool = True
+    metrics: dict[str, Any] = field(
+        default_factory=lambda: {"has_explanations": True, "pairs": 200, "rows": 500, "held_out": 500}
+    )
+    store_away: bool = False
+    traces: dict[str, Any] = field(default_factory=lambda: {"all": 0, "usable": 0, "reason": ""})
+    strong_version: str = "v1"
+
+
+class Playground:
+    """One API server, the stand-ins, and any number of operators."""
+
+    def __init__(self, server: ApiServer, folder: Path) -> None:
+        self.server, self.folder, self.script = server, folder, Script()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._play, daemon=True)
+        self._doors = ThreadingHTTPServer(("127.0.0.1", 0), self._door_handler())
+        self.kubeconfig = folder / "kubeconfig.json"
+        self.kubeconfig.write_text(json.dumps(server.kubeconfig()))
+
+    def __enter__(self) -> Playground:
+        self._thread.start()
+        threading.Thread(target=self._doors.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(20)
+        self._doors.shutdown()
+
+    # ------------------------------------------------------------ the operator
+    @contextmanager
+    def operator(self, name: str = "one") -> Iterator[subprocess.Popen[bytes]]:
+        process = self.start_operator(name)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def start_operator(self, name: str = "one") -> subprocess.Popen[bytes]:
+        log = (self.folder / f"operator-{name}.log").open("ab")
+        environment = {
+            **os.environ,
+            "KUBECONFIG": str(self.kubeconfig),
+            "COWEST_IMAGE_SERVING": "serving:test",
+            "COWEST_IMAGE_TRAINING": "training:test",
+            "COWEST_NAMESPACES": NAMESPACE,
+            "POD_NAMESPACE": NAMESPACE,
+            "POD_NAME": name,
+            "COWEST_METRICS_PORT": "0",
+            "COWEST_HEALTH_PORT": "0",
+            "COWEST_SERVICE_URL": f"http://127.0.0.1:{self._doors.server_address[1]}/{{namespace}}/{{service}}",
+        }
+        command = [sys.executable, "-P", "-m", "cowest_operator.main"]
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    def log(self, name: str = "one") -> str:
+        return (self.folder / f"operator-{name}.log").read_text(errors="replace")
+
+    # ------------------------------------------------------------ what tests ask
+    def get(self, path: str) -> Any:
+        status, body = self.server.request("GET", path)
+        return body if status == 200 else None
+
+    def items(self, path: str) -> list[dict[str, Any]]:
+        found = self.get(path)
+        return list(found["items"]) if found else []
+
+    def job(self, name: str) -> dict[str, Any]:
+        found = self.get(f"/apis/cowest.dev/v1alpha1/namespaces/{NAMESPACE}/collaborationjobs/{name}")
+        assert found is not None, f"there is no job {name}"
+        return dict(found)
+
+    def status(self, name: str) -> dict[str, Any]:
+        return dict(self.job(name).get("status") or {})
+
+    def condition(self, name: str, kind: str) -> dict[str, Any]:
+        return next((c for c in self.status(name).get("conditions", ()) if c["type"] == kind), {})
+
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+        wait_until(condition, f"{what}\n{self.log()[-3000:]}" if (self.folder / "operator-one.log").exists() else what,
+                   seconds)  # fmt: skip
+
+    # ------------------------------------------------------------ stand-ins
+    def _play(self) -> None:
+        while not self._stop.wait(0.1):
+            for deployment in self.items(DEPLOYMENTS):
+                self._deployment(deployment)
+            if self.script.kserve_works:
+                for service in self.items(SERVING):
+                    self._inference_service(service)
+            if self.script.argo_works:
+                for workflow in self.items(WORKFLOWS):
+                    self._workflow(workflow)
+
+    def _deployment(self, body: Mapping[str, Any]) -> None:
+        generation, status = body["metadata"]["generation"], body.get("status") or {}
+        if status.get("observedGeneration") == generation:
+            return
+        replicas = body["spec"].get("replicas", 1)
+        wanted = {
+            "observedGeneration": generation, "replicas": replicas, "updatedReplicas": replicas,
+            "readyReplicas": replicas, "availableReplicas": replicas,
+        }  # fmt: skip
+        self._patch_status(f"{DEPLOYMENTS}/{body['metadata']['name']}", wanted)
+
+    def _inference_service(self, body: Mapping[str, Any]) -> None:
+        if (body.get("status") or {}).get("conditions"):
+            return
+        ready = {"type": "Ready", "status": "True", "lastTransitionTime": _now()}
+        self._patch_status(f"{SERVING}/{body['metadata']['name']}", {"conditions": [ready]})
+
+    def _workflow(self, body: Mapping[str, Any]) -> None:
+        """Runs for a moment; ends as the script says."""
+        phase = (body.get("status") or {}).get("phase")
+        path = f"{WORKFLOWS}/{body['metadata']['name']}"
+        if phase in ("Succeeded", "Failed", "Error"):
+            return
+        if phase is None:
+            self.server.request("PATCH", path, {"status": {"phase": "Running", "startedAt": _now()}})
+            return
+        labels = body["metadata"]["labels"]
+        codes = self.script.exit_codes.get(labels["cowest.dev/step"].split("-", 1)[-1], [])
+        attempt = int(labels["cowest.dev/attempt"])
+        code = codes[attempt - 1] if attempt <= len(codes) else 0
+        node = {"type": "Pod", "finishedAt": _now(), "outputs": {"exitCode": str(code)}, "message": f"code {code}"}
+        ended = {"phase": "Failed" if code else "Succeeded", "finishedAt": _now(), "nodes": {"a": node}}
+        self.server.request("PATCH", path, {"status": ended})
+
+    def _patch_status(self, path: str, status: Mapping[str, Any]) -> None:
+        self.server.request("PATCH", f"{path}/status", {"status": dict(status)})
+
+    # ------------------------------------------------------------ the job's pods
+    def answer(self, service: str, path: str, query: Mapping[str, list[str]]) -> tuple[int, Any]:
+        """What observer, proxy and weak-model servers say."""
+        if service.endswith("-observer"):
+            if self.script.store_away:
+                return 503, {"error": {"message": "the object store at http://minio does not answer."}}
+            if path == "/v1/traces":
+                return 200, self.script.traces
+            return self._artifact(service.removesuffix("-observer"), query["uri"][0])
+        if service.endswith("-proxy"):
+            return 200, {
+                "calls": 10,
+                "tokens": 100,
+                "money": "0.5",
+                "round": {"calls": 1, "tokens": 10, "money": "0.1"},
+            }
+        for each in self.items(SERVING):
+            if service == f"{each['metadata']['name']}-predictor":
+                digest = each["metadata"]["annotations"]["cowest.dev/model-digest"]
+                return 200, {"data": [{"id": "weak", "digest": digest}]}
+        return 404, {}
+
+    def _artifact(self, job: str, uri: str) -> tuple[int, Any]:
+        if uri.endswith("manifest.json"):
+            step = uri.split("/")[-3] + "-" + uri.split("/")[-2]
+            return 200, {"metrics": self.script.metrics, "digest": f"sha256:{_hex(job + step)}"}
+        trial = self.status(job)["state"].get("candidate")
+        pair = self.status(job).get("candidate", {}).get("digest")
+        stable = self.status(job).get("stable", {})
+        control = stable["digest"] if stable.get("serving") == "Pair" else "solo"
+        if uri.endswith("report.json"):
+            return 200, self._report(str(pair), control)
+        if trial is None or "-" not in uri:
+            return 404, {}
+        step = int(uri.rsplit("-", 1)[1].removesuffix(".json"))
+        better = self.script.live_better_by
+        seen = world.comparison(better, 0.01 if better > 0 else 0.9999, 0.99 if better > 0 else 1e-9, n=1000)
+        live = replace(
+            world.live(1000, 1000, step=step), candidate=str(pair), control=control, comparison=seen,
+            updated=time.time(),
+        )  # fmt: skip
+        return 200, asdict(live)
+
+    def _report(self, pair: str, control: str) -> dict[str, Any]:
+        better = self.script.better_by
+        seen = world.comparison(better, 1e-9 if better > 0 else 0.9999, 0.9999 if better > 0 else 1e-9)
+        return asdict(
+            world.report(pair, control, against_control=seen, against_solo=seen,
+                         strong_version=self.script.strong_version)
+        )  # fmt: skip
+
+    def _door_handler(self) -> type[BaseHTTPRequestHandler]:
+        playground = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                parts = urlsplit(self.path)
+                _, _, service, *rest = parts.path.split("/")
+                status, body = playground.answer(service, "/" + "/".join(rest), parse_qs(parts.query))
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                with suppress(BrokenPipeError):  # an operator that was killed
+                    self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+
+def _hex(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

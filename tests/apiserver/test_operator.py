@@ -1,0 +1,255 @@
+"""The operator against a real API server: one manifest through the loop, faults, and what is written when."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.apiserver.conftest import CRDS, JOBS, ApiServer, wait_until
+from tests.apiserver.playground import (
+    DEPLOYMENTS,
+    EVENTS,
+    FOREIGN,
+    MAPS,
+    NAMESPACE,
+    SERVING,
+    WORKFLOWS,
+    Playground,
+    foreign_crd,
+)
+from tests.manifests import edited, smallest
+
+STEPS = [{"weightPercent": 20, "minAnswers": 10}, {"weightPercent": 50, "minAnswers": 20}]
+ON_KUBERNETES: Mapping[str, Any] = {
+    "weak.model": "s3://models/base",
+    "data.train": "s3://data/train.jsonl",
+    "data.heldOut": "s3://data/held_out.jsonl",
+    "objectStore": {"bucket": "cowest", "endpoint": "http://minio:9000", "credentialsSecretRef": {"name": "s3"}},
+    "strong.apiKeySecretRefs": [{"name": "strong", "key": "api-key"}],
+    "rounds": {"max": 1},
+    "gate": {"minHeldOut": 100},
+    "canary": {"steps": STEPS, "deadlineSeconds": 600},
+}
+
+
+@pytest.fixture(scope="module")
+def cluster(server: ApiServer) -> ApiServer:
+    for each in FOREIGN:
+        status, answer = server.request("POST", CRDS, foreign_crd(*each))
+        assert status == 201, answer
+    wait_until(lambda: server.request("GET", WORKFLOWS)[0] == server.request("GET", SERVING)[0] == 200, "foreign CRDs")
+    return server
+
+
+@pytest.fixture
+def playground(cluster: ApiServer, tmp_path: Path) -> Iterator[Playground]:
+    """Emptied after each test: no garbage collector runs beside this API server."""
+    with Playground(cluster, tmp_path) as built:
+        yield built
+    for path in (JOBS, DEPLOYMENTS, SERVING, WORKFLOWS, MAPS, EVENTS):
+        for item in built.items(path):
+            cluster.request("PATCH", f"{path}/{item['metadata']['name']}", {"metadata": {"finalizers": None}})
+            cluster.request("DELETE", f"{path}/{item['metadata']['name']}")
+
+
+def manifest_of(name: str, **edits: Any) -> dict[str, Any]:
+    return edited({"/metadata.name": name, **ON_KUBERNETES, **edits}, smallest())
+
+
+def apply(playground: Playground, job: Mapping[str, Any]) -> None:
+    status, answer = playground.server.request("POST", JOBS, job)
+    assert status == 201, answer
+
+
+def decisions(playground: Playground, name: str) -> list[tuple[int, str, str]]:
+    return [(r["number"], r["decision"], r["reason"]) for r in playground.status(name).get("rounds", ())]
+
+
+def writes(playground: Playground, name: str) -> int:
+    return int(playground.job(name)["metadata"]["resourceVersion"])
+
+
+def test_one_manifest_goes_through_baseline_round_and_canary(playground: Playground) -> None:
+    with playground.operator():
+        apply(playground, manifest_of("claims"))
+        playground.wait(lambda: len(decisions(playground, "claims")) == 2, "two rounds", 120)
+        playground.wait(lambda: playground.condition("claims", "RoundProgressing")["reason"] == "MaxRoundsReached",
+                        "the end of the loop")  # fmt: skip
+    assert decisions(playground, "claims") == [(0, "Promoted", "BetterOfflineAndLive"),
+                                               (1, "Promoted", "BetterOfflineAndLive")]  # fmt: skip
+    assert playground.condition("claims", "Ready")["status"] == "True"
+    assert playground.condition("claims", "DraftsHelp")["status"] == "True"
+    assert playground.condition("claims", "Degraded")["status"] == "False"
+    names = {w["metadata"]["name"] for w in playground.items(WORKFLOWS)}
+    assert names >= {"claims-r0-check", "claims-r0-sft", "claims-r0-evaluate", "claims-r1-collect",
+                     "claims-r1-feedback", "claims-r1-dpo", "claims-r1-evaluate"}  # fmt: skip
+    reasons = [e["reason"] for e in playground.items(EVENTS)]
+    assert reasons.count("RoundStarted") == 2
+    assert reasons.count("BetterOfflineAndLive") == 2
+
+
+def test_a_candidate_that_is_worse_on_live_traffic_is_rolled_back_and_stable_stays(playground: Playground) -> None:
+    with playground.operator():
+        apply(playground, manifest_of("claims"))
+        playground.wait(lambda: len(decisions(playground, "claims")) == 1, "the baseline", 120)
+        playground.script.live_better_by = -0.3
+        stable = playground.status("claims")["stable"]["digest"]
+        playground.wait(lambda: len(decisions(playground, "claims")) == 2, "the round", 120)
+    assert decisions(playground, "claims")[1] == (1, "RolledBack", "WorseOnLiveTraffic")
+    assert playground.status("claims")["stable"]["digest"] == stable
+    assert playground.status("claims")["traffic"]["candidatePercent"] == 0
+
+
+def test_a_killed_operator_goes_on_where_it_was_and_starts_no_step_twice(playground: Playground) -> None:
+    apply(playground, manifest_of("claims"))
+    end = time.monotonic() + 150
+    number = 0
+    while len(decisions(playground, "claims")) < 2 and time.monotonic() < end:
+        number += 1
+        process = playground.start_operator()
+        before = playground.status("claims").get("state")
+        wait_until(
+            lambda before=before: (
+                playground.status("claims").get("state") != before  # type: ignore[misc]
+                or len(decisions(playground, "claims")) == 2
+            ),
+            f"a transition in life {number}: {playground.log()[-2000:]}",
+            60,
+        )
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert [d for _, d, _ in decisions(playground, "claims")] == ["Promoted", "Promoted"]
+    assert number > 5
+    attempts = [w["metadata"]["labels"]["cowest.dev/attempt"] for w in playground.items(WORKFLOWS)]
+    assert set(attempts) == {"1"}
+    assert len(attempts) == 7
+
+
+def test_nothing_is_written_while_nothing_changes(playground: Playground) -> None:
+    with playground.operator():
+        apply(playground, manifest_of("claims", **{"rounds": {"max": 1, "trigger": {"newTraces": 5}}}))
+        playground.wait(
+            lambda: playground.condition("claims", "RoundProgressing").get("reason") == "WaitingForTraces", "rest", 120
+        )
+        time.sleep(1.0)  # what was in flight
+
+        def versions() -> dict[str, str]:
+            paths = (JOBS, DEPLOYMENTS, SERVING, MAPS, WORKFLOWS)
+            return {i["metadata"]["uid"]: i["metadata"]["resourceVersion"] for p in paths for i in playground.items(p)}
+
+        before = versions()
+        time.sleep(20.0)
+        assert versions() == before
+
+
+def test_a_child_edited_or_deleted_by_hand_comes_back(playground: Playground) -> None:
+    with playground.operator():
+        apply(playground, manifest_of("claims", **{"rounds": {"max": 1, "trigger": {"newTraces": 5}}}))
+        playground.wait(lambda: playground.condition("claims", "Ready").get("status") == "True", "Ready")
+        path = f"{DEPLOYMENTS}/claims-gateway"
+        container = {"name": "gateway", "image": "evil:1"}
+        playground.server.request("PATCH", path, {"spec": {"template": {"spec": {"containers": [container]}}}})
+        image = lambda: playground.get(path)["spec"]["template"]["spec"]["containers"][0]["image"]  # noqa: E731
+        playground.wait(lambda: image() == "serving:test", "the image to be ours again", 30)
+        playground.server.request("DELETE", f"{DEPLOYMENTS}/claims-proxy")
+        playground.wait(lambda: playground.get(f"{DEPLOYMENTS}/claims-proxy") is not None, "the proxy to be back", 30)
+
+
+def test_a_step_that_must_be_run_again_is_another_workflow_and_bad_input_is_said(playground: Playground) -> None:
+    playground.script.exit_codes = {"sft": [75, 75]}
+    with playground.operator():
+        apply(playground, manifest_of("claims", rounds={"max": 1}))
+        playground.wait(lambda: playground.get(f"{WORKFLOWS}/claims-r0-sft-3") is not None, "the third attempt", 120)
+        assert playground.condition("claims", "Ready")["status"] == "True"
+
+
+def test_what_one_machine_allows_and_a_cluster_does_not_is_named(playground: Playground) -> None:
+    with playground.operator():
+        apply(playground, manifest_of("claims", **{"weak.model": "file:///models/weak"}))
+        playground.wait(lambda: playground.condition("claims", "Degraded").get("status") == "True", "the sentence")
+    seen = playground.condition("claims", "Degraded")
+    assert seen["reason"] == "NotOnKubernetes"
+    assert "spec.weak.model: wanted an s3:// address, saw file:///models/weak" in seen["message"]
+    assert "cowest upload" in seen["message"]
+
+
+def test_an_edit_of_the_prompts_ends_the_round_and_is_tried_next(playground: Playground) -> None:
+    with playground.operator():
+        apply(playground, manifest_of("claims"))
+        playground.wait(lambda: len(decisions(playground, "claims")) == 1, "the baseline", 120)
+        playground.script.argo_works = False
+        playground.wait(lambda: "candidate" in playground.status("claims"), "the round")
+        edit = {"spec": {"collaboration": {"prompts": {"draft": "Explain: {query}"}}}}
+        playground.server.request("PATCH", f"{JOBS}/claims", edit)
+        playground.wait(lambda: len(decisions(playground, "claims")) == 2, "the end of the round")
+        assert decisions(playground, "claims")[1] == (1, "Refused", "SpecChanged")
+        playground.script.argo_works = True
+        playground.wait(lambda: len(decisions(playground, "claims")) >= 3, "the edit's trial", 120)
+        assert playground.status("claims")["rounds"][2]["origin"] == "Edit"
+
+
+def test_with_two_operators_one_writes_and_the_other_takes_over(playground: Playground) -> None:
+    first = playground.start_operator("one")
+    try:
+        apply(playground, manifest_of("claims", **{"rounds": {"max": 1, "trigger": {"newTraces": 5}}}))
+        playground.wait(lambda: playground.condition("claims", "Ready").get("status") == "True", "Ready")
+        with playground.operator("two"):
+            lease = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/cowest-operator"
+            assert playground.get(lease)["spec"]["holderIdentity"] == "one"
+            first.kill()
+            first.wait()
+            playground.wait(lambda: playground.get(lease)["spec"]["holderIdentity"] == "two", "the lease", 60)
+            playground.server.request("DELETE", f"{DEPLOYMENTS}/claims-gateway")
+            playground.wait(lambda: playground.get(f"{DEPLOYMENTS}/claims-gateway") is not None, "its work", 60)
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_while_the_object_store_is_away_the_status_says_so_and_the_job_stays_ready(playground: Playground) -> None:
+    with playground.operator():
+        apply(playground, manifest_of("claims", **{"rounds": {"max": 1, "trigger": {"newTraces": 5}}}))
+        playground.wait(
+            lambda: playground.condition("claims", "RoundProgressing").get("reason") == "WaitingForTraces", "rest", 120
+        )
+        playground.script.store_away = True
+        playground.wait(lambda: playground.condition("claims", "Degraded")["status"] == "True", "the trouble", 90)
+        assert playground.condition("claims", "Degraded")["reason"] == "ObjectStoreUnavailable"
+        assert playground.condition("claims", "Ready")["status"] == "True"
+        playground.script.store_away = False
+        playground.wait(lambda: playground.condition("claims", "Degraded")["status"] == "False", "healing", 120)
+
+
+def test_without_a_deletion_policy_a_job_goes_at_once_and_no_finalizer_was_ever_there(playground: Playground) -> None:
+    with playground.operator():
+        apply(playground, manifest_of("claims"))
+        playground.wait(lambda: playground.condition("claims", "Ready").get("status") == "True", "Ready")
+        assert "finalizers" not in playground.job("claims")["metadata"]
+    playground.server.request("DELETE", f"{JOBS}/claims")
+    assert playground.get(f"{JOBS}/claims") is None
+
+
+def test_with_delete_the_artifacts_are_erased_before_the_job_goes(playground: Playground) -> None:
+    with playground.operator():
+        apply(playground, manifest_of("claims", deletionPolicy={"models": "Delete", "traces": "Delete"}))
+        playground.wait(lambda: playground.condition("claims", "Ready").get("status") == "True", "Ready")
+        assert playground.job("claims")["metadata"]["finalizers"] == ["cowest.dev/artifacts"]
+        playground.server.request("DELETE", f"{JOBS}/claims")
+        playground.wait(lambda: playground.get(f"{JOBS}/claims") is None, "the job to go", 60)
+        orders = playground.get(f"{MAPS}/claims-erase")["data"]["step.json"]
+    assert '["--what","all"]' in orders and "cowest_training.erase" in orders
+
+
+def test_a_delete_policy_that_is_taken_back_takes_the_finalizer_with_it(playground: Playground) -> None:
+    with playground.operator():
+        apply(playground, manifest_of("claims", deletionPolicy={"models": "Delete"}))
+        playground.wait(lambda: bool(playground.job("claims")["metadata"].get("finalizers")), "the finalizer")
+        edit = {"spec": {"deletionPolicy": {"models": "Keep"}}}
+        playground.server.request("PATCH", f"{JOBS}/claims", edit)
+        playground.wait(lambda: not playground.job("claims")["metadata"].get("finalizers"), "no finalizer", 30)

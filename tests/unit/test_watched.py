@@ -1,0 +1,89 @@
+"""What the watches show, kept slim. No cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cowest_operator.watched import Watched, see
+
+
+def body(kind: str = "Deployment", version: str = "5", generation: int | None = 1, **more: Any) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "name": "claims-gateway",
+        "namespace": "desks",
+        "uid": "u",
+        "resourceVersion": version,
+        "creationTimestamp": "2026-01-01T00:00:00Z",
+        "labels": {"cowest.dev/job": "claims", **more.pop("labels", {})},
+    }
+    if generation is not None:
+        metadata["generation"] = generation
+    return {"apiVersion": "v1", "kind": kind, "metadata": metadata, **more}
+
+
+def test_a_child_wakes_its_job_when_it_is_new_changed_or_gone() -> None:
+    watched, key = Watched(), ("desks", "claims")
+    assert watched.child(None, "Deployment", body()) == key
+    assert watched.child("MODIFIED", "Deployment", body(version="6")) is None
+    available = body(version="7", status={"availableReplicas": 1})
+    assert watched.child("MODIFIED", "Deployment", available) == key
+    assert watched.child("DELETED", "Deployment", available) == key
+    assert not watched.families[key].children
+
+
+def test_an_event_that_our_own_write_overtook_is_no_news() -> None:
+    watched = Watched()
+    watched.child(None, "Deployment", body(version="9", generation=2))
+    assert watched.child("MODIFIED", "Deployment", body(version="8", generation=1)) is None
+    (seen,) = watched.families["desks", "claims"].of("Deployment")
+    assert seen.stamp == "2"
+
+
+def test_a_child_of_nobody_is_left_alone() -> None:
+    stranger = body(labels={"cowest.dev/job": ""})
+    assert Watched().child(None, "Deployment", stranger) is None
+
+
+def test_what_has_no_generation_is_told_apart_by_its_version() -> None:
+    assert see("ConfigMap", body("ConfigMap", version="12", generation=None)).stamp == "12"
+    assert see("Deployment", body(version="12", generation=3)).stamp == "3"
+
+
+def test_the_exit_code_is_that_of_the_pod_that_ended_last() -> None:
+    nodes = {
+        "retry": {"type": "Retry", "message": "No more retries left"},
+        "one": {"type": "Pod", "finishedAt": "2026-01-01T00:00:01Z", "outputs": {"exitCode": "75"}, "message": "away"},
+        "two": {"type": "Pod", "finishedAt": "2026-01-01T00:00:09Z", "outputs": {"exitCode": "2"}, "message": "a typo"},
+    }
+    facts = see("Workflow", body("Workflow", status={"phase": "Failed", "nodes": nodes})).facts
+    assert (facts["phase"], facts["code"], facts["words"]) == ("Failed", 2, "a typo")
+
+
+def test_a_pod_that_was_never_made_has_no_exit_code_but_words() -> None:
+    nodes = {"one": {"type": "Pod", "finishedAt": "2026-01-01T00:00:01Z", "message": "pods is forbidden"}}
+    facts = see("Workflow", body("Workflow", status={"phase": "Error", "nodes": nodes})).facts
+    assert (facts["code"], facts["words"]) == (None, "pods is forbidden")
+
+
+@pytest.mark.parametrize(
+    ("status", "trouble"),
+    [
+        pytest.param({"phase": "Running"}, "", id="one that runs"),
+        pytest.param(
+            {"containerStatuses": [{"name": "a", "state": {"waiting": {"reason": "ContainerCreating"}}}]}, "",
+            id="one that is being made",
+        ),
+        pytest.param(
+            {"containerStatuses": [{"name": "a", "state": {"waiting": {"reason": "ErrImagePull", "message": "no x"}}}]},
+            "container a: ErrImagePull: no x", id="a missing image",
+        ),
+        pytest.param(
+            {"conditions": [{"type": "PodScheduled", "status": "False", "message": "0/1 nodes"}]},
+            "cannot be scheduled: 0/1 nodes", id="no room",
+        ),
+    ],
+)  # fmt: skip
+def test_why_a_pod_does_not_run_is_said_in_the_kubelets_words(status: dict[str, Any], trouble: str) -> None:
+    assert see("Pod", body("Pod", status=status)).facts["trouble"] == trouble
