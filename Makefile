@@ -6,7 +6,8 @@ STAMP = $(VENV)/.installed
 UV_VERSION = 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test check format docs lock bench bench-kill e2e clean
+.PHONY: help setup demo study test check format docs lock bench bench-kill e2e clean \
+  images image-operator image-serving image-training lock-images helm-docs
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +36,7 @@ check: setup  ## format, lint, types, import rules, generated docs
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m cowest_operator.docs --check
 	$(BIN)/python -m cowest_cli.docs --check
+	$(BIN)/python charts/docs.py --check
 
 format: setup  ## put the code into its form
 	$(BIN)/ruff format .
@@ -53,8 +55,30 @@ e2e: setup  ## the cluster tests against the current kubeconfig
 	$(BIN)/python -m pytest tests -m e2e -ra
 
 lock: setup  ## resolve requirements.lock anew
-	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra operator --extra embedded --group dev --universal --python-version 3.11 \
 	  --generate-hashes --no-annotate --no-header --quiet --output-file requirements.lock
+
+IMAGE_REGISTRY ?= docker.io
+IMAGE_TAG ?= $(or $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml),dev)
+IMAGE_OPTIONS ?= $(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_TRUSTED_HOST PIP_CERT,--build-arg $(name))
+# Called with DOCKERFILE CONTEXT TAG.
+IMAGE_BUILD ?= sh -c 'docker build $(IMAGE_OPTIONS) --file "$$0" --tag "$$2" "$$1"'
+
+images: image-operator image-serving image-training  ## build the images $(IMAGE_REGISTRY)/cowest/{operator,serving,training}:$(IMAGE_TAG)
+image-operator image-serving image-training: image-%:
+	$(IMAGE_BUILD) $*/Dockerfile . $(IMAGE_REGISTRY)/cowest/$*:$(IMAGE_TAG)
+
+lock-images: setup  ## the part of requirements.lock that each image installs
+	for image in operator serving training; do \
+	  $(BIN)/uv pip compile pyproject.toml --extra $$image --constraint requirements.lock --universal \
+	    --python-version 3.11 --generate-hashes --no-annotate --no-header --quiet \
+	    --output-file $$image/requirements.lock || exit 1; \
+	done
+	$(BIN)/uv pip compile pyproject.toml --extra serving --extra ray --constraint requirements.lock --universal \
+	  --python-version 3.11 --generate-hashes --no-annotate --no-header --quiet --output-file serving/requirements-ray.lock
+
+helm-docs: setup  ## write the charts' READMEs, the CRD's copy and the values schema anew
+	$(BIN)/python charts/docs.py
 
 clean:  ## remove what was made here, the environment too
 	rm -rf demo $(VENV) .mypy_cache .ruff_cache .pytest_cache

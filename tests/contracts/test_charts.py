@@ -1,0 +1,490 @@
+"""The charts as Helm renders them: restricted pods, no secrets, the API's own CRD, and values that cannot be mistyped.
+
+Helm is looked for in HELM, on PATH and in ~/.cache/cowest-cluster/bin; without it the tests that render are skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+import yaml
+from minio import Minio
+from minio.commonconfig import ENABLED, Filter
+from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
+
+from cowest_operator import kube, manifest, settings
+from cowest_operator.metrics import Metrics
+from cowest_operator.schema import default
+from cowest_serving import app, proxy
+
+ROOT = Path(__file__).parents[2]
+CHARTS = ROOT / "charts"
+OPERATOR, DOMAIN = CHARTS / "cowest-operator", CHARTS / "cowest-domain"
+CACHE = Path.home() / ".cache" / "cowest-cluster" / "bin"
+Object = dict[str, Any]
+
+
+def find(name: str, variable: str) -> str | None:
+    cached = CACHE / name
+    return os.environ.get(variable) or shutil.which(name) or (str(cached) if os.access(cached, os.X_OK) else None)
+
+
+HELM, MINIO = find("helm", "HELM"), find("minio", "COWEST_TEST_MINIO")
+needs_helm = pytest.mark.skipif(HELM is None, reason=f"no helm in HELM, on PATH or in {CACHE}: charts are not rendered")
+needs_minio = pytest.mark.skipif(MINIO is None, reason=f"no minio in COWEST_TEST_MINIO, on PATH or in {CACHE}")
+
+RENDERED = [
+    pytest.param(OPERATOR, None, id="operator with its defaults"),
+    pytest.param(OPERATOR, "full", id="operator with everything on"),
+    pytest.param(DOMAIN, "minimal", id="smallest domain"),
+    pytest.param(DOMAIN, "full", id="domain with everything on"),
+]
+
+
+# ---------------------------------------------------------------- rendering
+def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(HELM), *arguments], capture_output=True, text=True, timeout=60)
+
+
+@functools.cache
+def rendered(chart: Path, values: str | None, *sets: str) -> tuple[Object, ...]:
+    """The objects of a release `r` in namespace `here`; `values` names a file of the chart's ci folder."""
+    folder = chart if chart.is_dir() else CHARTS / re.sub(r"-[0-9.]+$", "", chart.stem)
+    files = ["--values", str(folder / "ci" / f"{values}-values.yaml")] if values else []
+    more = [word for text in sets for word in ("--set", text)]
+    done = helm("template", "r", str(chart), "--namespace", "here", "--kube-version", "1.34.0", *files, *more)
+    assert done.returncode == 0, done.stderr
+    return tuple(each for each in yaml.safe_load_all(done.stdout) if each)
+
+
+def refusal(chart: Path, values: str | None, *sets: str) -> str:
+    with pytest.raises(AssertionError) as caught:
+        rendered(chart, values, *sets)
+    return str(caught.value)
+
+
+def of_kind(objects: tuple[Object, ...], kind: str) -> list[Object]:
+    return [each for each in objects if each["kind"] == kind]
+
+
+def pods(objects: tuple[Object, ...]) -> Iterator[tuple[str, Object]]:
+    """(kind and name, PodSpec) of everything that runs pods."""
+    for each in objects:
+        where = f"{each['kind']} {each['metadata']['name']}"
+        if each["kind"] == "Pod":
+            yield where, each["spec"]
+        elif "template" in each.get("spec", {}):
+            yield where, each["spec"]["template"]["spec"]
+
+
+# ---------------------------------------------------------------- the restricted profile
+VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+
+
+def violations(pod: Mapping[str, Any]) -> list[str]:
+    """What Pod Security `restricted` forbids in a PodSpec, and a root file system that can be written."""
+    found = [field for field in ("hostNetwork", "hostPID", "hostIPC") if pod.get(field)]
+    found += [f"volume {v['name']}" for v in pod.get("volumes", []) if not set(v) - {"name"} <= VOLUMES]
+    shared = pod.get("securityContext", {})
+    for container in (*pod.get("initContainers", []), *pod["containers"]):
+        own, name = container.get("securityContext", {}), container["name"]
+        both = {**shared, **own}
+        capabilities = own.get("capabilities", {})
+        checks = {
+            "runAsNonRoot": both.get("runAsNonRoot") is True and both.get("runAsUser") != 0,
+            "seccompProfile": both.get("seccompProfile", {}).get("type") in ("RuntimeDefault", "Localhost"),
+            "allowPrivilegeEscalation": own.get("allowPrivilegeEscalation") is False,
+            "privileged": not own.get("privileged"),
+            "capabilities": capabilities.get("drop") == ["ALL"]
+            and set(capabilities.get("add", [])) <= {"NET_BIND_SERVICE"},
+            "hostPort": not any(port.get("hostPort") for port in container.get("ports", [])),
+            "readOnlyRootFilesystem": own.get("readOnlyRootFilesystem") is True,
+        }
+        found += [f"{name}: {check}" for check, holds in checks.items() if not holds]
+    return found
+
+
+def test_the_checker_sees_what_the_restricted_profile_forbids() -> None:
+    privileged = {"name": "main", "securityContext": {"privileged": True}, "ports": [{"hostPort": 80}]}
+    pod = {"hostNetwork": True, "volumes": [{"name": "host", "hostPath": {"path": "/"}}], "containers": [privileged]}
+    assert {each.removeprefix("main: ") for each in violations(pod)} == {
+        "hostNetwork", "volume host", "runAsNonRoot", "seccompProfile", "allowPrivilegeEscalation", "privileged",
+        "capabilities", "hostPort", "readOnlyRootFilesystem",
+    }  # fmt: skip
+
+
+@needs_helm
+@pytest.mark.parametrize(("chart", "values"), RENDERED)
+def test_every_pod_is_restricted_and_has_a_read_only_root(chart: Path, values: str | None) -> None:
+    assert {where: violations(pod) for where, pod in pods(rendered(chart, values)) if violations(pod)} == {}
+
+
+@needs_helm
+@pytest.mark.parametrize(("chart", "values"), RENDERED)
+def test_only_the_operator_gets_a_token(chart: Path, values: str | None) -> None:
+    with_token = {
+        where for where, pod in pods(rendered(chart, values)) if pod.get("automountServiceAccountToken", True)
+    }
+    assert with_token == {where for where, _ in pods(rendered(chart, values)) if where.startswith("Deployment ")}
+    assert chart == OPERATOR or not with_token
+
+
+# ---------------------------------------------------------------- both charts
+@needs_helm
+@pytest.mark.parametrize("chart", [OPERATOR, DOMAIN], ids=lambda chart: chart.name)
+def test_lint_finds_nothing(chart: Path) -> None:
+    files = [word for path in sorted((chart / "ci").iterdir()) for word in ("--values", str(path))]
+    for arguments in ([], files):
+        done = helm("lint", "--strict", str(chart), "--kube-version", "1.34.0", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_helm
+@pytest.mark.parametrize(("chart", "values"), RENDERED)
+def test_secrets_are_named_and_never_written(chart: Path, values: str | None) -> None:
+    objects = rendered(chart, values)
+    made = of_kind(objects, "Secret")
+    assert {each["metadata"]["annotations"]["cowest.dev/purpose"] for each in made} <= {"test"}
+    assert bool(made) == (chart == DOMAIN and values == "full")
+    for where, pod in pods(objects):
+        for container in pod["containers"]:
+            written = [e["name"] for e in container.get("env", []) if re.search("KEY|SECRET_|PASS|TOKEN", e["name"])]
+            assert all("value" not in e for e in container.get("env", []) if e["name"] in written), where
+
+
+WITHOUT_STORE = (
+    "job.weak.model=s3://a/b,job.strong.endpoint=https://strong.example.com/v1,job.strong.model=strong,"
+    "job.data.train=s3://a/c,job.data.heldOut=s3://a/d,job.feedback.evaluator.type=ExactMatch"
+)
+
+
+@needs_helm
+@pytest.mark.parametrize(
+    ("chart", "values", "edit", "said"),
+    [
+        pytest.param(OPERATOR, None, "replcas=3", "'replcas' not allowed", id="typo at the top"),
+        pytest.param(OPERATOR, None, "metrics.podMonitor.enable=true", "'enable' not allowed", id="typo below"),
+        pytest.param(OPERATOR, None, "replicas=many", "want integer", id="word for a number"),
+        pytest.param(OPERATOR, None, "image.digest=latest", "does not match", id="digest that is none"),
+        pytest.param(DOMAIN, "minimal", "minoi.enabled=true", "'minoi' not allowed", id="typo of a section"),
+        pytest.param(DOMAIN, "minimal", "job.traning.seed=1", "'traning' not allowed", id="typo in the job"),
+        pytest.param(DOMAIN, "minimal", "job.canary.signal=Gut", "must be one of", id="value the API does not know"),
+        pytest.param(DOMAIN, "minimal", "name=Desk", "does not match", id="name the API refuses"),
+        pytest.param(DOMAIN, None, "name=desk", "job.weak: wanted a section", id="no job at all"),
+        pytest.param(DOMAIN, None, WITHOUT_STORE, "job.objectStore: wanted", id="no object store"),
+        pytest.param(
+            DOMAIN, None, WITHOUT_STORE + ",job.objectStore.bucket=desk,minio.enabled=true",
+            "credentialsSecretRef: wanted the name of a Secret", id="own store without credentials",
+        ),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_work_are_refused(chart: Path, values: str | None, edit: str, said: str) -> None:
+    assert said in refusal(chart, values, *edit.split(","))
+
+
+def test_readmes_schema_and_crd_copy_are_current() -> None:
+    done = subprocess.run([sys.executable, CHARTS / "docs.py", "--check"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_documented_values_file_is_the_tested_one() -> None:
+    shown = re.findall(r"```yaml\n(name: .*?)```", (DOMAIN / "README.md").read_text(), re.DOTALL)
+    assert [yaml.safe_load(text) for text in shown] == [yaml.safe_load((DOMAIN / "ci/minimal-values.yaml").read_text())]
+
+
+# ---------------------------------------------------------------- upgrades
+IMMUTABLE = {
+    "Deployment": ("selector",),
+    "StatefulSet": ("selector", "serviceName", "volumeClaimTemplates"),
+    "Service": ("selector",),
+}
+
+
+@needs_helm
+@pytest.mark.parametrize(("chart", "values"), RENDERED)
+def test_the_first_chart_upgrades_to_todays(chart: Path, values: str | None) -> None:
+    first = next((ROOT / "tests" / "charts-first").glob(f"{chart.name}-*.tgz"))
+    today = {(each["kind"], each["metadata"]["name"]): each for each in rendered(chart, values)}
+    for each in rendered(first, values):
+        key = each["kind"], each["metadata"]["name"]
+        for field in IMMUTABLE.get(each["kind"], ()):
+            assert today[key]["spec"][field] == each["spec"][field], key
+
+
+# ---------------------------------------------------------------- the operator's chart
+@needs_helm
+def test_the_crd_is_the_apis_own_and_outlives_the_release() -> None:
+    (crd,) = of_kind(rendered(OPERATOR, None), "CustomResourceDefinition")
+    assert crd["spec"] == yaml.safe_load((ROOT / "crds" / "collaborationjob.yaml").read_text())["spec"]
+    assert crd["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    assert not of_kind(rendered(OPERATOR, None, "crds.install=false"), "CustomResourceDefinition")
+
+
+@needs_helm
+def test_the_operator_can_read_what_the_chart_tells_it() -> None:
+    (deployment,) = of_kind(rendered(OPERATOR, "full"), "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    told = settings.read({each["name"]: each.get("value", "here") for each in container["env"]})
+    mirror = "registry.example.com/mirror"
+    assert told.images.serving == f"{mirror}/cowest/serving:0.1.0"
+    assert told.images.training == f"{mirror}/cowest/training:1.2.3"
+    assert told.images.vllm.startswith(f"{mirror}/vllm/vllm-openai:")
+    assert told.images.pull_secrets == ("mirror", "other")
+    assert told.namespaces == ("pharmacy", "freight")
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"metrics": told.metrics_port, "health": told.health_port}
+
+
+def rights(roles: list[Object]) -> set[tuple[str, str, str]]:
+    """(group, resource, verb) of all rules."""
+    rules = [rule for role in roles for rule in role["rules"]]
+    return {(g, r, v) for rule in rules for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]}
+
+
+@needs_helm
+def test_the_operator_may_do_what_it_does_and_read_no_secret() -> None:
+    allowed = rights(of_kind(rendered(OPERATOR, None), "ClusterRole"))
+    needed = {"Pod": ("list", "watch"), "Event": ("create",), "CollaborationJob": ("get", "list", "watch", "patch")}
+    for kind, (version, plural) in kube.PLURALS.items():
+        group = version.rpartition("/")[0]
+        for verb in needed.get(kind, ("get", "list", "watch", "create", "patch", "delete")):
+            assert (group, plural, verb) in allowed, f"{kind}: {verb}"
+    assert ("cowest.dev", "collaborationjobs/status", "patch") in allowed
+    assert ("argoproj.io", "workflowtaskresults", "patch") in allowed, "a right that it grants to steps"
+    assert {verb for _, resource, verb in allowed if resource == "secrets"} == {"list", "watch"}
+    assert not {right for right in allowed if "*" in right}
+
+
+@needs_helm
+def test_with_named_namespaces_it_has_no_rights_elsewhere() -> None:
+    objects = rendered(OPERATOR, "full")
+    assert rights(of_kind(objects, "ClusterRole")) == {
+        ("apiextensions.k8s.io", "customresourcedefinitions", verb) for verb in ("get", "list", "watch")
+    }
+    keeping = {
+        r["metadata"]["namespace"] for r in of_kind(objects, "Role") if ("apps", "deployments", "patch") in rights([r])
+    }
+    assert keeping == {"pharmacy", "freight"}
+
+
+@needs_helm
+def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
+    objects = rendered(OPERATOR, "full")
+    (rule,), (board,) = of_kind(objects, "PrometheusRule"), of_kind(objects, "ConfigMap")
+    asked = [r["expr"] for group in rule["spec"]["groups"] for r in group["rules"]]
+    asked += [t["expr"] for panel in json.loads(board["data"]["cowest.json"])["panels"] for t in panel["targets"]]
+    operators = re.findall(r"^# TYPE (\S+)", Metrics().text(), re.MULTILINE)
+    known = {*app.METRICS, *proxy.METRICS, *operators}
+    names = {re.sub("_bucket$", "", name) for text in asked for name in re.findall(r"\bcowest_[a-z_]+", text)}
+    assert names - {"cowest_dev_job"} <= known
+    assert len(names) > 5
+
+
+# ---------------------------------------------------------------- a domain's chart
+@needs_helm
+def test_the_job_is_what_the_values_say() -> None:
+    values = yaml.safe_load((DOMAIN / "ci" / "minimal-values.yaml").read_text())
+    (job,) = of_kind(rendered(DOMAIN, "minimal"), "CollaborationJob")
+    assert (job["metadata"]["name"], job["spec"]) == ("desk", values["job"])
+
+
+@needs_helm
+@pytest.mark.parametrize("values", ["minimal", "full"])
+def test_the_job_is_valid(values: str, tmp_path: Path) -> None:
+    (job,) = of_kind(rendered(DOMAIN, values), "CollaborationJob")
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    assert manifest.load(path)
+
+
+@needs_helm
+def test_with_its_own_store_the_job_is_told_where_it_is() -> None:
+    (job,) = of_kind(rendered(DOMAIN, "full"), "CollaborationJob")
+    store = job["spec"]["objectStore"]
+    assert (store["endpoint"], store["pathStyle"], store["prefix"]) == (
+        "http://desk-minio.here.svc:9000",
+        True,
+        "team/a",
+    )
+
+
+@needs_helm
+def test_a_domain_makes_nothing_outside_its_namespace() -> None:
+    assert {each["metadata"].get("namespace") for each in rendered(DOMAIN, "full")} == {"here"}
+
+
+def policies(values: str, *sets: str) -> dict[str, Object]:
+    found = of_kind(rendered(DOMAIN, values, *sets), "NetworkPolicy")
+    return {each["metadata"]["name"].removeprefix("desk-"): each["spec"] for each in found}
+
+
+@needs_helm
+def test_nothing_passes_but_what_a_policy_names() -> None:
+    deny = policies("minimal")["deny"]
+    assert deny == {"podSelector": {"matchLabels": {"cowest.dev/job": "desk"}}, "policyTypes": ["Ingress", "Egress"]}
+    for name, spec in policies("full").items():
+        if name not in ("deny", "own-deny"):
+            assert spec.get("ingress", []) + spec.get("egress", []), name
+
+
+@needs_helm
+def test_only_gateway_and_proxy_reach_the_strong_model() -> None:
+    found = policies("full")
+    strong = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "strong"}}}
+    reach = {
+        name for name, spec in found.items() if any(strong in rule.get("to", []) for rule in spec.get("egress", []))
+    }
+    assert reach == {"gateway", "proxy"}
+
+
+@needs_helm
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [
+        pytest.param("https://strong.example.com/v1", 443, id="https"),
+        pytest.param("http://strong.svc/v1", 80, id="http"),
+        pytest.param("https://strong.example.com:8443/v1", 8443, id="a port of its own"),
+    ],
+)
+def test_the_strong_models_port_is_read_from_its_address(endpoint: str, port: int) -> None:
+    (rule,) = policies("minimal", f"job.strong.endpoint={endpoint}")["proxy"]["egress"]
+    assert rule == {"ports": [{"protocol": "TCP", "port": port}]}
+
+
+@needs_helm
+def test_without_policies_there_are_none() -> None:
+    assert policies("full", "networkPolicy.enabled=false") == {}
+
+
+@needs_helm
+def test_traces_expire_after_the_apis_default_unless_said() -> None:
+    days = default(manifest.job_schema(), {"spec": {"traces": {}}})["spec"]["traces"]["retentionDays"]
+    assert [rule.split("=")[-1] for rule in bucket_job("minimal", "bucket.enabled=true")[1]] == [str(days)] * 2
+
+
+# ---------------------------------------------------------------- what the charts run
+def bucket_job(values: str, *sets: str) -> tuple[list[str], list[str]]:
+    """(arguments of Python, the --expire rules) of the bucket's Job."""
+    (job,) = of_kind(rendered(DOMAIN, values, *sets), "Job")
+    arguments = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    return arguments, [each for each in arguments if each.startswith("--expire=")]
+
+
+@pytest.fixture(scope="module")
+def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    data = tmp_path_factory.mktemp("minio")
+    environment = {**os.environ, "MINIO_ROOT_USER": "tester", "MINIO_ROOT_PASSWORD": "only-for-tests"}
+    certificates = ["--certs-dir", str(data / "none")]
+    command = [str(MINIO), "server", str(data / "data"), "--quiet", "--address", address, *certificates]
+    with (data / "log").open("wb") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as server:
+        try:
+            end = time.monotonic() + 60
+            while not is_up(f"http://{address}/minio/health/ready"):
+                assert server.poll() is None and time.monotonic() < end, (data / "log").read_text()
+                time.sleep(0.05)
+            yield address
+        finally:
+            server.kill()
+
+
+def is_up(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+@needs_helm
+@needs_minio
+def test_the_bucket_job_makes_the_bucket_and_keeps_the_rules_of_others(minio: str) -> None:
+    store = Minio(minio, "tester", "only-for-tests", secure=False)
+    keys = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "only-for-tests", "AWS_REGION": "us-east-1"}
+
+    def run(*sets: str) -> None:
+        arguments, _ = bucket_job("full", *sets)
+        environment = {**os.environ, **keys, "COWEST_S3_ENDPOINT": f"http://{minio}"}
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", *arguments], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+
+    def rules() -> dict[str, int]:
+        found = store.get_bucket_lifecycle("desk")
+        return {rule.rule_filter.prefix: rule.expiration.days for rule in found.rules} if found else {}
+
+    run()
+    assert rules() == {"team/a/here/desk/traces/": 7, "team/a/here/desk/feedback/": 7}
+    others = Rule(ENABLED, rule_filter=Filter(prefix="tmp/"), rule_id="theirs", expiration=Expiration(days=1))
+    store.set_bucket_lifecycle("desk", LifecycleConfig([others, *store.get_bucket_lifecycle("desk").rules]))
+    run("job.traces.retentionDays=3")
+    assert rules() == {"tmp/": 1, "team/a/here/desk/traces/": 3, "team/a/here/desk/feedback/": 3}
+    run("bucket.expireTraces=false")
+    assert rules() == {"tmp/": 1}
+
+
+class Gateway(http.server.BaseHTTPRequestHandler):
+    """Ready at the second look; answers whoever has the key."""
+
+    looks = 0
+
+    def do_GET(self) -> None:
+        Gateway.looks += 1
+        self._send(200 if Gateway.looks > 1 else 503, {})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        known = self.headers["Authorization"] == "Bearer client-key"
+        answer = {"choices": [{"message": {"content": f"heard {body['messages'][0]['content']}"}}]}
+        self._send(200, answer) if known else self._send(401, {"error": "no key"})
+
+    def _send(self, status: int, body: Any) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@needs_helm
+@pytest.mark.parametrize(
+    ("key", "code", "said"),
+    [
+        pytest.param("client-key", 0, "heard Answer with the word yes.", id="answered"),
+        pytest.param("another", 1, "saw 401", id="refused"),
+    ],
+)
+def test_the_charts_test_waits_for_the_gateway_and_shows_its_answer(
+    key: str, code: int, said: str, tmp_path: Path
+) -> None:
+    (pod,) = of_kind(rendered(DOMAIN, "full"), "Pod")
+    script, address, *rest, keys = pod["spec"]["containers"][0]["args"]
+    assert (address, keys) == ("http://desk-gateway", "/etc/cowest/client-keys")
+    (tmp_path / "first").write_text(key + "\n")
+    Gateway.looks = 0
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        command = [sys.executable, "-P", "-c", script, url, *rest, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        server.shutdown()
+    assert (done.returncode, Gateway.looks) == (code, 2), done.stderr
+    assert said in done.stdout + done.stderr
