@@ -1,0 +1,229 @@
+"""A real cluster for tests: the current kubeconfig, and only if its context is named as a test cluster's.
+
+What a user would have is made by the public means only: charts, `cowest upload`, `kubectl`. The strong model is the
+freight desk's stand-in, running in a pod. Images: `$COWEST_IMAGE_REGISTRY/cowest/*:$COWEST_IMAGE_TAG` (docker.io, dev).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "crds" / "examples" / "freight"
+SYSTEM, NAMESPACE, JOB = "cowest-system", "cowest-e2e", "freight"
+REGISTRY = os.environ.get("COWEST_IMAGE_REGISTRY", "docker.io")
+TAG = os.environ.get("COWEST_IMAGE_TAG", "dev")
+KEYS = {"AWS_ACCESS_KEY_ID": "e2e-user", "AWS_SECRET_ACCESS_KEY": "e2e-password"}
+COWEST = [sys.executable, "-P", "-m", "cowest_cli"]
+
+
+def run(*command: str, stdin: str | None = None, check: bool = True, **environment: str) -> str:
+    done = subprocess.run(
+        command, input=stdin, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    if check and done.returncode:
+        pytest.fail(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def kubectl(*arguments: str, stdin: str | None = None, check: bool = True) -> str:
+    return run("kubectl", "--namespace", NAMESPACE, *arguments, stdin=stdin, check=check)
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float) -> float:
+    """Seconds that it took; fails with the job's story after the deadline."""
+    begun = time.monotonic()
+    while not condition():
+        if time.monotonic() - begun > seconds:
+            story = kubectl("describe", "collaborationjob", check=False)[-5000:]
+            pods = kubectl("get", "pods,workflows,inferenceservices", "-o", "wide", check=False)
+            pytest.fail(f"waited {seconds:.0f} s for {what}\n{story}\n{pods}")
+        time.sleep(0.5)
+    return time.monotonic() - begun
+
+
+@dataclass
+class Desk:
+    """The freight desk in the cluster."""
+
+    folder: Path
+    store: dict[str, str]  # environment that reaches the object store from here
+    timeline: list[tuple[float, str]] = field(default_factory=list)
+    begun: float = 0.0
+
+    def mark(self, what: str) -> float:
+        at = time.monotonic() - self.begun
+        self.timeline.append((at, what))
+        print(f"{at:7.1f} s  {what}", flush=True)
+        return at
+
+    def job(self) -> dict[str, Any]:
+        text = kubectl("get", "collaborationjob", JOB, "-o", "json", check=False)
+        return dict(json.loads(text)) if text else {}
+
+    def status(self) -> dict[str, Any]:
+        return dict(self.job().get("status") or {})
+
+    def condition(self, kind: str) -> dict[str, Any]:
+        return next((dict(c) for c in self.status().get("conditions", ()) if c["type"] == kind), {})
+
+    def rounds(self) -> list[dict[str, Any]]:
+        return list(self.status().get("rounds", ()))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> None:
+    for tool in ("kubectl", "helm"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} on PATH: the cluster tests need it")
+    context = run("kubectl", "config", "current-context", check=False).strip()
+    if not context:
+        pytest.skip("no current context in the kubeconfig: the cluster tests need a cluster")
+    if not context.startswith(("cowest-test", "kind-")):
+        pytest.skip(f"the current context {context!r} is no test cluster's: wanted cowest-test* or kind-*")
+
+
+@pytest.fixture(scope="session")
+def operator(cluster: None) -> None:
+    images = [f"jobImages.{name}.{part}" for name in ("serving", "training") for part in ("registry", "tag")]
+    values = [f"{path}={REGISTRY if path.endswith('registry') else TAG}" for path in images]
+    sets = [x for v in (f"image.registry={REGISTRY}", f"image.tag={TAG}", *values) for x in ("--set", v)]
+    run("helm", "upgrade", "--install", "cowest-operator", str(ROOT / "charts" / "cowest-operator"), "--namespace",
+        SYSTEM, "--create-namespace", "--wait", "--timeout", "3m", *sets)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def desk(operator: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    """Namespace, object store, strong stand-in and data; the job itself is the test's."""
+    folder = tmp_path_factory.mktemp("desk")
+    run("kubectl", "delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait", "--timeout=180s")
+    run("kubectl", "create", "namespace", NAMESPACE)
+    run("kubectl", "label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
+    kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(_store()))
+    kubectl("create", "configmap", "strong-code", f"--from-file={EXAMPLE / 'strong.py'}",
+            f"--from-file={EXAMPLE.parent / 'stand_in.py'}")  # fmt: skip
+    kubectl("create", "secret", "generic", "strong", "--from-literal=api-key=e2e-key")
+    kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(_strong()))
+    run(
+        sys.executable, str(EXAMPLE / "make_data.py"), "--out", str(folder / "data"), "--seed", "0", OMP_NUM_THREADS="1"
+    )
+    with ExitStack() as stack:
+        kubectl("rollout", "status", "deployment/minio", "deployment/strong", "--timeout=180s")
+        port = stack.enter_context(forwarded("minio", 9000))
+        store = {**KEYS, "COWEST_S3_ENDPOINT": f"http://127.0.0.1:{port}", "AWS_REGION": "us-east-1"}
+        built = Desk(folder, store)
+        _bucket(store)
+        for name in ("train.jsonl", "held_out.jsonl", "base"):
+            run(*COWEST, "upload", str(folder / "data" / name), f"s3://cowest/data/{name}", **store)
+        yield built
+    if not os.environ.get("COWEST_E2E_KEEP"):
+        run("kubectl", "delete", "namespace", NAMESPACE, "--wait=false", check=False)
+
+
+def _bucket(store: dict[str, str]) -> None:
+    from minio import Minio
+
+    address = store["COWEST_S3_ENDPOINT"].removeprefix("http://")
+    client = Minio(address, KEYS["AWS_ACCESS_KEY_ID"], KEYS["AWS_SECRET_ACCESS_KEY"], secure=False)
+    if not client.bucket_exists(bucket_name="cowest"):
+        client.make_bucket(bucket_name="cowest")
+
+
+@contextmanager
+def forwarded(service: str, port: int) -> Iterator[int]:
+    """A local port that leads to a Service, for as long as the block lasts."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        local = int(probe.getsockname()[1])
+    command = ["kubectl", "--namespace", NAMESPACE, "port-forward", f"service/{service}", f"{local}:{port}"]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: _listens(local), f"the port-forward to {service}", 30)
+        yield local
+    finally:
+        child.terminate()
+        child.wait(10)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+# ---------------------------------------------------------------- what is there before CoWest
+SAFE = {
+    "allowPrivilegeEscalation": False,
+    "runAsNonRoot": True,
+    "runAsUser": 65532,
+    "capabilities": {"drop": ["ALL"]},
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+
+def _store() -> list[dict[str, Any]]:
+    container = {
+        "name": "minio",
+        "image": "quay.io/minio/minio:latest",
+        "imagePullPolicy": "IfNotPresent",
+        "command": ["minio", "server", "/data"],
+        "env": [
+            {"name": "MINIO_ROOT_USER", "value": KEYS["AWS_ACCESS_KEY_ID"]},
+            {"name": "MINIO_ROOT_PASSWORD", "value": KEYS["AWS_SECRET_ACCESS_KEY"]},
+            {"name": "HOME", "value": "/data"},
+        ],
+        "ports": [{"name": "http", "containerPort": 9000}],
+        "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+        "readinessProbe": {"httpGet": {"path": "/minio/health/ready", "port": 9000}, "periodSeconds": 1},
+        "securityContext": SAFE,
+    }
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "store"}, "stringData": KEYS}
+    return [secret, *_served("minio", container, [{"name": "data", "emptyDir": {}}], 9000)]
+
+
+def _strong() -> list[dict[str, Any]]:
+    """The stand-in for a paid strong model, a program behind the OpenAI protocol."""
+    container = {
+        "name": "strong",
+        "image": f"{REGISTRY}/cowest/serving:{TAG}",
+        "imagePullPolicy": "IfNotPresent",
+        "command": ["python", "/code/freight/strong.py", "--port", "9190", "--host", "0.0.0.0"],
+        "ports": [{"name": "http", "containerPort": 9190}],
+        "volumeMounts": [{"name": "code", "mountPath": "/code"}],
+        "readinessProbe": {"httpGet": {"path": "/v1/models", "port": 9190}, "periodSeconds": 1},
+        "securityContext": SAFE,
+    }
+    items = [{"key": "strong.py", "path": "freight/strong.py"}, {"key": "stand_in.py", "path": "stand_in.py"}]
+    volume = {"name": "code", "configMap": {"name": "strong-code", "items": items}}
+    return _served("strong", container, [volume], 9190)
+
+
+def _served(name: str, container: dict[str, Any], volumes: list[dict[str, Any]], port: int) -> list[dict[str, Any]]:
+    labels = {"app": name}
+    pod = {"metadata": {"labels": labels}, "spec": {"containers": [container], "volumes": volumes}}
+    deployment = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": name},
+        "spec": {"selector": {"matchLabels": labels}, "template": pod},
+    }
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name},
+        "spec": {"selector": labels, "ports": [{"port": port, "targetPort": "http"}]},
+    }
+    return [deployment, service]

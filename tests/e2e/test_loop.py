@@ -1,0 +1,145 @@
+"""The freight desk on a real cluster: one Helm release, live traffic all the time, promoted and rolled back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.e2e.conftest import (
+    COWEST,
+    EXAMPLE,
+    JOB,
+    NAMESPACE,
+    REGISTRY,
+    ROOT,
+    TAG,
+    Desk,
+    forwarded,
+    kubectl,
+    run,
+    wait_for,
+)
+
+pytestmark = pytest.mark.e2e
+RATE = 5  # questions a second, from Ready to the end
+
+
+def values() -> dict[str, Any]:
+    """The freight desk's own manifest; only addresses differ from the one for one machine."""
+    spec = yaml.safe_load((EXAMPLE / "job.yaml").read_text("utf-8"))["spec"]
+    spec["weak"]["model"] = "s3://cowest/data/base"
+    spec["data"] = {"train": "s3://cowest/data/train.jsonl", "heldOut": "s3://cowest/data/held_out.jsonl"}
+    spec["strong"]["endpoint"] = f"http://strong.{NAMESPACE}.svc:9190/v1"
+    spec["strong"]["apiKeySecretRefs"] = [{"name": "strong", "key": "api-key"}]
+    spec["objectStore"] = {"endpoint": f"http://minio.{NAMESPACE}.svc:9000", "bucket": "cowest", "prefix": "desks",
+                           "region": "us-east-1", "credentialsSecretRef": {"name": "store"}}  # fmt: skip
+    return {
+        "name": JOB,
+        "job": spec,
+        "image": {"registry": REGISTRY, "tag": TAG},
+        "networkPolicy": {"enabled": False},  # tests reach MinIO and the stand-in from outside of the job
+    }
+
+
+@contextmanager
+def traffic(desk: Desk, url: str) -> Iterator[subprocess.Popen[str]]:
+    data = desk.folder / "data" / "live.jsonl"
+    command = [*COWEST, "send", "--data", str(data), "--url", url, "--rate", str(RATE), "--repeat", "-o", "json",
+               "--seconds", "1500"]  # fmt: skip
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.kill()
+
+
+def gateway_address() -> str:
+    """From the node itself a Service's own address is there; from elsewhere a port-forward does."""
+    return kubectl("get", "service", f"{JOB}-gateway", "-o", "jsonpath={.spec.clusterIP}").strip()
+
+
+def answers(url: str) -> bool:
+    import urllib.error
+    import urllib.request
+
+    body = json.dumps({"model": "pair", "messages": [{"role": "user", "content": "hello"}]}).encode()
+    request = urllib.request.Request(f"{url}/chat/completions", body, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def propose_bad_candidate(desk: Desk) -> None:
+    """A model that is right on every held-out question and wrong on live ones."""
+    stable = desk.status()["stable"]["weakUri"]
+    folder = desk.folder / "stable"
+    code = "import sys; from cowest_serving import store; store.download(sys.argv[1], sys.argv[2])"
+    run(sys.executable, "-P", "-c", code, stable, str(folder), **desk.store)
+    model = desk.folder / "live-bad"
+    run(sys.executable, str(EXAMPLE / "bad_candidates.py"), "--kind", "live-bad", "--stable", str(folder), "--data",
+        str(desk.folder / "data"), "--out", str(model), "--seed", "0", OMP_NUM_THREADS="1")  # fmt: skip
+    run(*COWEST, "upload", str(model), "s3://cowest/proposed/live-bad", **desk.store)
+    said = {"verb": "propose", "by": "colleague", "why": "better on every held-out question", "at": time.time(),
+            "model": "s3://cowest/proposed/live-bad"}  # fmt: skip
+    name = f"cowest.dev/action.{time.time_ns():020d}-propose"
+    patch = {"metadata": {"annotations": {name: json.dumps(said)}}}
+    kubectl("patch", "collaborationjob", JOB, "--type=merge", "-p", json.dumps(patch))
+
+
+def ended(desk: Desk, number: int) -> dict[str, Any] | None:
+    return next((r for r in desk.rounds() if r["number"] == number), None)
+
+
+def test_one_release_is_served_tuned_promoted_and_a_bad_candidate_rolled_back(desk: Desk, tmp_path: Path) -> None:
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(values()))
+    desk.begun = time.monotonic()
+    run("helm", "upgrade", "--install", "freight", str(ROOT / "charts" / "cowest-domain"), "--namespace", NAMESPACE,
+        "-f", str(tmp_path / "values.yaml"))  # fmt: skip
+    desk.mark("applied")
+    wait_for(lambda: desk.condition("Ready").get("status") == "True", "Ready", 240)
+    ready = desk.mark("Ready")
+    url = f"http://{gateway_address()}/v1"
+    with forwarded(f"{JOB}-gateway", 80) as port:
+        url = url if answers(url) else f"http://127.0.0.1:{port}/v1"
+        wait_for(lambda: answers(url), "the first answer", 30)
+        first_answer = desk.mark("first answer")
+        with traffic(desk, url) as sending:
+            wait_for(lambda: ended(desk, 0) is not None, "the baseline", 600)
+            desk.mark(f"baseline {ended(desk, 0)['decision']}")  # type: ignore[index]
+            wait_for(lambda: desk.status().get("candidate", {}).get("origin") == "Round", "a round", 60)
+            begun = desk.mark("round 1 started")
+            wait_for(lambda: desk.status().get("candidate", {}).get("stage") == "Canary", "a canary", 900)
+            desk.mark("canary")
+            wait_for(lambda: ended(desk, 1) is not None, "the end of round 1", 600)
+            promoted = desk.mark(f"round 1 {ended(desk, 1)['decision']}")  # type: ignore[index]
+            assert ended(desk, 1)["decision"] == "Promoted", ended(desk, 1)  # type: ignore[index]
+            propose_bad_candidate(desk)
+            desk.mark("bad candidate proposed")
+            wait_for(lambda: ended(desk, 2) is not None, "the end of the bad candidate", 600)
+            rolled_back = desk.mark(f"bad candidate {ended(desk, 2)['decision']}")  # type: ignore[index]
+            assert ended(desk, 2)["decision"] == "RolledBack", ended(desk, 2)  # type: ignore[index]
+            print(kubectl("get", "cwj", "-o", "wide"), kubectl("describe", "cwj"), kubectl("get", "events"), sep="\n")
+            sending.terminate()
+            said = sending.communicate(timeout=60)[0]
+    counts = json.loads(said.strip().splitlines()[-1])
+    requests = sum(n for name, n in counts.items() if not name.startswith("feedback"))
+    failed = sum(n for name, n in counts.items() if name.startswith(("status", "failed")))
+    result = {
+        "ready_s": round(ready, 1), "first_answer_s": round(first_answer, 1), "round_s": round(promoted - begun, 1),
+        "promoted_s": round(promoted, 1), "rolled_back_s": round(rolled_back, 1), "failed_requests": failed,
+        "requests": requests,
+    }  # fmt: skip
+    print(json.dumps(result), flush=True)
+    assert failed == 0, counts
