@@ -8,7 +8,7 @@ import pytest
 
 from cowest_training.asking import Draft, Reply, draft_seed
 from cowest_training.contract import Evaluator, Feedback, Row
-from cowest_training.feedback import Entry, best_versus_worst, choose_queries, make_pairs, measured, sign_of_gain
+from cowest_training.feedback import Asked, Entry, best_versus_worst, choose_queries, make_pairs, measured, sign_of_gain
 from cowest_training.paid_calls import Spent
 
 
@@ -76,7 +76,7 @@ def test_the_rules_differ_where_solo_is_right() -> None:
 
 def test_metrics_count_hurt_drafts_ties_and_skipped_queries() -> None:
     ledger = entries([1.0, 0.0], solo=0.5, query="a") + entries([0.0, 0.0], solo=0.0, query="b")
-    seen = measured(ledger, make_pairs(ledger, settings("BestVersusWorst")), 3, Spent(5, 10, 4, 0.25), 1)
+    seen = measured(Asked(ledger, Spent(5, 10, 4, 0.25), 1), make_pairs(ledger, settings("BestVersusWorst")), 3)
     assert (seen["queries"], seen["skipped"], seen["drafts"], seen["pairs"], seen["ties"]) == (2, 1, 4, 1, 1)
     assert seen["hurt_rate"] == 0.25
     assert seen["mean_gain"] == pytest.approx(0.0)
