@@ -80,10 +80,12 @@ def _routing_reader(context: Context) -> tuple[Child, ...]:
     return account(context, name, "gateway", rules)
 
 
-def account(context: Context, name: str, part: str, rules: list[dict[str, Any]]) -> tuple[Child, ...]:
+def account(
+    context: Context, name: str, part: str, rules: list[dict[str, Any]], mounted: bool = False
+) -> tuple[Child, ...]:
     group = "rbac.authorization.k8s.io"
     return (
-        common.child(context, "v1", "ServiceAccount", name, part, automountServiceAccountToken=False),
+        common.child(context, "v1", "ServiceAccount", name, part, automountServiceAccountToken=mounted),
         common.child(context, f"{group}/v1", "Role", name, part, rules=rules),
         common.child(
             context, f"{group}/v1", "RoleBinding", name, part,

@@ -38,7 +38,7 @@ def accounts(context: Context) -> tuple[Child, ...]:
     from cowest_operator.objects.servers import account
 
     rules = [{"apiGroups": ["argoproj.io"], "resources": ["workflowtaskresults"], "verbs": ["create", "patch"]}]
-    return account(context, context.name("steps"), "step", rules)
+    return account(context, context.name("steps"), "step", rules, mounted=True)
 
 
 def workflow_template(context: Context) -> Child:
@@ -90,6 +90,7 @@ def _template_spec(context: Context) -> dict[str, Any]:
             "labels": {**over.metadata.labels, **common.labels(context, "step")},
             **({"annotations": dict(over.metadata.annotations)} if over.metadata.annotations else {}),
         },
+        "automountServiceAccountToken": True,  # for Argo's executor
         "container": container,
         "volumes": [{"name": "step", "configMap": {"name": "{{workflow.parameters.step}}"}}, tmp_volume, *volumes,
                     *evaluator_volumes],
