@@ -229,8 +229,12 @@ def _canary(world: World, trial: Trial) -> Move:
         answers = world.live.scored.get("candidate", 0)
         trial = replace(trial, live_difference=world.live.comparison.difference, live_answers=answers)
     if verdict.action == "RollBack":
+        message = verdict.message
+        if verdict.reason == api.REASON_TOO_FEW_ANSWERS and (server is None or not server.ready):
+            note = (server.message if server else "") or "it starts."
+            message = f"{message.rstrip('.')}; the candidate's server is not ready: {note}"
         return _end(replace(world, status=replace(world.status, candidate=trial)), trial, "RolledBack",
-                    verdict.reason, verdict.message)  # fmt: skip
+                    verdict.reason, message)  # fmt: skip
     where = f"canary step {min(trial.step + 1, len(spec.canary.steps))} of {len(spec.canary.steps)}"
     if verdict.action == "Wait":
         if trouble := _watcher_failed(world, trial):

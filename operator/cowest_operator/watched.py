@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from cowest_operator.api import KIND
 from cowest_operator.objects.common import JOB_LABEL
 from cowest_operator.objects.steps import ATTEMPT_LABEL, GENERATION_LABEL, STEP_LABEL
 from cowest_operator.objects.weak import DIGEST_ANNOTATION
@@ -63,6 +64,10 @@ class Watched:
         key = (metadata["namespace"], owner)
         children = self.families.setdefault(key, Family()).children
         before = children.get((kind, metadata["name"]))
+        if kind != "Pod" and not _owned(metadata, owner):
+            if before is None:
+                return None
+            event = "DELETED"  # somebody took its owner away: it is applied anew
         if event == "DELETED":
             children.pop((kind, metadata["name"]), None)
             return key
@@ -72,6 +77,12 @@ class Watched:
         children[(kind, metadata["name"])] = now
         return key if before is None or (before.stamp, before.facts, before.deleting) != (
             now.stamp, now.facts, now.deleting) else None  # fmt: skip
+
+
+def _owned(metadata: Mapping[str, Any], job: str) -> bool:
+    """Is it the job's own? Controllers copy labels: KServe's Deployments bear those of our InferenceServices."""
+    owners = metadata.get("ownerReferences") or []
+    return any(o.get("controller") and o.get("kind") == KIND and o.get("name") == job for o in owners)
 
 
 def _job(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class Script:
     store_away: bool = False
     traces: dict[str, Any] = field(default_factory=lambda: {"all": 0, "usable": 0, "reason": ""})
     strong_version: str = "v1"
+    predictors: list[str] = field(default_factory=list)  # what KServe made a Deployment for, each time
 
 
 class Playground:
@@ -176,6 +177,11 @@ class Playground:
         self._patch_status(f"{DEPLOYMENTS}/{body['metadata']['name']}", wanted)
 
     def _inference_service(self, body: Mapping[str, Any]) -> None:
+        """As KServe does it, its Deployment bears the labels of the InferenceService; without it nothing is ready."""
+        name = body["metadata"]["name"]
+        if self.get(f"{DEPLOYMENTS}/{name}-predictor") is None:
+            self.server.request("POST", DEPLOYMENTS, predictor(body))
+            self.script.predictors.append(name)
         if (body.get("status") or {}).get("conditions"):
             return
         ready = {"type": "Ready", "status": "True", "lastTransitionTime": _now()}
@@ -271,6 +277,25 @@ class Playground:
                 pass
 
         return Handler
+
+
+def predictor(service: Mapping[str, Any]) -> dict[str, Any]:
+    """The Deployment that KServe makes of an InferenceService."""
+    metadata, labels = service["metadata"], {"app": f"isvc.{service['metadata']['name']}-predictor"}
+    owner = {"apiVersion": service["apiVersion"], "kind": service["kind"], "name": metadata["name"],
+             "uid": metadata["uid"], "controller": True, "blockOwnerDeletion": True}  # fmt: skip
+    pod = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "kserve-container", "image": "x"}]}}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {
+            "name": f"{metadata['name']}-predictor",
+            "namespace": metadata["namespace"],
+            "labels": {**(metadata.get("labels") or {}), **labels},
+            "ownerReferences": [owner],
+        },
+        "spec": {"selector": {"matchLabels": labels}, "template": pod},
+    }
 
 
 def _hex(text: str) -> str:

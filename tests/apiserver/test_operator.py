@@ -92,6 +92,10 @@ def test_one_manifest_goes_through_baseline_round_and_canary(playground: Playgro
     reasons = [e["reason"] for e in playground.items(EVENTS)]
     assert reasons.count("RoundStarted") == 2
     assert reasons.count("BetterOfflineAndLive") == 2
+    made = playground.script.predictors
+    assert len(made) == len(set(made)) == 2, (
+        "what KServe makes of an InferenceService is KServe's, whatever it is labelled"
+    )
 
 
 def test_a_candidate_that_is_worse_on_live_traffic_is_rolled_back_and_stable_stays(playground: Playground) -> None:

@@ -104,6 +104,9 @@ def operator(cluster: None) -> None:
     sets = [x for v in (f"image.registry={REGISTRY}", f"image.tag={TAG}", *values) for x in ("--set", v)]
     run("helm", "upgrade", "--install", "cowest-operator", str(ROOT / "charts" / "cowest-operator"), "--namespace",
         SYSTEM, "--create-namespace", "--wait", "--timeout", "3m", *sets)  # fmt: skip
+    # The same tag may be a newer image.
+    run("kubectl", "--namespace", SYSTEM, "rollout", "restart", "deployment/cowest-operator")
+    run("kubectl", "--namespace", SYSTEM, "rollout", "status", "deployment/cowest-operator", "--timeout=180s")
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ from tests.e2e.conftest import (
     wait_for,
 )
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 RATE = 5  # questions a second, from Ready to the end
 
 

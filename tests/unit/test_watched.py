@@ -17,6 +17,7 @@ def body(kind: str = "Deployment", version: str = "5", generation: int | None = 
         "resourceVersion": version,
         "creationTimestamp": "2026-01-01T00:00:00Z",
         "labels": {"cowest.dev/job": "claims", **more.pop("labels", {})},
+        "ownerReferences": more.pop("owners", [{"kind": "CollaborationJob", "name": "claims", "controller": True}]),
     }
     if generation is not None:
         metadata["generation"] = generation
@@ -44,6 +45,20 @@ def test_an_event_that_our_own_write_overtook_is_no_news() -> None:
 def test_a_child_of_nobody_is_left_alone() -> None:
     stranger = body(labels={"cowest.dev/job": ""})
     assert Watched().child(None, "Deployment", stranger) is None
+
+
+def test_what_another_controller_made_under_our_labels_is_left_alone() -> None:
+    watched = Watched()
+    copied = body(owners=[{"kind": "InferenceService", "name": "claims-96884fe", "controller": True}])
+    assert watched.child(None, "Deployment", copied) is None
+    assert not list(watched.families["desks", "claims"].of("Deployment"))
+
+
+def test_a_child_whose_owner_was_taken_away_is_as_gone() -> None:
+    watched, key = Watched(), ("desks", "claims")
+    watched.child(None, "Deployment", body())
+    assert watched.child("MODIFIED", "Deployment", body(version="6", owners=[])) == key
+    assert not watched.families[key].children
 
 
 def test_what_has_no_generation_is_told_apart_by_its_version() -> None:
