@@ -52,7 +52,7 @@ bench-kill: setup  ## kill -9 the run at random moments; the same decision, no p
 	$(BIN)/python tests/benchmarks/kill.py --kills 20
 
 e2e: setup  ## the cluster tests against the current kubeconfig
-	$(BIN)/python -m pytest tests -m e2e -ra
+	$(BIN)/python -m pytest tests -m e2e -ra -s
 
 lock: setup  ## resolve requirements.lock anew
 	$(BIN)/uv pip compile pyproject.toml --extra operator --extra embedded --group dev --universal --python-version 3.11 \
