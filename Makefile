@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 UV_VERSION = 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test check format docs lock bench bench-kill e2e clean \
+.PHONY: help setup demo study test check format docs lock bench bench-kill bench-operator e2e e2e-faults clean \
   images image-operator image-serving image-training lock-images helm-docs
 
 help:  ## say what there is
@@ -46,13 +46,19 @@ docs: setup  ## write docs/api.md and docs/cli.md anew
 	$(BIN)/python -m cowest_operator.docs
 	$(BIN)/python -m cowest_cli.docs
 
-bench: bench-kill  ## all benchmarks
+bench: bench-kill bench-operator  ## all benchmarks
 
 bench-kill: setup  ## kill -9 the run at random moments; the same decision, no paid call twice
 	$(BIN)/python tests/benchmarks/kill.py --kills 20
 
+bench-operator: setup  ## writes, reconcile time and memory of the operator with 1,000 jobs on a real API server; 40 minutes
+	$(BIN)/python tests/benchmarks/operator_bench.py
+
 e2e: setup  ## the cluster tests against the current kubeconfig
-	$(BIN)/python -m pytest tests -m e2e -ra -s
+	$(BIN)/python -m pytest tests/e2e -m "e2e and not faults" -ra -s
+
+e2e-faults: setup  ## break parts of the current kubeconfig's cluster on purpose; goes on where it was interrupted
+	$(BIN)/python -m pytest tests/e2e -m faults -ra -s
 
 lock: setup  ## resolve requirements.lock anew
 	$(BIN)/uv pip compile pyproject.toml --extra operator --extra embedded --group dev --universal --python-version 3.11 \

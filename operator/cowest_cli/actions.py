@@ -1,62 +1,113 @@
-"""What people say and ask: status, explain, pause, resume, approve, promote, rollback, propose, lineage."""
+"""What people say and ask, of a job on this machine or in a cluster: status, explain, pause, ..., propose, lineage."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from cowest_cli import jobs
-from cowest_cli.options import By, FileOrNone, HomeFolder, Output, Why
+from cowest_cli.options import Output, Saying, Where, spread
 from cowest_cli.view import printable, rounds_table, spent
 from cowest_operator import api
 from cowest_operator.manifest import FILE, absolute_uri, local_path
+from cowest_serving import store
 from cowest_serving.contract import dump
 from cowest_training.contract import StepError
+
+if TYPE_CHECKING:
+    from cowest_cli import cluster
 
 SHOWN_EVENTS = 10
 
 
-def _known(file: Path | None, home: Path | None) -> jobs.Home:
-    place = jobs.home_of(file, home)
+@dataclass(frozen=True)
+class Story:
+    """How far a job has come, wherever it runs."""
+
+    status: api.Status
+    document: Mapping[str, Any] | None  # the manifest, which names the currency
+    shown: Mapping[str, Any]  # what `status -o json` has beside the status
+    notes: tuple[str, ...]  # why it may not be the last word
+    events: Callable[[], list[dict[str, Any]]]
+
+
+def _story(where: Where) -> Story:
+    if job := _in_cluster(where):
+        seen = job.known()
+        return Story(seen.status, seen.body, job.shown(seen), tuple(seen.notes()), job.events)
+    place = _known(where)
+    running = jobs.runs(place)
+    shown = {
+        "gateway": (jobs.read_json(place.run) or {}).get("gateway"),
+        "routing": jobs.read_json(place.routing) or {},
+        "running": running,
+    }
+    note = "Nothing runs now, so nothing answers: this is how the last `cowest run` left it."
+    return Story(
+        jobs.read_status(place), jobs.read_json(place.job), shown, () if running else (note,),
+        lambda: jobs.read_events(place),
+    )  # fmt: skip
+
+
+def _in_cluster(where: Where) -> cluster.Job | None:
+    """`None`: it is on this machine. The Kubernetes client is loaded only where it is needed."""
+    if where.job is None:
+        if told := next((n for n in ("namespace", "context", "kubeconfig") if getattr(where, n) is not None), None):
+            raise StepError(f"--{told}: wanted the name of a job in a cluster with it, saw none.")
+        return None
+    if where.file or where.home:
+        raise StepError(f"wanted {where.job} in a cluster or -f/--home on this machine, saw both.")
+    from cowest_cli import cluster
+
+    return cluster.Job(where)
+
+
+def _home(where: Where) -> jobs.Home:
+    if where.file is None and where.home is None:
+        raise StepError(
+            "wanted -f MANIFEST or --home FOLDER of a job on this machine, or the name of a job in a cluster, saw none."
+        )
+    return jobs.home_of(where.file, where.home)
+
+
+def _known(where: Where) -> jobs.Home:
+    place = _home(where)
     if not place.status.exists():
         raise StepError(f"{place.root}: wanted the state of a job, saw none. Start it with `cowest run -f ...`.")
     return place
 
 
 # ---------------------------------------------------------------- asking
-def status(file: FileOrNone = None, home: HomeFolder = None, output: Output = "text") -> None:
+@spread
+def status(where: Where, output: Output = "text") -> None:
     """One table of rounds, what answers now and what is awaited."""
-    place = _known(file, home)
-    seen = jobs.read_status(place)
+    story = _story(where)
     if output == "json":
-        run = jobs.read_json(place.run) or {}
-        routing = jobs.read_json(place.routing) or {}
-        shown = {"status": dump(seen), "gateway": run.get("gateway"), "routing": routing, "running": jobs.runs(place)}
-        typer.echo(json.dumps(shown))
+        typer.echo(json.dumps({"status": dump(story.status), **story.shown}))
         return
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=max(console.width, 120))  # a pipe has no edge
-    for condition in seen.conditions:
+    for condition in story.status.conditions:
         line = f"{condition.type:18} {condition.status:8} {condition.reason}: {condition.message}"
         console.print(printable(line), soft_wrap=True)
-    console.print(f"{'Spent':18} {spent(seen, jobs.read_json(place.job))}", soft_wrap=True)
-    console.print(rounds_table(seen))
-    _say_when_stopped(place)
+    console.print(f"{'Spent':18} {spent(story.status, story.document)}", soft_wrap=True)
+    console.print(rounds_table(story.status))
+    _note(story)
 
 
-def explain(file: FileOrNone = None, home: HomeFolder = None, output: Output = "text") -> None:
+@spread
+def explain(where: Where, output: Output = "text") -> None:
     """What holds the loop now and how each round was decided, in sentences, with the last events."""
-    place = _known(file, home)
-    seen = jobs.read_status(place)
-    events = jobs.read_events(place)
+    story = _story(where)
+    seen, events = story.status, story.events()
     if output == "json":
         typer.echo(
             json.dumps({"conditions": dump(seen.conditions), "rounds": dump(seen.rounds), "events": events[-50:]})
@@ -72,27 +123,20 @@ def explain(file: FileOrNone = None, home: HomeFolder = None, output: Output = "
         typer.echo(f"{len(seen.vetoed)} pair(s) rolled back by a person are never promoted automatically.")
     for event in events[-SHOWN_EVENTS:]:
         typer.echo(printable(f"{time.strftime('%m-%d %H:%M:%S', time.localtime(event['time']))}  {event['message']}"))
-    _say_when_stopped(place)
+    _note(story)
 
 
-def _say_when_stopped(place: jobs.Home) -> None:
-    if not jobs.runs(place):
-        typer.echo("Nothing runs now, so nothing answers: this is how the last `cowest run` left it.", err=True)
+def _note(story: Story) -> None:
+    for note in story.notes:
+        typer.echo(printable(note), err=True)
 
 
 # ---------------------------------------------------------------- saying
-def _say(
-    verb: api.Verb,
-    file: Path | None,
-    home: Path | None,
-    why: str,
-    by: str | None,
-    output: str,
-    model: str | None = None,
-) -> None:
-    """Recorded whether or not an engine runs."""
-    place = jobs.home_of(file, home)
-    action = jobs.record_action(place, verb, why, by, model)
+def _say(verb: api.Verb, where: Where, saying: Saying, output: str, model: str | None = None) -> None:
+    if job := _in_cluster(where):
+        _say_in_cluster(job, verb, saying, output, model)
+        return
+    action = jobs.record_action(_home(where), verb, saying.why, saying.by, model)
     if output == "json":
         typer.echo(json.dumps(asdict(action)))
         return
@@ -101,68 +145,88 @@ def _say(
     )
 
 
-def pause(
-    file: FileOrNone = None, home: HomeFolder = None, why: Why = "", by: By = None, output: Output = "text"
-) -> None:
+def _say_in_cluster(job: cluster.Job, verb: api.Verb, saying: Saying, output: str, model: str | None) -> None:
+    seen, action = job.say(verb, saying.why, job.caller(saying.by), model)
+    outcome = job.outcome(seen, action, saying.timeout) if saying.wait else None
+    if output == "json":
+        more = {"job": job.name, "namespace": job.namespace, "takenIn": saying.wait, "outcome": outcome}
+        typer.echo(json.dumps({**asdict(action), **more}))
+        return
+    typer.echo(printable(outcome or f"{verb} by {action.by} is recorded; the operator takes it in."))
+
+
+@spread
+def pause(where: Where, saying: Saying, output: Output = "text") -> None:
     """Start no round and take no canary step until `resume`; answers go on."""
-    _say("pause", file, home, why, by, output)
+    _say("pause", where, saying, output)
 
 
-def resume(
-    file: FileOrNone = None, home: HomeFolder = None, why: Why = "", by: By = None, output: Output = "text"
-) -> None:
+@spread
+def resume(where: Where, saying: Saying, output: Output = "text") -> None:
     """Take a pause back."""
-    _say("resume", file, home, why, by, output)
+    _say("resume", where, saying, output)
 
 
-def approve(
-    file: FileOrNone = None, home: HomeFolder = None, why: Why = "", by: By = None, output: Output = "text"
-) -> None:
+@spread
+def approve(where: Where, saying: Saying, output: Output = "text") -> None:
     """Let a candidate that waits for approval (canary.approval: Manual) be promoted."""
-    _say("approve", file, home, why, by, output)
+    _say("approve", where, saying, output)
 
 
-def promote(
-    file: FileOrNone = None, home: HomeFolder = None, why: Why = "", by: By = None, output: Output = "text"
-) -> None:
+@spread
+def promote(where: Where, saying: Saying, output: Output = "text") -> None:
     """Promote the candidate in canary now, whatever the live gate would say."""
-    _say("promote", file, home, why, by, output)
+    _say("promote", where, saying, output)
 
 
-def rollback(
-    file: FileOrNone = None, home: HomeFolder = None, why: Why = "", by: By = None, output: Output = "text"
-) -> None:
+@spread
+def rollback(where: Where, saying: Saying, output: Output = "text") -> None:
     """End the running trial, or undo the last promotion; the pair is never promoted automatically again."""
-    _say("rollback", file, home, why, by, output)
+    _say("rollback", where, saying, output)
 
 
+@spread
 def propose(
-    model: Annotated[str, typer.Option(help="Model to gate as a candidate: a folder, file://, s3:// or hf://.")],
-    file: FileOrNone = None,
-    home: HomeFolder = None,
-    why: Why = "",
-    by: By = None,
+    model: Annotated[
+        str,
+        typer.Option(help="Model to gate as a candidate: s3:// or hf://, on this machine also a folder or file://."),
+    ],
+    where: Where,
+    saying: Saying,
     output: Output = "text",
 ) -> None:
     """Gate any model as a candidate: same gate, same canary as a tuned one."""
+    if where.job is not None:
+        if model.startswith(FILE) or "://" not in model:
+            raise StepError(
+                f"--model {model}: wanted an s3:// or hf:// address, saw a folder; pods see no files of yours. Bring it"
+                " in with `cowest upload` and name what it prints."
+            )
+        _say("propose", where, saying, output, model)
+        return
     uri = absolute_uri(model if "://" in model else Path(model).resolve().as_uri(), Path.cwd())
     if uri.startswith(FILE) and not local_path(uri).is_dir():
         raise StepError(f"--model {model}: wanted a model folder, saw none there.")
-    _say("propose", file, home, why, by, output, uri)
+    _say("propose", where, saying, output, uri)
 
 
 # ---------------------------------------------------------------- lineage
+@spread
 def lineage(
     what: Annotated[str, typer.Argument(help="Request id of an answer, or (the start of) a model digest.")],
-    file: FileOrNone = None,
-    home: HomeFolder = None,
+    where: Where,
     output: Output = "text",
 ) -> None:
-    """From an answer to its draft, pair, models and data; from a model to all that went into it."""
-    place = _known(file, home)
-    answer = _trace(place, what)
+    """From an answer to its draft, pair, models and data; from a model to all that went into it.
+
+    Of a job in a cluster it is read from the object store with your own keys: AWS_ACCESS_KEY_ID and
+    AWS_SECRET_ACCESS_KEY, and COWEST_S3_ENDPOINT where this machine reaches the store at another address than the pods.
+    """
+    job = _in_cluster(where)
+    root = job.open_store(job.see()) if job else _known(where).store.as_uri()
+    answer = None if what.startswith("sha256:") else _trace(root, what)
     digest = answer["weak_digest"] if answer else what
-    chain = list(_ancestry(place, digest)) if digest else []
+    chain = list(_ancestry(root, digest)) if digest else []
     if answer is None and not chain:
         raise StepError(f"{what}: wanted a request id from x-request-id or a model digest of this job, saw neither.")
     if output == "json":
@@ -176,24 +240,27 @@ def lineage(
         typer.echo(f"{'  ' * depth}{part['step']} {part['digest']} <- {json.dumps(part['inputs'], default=str)}")
 
 
-def _trace(place: jobs.Home, trace_id: str) -> dict[str, Any] | None:
+def _trace(root: str, trace_id: str) -> dict[str, Any] | None:
     import pyarrow.compute as pc
 
     from cowest_serving.traces import read_traces
 
-    table = read_traces(place.store.as_uri())
+    table = read_traces(root)
     rows = table.filter(pc.equal(table["trace_id"], trace_id)).to_pylist()
     return rows[0] if rows else None
 
 
-def _manifests(place: jobs.Home) -> list[dict[str, Any]]:
-    found = sorted(place.store.glob("runs/*/*/manifest.json"))
-    return [{**jobs.read_json(path), "uri": path.parent.as_uri()} for path in found]
+def _manifests(root: str) -> list[dict[str, Any]]:
+    """Of all artifacts: each lies in `runs/r<N>/<step>/`."""
+    runs = store.join(root, "runs")
+    files = [uri for uri in store.list_files(runs) if uri.endswith(f"/{store.LAST}")]
+    found = [uri for uri in files if uri.removeprefix(runs).count("/") == 3]
+    return [{**json.loads(store.get(uri)), "uri": uri.removesuffix(f"/{store.LAST}")} for uri in found]
 
 
-def _ancestry(place: jobs.Home, digest: str) -> Iterator[dict[str, Any]]:
+def _ancestry(root: str, digest: str) -> Iterator[dict[str, Any]]:
     """Artifacts back from a model, nearest first: each artifact names the digests of its inputs."""
-    manifests = _manifests(place)
+    manifests = _manifests(root)
     wanted = [digest if digest.startswith("sha256:") else f"sha256:{digest}"]
     seen: set[str] = set()
     while wanted:

@@ -18,6 +18,10 @@ Generated from the help texts by `python -m cowest_cli.docs`; do not edit.
 Errors are one message on stderr. Exit codes: 0 done; 1 a bug (stack trace); 2 something must be changed, the message
 says what; 75 an endpoint, the store or the disk is not available now, the same command goes on later; 76 the budget is
 spent, state is kept; 130 interrupted, the same command goes on.
+
+A verb with `[job]` is for a job on this machine (`-f` or `--home`) and, with the job's name, for one in a cluster:
+`cowest VERB JOB -n NAMESPACE`, or `kubectl cowest VERB JOB -n NAMESPACE`, which is the same command. That needs
+`pip install 'cowest[operator]'`.
 """
 
 

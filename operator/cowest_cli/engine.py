@@ -38,6 +38,7 @@ TICK = 0.1  # seconds between looks at the world
 PATIENCE = 10.0  # seconds that a child has to end by itself
 GATEWAY_PATIENCE = 40.0  # it finishes its answers (30 s at most), then writes their records
 STATUS_EVERY = 1.0  # seconds between writes of a status that only says something else
+RETENTION_EVERY = 3600.0  # seconds between looks for traces older than traces.retentionDays
 DRAIN = 3.0  # seconds that a weak model outlives its last traffic
 CLIENT_KEYS = "COWEST_CLIENT_API_KEYS"  # who may ask the gateway: for no other child
 MAX_RESTARTS = 4  # of a server that never became ready
@@ -99,6 +100,7 @@ class Engine:
         self._unwanted: dict[str, float] = {}  # servers without traffic, and since when
         self.counts = api.TraceCounts()
         self._counted_at = 0.0
+        self._expired_at = 0.0
         self._written, self._written_at = self.status, 0.0
         self.budget = self.status.budget
         self._spent_at = 0.0
@@ -207,7 +209,11 @@ class Engine:
         if time.monotonic() - self._counted_at < (2.0 if waiting else 60.0) and self._counted_at:
             return self.counts
         from cowest_training.collect import count_usable, held_out_keys
+        from cowest_training.retention import expire
 
+        if not self._expired_at or time.monotonic() - self._expired_at > RETENTION_EVERY:
+            expire(self.home.store.as_uri(), self.job.spec.traces.retention_days)
+            self._expired_at = time.monotonic()
         seen = count_usable(
             self.home.store.as_uri(),
             evaluator=self.job.spec.feedback.evaluator,

@@ -134,11 +134,14 @@ def read_events(home: Home) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- what people say
 def record_action(home: Home, verb: api.Verb, why: str, by: str | None = None, model: str | None = None) -> api.Action:
     """One file an action, whether or not an engine runs: the next look at the job takes it in."""
-    now = time.time()
-    who = by or os.environ.get("COWEST_USER") or _user()
-    action = api.Action(f"{time.time_ns():020d}-{verb}", verb, who, why, now, model)
+    action = api.Action(f"{time.time_ns():020d}-{verb}", verb, who(by), why, time.time(), model)
     write_json(home.actions / f"{action.id}.json", {k: v for k, v in asdict(action).items() if v is not None})
     return action
+
+
+def who(by: str | None) -> str:
+    """Who sits at this machine, or says to."""
+    return by or os.environ.get("COWEST_USER") or _user()
 
 
 def _user() -> str:

@@ -16,6 +16,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_RETRY
 
+# Which has a package that is missing; any other: embedded.
+EXTRAS = {"kubernetes": "operator", "urllib3": "operator", "minio": "serving", "pyarrow": "serving"}
 MARKUP: Literal["markdown"] = "markdown"  # so that [brackets] in help texts are text
 
 
@@ -121,7 +123,8 @@ def cowest(
     """A small weak model drafts, a strong model answers, and the pair keeps improving from its own feedback.
 
     Begin with `cowest init`, then `cowest validate -f job.yaml`, `cowest plan -f job.yaml` and
-    `cowest run -f job.yaml`.
+    `cowest run -f job.yaml`. A job in a cluster goes by its name: `cowest status JOB -n NAMESPACE`, or
+    `kubectl cowest status JOB`.
     """
 
 
@@ -158,9 +161,8 @@ def exit_code(error: Exception) -> int:
 
 def message(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("cowest"):
-        return (
-            f"this needs the package {error.name}, which is not installed. Install it: pip install 'cowest[embedded]'"
-        )
+        extra = EXTRAS.get(str(error.name).partition(".")[0], "embedded")
+        return f"this needs the package {error.name}, which is not installed. Install it: pip install 'cowest[{extra}]'"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" for {error.filename}" if error.filename else ""
         return f"wanted room on the disk{where}, saw none. Free some, then run the same command again; it goes on."

@@ -67,6 +67,9 @@ REASON_AS_EXPECTED = "AsExpected"
 REASON_NOT_ON_KUBERNETES = "NotOnKubernetes"
 REASON_NO_KSERVE = "KServeMissing"
 REASON_NO_ARGO = "ArgoWorkflowsMissing"
+REASON_CONTROLLER_AWAY = "ControllerAway"
+REASON_NO_KUEUE = "KueueMissing"
+REASON_NOT_ON_RAY = "NotOnRay"
 REASON_SECRET_MISSING = "SecretMissing"
 REASON_CONFIG_MAP_MISSING = "ConfigMapMissing"
 REASON_STORE_AWAY = "ObjectStoreUnavailable"
@@ -207,6 +210,11 @@ class DeletionPolicy:
 
 
 @dataclass(frozen=True)
+class Retention:
+    retention_days: int = 30
+
+
+@dataclass(frozen=True)
 class Spec:
     suspend: bool
     weak: Weak
@@ -221,6 +229,7 @@ class Spec:
     gateway: Gateway
     object_store: ObjectStore | None = None
     deletion_policy: DeletionPolicy = field(default_factory=DeletionPolicy)
+    traces: Retention = field(default_factory=Retention)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from typing import Any
 
 from cowest_operator import api, story
 from cowest_operator.kube import Kube, KubeError
-from cowest_operator.objects import common, steps
+from cowest_operator.objects import common, ray, steps
 from cowest_operator.objects import desired as builders
 from cowest_operator.objects.common import Child, Context, key_of
 from cowest_operator.observe import Memory, Observed
+from cowest_operator.platform import NO_ARGO, NO_KSERVE
 from cowest_operator.watched import Family, Seen, see
 from cowest_serving.contract import Routing, digest_of, dump
 
@@ -53,12 +54,24 @@ class Applier:
         """Its version grows with its content, so that two gateways can say which is newer."""
         known = family.children.get(("ConfigMap", context.name("routing")))
         text = known.facts.get("routing") if known else None
-        before = json.loads(text) if text else {"version": 0}
+        before = json.loads(text) if text else {"version": await self._version_before(context, family)}
         content = dump(routing)
         if text and {**before, "version": 0} == {**content, "version": 0}:
             return
         child = builders.routing_map(context, replace(routing, version=int(before["version"]) + 1))
         self._note(family, await self.kube.apply(child))
+
+    async def _version_before(self, context: Context, family: Family) -> int:
+        """Of the routing where the job has none of its own: pods of a job of this name may still follow an older one.
+
+        One that was deleted had a version that nobody knows any more. It counted from 1, so the clock is ahead of it.
+        """
+        found = await self.kube.get("ConfigMap", context.namespace, context.name("routing"))
+        left = see("ConfigMap", found).facts.get("routing") if found else None
+        if left:
+            return int(json.loads(left)["version"])
+        is_new = "state" not in ((family.job or {}).get("status") or {})
+        return 0 if is_new else int(time.time())
 
     async def _freeze(self, context: Context, trial: api.Trial | None, family: Family) -> None:
         if trial is not None and ("ConfigMap", builders.frozen_name(context, trial)) not in family.children:
@@ -96,7 +109,8 @@ class Applier:
     def _note(self, family: Family, answer: Mapping[str, Any]) -> str:
         """What the API server answered is newer than what the watch has shown."""
         seen = see(answer["kind"], answer)
-        family.children[(seen.kind, seen.name)] = seen
+        if family.job is None or seen.owner == family.job["metadata"]["uid"]:  # else of a job of this name before
+            family.children[(seen.kind, seen.name)] = seen
         return seen.stamp
 
     # ------------------------------------------------------------ status and events
@@ -188,6 +202,8 @@ class Applier:
     def _is_over(self, child: Seen, context: Context, plan: api.Plan, family: Family, memory: Memory) -> bool:
         """Of a child that no plan names: may it go now?"""
         running = {step.name for step in plan.steps}
+        if (child.kind, child.name) == ray.kept_in(context, other=True):  # another engine was chosen
+            return self._gateway_answers(context, family)
         match child.kind:
             case "Pod" | "PersistentVolumeClaim":
                 return False
@@ -205,10 +221,17 @@ class Applier:
                 )
         return True
 
+    def _gateway_answers(self, context: Context, family: Family) -> bool:
+        """The old one may go only when the new one gets requests."""
+        seen = family.children.get(ray.kept_in(context))
+        return seen is not None and bool(seen.facts["current"] and seen.facts["available"])
+
     def _rolled_out(self, context: Context, family: Family) -> bool:
         """Pods of before the last edit still mount the manifest of before it."""
-        parts = (family.children.get(("Deployment", context.name(part))) for part in ("gateway", "proxy", "observer"))
-        return all(seen and seen.facts["current"] and seen.facts["updated"] for seen in parts)
+        keys = (ray.kept_in(context), *(("Deployment", context.name(part)) for part in ("proxy", "observer")))
+        parts = (family.children.get(key) for key in keys)
+        switching = ray.kept_in(context, other=True) in family.children
+        return not switching and all(seen and seen.facts["current"] and seen.facts["updated"] for seen in parts)
 
 
 def _active(workflow: Seen) -> bool:
@@ -224,9 +247,7 @@ def _trial_of(context: Context, name: str) -> int | None:
 def _refused(child: Mapping[str, Any], error: KubeError) -> api.Trouble:
     kind = child["kind"]
     if error.code == 404 and kind == "InferenceService":
-        return api.Trouble(
-            api.REASON_NO_KSERVE, "KServe is not installed: no InferenceService can be made. Install it."
-        )
+        return NO_KSERVE
     if error.code == 404 and kind in ("Workflow", "WorkflowTemplate"):
-        return api.Trouble(api.REASON_NO_ARGO, "Argo Workflows is not installed: no step can run. Install it.")
+        return NO_ARGO
     return api.Trouble(api.REASON_API_REFUSED, f"{kind}: the API server refuses: {str(error)[:600]}")

@@ -6,11 +6,13 @@ import asyncio
 import logging
 import random
 import time
+from typing import Any
 
 from cowest_operator import api, farewell, reconcile, story
 from cowest_operator.apply import Applier
-from cowest_operator.kube import KubeError
+from cowest_operator.kube import PLURALS, KubeError
 from cowest_operator.metrics import Metrics
+from cowest_operator.objects.common import JOB_LABEL
 from cowest_operator.observe import HoldError, Memory, Observer
 from cowest_operator.watched import Family, Key, Watched
 
@@ -30,6 +32,7 @@ class Keeper:
         self._tasks: dict[Key, asyncio.Task[None]] = {}
         self._wakes: dict[Key, asyncio.Event] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
+        self._looking_around, self._has_looked_around = asyncio.Lock(), False
 
     def wake(self, key: Key) -> None:
         """Something of this job has changed. Starts its task with its first event, ends it with its last."""
@@ -81,7 +84,9 @@ class Keeper:
 
     async def turn(self, key: Key, memory: Memory) -> float:
         """One look and what it asks for; seconds until the next one."""
-        family = self.watched.families[key]
+        await self._look_around()
+        if (family := self.watched.families.get(key)) is None:
+            return 0.0
         assert family.job is not None
         if "deletionTimestamp" in family.job["metadata"]:
             return await self._goodbye(family, memory)
@@ -98,6 +103,26 @@ class Keeper:
         for event in plan.events:
             log.info("%s/%s: %s", *key, event.message, extra={"reason": event.reason})
         return _pace(plan)
+
+    async def _look_around(self) -> None:
+        """Once, before anything is decided: watches begin one by one, and a job may be shown before its children."""
+        async with self._looking_around:
+            if self._has_looked_around:
+                return
+            told = self.observer.settings
+            for kind in PLURALS.keys() - {api.KIND, "Event"} - (set() if told.rayservices else {"RayService"}):
+                for namespace in told.namespaces or ("",):
+                    for body in await self._all(kind, namespace):
+                        self.watched.child(None, kind, body)
+            self._has_looked_around = True
+
+    async def _all(self, kind: str, namespace: str) -> list[dict[str, Any]]:
+        try:
+            return await self.applier.kube.list(kind, namespace, labelSelector=JOB_LABEL)
+        except KubeError as error:
+            if error.code == 404:  # KServe, Argo Workflows or KubeRay is not there
+                return []
+            raise
 
     async def _goodbye(self, family: Family, memory: Memory) -> float:
         """Nothing is decided any more."""

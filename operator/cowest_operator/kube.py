@@ -33,6 +33,7 @@ PLURALS: Final[Mapping[str, tuple[str, str]]] = {
     "Role": ("rbac.authorization.k8s.io/v1", "roles"),
     "RoleBinding": ("rbac.authorization.k8s.io/v1", "rolebindings"),
     "InferenceService": ("serving.kserve.io/v1beta1", "inferenceservices"),
+    "RayService": ("ray.io/v1", "rayservices"),
     "Workflow": ("argoproj.io/v1alpha1", "workflows"),
     "WorkflowTemplate": ("argoproj.io/v1alpha1", "workflowtemplates"),
 }
@@ -80,6 +81,15 @@ class Kube:
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
         try:
             return await self._call("GET", self._path(kind, namespace, name))
+        except KubeError as error:
+            if error.code == 404:
+                return None
+            raise
+
+    async def read(self, path: str) -> dict[str, Any] | None:
+        """What the API server says at an address of its own, such as /apis."""
+        try:
+            return await self._call("GET", path)
         except KubeError as error:
             if error.code == 404:
                 return None
@@ -134,6 +144,8 @@ class Kube:
     def _path(self, kind: str, namespace: str, name: str = "") -> str:
         version, plural = PLURALS[kind]
         root = "/api/v1" if version == "v1" else f"/apis/{version}"
+        if not namespace:  # all of them
+            return f"{root}/{plural}"
         return f"{root}/namespaces/{namespace}/{plural}" + (f"/{name}" if name else "")
 
     async def _call(

@@ -31,6 +31,7 @@ from cowest_operator.kube import Kube
 from cowest_operator.metrics import Metrics
 from cowest_operator.objects.common import JOB_LABEL
 from cowest_operator.observe import Observer
+from cowest_operator.platform import Discovery
 from cowest_operator.watched import Watched
 
 log = logging.getLogger("cowest.operator")
@@ -44,7 +45,12 @@ def login(**told: Any) -> kopf.ConnectionInfo | None:
     return kopf.login_with_service_account(**told) or kopf.login_with_kubeconfig(**told)
 
 
-def registry(watched: Watched, keeper: Keeper) -> kopf.OperatorRegistry:
+def children(told: settings.Settings) -> tuple[str, ...]:
+    """The kinds that are watched: what the operator has no right to is not."""
+    return tuple(kind for kind in CHILDREN if told.rayservices or kind != "RayService")
+
+
+def registry(watched: Watched, keeper: Keeper, kinds: tuple[str, ...] = CHILDREN) -> kopf.OperatorRegistry:
     """Every event does the same: note what was seen, wake the job."""
     built = kopf.OperatorRegistry()
     kopf.on.login(registry=built, id="login")(login)
@@ -64,7 +70,7 @@ def registry(watched: Watched, keeper: Keeper) -> kopf.OperatorRegistry:
         return seen
 
     kopf.on.event(api.GROUP, api.VERSION, api.PLURAL, registry=built)(job_seen)
-    for kind in CHILDREN:
+    for kind in kinds:
         version, plural = kube.PLURALS[kind]
         group, _, number = version.rpartition("/")
         kopf.on.event(group, number, plural, registry=built, id=f"{plural}-seen")(child_seen(kind))
@@ -86,12 +92,13 @@ def kopf_settings() -> kopf.OperatorSettings:
 class Operator:
     """Everything that one process is."""
 
-    def __init__(self, told: settings.Settings, api_server: Kube, doors: Doors, kserve_mode: str) -> None:
+    def __init__(self, told: settings.Settings, api_server: Kube, doors: Doors) -> None:
         self.told, self.kube, self.doors = told, api_server, doors
         self.metrics = Metrics()
         self.watched = Watched()
+        self.discovery = Discovery(api_server, told.kserve_mode, told.rayservices)
         self.keeper = Keeper(
-            self.watched, Observer(api_server, doors, told, kserve_mode), Applier(api_server), self.metrics
+            self.watched, Observer(api_server, doors, told, self.discovery), Applier(api_server), self.metrics
         )
         self.watching = asyncio.Event()
 
@@ -99,9 +106,11 @@ class Operator:
         """Watch and keep, for as long as the lease is held."""
         self.metrics.leader = True
         log.info("this replica writes")
+        await self.discovery.begin()
+        looking = asyncio.create_task(self.discovery.follow(self.wake_all))
         try:
             await kopf.operator(
-                registry=registry(self.watched, self.keeper),
+                registry=registry(self.watched, self.keeper, children(self.told)),
                 settings=kopf_settings(),
                 clusterwide=not self.told.namespaces,
                 namespaces=self.told.namespaces,
@@ -109,7 +118,12 @@ class Operator:
             )
         finally:
             self.metrics.leader = False
+            looking.cancel()
             await self.keeper.close()
+
+    def wake_all(self) -> None:
+        for key in list(self.watched.families):
+            self.keeper.wake(key)
 
     async def serve(self) -> web.AppRunner:
         """Health and metrics. A standby is ready: it waits for the lease as it should."""
@@ -133,7 +147,7 @@ class Operator:
 async def run(told: settings.Settings) -> None:
     api_server = await Kube.connect()
     doors = Doors()
-    operator = Operator(told, api_server, doors, await kserve_mode(api_server))
+    operator = Operator(told, api_server, doors)
     runner = await operator.serve()
     try:
         await _while_leading(operator)
@@ -180,14 +194,6 @@ async def _while_leading(operator: Operator) -> None:
         for task in (election, ended):
             task.cancel()
         await asyncio.gather(election, ended, return_exceptions=True)
-
-
-async def kserve_mode(api_server: Kube) -> str:
-    """`Standard` since KServe 0.16, `RawDeployment` before: told by the CRD, which knows `spec.canary` or not.
-
-    The names live in the controller, not in the schema; 0.16 and later still take the old one as an alias.
-    """
-    return os.environ.get("COWEST_KSERVE_MODE") or "RawDeployment"
 
 
 class JsonLines(logging.Formatter):

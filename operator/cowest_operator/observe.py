@@ -11,9 +11,10 @@ from typing import Any
 from cowest_operator import api, manifest, story
 from cowest_operator.doors import DoorError, Doors
 from cowest_operator.kube import Kube, KubeError
-from cowest_operator.objects import steps, weak
+from cowest_operator.objects import ray, steps, weak
 from cowest_operator.objects.common import Context
 from cowest_operator.objects.desired import followed, frozen_name
+from cowest_operator.platform import Discovery, troubles
 from cowest_operator.settings import Settings
 from cowest_operator.watched import Family, Seen
 from cowest_serving.collaborate import DEFAULT_PROMPTS
@@ -68,9 +69,9 @@ class Observed:
 class Observer:
     """Gathers worlds. One for all jobs."""
 
-    def __init__(self, kube: Kube, doors: Doors, settings: Settings, kserve_mode: str = "Standard") -> None:
+    def __init__(self, kube: Kube, doors: Doors, settings: Settings, discovery: Discovery) -> None:
         self.kube, self.doors, self.settings = kube, doors, settings
-        self.kserve_mode = kserve_mode
+        self.discovery = discovery
 
     def base(self, context: Context, part: str) -> str:
         """Address of a server of the job."""
@@ -86,12 +87,14 @@ class Observer:
         """Raises `HoldError` when the manifest cannot be followed, `KubeError` when the API server is away."""
         assert family.job is not None
         now = time.time() if now is None else now
-        context = await self._context(family.job, memory)
+        context = await self._context(family, memory)
         status = memory.state or story.read(family.job.get("status"))
         looked = _Look(self, context, family, memory, status, now)
         return await looked.world()
 
-    async def _context(self, body: Mapping[str, Any], memory: Memory) -> Context:
+    async def _context(self, family: Family, memory: Memory) -> Context:
+        assert family.job is not None
+        body, platform = family.job, self.discovery.now
         metadata = body["metadata"]
         document = {
             "apiVersion": body["apiVersion"],
@@ -107,8 +110,16 @@ class Observer:
         except (manifest.ManifestError, SettingsError, ValueError) as error:
             reason = api.REASON_CONFIG_MAP_MISSING if maps is not None else api.REASON_NOT_ON_KUBERNETES
             raise HoldError(api.Trouble(reason, _sentence(str(error)))) from error
-        mode = self.kserve_mode
-        return Context(job, metadata["namespace"], metadata["uid"], document, self.settings.images, mode)
+        return Context(
+            job,
+            metadata["namespace"],
+            metadata["uid"],
+            document,
+            self.settings.images,
+            platform.kserve_mode,
+            {seen.name: seen.facts["mode"] for seen in family.of("InferenceService") if seen.facts["mode"]},
+            platform.has_kuberay,
+        )
 
     async def _prompts(self, body: Mapping[str, Any], memory: Memory) -> dict[str, Mapping[str, str]]:
         """The ConfigMap of prompts belongs to the person: it is asked for, not watched."""
@@ -162,6 +173,8 @@ class _Look:
             blocked=blocked,
         )
         self._look_at_pods()
+        self._look_at_controllers()
+        self.troubles += troubles(self.observer.discovery.now, job, self.context.document["spec"].get("training", {}))
         known = {t.message: t for t in (*([blocked] if blocked else []), *self.memory.apply_troubles, *self.troubles)}
         return Observed(self.context, replace(world, troubles=tuple(known.values())), self.submit, frozen_document)
 
@@ -286,11 +299,15 @@ class _Look:
 
     # ------------------------------------------------------------ servers
     def _gateway(self) -> api.ServerState:
-        seen = self.family.children.get(("Deployment", self.context.name("gateway")))
+        """While its engine is switched there are two, and it is ready while either answers."""
+        wanted = self.family.children.get(ray.kept_in(self.context))
+        other = self.family.children.get(ray.kept_in(self.context, other=True))
+        seen = wanted or other
         if seen is None:
             return api.ServerState(False, message="the gateway is not made yet.")
-        ready = seen.facts["available"] > 0
-        trouble = next((p.facts["trouble"] for p in self._pods("gateway") if p.facts["trouble"]), "")
+        ready = any(each.facts["available"] > 0 for each in (wanted, other) if each)
+        pods = (pod for part in ("gateway", ray.HEAD) for pod in self._pods(part))
+        trouble = next((p.facts["trouble"] for p in pods if p.facts["trouble"]), "")
         message = "" if ready else trouble or seen.facts["message"] or "the gateway starts."
         return api.ServerState(ready, f"http://{self.context.host('gateway')}/v1", message=message)
 
@@ -339,12 +356,26 @@ class _Look:
                 message = f"pod {pod.name} ({part}) {trouble}"
                 self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(message)))
 
+    def _look_at_controllers(self) -> None:
+        """What no controller has taken up is nobody's fault but its own."""
+        for kind, controller in (("InferenceService", "KServe"), ("Workflow", "Argo Workflows")):
+            for seen in self.family.of(kind):
+                if not seen.facts["taken"] and not seen.deleting and self.now - seen.created > PATIENCE:
+                    message = (
+                        f"{kind} {seen.name} waits for the controller of {controller}, which has not looked at it since"
+                        f" {_clock(seen.created)}: does it run, and may it watch this namespace?"
+                    )
+                    self.troubles.append(api.Trouble(api.REASON_CONTROLLER_AWAY, message))
+                    break
+
     def _mounted(self, part: str) -> str:
         spec = self.context.job.spec
         names = (
-            [f"Secret {ref.name}" for ref in spec.strong.api_key_secret_refs] if part in ("gateway", "proxy") else []
+            [f"Secret {ref.name}" for ref in spec.strong.api_key_secret_refs]
+            if part in ("gateway", ray.HEAD, "proxy")
+            else []
         )
-        if part == "gateway" and spec.gateway.client_keys_secret_ref:
+        if part in ("gateway", ray.HEAD) and spec.gateway.client_keys_secret_ref:
             names.append(f"Secret {spec.gateway.client_keys_secret_ref.name}")
         return " or ".join(names) or "each of its ConfigMaps, Secrets and volumes"
 
@@ -382,6 +413,10 @@ def read_actions(body: Mapping[str, Any], after: str) -> Iterator[api.Action]:
                                  said.get("model"))  # fmt: skip
             except (ValueError, KeyError, TypeError):
                 continue
+
+
+def _clock(epoch: float) -> str:
+    return time.strftime("%H:%M:%S UTC", time.gmtime(epoch))
 
 
 def _sentence(text: str) -> str:

@@ -20,6 +20,11 @@ class Images:
     vllm: str
     pull_policy: str = "IfNotPresent"
     pull_secrets: tuple[str, ...] = ()
+    ray: str = ""  # serving with Ray in it; empty: the serving image's tag with `-ray`
+
+    @property
+    def with_ray(self) -> str:
+        return self.ray or f"{self.serving}-ray"
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Settings:
     namespaces: tuple[str, ...] = ()  # watched; empty: all
     metrics_port: int = 9090
     health_port: int = 8081
+    kserve_mode: str | None = None  # else what is found
+    rayservices: bool = True  # may it make them?
     service_url: str = "http://{service}.{namespace}.svc"  # how the operator reaches a Service: else for outside of it
 
 
@@ -42,12 +49,15 @@ def read(environment: Mapping[str, str]) -> Settings:
             environment.get("COWEST_VLLM_IMAGE", "docker.io/vllm/vllm-openai:latest"),
             environment.get("COWEST_IMAGE_PULL_POLICY") or "IfNotPresent",
             _names(environment.get("COWEST_IMAGE_PULL_SECRETS") or "[]"),
+            environment.get("COWEST_IMAGE_SERVING_RAY", ""),
         ),
         environment.get("POD_NAMESPACE") or "default",
         environment.get("POD_NAME") or environment.get("HOSTNAME") or "cowest-operator",
         tuple(name.strip() for name in environment.get("COWEST_NAMESPACES", "").split(",") if name.strip()),
         _port(environment, "COWEST_METRICS_PORT", 9090),
         _port(environment, "COWEST_HEALTH_PORT", 8081),
+        _one_of(environment, "COWEST_KSERVE_MODE", ("RawDeployment", "Standard")),
+        _one_of(environment, "COWEST_RAYSERVICES", ("true", "false")) != "false",
         environment.get("COWEST_SERVICE_URL") or Settings.service_url,
     )
 
@@ -56,6 +66,13 @@ def _wanted(environment: Mapping[str, str], name: str, what: str) -> str:
     if value := environment.get(name):
         return value
     raise OperatorSettingsError(f"{name}: wanted {what}, saw nothing; the chart sets it from its values.")
+
+
+def _one_of(environment: Mapping[str, str], name: str, known: tuple[str, ...]) -> str | None:
+    value = environment.get(name) or None
+    if value is None or value in known:
+        return value
+    raise OperatorSettingsError(f"{name}: wanted {' or '.join(known)}, saw {value!r}")
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ def read(status: Mapping[str, Any] | None) -> api.Status:
     if not status or "state" not in status:
         return api.Status()
     state = parse(api.Status, status["state"], "status.state")
-    return replace(state, conditions=tuple(_read_condition(c) for c in status.get("conditions") or []))
+    said = tuple(_read_condition(c) for c in status.get("conditions") or [])
+    return replace(state, conditions=said, last_transition=str(status.get("lastTransition") or ""))
 
 
 def _read_condition(seen: Mapping[str, Any]) -> api.Condition:

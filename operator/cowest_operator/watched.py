@@ -9,7 +9,7 @@ from typing import Any
 
 from cowest_operator.api import KIND
 from cowest_operator.objects.common import JOB_LABEL
-from cowest_operator.objects.steps import ATTEMPT_LABEL, GENERATION_LABEL, STEP_LABEL
+from cowest_operator.objects.steps import ATTEMPT_LABEL, GENERATION_LABEL, RETRY_CODES, STEP_LABEL
 from cowest_operator.objects.weak import DIGEST_ANNOTATION
 
 Key = tuple[str, str]  # (namespace, job)
@@ -27,6 +27,7 @@ class Seen:
     deleting: bool
     version: int  # resourceVersion: an event that was overtaken by our own write is not taken for news
     facts: Mapping[str, Any] = field(default_factory=dict)
+    owner: str = ""  # uid of the job that it was made for; "" for pods
 
 
 @dataclass
@@ -37,7 +38,8 @@ class Family:
     children: dict[tuple[str, str], Seen] = field(default_factory=dict)
 
     def of(self, kind: str) -> Iterator[Seen]:
-        return (seen for seen in self.children.values() if seen.kind == kind)
+        """As they are now: whoever walks through them may wait in between, and watches go on."""
+        return iter([seen for seen in self.children.values() if seen.kind == kind])
 
 
 class Watched:
@@ -53,6 +55,10 @@ class Watched:
         else:
             family = self.families.setdefault(key, Family())
             family.job = _job(body)
+            uid = body["metadata"]["uid"]
+            for name, child in list(family.children.items()):
+                if child.owner not in ("", uid):
+                    del family.children[name]  # of a job of this name that is gone
         return key
 
     def child(self, event: str | None, kind: str, body: Mapping[str, Any]) -> Key | None:
@@ -62,9 +68,10 @@ class Watched:
         if not owner:
             return None
         key = (metadata["namespace"], owner)
-        children = self.families.setdefault(key, Family()).children
+        family = self.families.setdefault(key, Family())
+        children = family.children
         before = children.get((kind, metadata["name"]))
-        if kind != "Pod" and not _owned(metadata, owner):
+        if kind != "Pod" and not _owned(metadata, family.job, owner):
             if before is None:
                 return None
             event = "DELETED"  # somebody took its owner away: it is applied anew
@@ -79,10 +86,20 @@ class Watched:
             now.stamp, now.facts, now.deleting) else None  # fmt: skip
 
 
-def _owned(metadata: Mapping[str, Any], job: str) -> bool:
-    """Is it the job's own? Controllers copy labels: KServe's Deployments bear those of our InferenceServices."""
+def _owned(metadata: Mapping[str, Any], job: Mapping[str, Any] | None, name: str) -> bool:
+    """Is it the job's own? Controllers copy labels: KServe's Deployments bear those of our InferenceServices.
+
+    Nor is it that of a job of the same name that is gone, whose children the garbage collector has not reached yet.
+    """
+    owner = _owner(metadata)
+    if owner is None or owner.get("name") != name:
+        return False
+    return job is None or owner.get("uid") == job["metadata"]["uid"]
+
+
+def _owner(metadata: Mapping[str, Any]) -> Mapping[str, Any] | None:
     owners = metadata.get("ownerReferences") or []
-    return any(o.get("controller") and o.get("kind") == KIND and o.get("name") == job for o in owners)
+    return next((o for o in owners if o.get("controller") and o.get("kind") == KIND), None)
 
 
 def _job(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,6 +121,7 @@ def see(kind: str, body: Mapping[str, Any]) -> Seen:
         "deletionTimestamp" in metadata,
         int(metadata["resourceVersion"]),
         look(body) if look else {},
+        (_owner(metadata) or {}).get("uid", "") if kind != "Pod" else "",
     )  # fmt: skip
 
 
@@ -117,6 +135,20 @@ def _deployment(body: Mapping[str, Any]) -> dict[str, Any]:
         "updated": int(status.get("updatedReplicas") or 0),
         "current": int(status.get("observedGeneration") or 0) >= int(body["metadata"].get("generation") or 0),
         "message": _failing(status, ("ReplicaFailure",)),
+    }
+
+
+def _ray_service(body: Mapping[str, Any]) -> dict[str, Any]:
+    """As a Deployment: `available` are endpoints that answer, `updated` says that no second cluster is on its way."""
+    status = body.get("status") or {}
+    conditions = {c.get("type"): c for c in status.get("conditions") or []}
+    ready: Mapping[str, Any] = conditions.get("Ready", {})
+    answers = ready.get("status") == "True"
+    return {
+        "available": int(status.get("numServeEndpoints") or 0) if answers else 0,
+        "updated": int(answers and conditions.get("UpgradeInProgress", {}).get("status") != "True"),
+        "current": int(status.get("observedGeneration") or 0) >= int(body["metadata"].get("generation") or 0),
+        "message": "" if answers else str(ready.get("message", "")),
     }
 
 
@@ -139,6 +171,8 @@ def _inference_service(body: Mapping[str, Any]) -> dict[str, Any]:
         "ready": ready.get("status") == "True",
         "message": str(failure or worst.get("message", "")),
         "digest": (body["metadata"].get("annotations") or {}).get(DIGEST_ANNOTATION, ""),
+        "taken": bool(conditions),
+        "mode": str(status.get("deploymentMode") or ""),
     }
 
 
@@ -147,6 +181,7 @@ def _workflow(body: Mapping[str, Any]) -> dict[str, Any]:
     code, words = _exit(status)
     return {
         "phase": str(status.get("phase") or "Pending"),
+        "taken": bool(status),
         "message": str(status.get("message") or ""),
         "finished": epoch(status.get("finishedAt")),
         "code": code,
@@ -158,14 +193,23 @@ def _workflow(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _exit(status: Mapping[str, Any]) -> tuple[int | None, str]:
-    """Exit code and last words of the pod that ended last. (A Workflow of one step never compresses its nodes.)"""
+    """Exit code and last words of the pod that ended last; of several side by side, of one that will not be retried,
+    else of one that failed. (A Workflow of one step never compresses its nodes.)"""
     pods = [node for node in (status.get("nodes") or {}).values() if node.get("type") == "Pod"]
-    pods.sort(key=lambda node: node.get("finishedAt") or "")
+    pods.sort(key=lambda node: (_weight(node), node.get("finishedAt") or ""))
     for node in reversed(pods):
-        code = (node.get("outputs") or {}).get("exitCode")
-        if code is not None and str(code).lstrip("-").isdigit():
+        code = _code(node)
+        if code.lstrip("-").isdigit() and (code != "0" or status.get("phase") == "Succeeded"):
             return int(code), str(node.get("message", ""))
     return None, str(pods[-1].get("message", "")) if pods else ""
+
+
+def _weight(node: Mapping[str, Any]) -> int:
+    return {"0": 0, "": 1}.get(_code(node), 2 if _code(node) in RETRY_CODES else 3)
+
+
+def _code(node: Mapping[str, Any]) -> str:
+    return str((node.get("outputs") or {}).get("exitCode", ""))
 
 
 def _config_map(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,6 +239,8 @@ _FINE = ("ContainerCreating", "PodInitializing", "Completed")
 def _pod_trouble(status: Mapping[str, Any]) -> str:
     for condition in status.get("conditions") or []:
         if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+            if condition.get("reason") == "SchedulingGated":
+                return ""  # it waits in a queue, as it was told to
             return f"cannot be scheduled: {condition.get('message', '')}"
     for each in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
         waiting = (each.get("state") or {}).get("waiting") or {}
@@ -214,6 +260,7 @@ def _waits_for_volumes(status: Mapping[str, Any]) -> bool:
 
 _FACTS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "Deployment": _deployment,
+    "RayService": _ray_service,
     "InferenceService": _inference_service,
     "Workflow": _workflow,
     "ConfigMap": _config_map,

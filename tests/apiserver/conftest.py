@@ -20,15 +20,24 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cowest_operator import manifest
 
+if TYPE_CHECKING:
+    from tests.apiserver.playground import Playground  # at run time it imports this module
+
 START_SECONDS = 90.0
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 JOBS = "/apis/cowest.dev/v1alpha1/namespaces/default/collaborationjobs"
+AUDIT_POLICY = {
+    "apiVersion": "audit.k8s.io/v1",
+    "kind": "Policy",
+    "omitStages": ["RequestReceived"],
+    "rules": [{"level": "Metadata", "userGroups": ["system:serviceaccounts"]}, {"level": "None"}],
+}
 CACHE = Path.home() / ".cache" / "cowest-cluster" / "bin"
 
 
@@ -39,6 +48,7 @@ class ApiServer:
     url: str
     token: str
     ca_file: Path
+    audit_log: Path  # one JSON line for each request of a service account
 
     def request(self, method: str, path: str, body: Any = None, *, accept: str = "application/json") -> tuple[int, Any]:
         """(HTTP status, decoded answer); an API error is an answer, not an exception."""
@@ -56,14 +66,18 @@ class ApiServer:
         except urllib.error.HTTPError as error:
             return error.code, _decoded(error.read())
 
-    def kubeconfig(self) -> dict[str, Any]:
-        """For clients that want a kubeconfig; its context is named so that no test can take it for a real cluster."""
+    def kubeconfig(self, url: str | None = None, token: str | None = None) -> dict[str, Any]:
+        """For clients that want a kubeconfig; its context is named so that no test can take it for a real cluster.
+
+        `url` leads to the server by a way of the test's own, `token` is somebody else's than the tester's.
+        """
         name = "cowest-test"
+        cluster = {"server": url} if url else {"server": self.url, "certificate-authority": str(self.ca_file)}
         return {
             "apiVersion": "v1",
             "kind": "Config",
-            "clusters": [{"name": name, "cluster": {"server": self.url, "certificate-authority": str(self.ca_file)}}],
-            "users": [{"name": name, "user": {"token": self.token}}],
+            "clusters": [{"name": name, "cluster": cluster}],
+            "users": [{"name": name, "user": {"token": token or self.token}}],
             "contexts": [{"name": name, "context": {"cluster": name, "user": name}}],
             "current-context": name,
         }
@@ -108,6 +122,26 @@ def server(api_server: ApiServer) -> ApiServer:
     return api_server
 
 
+@pytest.fixture(scope="session")
+def cluster(server: ApiServer) -> ApiServer:
+    """The API server with the kinds of KServe and Argo."""
+    from tests.apiserver import playground
+
+    for each in playground.FOREIGN:
+        playground.install(server, each)
+    return server
+
+
+@pytest.fixture
+def playground(cluster: ApiServer, tmp_path: Path) -> Iterator[Playground]:
+    """Emptied after each test: no garbage collector runs beside this API server."""
+    from tests.apiserver import playground
+
+    with playground.Playground(cluster, tmp_path) as built:
+        yield built
+    built.empty()
+
+
 @contextlib.contextmanager
 def _etcd(binary: Path, folder: Path) -> Iterator[str]:
     client, peer = (f"http://127.0.0.1:{port}" for port in _free_ports(2))
@@ -129,6 +163,7 @@ def _kube_apiserver(binary: Path, etcd_url: str, folder: Path) -> Iterator[ApiSe
     certs.mkdir()
     (folder / "tokens.csv").write_text(f'{token},tester,tester,"system:masters"\n')
     _write_key(folder / "service-account.key")
+    (folder / "audit-policy.json").write_text(json.dumps(AUDIT_POLICY))
     command = [
         str(binary), "--etcd-servers", etcd_url, "--cert-dir", str(certs), "--bind-address", "127.0.0.1",
         "--advertise-address", "127.0.0.1", "--secure-port", str(port), "--token-auth-file", str(folder / "tokens.csv"),
@@ -137,9 +172,10 @@ def _kube_apiserver(binary: Path, etcd_url: str, folder: Path) -> Iterator[ApiSe
         "--service-account-issuer", "https://kubernetes.default.svc",
         "--service-account-key-file", str(folder / "service-account.key"),
         "--service-account-signing-key-file", str(folder / "service-account.key"),
+        "--audit-policy-file", str(folder / "audit-policy.json"), "--audit-log-path", str(folder / "audit.log"),
     ]  # fmt: skip
     log = folder / "kube-apiserver.log"
-    server = ApiServer(f"https://127.0.0.1:{port}", token, certs / "apiserver.crt")
+    server = ApiServer(f"https://127.0.0.1:{port}", token, certs / "apiserver.crt", folder / "audit.log")
     with _process(command, log) as process:
         wait_until(lambda: _alive(process, log) and _ready(server), "kube-apiserver to be ready")
         yield server

@@ -22,7 +22,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from tests import world
-from tests.apiserver.conftest import ApiServer, wait_until
+from tests.apiserver.conftest import CRDS, JOBS, ApiServer, wait_until
+from tests.manifests import edited, smallest
 
 NAMESPACE = "default"
 SERVING = "/apis/serving.kserve.io/v1beta1/namespaces/default/inferenceservices"
@@ -30,11 +31,58 @@ WORKFLOWS = "/apis/argoproj.io/v1alpha1/namespaces/default/workflows"
 DEPLOYMENTS = "/apis/apps/v1/namespaces/default/deployments"
 MAPS = "/api/v1/namespaces/default/configmaps"
 EVENTS = "/api/v1/namespaces/default/events"
+TEMPLATES = "/apis/argoproj.io/v1alpha1/namespaces/default/workflowtemplates"
+PODS = "/api/v1/namespaces/default/pods"
+CHILDREN = (  # all that a job may have, Events and Pods apart
+    MAPS, DEPLOYMENTS, SERVING, WORKFLOWS, TEMPLATES,
+    "/api/v1/namespaces/default/services",
+    "/api/v1/namespaces/default/serviceaccounts",
+    "/api/v1/namespaces/default/persistentvolumeclaims",
+    "/apis/policy/v1/namespaces/default/poddisruptionbudgets",
+    "/apis/autoscaling/v2/namespaces/default/horizontalpodautoscalers",
+    "/apis/networking.k8s.io/v1/namespaces/default/ingresses",
+    "/apis/rbac.authorization.k8s.io/v1/namespaces/default/roles",
+    "/apis/rbac.authorization.k8s.io/v1/namespaces/default/rolebindings",
+)  # fmt: skip
+KSERVE = ("serving.kserve.io", "v1beta1", "InferenceService", "inferenceservices", True)
 FOREIGN = (
-    ("serving.kserve.io", "v1beta1", "InferenceService", "inferenceservices", True),
+    KSERVE,
     ("argoproj.io", "v1alpha1", "Workflow", "workflows", False),
     ("argoproj.io", "v1alpha1", "WorkflowTemplate", "workflowtemplates", False),
 )
+STEPS = [{"weightPercent": 20, "minAnswers": 10}, {"weightPercent": 50, "minAnswers": 20}]
+ON_KUBERNETES: Mapping[str, Any] = {
+    "weak.model": "s3://models/base",
+    "data.train": "s3://data/train.jsonl",
+    "data.heldOut": "s3://data/held_out.jsonl",
+    "objectStore": {"bucket": "cowest", "endpoint": "http://minio:9000", "credentialsSecretRef": {"name": "s3"}},
+    "strong.apiKeySecretRefs": [{"name": "strong", "key": "api-key"}],
+    "rounds": {"max": 1},
+    "gate": {"minHeldOut": 100},
+    "canary": {"steps": STEPS, "deadlineSeconds": 600},
+}
+
+
+def manifest_of(name: str, **edits: Any) -> dict[str, Any]:
+    return edited({"/metadata.name": name, **ON_KUBERNETES, **edits}, smallest())
+
+
+def apply(playground: Playground, job: Mapping[str, Any]) -> None:
+    status, answer = playground.server.request("POST", JOBS, job)
+    assert status == 201, answer
+
+
+def decisions(playground: Playground, name: str) -> list[tuple[int, str, str]]:
+    return [(r["number"], r["decision"], r["reason"]) for r in playground.status(name).get("rounds", ())]
+
+
+def install(server: ApiServer, kind: tuple[str, str, str, str, bool]) -> None:
+    """The CRD of a kind that is not ours, and the wait until it is served."""
+    status, answer = server.request("POST", CRDS, foreign_crd(*kind))
+    assert status == 201, answer
+    group, version, name, plural, _ = kind
+    path = f"/apis/{group}/{version}/namespaces/{NAMESPACE}/{plural}"
+    wait_until(lambda: server.request("GET", path)[0] == 200, f"the API server to serve {name}")
 
 
 def foreign_crd(group: str, version: str, kind: str, plural: str, status: bool) -> dict[str, Any]:
@@ -61,6 +109,7 @@ class Script:
     """What the stand-ins do. A test changes it while it runs."""
 
     exit_codes: dict[str, list[int]] = field(default_factory=dict)  # step -> codes of its first attempts
+    endings: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)  # step -> the same as Argo's whole status
     better_by: float = 0.2  # of the candidate over the control, offline
     live_better_by: float = 0.1
     argo_works: bool = True
@@ -68,6 +117,7 @@ class Script:
     metrics: dict[str, Any] = field(
         default_factory=lambda: {"has_explanations": True, "pairs": 200, "rows": 500, "held_out": 500}
     )
+    live_works: bool = True  # score_live leaves its reports
     store_away: bool = False
     traces: dict[str, Any] = field(default_factory=lambda: {"all": 0, "usable": 0, "reason": ""})
     strong_version: str = "v1"
@@ -82,6 +132,7 @@ class Playground:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._play, daemon=True)
         self._doors = ThreadingHTTPServer(("127.0.0.1", 0), self._door_handler())
+        self.told: dict[str, str] = {}  # the operator's environment, where a test wants another one
         self.kubeconfig = folder / "kubeconfig.json"
         self.kubeconfig.write_text(json.dumps(server.kubeconfig()))
 
@@ -111,8 +162,12 @@ class Playground:
 
     def start_operator(self, name: str = "one") -> subprocess.Popen[bytes]:
         log = (self.folder / f"operator-{name}.log").open("ab")
-        environment = {
-            **os.environ,
+        command = [sys.executable, "-P", "-m", "cowest_operator.main"]
+        return subprocess.Popen(command, env={**os.environ, **self.environment(name)}, stdout=log, stderr=log)
+
+    def environment(self, name: str = "one") -> dict[str, str]:
+        """What the chart would tell an operator, and what a test wants said otherwise."""
+        return {
             "KUBECONFIG": str(self.kubeconfig),
             "COWEST_IMAGE_SERVING": "serving:test",
             "COWEST_IMAGE_TRAINING": "training:test",
@@ -122,12 +177,30 @@ class Playground:
             "COWEST_METRICS_PORT": "0",
             "COWEST_HEALTH_PORT": "0",
             "COWEST_SERVICE_URL": f"http://127.0.0.1:{self._doors.server_address[1]}/{{namespace}}/{{service}}",
+            **self.told,
         }
-        command = [sys.executable, "-P", "-m", "cowest_operator.main"]
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     def log(self, name: str = "one") -> str:
         return (self.folder / f"operator-{name}.log").read_text(errors="replace")
+
+    # ------------------------------------------------------------ what the world does
+    def collect_garbage(self, uid: str) -> None:
+        """What Kubernetes does with the children of an owner that is gone."""
+        for path in (*CHILDREN, PODS):
+            for item in self.items(path):
+                if uid in [owner["uid"] for owner in item["metadata"].get("ownerReferences", ())]:
+                    self._remove(path, item)
+
+    def empty(self) -> None:
+        for path in (JOBS, *CHILDREN, PODS, EVENTS):
+            for item in self.items(path):
+                self._remove(path, item)
+
+    def _remove(self, path: str, item: Mapping[str, Any]) -> None:
+        address = f"{path}/{item['metadata']['name']}"
+        if item["metadata"].get("finalizers"):
+            self.server.request("PATCH", address, {"metadata": {"finalizers": None}})
+        self.server.request("DELETE", address, {"gracePeriodSeconds": 0} if path == PODS else None)
 
     # ------------------------------------------------------------ what tests ask
     def get(self, path: str) -> Any:
@@ -197,8 +270,12 @@ class Playground:
             self.server.request("PATCH", path, {"status": {"phase": "Running", "startedAt": _now()}})
             return
         labels = body["metadata"]["labels"]
-        codes = self.script.exit_codes.get(labels["cowest.dev/step"].split("-", 1)[-1], [])
-        attempt = int(labels["cowest.dev/attempt"])
+        step, attempt = labels["cowest.dev/step"].split("-", 1)[-1], int(labels["cowest.dev/attempt"])
+        if len(endings := self.script.endings.get(step, [])) >= attempt:
+            told = {"finishedAt": _now(), **endings[attempt - 1]}
+            self.server.request("PATCH", path, {"status": told})
+            return
+        codes = self.script.exit_codes.get(step, [])
         code = codes[attempt - 1] if attempt <= len(codes) else 0
         node = {"type": "Pod", "finishedAt": _now(), "outputs": {"exitCode": str(code)}, "message": f"code {code}"}
         ended = {"phase": "Failed" if code else "Succeeded", "finishedAt": _now(), "nodes": {"a": node}}
@@ -231,15 +308,15 @@ class Playground:
 
     def _artifact(self, job: str, uri: str) -> tuple[int, Any]:
         if uri.endswith("manifest.json"):
-            step = uri.split("/")[-3] + "-" + uri.split("/")[-2]
-            return 200, {"metrics": self.script.metrics, "digest": f"sha256:{_hex(job + step)}"}
+            made_by = uri.split("/")[-3] + "-" + uri.split("/")[-2]
+            return 200, {"metrics": self.script.metrics, "digest": f"sha256:{_hex(job + made_by)}"}
         trial = self.status(job)["state"].get("candidate")
         pair = self.status(job).get("candidate", {}).get("digest")
         stable = self.status(job).get("stable", {})
         control = stable["digest"] if stable.get("serving") == "Pair" else "solo"
         if uri.endswith("report.json"):
             return 200, self._report(str(pair), control)
-        if trial is None or "-" not in uri:
+        if trial is None or "-" not in uri or not self.script.live_works:
             return 404, {}
         step = int(uri.rsplit("-", 1)[1].removesuffix(".json"))
         better = self.script.live_better_by

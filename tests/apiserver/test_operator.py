@@ -5,70 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
-import pytest
-
-from tests.apiserver.conftest import CRDS, JOBS, ApiServer, wait_until
+from tests.apiserver.conftest import JOBS, wait_until
 from tests.apiserver.playground import (
     DEPLOYMENTS,
     EVENTS,
-    FOREIGN,
     MAPS,
     NAMESPACE,
     SERVING,
     WORKFLOWS,
     Playground,
-    foreign_crd,
+    apply,
+    decisions,
+    manifest_of,
 )
-from tests.manifests import edited, smallest
-
-STEPS = [{"weightPercent": 20, "minAnswers": 10}, {"weightPercent": 50, "minAnswers": 20}]
-ON_KUBERNETES: Mapping[str, Any] = {
-    "weak.model": "s3://models/base",
-    "data.train": "s3://data/train.jsonl",
-    "data.heldOut": "s3://data/held_out.jsonl",
-    "objectStore": {"bucket": "cowest", "endpoint": "http://minio:9000", "credentialsSecretRef": {"name": "s3"}},
-    "strong.apiKeySecretRefs": [{"name": "strong", "key": "api-key"}],
-    "rounds": {"max": 1},
-    "gate": {"minHeldOut": 100},
-    "canary": {"steps": STEPS, "deadlineSeconds": 600},
-}
-
-
-@pytest.fixture(scope="module")
-def cluster(server: ApiServer) -> ApiServer:
-    for each in FOREIGN:
-        status, answer = server.request("POST", CRDS, foreign_crd(*each))
-        assert status == 201, answer
-    wait_until(lambda: server.request("GET", WORKFLOWS)[0] == server.request("GET", SERVING)[0] == 200, "foreign CRDs")
-    return server
-
-
-@pytest.fixture
-def playground(cluster: ApiServer, tmp_path: Path) -> Iterator[Playground]:
-    """Emptied after each test: no garbage collector runs beside this API server."""
-    with Playground(cluster, tmp_path) as built:
-        yield built
-    for path in (JOBS, DEPLOYMENTS, SERVING, WORKFLOWS, MAPS, EVENTS):
-        for item in built.items(path):
-            cluster.request("PATCH", f"{path}/{item['metadata']['name']}", {"metadata": {"finalizers": None}})
-            cluster.request("DELETE", f"{path}/{item['metadata']['name']}")
-
-
-def manifest_of(name: str, **edits: Any) -> dict[str, Any]:
-    return edited({"/metadata.name": name, **ON_KUBERNETES, **edits}, smallest())
-
-
-def apply(playground: Playground, job: Mapping[str, Any]) -> None:
-    status, answer = playground.server.request("POST", JOBS, job)
-    assert status == 201, answer
-
-
-def decisions(playground: Playground, name: str) -> list[tuple[int, str, str]]:
-    return [(r["number"], r["decision"], r["reason"]) for r in playground.status(name).get("rounds", ())]
 
 
 def writes(playground: Playground, name: str) -> int:

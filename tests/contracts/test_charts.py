@@ -29,6 +29,7 @@ from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 
 from cowest_operator import kube, manifest, settings
 from cowest_operator.metrics import Metrics
+from cowest_operator.objects import ray
 from cowest_operator.schema import default
 from cowest_serving import app, proxy
 
@@ -184,6 +185,9 @@ WITHOUT_STORE = (
         pytest.param(DOMAIN, "minimal", "minoi.enabled=true", "'minoi' not allowed", id="typo of a section"),
         pytest.param(DOMAIN, "minimal", "job.traning.seed=1", "'traning' not allowed", id="typo in the job"),
         pytest.param(DOMAIN, "minimal", "job.canary.signal=Gut", "must be one of", id="value the API does not know"),
+        pytest.param(DOMAIN, "minimal", "httpRoute.enabled=true", "httpRoute.parentRefs: wanted", id="no Gateway"),
+        pytest.param(DOMAIN, "minimal", "httpRoute.hostname=a", "'hostname' not allowed", id="typo of the route"),
+        pytest.param(DOMAIN, "minimal", "httpRoute.timeout=never", "does not match", id="timeout that is no time"),
         pytest.param(DOMAIN, "minimal", "name=Desk", "does not match", id="name the API refuses"),
         pytest.param(DOMAIN, None, "name=desk", "job.weak: wanted a section", id="no job at all"),
         pytest.param(DOMAIN, None, WITHOUT_STORE, "job.objectStore: wanted", id="no object store"),
@@ -242,6 +246,8 @@ def test_the_operator_can_read_what_the_chart_tells_it() -> None:
     told = settings.read({each["name"]: each.get("value", "here") for each in container["env"]})
     mirror = "registry.example.com/mirror"
     assert told.images.serving == f"{mirror}/cowest/serving:0.1.0"
+    assert told.images.with_ray == f"{mirror}/cowest/serving:0.1.0-ray"
+    assert told.rayservices
     assert told.images.training == f"{mirror}/cowest/training:1.2.3"
     assert told.images.vllm.startswith(f"{mirror}/vllm/vllm-openai:")
     assert told.images.pull_secrets == ("mirror", "other")
@@ -259,22 +265,37 @@ def rights(roles: list[Object]) -> set[tuple[str, str, str]]:
 @needs_helm
 def test_the_operator_may_do_what_it_does_and_read_no_secret() -> None:
     allowed = rights(of_kind(rendered(OPERATOR, None), "ClusterRole"))
-    needed = {"Pod": ("list", "watch"), "Event": ("create",), "CollaborationJob": ("get", "list", "watch", "patch")}
+    needed = {
+        "Pod": ("list", "watch"),
+        "Event": ("create",),
+        "CollaborationJob": ("list", "watch", "patch"),
+        "PersistentVolumeClaim": ("list", "watch", "create", "patch"),
+        "Workflow": ("get", "list", "watch", "create", "delete"),
+    }
     for kind, (version, plural) in kube.PLURALS.items():
         group = version.rpartition("/")[0]
-        for verb in needed.get(kind, ("get", "list", "watch", "create", "patch", "delete")):
+        for verb in needed.get(kind, ("list", "watch", "create", "patch", "delete")):
             assert (group, plural, verb) in allowed, f"{kind}: {verb}"
     assert ("cowest.dev", "collaborationjobs/status", "patch") in allowed
     assert ("argoproj.io", "workflowtaskresults", "patch") in allowed, "a right that it grants to steps"
-    assert {verb for _, resource, verb in allowed if resource == "secrets"} == {"list", "watch"}
+    assert not {verb for _, resource, verb in allowed if resource == "secrets"}
     assert not {right for right in allowed if "*" in right}
+
+
+@needs_helm
+def test_without_rayservices_it_has_no_right_to_them_and_knows_it() -> None:
+    objects = rendered(OPERATOR, None, "rayservice.enabled=false")
+    assert not [right for right in rights(of_kind(objects, "ClusterRole")) if right[0] == "ray.io"]
+    (container,) = of_kind(objects, "Deployment")[0]["spec"]["template"]["spec"]["containers"]
+    assert not settings.read({each["name"]: each.get("value", "here") for each in container["env"]}).rayservices
 
 
 @needs_helm
 def test_with_named_namespaces_it_has_no_rights_elsewhere() -> None:
     objects = rendered(OPERATOR, "full")
     assert rights(of_kind(objects, "ClusterRole")) == {
-        ("apiextensions.k8s.io", "customresourcedefinitions", verb) for verb in ("get", "list", "watch")
+        *(("apiextensions.k8s.io", "customresourcedefinitions", verb) for verb in ("get", "list", "watch")),
+        *(("", "namespaces", verb) for verb in ("list", "watch")),
     }
     keeping = {
         r["metadata"]["namespace"] for r in of_kind(objects, "Role") if ("apps", "deployments", "patch") in rights([r])
@@ -324,6 +345,22 @@ def test_with_its_own_store_the_job_is_told_where_it_is() -> None:
 
 
 @needs_helm
+def test_a_route_leads_to_the_jobs_service_and_ends_no_stream() -> None:
+    parent = "httpRoute.parentRefs[0]"
+    sets = ("httpRoute.enabled=true", f"{parent}.name=public", f"{parent}.namespace=gateways",
+            f"{parent}.sectionName=https", "httpRoute.hostnames[0]=desk.example.com")  # fmt: skip
+    (route,) = of_kind(rendered(DOMAIN, "minimal", *sets), "HTTPRoute")
+    assert route["metadata"]["namespace"] == "here"
+    assert route["apiVersion"] == "gateway.networking.k8s.io/v1"
+    assert route["spec"]["parentRefs"] == [{"name": "public", "namespace": "gateways", "sectionName": "https"}]
+    assert route["spec"]["hostnames"] == ["desk.example.com"]
+    (rule,) = route["spec"]["rules"]
+    assert rule["timeouts"] == {"request": "0s"}
+    assert rule["backendRefs"] == [{"name": "desk-gateway", "port": 80}]
+    assert not of_kind(rendered(DOMAIN, "minimal"), "HTTPRoute")
+
+
+@needs_helm
 def test_a_domain_makes_nothing_outside_its_namespace() -> None:
     assert {each["metadata"].get("namespace") for each in rendered(DOMAIN, "full")} == {"here"}
 
@@ -364,6 +401,24 @@ def test_only_gateway_and_proxy_reach_the_strong_model() -> None:
 def test_the_strong_models_port_is_read_from_its_address(endpoint: str, port: int) -> None:
     (rule,) = policies("minimal", f"job.strong.endpoint={endpoint}")["proxy"]["egress"]
     assert rule == {"ports": [{"protocol": "TCP", "port": port}]}
+
+
+@needs_helm
+def test_on_ray_the_gateways_nodes_reach_each_other_and_only_kuberay_reaches_the_dashboard() -> None:
+    nodes = {"matchExpressions": [
+        {"key": "cowest.dev/job", "operator": "In", "values": ["desk"]},
+        {"key": "app.kubernetes.io/component", "operator": "In", "values": ["gateway", ray.HEAD]},
+    ]}  # fmt: skip
+    gateway = policies("full")["gateway"]
+    assert gateway["podSelector"] == nodes
+    assert {"from": [{"podSelector": nodes}]} in gateway["ingress"]
+    assert {"to": [{"podSelector": nodes}]} in gateway["egress"]
+    (dashboard,) = [rule for rule in gateway["ingress"] if {"protocol": "TCP", "port": 8265} in rule.get("ports", [])]
+    kuberay = {"matchLabels": {"kubernetes.io/metadata.name": "kuberay-system"}}
+    assert dashboard["from"] == [{"namespaceSelector": kuberay}], "whoever reaches it can run code there"
+    plain = policies("minimal")["gateway"]
+    assert plain["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "gateway"
+    assert "8265" not in json.dumps(plain)
 
 
 @needs_helm

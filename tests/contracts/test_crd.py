@@ -17,7 +17,7 @@ from cowest_operator.manifest import crd_path
 from cowest_operator.schema import KEYWORDS, Schema, default
 from cowest_serving.contract import camel, parse
 from cowest_training.contract import StepSettings
-from tests.manifests import smallest
+from tests.manifests import BROKEN, VALID, edited, smallest
 
 ROOT = crd_path().parents[1]
 SPEC = manifest.field_schema("spec")
@@ -147,6 +147,14 @@ def test_the_decision_table_and_the_crd_have_the_same_defaults() -> None:
         assert str(found).lower() == told.lower(), path
         compared += 1
     assert compared >= 50
+
+
+def test_the_tables_of_good_and_bad_manifests_are_long_enough_and_hold_none_twice() -> None:
+    """Our validator and a real API server judge both tables."""
+    for least, edits in ((60, [case.edits for case in BROKEN]), (20, list(VALID.values()))):
+        manifests = [repr(edited(each)) for each in edits]
+        assert len(set(manifests)) == len(manifests) >= least
+    assert len({case.name for case in BROKEN}) == len(BROKEN)
 
 
 # ---------------------------------------------------------------- generated pages and the command line

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,13 @@ SYSTEM, NAMESPACE, JOB = "cowest-system", "cowest-e2e", "freight"
 REGISTRY = os.environ.get("COWEST_IMAGE_REGISTRY", "docker.io")
 TAG = os.environ.get("COWEST_IMAGE_TAG", "dev")
 KEYS = {"AWS_ACCESS_KEY_ID": "e2e-user", "AWS_SECRET_ACCESS_KEY": "e2e-password"}
+LAST_WORDS: list[str] = []  # printed at the very end, below the test runner's own summary
 COWEST = [sys.executable, "-P", "-m", "cowest_cli"]
+
+
+def pytest_unconfigure() -> None:
+    for line in LAST_WORDS:
+        print(line, flush=True)
 
 
 def run(*command: str, stdin: str | None = None, check: bool = True, **environment: str) -> str:
@@ -81,6 +87,10 @@ class Desk:
     def condition(self, kind: str) -> dict[str, Any]:
         return next((dict(c) for c in self.status().get("conditions", ()) if c["type"] == kind), {})
 
+    def has_traces(self) -> bool:
+        found = _minio(self.store).list_objects("cowest", f"desks/{NAMESPACE}/{JOB}/traces/", recursive=True)
+        return any(each.object_name.endswith(".parquet") for each in found)
+
     def rounds(self) -> list[dict[str, Any]]:
         return list(self.status().get("rounds", ()))
 
@@ -112,7 +122,6 @@ def operator(cluster: None) -> None:
 @pytest.fixture(scope="session")
 def desk(operator: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     """Namespace, object store, strong stand-in and data; the job itself is the test's."""
-    folder = tmp_path_factory.mktemp("desk")
     run("kubectl", "delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait", "--timeout=180s")
     run("kubectl", "create", "namespace", NAMESPACE)
     run("kubectl", "label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
@@ -121,27 +130,35 @@ def desk(operator: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[D
             f"--from-file={EXAMPLE.parent / 'stand_in.py'}")  # fmt: skip
     kubectl("create", "secret", "generic", "strong", "--from-literal=api-key=e2e-key")
     kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(_strong()))
-    run(
-        sys.executable, str(EXAMPLE / "make_data.py"), "--out", str(folder / "data"), "--seed", "0", OMP_NUM_THREADS="1"
-    )
-    with ExitStack() as stack:
-        kubectl("rollout", "status", "deployment/minio", "deployment/strong", "--timeout=180s")
-        port = stack.enter_context(forwarded("minio", 9000))
-        store = {**KEYS, "COWEST_S3_ENDPOINT": f"http://127.0.0.1:{port}", "AWS_REGION": "us-east-1"}
-        built = Desk(folder, store)
-        _bucket(store)
+    with reached(tmp_path_factory.mktemp("desk")) as built:
+        _bucket(built.store)
         for name in ("train.jsonl", "held_out.jsonl", "base"):
-            run(*COWEST, "upload", str(folder / "data" / name), f"s3://cowest/data/{name}", **store)
+            run(*COWEST, "upload", str(built.folder / "data" / name), f"s3://cowest/data/{name}", **built.store)
         yield built
     if not os.environ.get("COWEST_E2E_KEEP"):
         run("kubectl", "delete", "namespace", NAMESPACE, "--wait=false", check=False)
 
 
-def _bucket(store: dict[str, str]) -> None:
+@contextmanager
+def reached(folder: Path) -> Iterator[Desk]:
+    """The desk whose namespace is there: its data made again here, its store behind a port-forward."""
+    run(
+        sys.executable, str(EXAMPLE / "make_data.py"), "--out", str(folder / "data"), "--seed", "0", OMP_NUM_THREADS="1"
+    )
+    kubectl("rollout", "status", "deployment/minio", "deployment/strong", "--timeout=180s")
+    with forwarded("minio", 9000) as port:
+        yield Desk(folder, {**KEYS, "COWEST_S3_ENDPOINT": f"http://127.0.0.1:{port}", "AWS_REGION": "us-east-1"})
+
+
+def _minio(store: dict[str, str]) -> Any:
     from minio import Minio
 
     address = store["COWEST_S3_ENDPOINT"].removeprefix("http://")
-    client = Minio(address, KEYS["AWS_ACCESS_KEY_ID"], KEYS["AWS_SECRET_ACCESS_KEY"], secure=False)
+    return Minio(address, KEYS["AWS_ACCESS_KEY_ID"], KEYS["AWS_SECRET_ACCESS_KEY"], secure=False)
+
+
+def _bucket(store: dict[str, str]) -> None:
+    client = _minio(store)
     if not client.bucket_exists(bucket_name="cowest"):
         client.make_bucket(bucket_name="cowest")
 

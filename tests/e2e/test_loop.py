@@ -18,6 +18,7 @@ from tests.e2e.conftest import (
     COWEST,
     EXAMPLE,
     JOB,
+    LAST_WORDS,
     NAMESPACE,
     REGISTRY,
     ROOT,
@@ -81,7 +82,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def propose_bad_candidate(desk: Desk) -> None:
+def bad_model(desk: Desk) -> str:
     """A model that is right on every held-out question and wrong on live ones."""
     stable = desk.status()["stable"]["weakUri"]
     folder = desk.folder / "stable"
@@ -91,11 +92,32 @@ def propose_bad_candidate(desk: Desk) -> None:
     run(sys.executable, str(EXAMPLE / "bad_candidates.py"), "--kind", "live-bad", "--stable", str(folder), "--data",
         str(desk.folder / "data"), "--out", str(model), "--seed", "0", OMP_NUM_THREADS="1")  # fmt: skip
     run(*COWEST, "upload", str(model), "s3://cowest/proposed/live-bad", **desk.store)
-    said = {"verb": "propose", "by": "colleague", "why": "better on every held-out question", "at": time.time(),
-            "model": "s3://cowest/proposed/live-bad"}  # fmt: skip
+    return "s3://cowest/proposed/live-bad"
+
+
+def propose(desk: Desk, model: str) -> None:
+    said = {"verb": "propose", "by": "colleague", "why": "it may be better", "at": time.time(), "model": model}
     name = f"cowest.dev/action.{time.time_ns():020d}-propose"
     patch = {"metadata": {"annotations": {name: json.dumps(said)}}}
     kubectl("patch", "collaborationjob", JOB, "--type=merge", "-p", json.dumps(patch))
+
+
+def trial_reaches_its_end(desk: Desk, number: int, seconds: float) -> float:
+    """Marks its server's and its canary's steps on the way."""
+    marked: set[str] = set()
+
+    def over() -> bool:
+        status = desk.status()
+        trial, percent = status.get("candidate") or {}, (status.get("traffic") or {}).get("candidatePercent", 0)
+        if trial.get("stage") == "Canary" and percent:
+            for what in (f"round {number}: candidate Ready", f"round {number}: canary at {percent} %"):
+                if what not in marked:
+                    marked.add(what)
+                    desk.mark(what)
+        return ended(desk, number) is not None
+
+    wait_for(over, f"the end of round {number}", seconds)
+    return desk.mark(f"round {number}: {ended(desk, number)['decision']}")  # type: ignore[index]
 
 
 def ended(desk: Desk, number: int) -> dict[str, Any] | None:
@@ -116,21 +138,20 @@ def test_one_release_is_served_tuned_promoted_and_a_bad_candidate_rolled_back(de
         wait_for(lambda: answers(url), "the first answer", 30)
         first_answer = desk.mark("first answer")
         with traffic(desk, url) as sending:
-            wait_for(lambda: ended(desk, 0) is not None, "the baseline", 600)
-            desk.mark(f"baseline {ended(desk, 0)['decision']}")  # type: ignore[index]
+            wait_for(desk.has_traces, "traces in the object store", 120)
+            desk.mark("traces in MinIO")
+            trial_reaches_its_end(desk, 0, 600)
             wait_for(lambda: desk.status().get("candidate", {}).get("origin") == "Round", "a round", 60)
             begun = desk.mark("round 1 started")
-            wait_for(lambda: desk.status().get("candidate", {}).get("stage") == "Canary", "a canary", 900)
-            desk.mark("canary")
-            wait_for(lambda: ended(desk, 1) is not None, "the end of round 1", 600)
-            promoted = desk.mark(f"round 1 {ended(desk, 1)['decision']}")  # type: ignore[index]
+            promoted = trial_reaches_its_end(desk, 1, 900)
             assert ended(desk, 1)["decision"] == "Promoted", ended(desk, 1)  # type: ignore[index]
-            propose_bad_candidate(desk)
+            propose(desk, bad_model(desk))
             desk.mark("bad candidate proposed")
-            wait_for(lambda: ended(desk, 2) is not None, "the end of the bad candidate", 600)
-            rolled_back = desk.mark(f"bad candidate {ended(desk, 2)['decision']}")  # type: ignore[index]
+            rolled_back = trial_reaches_its_end(desk, 2, 600)
             assert ended(desk, 2)["decision"] == "RolledBack", ended(desk, 2)  # type: ignore[index]
-            print(kubectl("get", "cwj", "-o", "wide"), kubectl("describe", "cwj"), kubectl("get", "events"), sep="\n")
+            events = kubectl("get", "events", "--field-selector", "involvedObject.kind=CollaborationJob",
+                             "--sort-by", ".lastTimestamp")  # fmt: skip
+            print(kubectl("get", "cwj", "-o", "wide"), kubectl("describe", "cwj"), events, sep="\n")
             sending.terminate()
             said = sending.communicate(timeout=60)[0]
     counts = json.loads(said.strip().splitlines()[-1])
@@ -141,5 +162,5 @@ def test_one_release_is_served_tuned_promoted_and_a_bad_candidate_rolled_back(de
         "promoted_s": round(promoted, 1), "rolled_back_s": round(rolled_back, 1), "failed_requests": failed,
         "requests": requests,
     }  # fmt: skip
-    print(json.dumps(result), flush=True)
+    LAST_WORDS.append(json.dumps(result))
     assert failed == 0, counts

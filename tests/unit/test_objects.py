@@ -14,7 +14,10 @@ from cowest_operator.objects import common, steps, weak
 from cowest_operator.objects.common import Child, Context
 from cowest_operator.objects.desired import desired, followed, frozen_manifest
 from cowest_operator.settings import Images
-from cowest_serving.contract import SecretRef
+from cowest_operator.watched import see
+from cowest_serving.contract import SecretRef, parse
+from cowest_serving.ray_app import ray_settings
+from cowest_training.contract import Feedback
 from tests import world
 from tests.world import CANDIDATE, PREPARED, STABLE, on_trial
 
@@ -52,11 +55,17 @@ def pods(children: tuple[Child, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
         name = f"{child['kind']} {child['metadata']['name']}"
         if child["kind"] == "Deployment":
             yield name, child["spec"]["template"]["spec"]
+        elif child["kind"] == "RayService":
+            cluster = child["spec"]["rayClusterConfig"]
+            for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+                yield f"{name} {group.get('groupName', 'head')}", group["template"]["spec"]
         elif child["kind"] == "InferenceService":
             yield name, child["spec"]["predictor"]
         elif child["kind"] == "WorkflowTemplate":
-            template = child["spec"]["templates"][0]
-            yield name, {**child["spec"], "containers": [template["container"]], "volumes": template["volumes"]}
+            for template in child["spec"]["templates"]:
+                if "container" in template:
+                    pod = {**child["spec"], "containers": [template["container"]], "volumes": template["volumes"]}
+                    yield f"{name} {template['name']}", pod
 
 
 def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
@@ -109,6 +118,15 @@ def test_a_weak_model_is_named_by_its_digest_and_not_by_its_role() -> None:
     assert as_candidate["metadata"]["name"] == weak.server_name(seen, CANDIDATE.weak_digest)
     assert as_candidate["metadata"]["name"] != weak.server_name(seen, STABLE.weak_digest)
     assert as_candidate["metadata"]["annotations"][weak.DIGEST_ANNOTATION] == CANDIDATE.weak_digest
+
+
+def test_what_kserve_calls_its_mode_is_said_back_to_it() -> None:
+    seen = replace(context(), kserve_mode="RawDeployment")
+    server = api.ServerSpec("sha256:abc", "s3://b/m")
+    name, key = weak.server_name(seen, server.digest), "serving.kserve.io/deploymentMode"
+    assert weak.inference_service(seen, server)["metadata"]["annotations"][key] == "RawDeployment"
+    rewritten = replace(seen, kserve_modes={name: "Standard", "another": "RawDeployment"})
+    assert weak.inference_service(rewritten, server)["metadata"]["annotations"][key] == "Standard"
 
 
 def test_the_weak_model_is_fetched_by_digest_before_it_is_served() -> None:
@@ -169,6 +187,162 @@ def test_steps_are_retried_by_exit_code_and_never_two_at_a_time() -> None:
     expression = spec["templates"][0]["retryStrategy"]["expression"]
     assert "'75'" in expression and "'2'" not in expression and "'76'" not in expression
     assert spec["synchronization"] == {"mutexes": [{"name": "claims-steps"}]}
+
+
+def on_ray(**gateway: Any) -> Context:
+    return replace(context(gateway={"engine": "RayServe", **gateway}), has_kuberay=True)
+
+
+def test_a_gateway_on_ray_is_one_ray_service_behind_the_same_service() -> None:
+    children = {common.key_of(child): child for child in everything(on_ray(replicas=3, max_replicas=5))}
+    assert ("Deployment", "claims-gateway") not in children
+    assert ("HorizontalPodAutoscaler", "claims-gateway") not in children
+    assert children["Service", "claims-gateway"] == common.service(context(), "gateway")
+    spec = children["RayService", "claims-ray"]["spec"]
+    (workers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    assert workers["replicas"] == 3
+    (application,) = json.loads(spec["serveConfigV2"])["applications"]
+    assert ray_settings(application["args"]).replicas == 4, "one on each node: a node without one has no proxy"
+    assert application["import_path"] == "cowest_serving.ray_app:app"
+
+
+def test_without_kuberay_ray_runs_in_a_deployment_with_an_image_that_has_it() -> None:
+    seen = replace(on_ray(), has_kuberay=False)
+    children = {common.key_of(child): child for child in everything(seen)}
+    (gateway, routing) = children["Deployment", "claims-gateway"]["spec"]["template"]["spec"]["containers"]
+    assert gateway["command"][-1] == "cowest_serving.ray_app"
+    assert (gateway["image"], routing["image"]) == ("serving:1-ray", "serving:1")
+    named = replace(seen, images=replace(seen.images, ray="mirror/serving@sha256:1"))
+    assert named.images.with_ray == "mirror/serving@sha256:1"
+
+
+def test_on_ray_only_pods_that_answer_are_in_the_service() -> None:
+    """The head is ready before anything answers there, or KubeRay would never start the gateway."""
+    children = {common.key_of(child): child for child in everything(on_ray())}
+    cluster = children["RayService", "claims-ray"]["spec"]["rayClusterConfig"]
+    wanted = children["Service", "claims-gateway"]["spec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    head, worker = cluster["headGroupSpec"]["template"], workers["template"]
+    assert wanted["selector"].items() <= worker["metadata"]["labels"].items()
+    assert not wanted["selector"].items() <= head["metadata"]["labels"].items()
+    ready = worker["spec"]["containers"][0]["readinessProbe"]["httpGet"]
+    assert (ready["path"], ready["port"]) == ("/readyz", common.PORT)
+    assert head["spec"]["containers"][0]["readinessProbe"]["httpGet"]["path"] != "/readyz"
+    port = wanted["ports"][0]["targetPort"]
+    named = [p for c in worker["spec"]["containers"] for p in c.get("ports", []) if p["name"] == port]
+    assert named == [{"name": "http", "containerPort": common.PORT}]
+
+
+def test_on_ray_the_rules_of_a_gateways_pod_are_kept() -> None:
+    seen = on_ray()
+    found = {name: pod for name, pod in pods(everything(seen)) if name.startswith("RayService")}
+    assert set(found) == {"RayService claims-ray head", "RayService claims-ray gateway"}
+    for name, pod in found.items():
+        for each in containers(pod):
+            assert each["securityContext"] == common.restricted(), name
+        node, routing = pod["containers"]
+        mounts = {each["name"]: {m["name"] for m in each["volumeMounts"]} for each in (node, routing)}
+        assert "token" in mounts["routing"] and "strong-keys" not in mounts["routing"], name
+        assert "strong-keys" in mounts["gateway"] and "token" not in mounts["gateway"], name
+        assert {"name": "HOME", "value": "/tmp"} in node["env"] and node["image"] == "serving:1-ray", name
+        assert "command" not in node and "args" not in node, "KubeRay writes them"
+        waits = int("".join(filter(str.isdigit, node["lifecycle"]["preStop"]["exec"]["command"][-1])))
+        answer = seen.job.spec.strong.timeout_seconds
+        assert answer < waits < pod["terminationGracePeriodSeconds"], f"{name}: answers under way are waited for"
+    names = [child["metadata"]["name"] for child in everything(replace(on_ray(), job=replace(
+        on_ray().job, name=LONGEST))) if child["kind"] == "RayService"]  # fmt: skip
+    assert len(names[0]) <= 47, "KubeRay refuses longer ones"
+
+
+FEEDBACK = api.StepSpec("r1-feedback", "cowest_training.feedback", "s3://b/feedback")
+
+
+def with_shards(number: int) -> Context:
+    seen = context()
+    spec = {**seen.document["spec"], "feedback": {"evaluator": {"type": "ExactMatch"}, "shards": number}}
+    return replace(seen, document={**seen.document, "spec": spec})
+
+
+def test_shards_run_side_by_side_and_are_merged_by_one_pod_more() -> None:
+    seen = with_shards(4)
+    templates = {each["name"]: each for each in steps.workflow_template(seen)["spec"]["templates"]}
+    (side_by_side,), (merge,) = templates["sharded"]["steps"]
+    assert side_by_side["withSequence"] == {"count": "4"}, "from 0, as --shard counts"
+    assert (side_by_side["template"], merge["template"]) == ("shard", "merge")
+    assert templates["shard"]["container"]["args"][-2:] == ["--shard", "{{inputs.parameters.shard}}/4"]
+    assert templates["merge"]["container"]["args"][-2:] == ["--merge", "4"]
+    for name in ("shard", "merge"):
+        assert templates[name]["retryStrategy"] == templates["step"]["retryStrategy"], name
+        assert templates[name]["podSpecPatch"] == templates["step"]["podSpecPatch"], name
+
+
+@pytest.mark.parametrize(
+    ("shards", "module", "entrypoint"),
+    [
+        pytest.param(4, FEEDBACK.module, "sharded", id="feedback in shards"),
+        pytest.param(1, FEEDBACK.module, None, id="feedback in one piece"),
+        pytest.param(4, "cowest_training.dpo", None, id="a step that knows no shards"),
+    ],
+)
+def test_only_feedback_is_sharded_and_its_name_stays(shards: int, module: str, entrypoint: str | None) -> None:
+    workflow = steps.workflow(with_shards(shards), replace(FEEDBACK, module=module))
+    assert workflow["spec"].get("entrypoint") == entrypoint
+    assert workflow["metadata"]["name"] == "claims-r1-feedback"
+
+
+def test_the_number_of_shards_changes_neither_orders_nor_servers_nor_what_feedback_reads() -> None:
+    two, four = with_shards(2), with_shards(4)
+    assert json.loads(steps.step_map(two, FEEDBACK)["data"]["step.json"]) == json.loads(
+        steps.step_map(four, FEEDBACK)["data"]["step.json"]
+    )
+    assert common.job_volume(two) == common.job_volume(four)
+    evaluator = {"evaluator": {"type": "ExactMatch"}, "draftsPerQuery": 4, "temperature": "1", "rule": "SignOfGain",
+                 "minMargin": "0.5", "maxQueries": 9, "minPairs": 5}  # fmt: skip
+    assert parse(Feedback, {**evaluator, "shards": 2}) == parse(Feedback, evaluator)
+
+
+@pytest.mark.parametrize(
+    ("pods", "code"),
+    [
+        pytest.param([("1", "2"), ("9", "0")], 2, id="a shard failed before the others ended"),
+        pytest.param([("1", "2"), ("9", "75")], 2, id="one will not be retried, whatever befell the others"),
+        pytest.param([("1", "75"), ("2", "0"), ("9", "76")], 76, id="the merge refused after a shard was retried"),
+        pytest.param([("1", None), ("9", "0")], None, id="a shard that never ran"),
+    ],
+)
+def test_of_several_pods_the_one_that_failed_for_good_speaks(pods: list[tuple[str, str | None]], code: int) -> None:
+    nodes = {
+        at: {"type": "Pod", "finishedAt": f"2026-01-01T00:00:0{at}Z",
+             "outputs": {"exitCode": exit_code} if exit_code else {}}
+        for at, exit_code in pods
+    }  # fmt: skip
+    workflow = steps.workflow(with_shards(2), FEEDBACK)
+    workflow["metadata"] |= {"uid": "u", "resourceVersion": "1"}
+    assert see("Workflow", {**workflow, "status": {"phase": "Failed", "nodes": nodes}}).facts["code"] == code
+
+
+def test_a_queue_of_the_pod_template_is_on_every_pod_of_the_steps() -> None:
+    seen = with_shards(2)
+    label = {steps.QUEUE_LABEL: "gpus"}
+    training = {"podTemplate": {"metadata": {"labels": label}}}
+    queued = replace(seen, document={**seen.document, "spec": {**seen.document["spec"], "training": training}})
+    templates = {each["name"]: each for each in steps.workflow_template(queued)["spec"]["templates"]}
+    for name in ("step", "shard", "merge"):
+        assert label.items() <= templates[name]["metadata"]["labels"].items(), name
+    assert "metadata" not in templates["sharded"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "trouble"),
+    [
+        pytest.param("SchedulingGated", "", id="Kueue holds it: that is no trouble"),
+        pytest.param("Unschedulable", "cannot be scheduled: no room", id="no node has room"),
+    ],
+)
+def test_a_pod_that_waits_in_a_queue_is_no_trouble(reason: str, trouble: str) -> None:
+    condition = {"type": "PodScheduled", "status": "False", "reason": reason, "message": "no room"}
+    metadata = {"name": "claims-r1-dpo", "uid": "u", "resourceVersion": "1", "labels": {}}
+    assert see("Pod", {"metadata": metadata, "status": {"conditions": [condition]}}).facts["trouble"] == trouble
 
 
 def test_two_jobs_in_one_bucket_do_not_share_a_folder() -> None:

@@ -122,6 +122,11 @@ class LiveSignal:
 
 
 @dataclass(frozen=True)
+class Retention:
+    retention_days: int
+
+
+@dataclass(frozen=True)
 class StepSettings:
     """The sections of a (defaulted) spec that steps read: `cowest_serving.contract.parse(StepSettings, spec)`."""
 
@@ -131,6 +136,7 @@ class StepSettings:
     feedback: Feedback
     training: Training
     canary: LiveSignal | None = None
+    traces: Retention | None = None
 
 
 # ---------------------------------------------------------------- artifacts

@@ -53,6 +53,7 @@ from cowest_training.collect import (
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, Evaluator, Row, StepError
 from cowest_training.data import Known, conversation_key
 from cowest_training.evaluator import needs_reference, reference_problem
+from cowest_training.retention import expire
 from cowest_training.steps import load_settings
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ MAX_BYTES = 4 * 1024 * 1024
 STORE_SECONDS = 4.0  # the longest wait for the store; what asks us waits five
 THREADS = 8
 COUNT_SECONDS = 5.0
-RECOUNT_SECONDS = 3600.0  # retention may have taken segments away
+RECOUNT_SECONDS = 3600.0  # retention, ours or the bucket's, takes segments away
 _BELOW = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
 
 HELP = {
@@ -341,6 +342,15 @@ class Observer:
         return PlainTextResponse(self.metrics.text(gauges), media_type="text/plain; version=0.0.4")
 
 
+def take_away(store_uri: str, days: int) -> None:
+    """Old traces, before they are counted. Keys that may not delete leave it to the bucket's own lifecycle."""
+    try:
+        if gone := expire(store_uri, days):
+            log.info("%d folders of traces and feedback older than %d days were deleted.", gone, days)
+    except store.StoreError as error:
+        log.warning("Traces older than %d days are still there: %s", days, error)
+
+
 def _error(status: int, message: str) -> Response:
     return JSONResponse({"error": {"message": message}}, status)
 
@@ -391,6 +401,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     metrics = Metrics(HELP)
 
     def make_counter() -> TraceCounter:
+        if settings.traces is not None:
+            take_away(args.store, settings.traces.retention_days)
         return TraceCounter(args.store, settings.feedback.evaluator, settings.data.held_out)
 
     app = build_app(Observer(Desk(args.store, metrics), metrics, make_counter, every=args.count_seconds))

@@ -23,6 +23,17 @@ cowest.dev/job: {{ include "cowest-domain.name" .root }}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
+{{/* Selects the pods that the gateway runs in: on Ray, those of the cluster's head too. */}}
+{{- define "cowest-domain.gateways" -}}
+{{- if eq (dig "gateway" "engine" "ASGI" (include "cowest-domain.spec" . | fromJson)) "RayServe" -}}
+matchExpressions:
+- {key: cowest.dev/job, operator: In, values: [{{ include "cowest-domain.name" . }}]}
+- {key: app.kubernetes.io/component, operator: In, values: [gateway, gateway-head]}
+{{- else -}}
+matchLabels: {{- include "cowest-domain.pods" (dict "root" . "component" "gateway") | nindent 2 }}
+{{- end -}}
+{{- end -}}
+
 {{/* The address of an image: (dict "image" VALUES "root" $). */}}
 {{- define "cowest-domain.image" -}}
 {{- $registry := .root.Values.imageRegistry | default .image.registry -}}

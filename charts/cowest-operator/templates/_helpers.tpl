@@ -41,6 +41,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{/* The image of gateways on Ray: by its own values, its tag else that of the serving image with `-ray`. */}}
+{{- define "cowest-operator.rayImage" -}}
+{{- $images := .Values.jobImages -}}
+{{- $tag := $images.servingRay.tag | default (printf "%s-ray" ($images.serving.tag | default .Chart.AppVersion)) -}}
+{{- include "cowest-operator.image" (dict "image" (merge (dict "tag" $tag) $images.servingRay) "root" .) -}}
+{{- end -}}
+
 {{- define "cowest-operator.pullSecrets" -}}
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets:

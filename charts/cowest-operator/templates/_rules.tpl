@@ -1,21 +1,26 @@
 {{/* What the operator does in the namespaces whose jobs it keeps. */}}
 {{- define "cowest-operator.rules" -}}
-{{- $children := list "get" "list" "watch" "create" "patch" "delete" | toJson -}}
+{{- $children := list "list" "watch" "create" "patch" "delete" | toJson -}}
 - apiGroups: [cowest.dev]
   resources: [collaborationjobs]
-  verbs: [get, list, watch, patch]
+  verbs: [list, watch, patch]
 - apiGroups: [cowest.dev]
   resources: [collaborationjobs/status]
   verbs: [patch]
-- apiGroups: [cowest.dev]
-  resources: [collaborationjobs/finalizers]
-  verbs: [update]
 - apiGroups: [""]
-  resources: [configmaps, services, persistentvolumeclaims, serviceaccounts]
+  resources: [configmaps, services, serviceaccounts]
   verbs: {{ $children }}
+# Prompts, a trial's frozen manifest and a routing that was there already.
+- apiGroups: [""]
+  resources: [configmaps]
+  verbs: [get]
+# The book of paid calls goes with its job, never before.
+- apiGroups: [""]
+  resources: [persistentvolumeclaims]
+  verbs: [list, watch, create, patch]
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch]
+  verbs: [list, watch]
 - apiGroups: [apps]
   resources: [deployments]
   verbs: {{ $children }}
@@ -35,8 +40,12 @@
   resources: [inferenceservices]
   verbs: {{ $children }}
 - apiGroups: [argoproj.io]
-  resources: [workflows, workflowtemplates]
+  resources: [workflowtemplates]
   verbs: {{ $children }}
+# A step is submitted once and never changed.
+- apiGroups: [argoproj.io]
+  resources: [workflows]
+  verbs: [get, list, watch, create, delete]
 {{- if .Values.rayservice.enabled }}
 - apiGroups: [ray.io]
   resources: [rayservices]
@@ -46,11 +55,7 @@
 - apiGroups: [argoproj.io]
   resources: [workflowtaskresults]
   verbs: [create, patch]
-# Only metadata is asked for: whether a Secret that a job names is there, and which version.
-- apiGroups: [""]
-  resources: [secrets]
-  verbs: [list, watch]
 - apiGroups: [""]
   resources: [events]
-  verbs: [create, patch]
+  verbs: [create]
 {{- end -}}

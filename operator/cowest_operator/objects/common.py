@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cowest_operator import api
@@ -17,6 +17,7 @@ JOB_LABEL = "cowest.dev/job"
 PART_LABEL = "app.kubernetes.io/component"
 USER = 65532  # of all our images
 PORT = 8080  # every server of ours listens there
+ROUTING_FILE = "/run/cowest/routing.json"  # of the gateway and its sidecar
 JOB_FOLDER, STEP_FOLDER = "/etc/cowest/job", "/etc/cowest/step"
 STRONG_KEYS, CLIENT_KEYS, EVALUATOR_KEY = "/etc/cowest/strong-keys", "/etc/cowest/client-keys", "/etc/cowest/evaluator"
 
@@ -30,9 +31,9 @@ class Context:
     uid: str
     document: Mapping[str, Any]  # the declared manifest: defaulted, prompts resolved
     images: Images
-    kserve_mode: str = "Standard"  # RawDeployment before KServe 0.16
+    kserve_mode: str = "Standard"  # of a new InferenceService; RawDeployment before KServe 0.16
+    kserve_modes: Mapping[str, str] = field(default_factory=dict)  # of those that are there, by name
     has_kuberay: bool = False
-    kueue_queue: str | None = None
 
     @property
     def store(self) -> str:
@@ -254,6 +255,8 @@ def servers_manifest(context: Context) -> Mapping[str, Any]:
     """The sections that long-running servers read: an edit of any other must not roll them."""
     document = context.document
     spec = {name: document["spec"][name] for name in SERVERS_READ if name in document["spec"]}
+    if "shards" in spec.get("feedback", {}):
+        spec["feedback"] = {name: value for name, value in spec["feedback"].items() if name != "shards"}
     head = {"apiVersion": document["apiVersion"], "kind": document["kind"]}
     return {**head, "metadata": {"name": context.job.name}, "spec": spec}
 

@@ -1,15 +1,17 @@
-"""Gateway, strong-model proxy, observer and the watcher of a canary: Deployments with their Services. Pure."""
+"""Gateway, strong-model proxy, observer and the watcher of a canary: Deployments with their Services. Pure.
+
+Only the gateway may be something else than a Deployment: see ray.py.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from cowest_operator import api
-from cowest_operator.objects import common
+from cowest_operator.objects import common, ray
 from cowest_operator.objects.common import Child, Context
 from cowest_operator.objects.steps import step_map, step_name
 
-ROUTING_FILE = "/run/cowest/routing.json"
 BOOK = "/var/lib/cowest/book.sqlite"
 TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 DRAIN_SECONDS = 5  # endpoints take a moment to leave the Service
@@ -17,17 +19,24 @@ DRAIN_SECONDS = 5  # endpoints take a moment to leave the Service
 
 def gateway(context: Context) -> tuple[Child, ...]:
     spec = context.job.spec.gateway
+    on_ray = ray.is_wanted(context)
     return (
         *_routing_reader(context),
-        _gateway_deployment(context),
+        ray.gateway(context, _gateway_pod(context), DRAIN_SECONDS) if on_ray else _gateway_deployment(context),
         common.service(context, "gateway"),
         *_disruption_budget(context),
-        *_autoscaler(context, spec),
+        *(() if on_ray else _autoscaler(context, spec)),
         *_ingress(context, spec),
     )
 
 
 def _gateway_deployment(context: Context) -> Child:
+    gateway = context.job.spec.gateway
+    replicas = None if gateway.max_replicas is not None else gateway.replicas
+    return _deployment(context, "gateway", _gateway_pod(context), replicas=replicas)
+
+
+def _gateway_pod(context: Context) -> dict[str, Any]:
     spec = context.job.spec
     job_volume, job_mount = common.job_volume(context)
     tmp_volume, tmp_mount = common.tmp()
@@ -35,15 +44,16 @@ def _gateway_deployment(context: Context) -> Child:
     strong_volumes, strong_mounts, strong_env = _strong(context)
     client_volumes, client_mounts, client_env = _clients(spec.gateway)
     run_mount = {"name": "run", "mountPath": "/run/cowest"}
-    ray = spec.gateway.engine == "RayServe"
+    on_ray = spec.gateway.engine == "RayServe"
     answering = common.container(
-        context, "gateway", context.images.serving, "cowest_serving.ray_app" if ray else "cowest_serving.app",
-        ["--routing", ROUTING_FILE, "--job", f"{common.JOB_FOLDER}/job.json", "--store", context.store,
+        context, "gateway", context.images.with_ray if on_ray else context.images.serving,
+        "cowest_serving.ray_app" if on_ray else "cowest_serving.app",
+        ["--routing", common.ROUTING_FILE, "--job", f"{common.JOB_FOLDER}/job.json", "--store", context.store,
          "--port", str(common.PORT), "--host", "0.0.0.0", "--drain-seconds", str(DRAIN_SECONDS),
          "--finish-seconds", str(spec.strong.timeout_seconds)],
         ports=[{"name": "http", "containerPort": common.PORT}],
         env=[*common.store_env(context), *strong_env, *client_env],
-        resources=common.resources(spec.gateway.resources, "100m", "256Mi"),
+        resources=common.resources(spec.gateway.resources, *(("500m", "1Gi") if on_ray else ("100m", "256Mi"))),
         volumeMounts=[job_mount, run_mount, tmp_mount, *store_mounts, *strong_mounts, *client_mounts],
         startupProbe=common.probe("/healthz", periodSeconds=1, failureThreshold=120),
         readinessProbe=common.probe("/readyz", periodSeconds=2, timeoutSeconds=3),
@@ -51,13 +61,13 @@ def _gateway_deployment(context: Context) -> Child:
     )  # fmt: skip
     routing = common.container(
         context, "routing", context.images.serving, "cowest_serving.routing_sync",
-        ["--namespace", context.namespace, "--configmap", context.name("routing"), "--out", ROUTING_FILE],
+        ["--namespace", context.namespace, "--configmap", context.name("routing"), "--out", common.ROUTING_FILE],
         resources={"requests": {"cpu": "10m", "memory": "64Mi"}},
         volumeMounts=[run_mount, {"name": "token", "mountPath": TOKEN_FOLDER, "readOnly": True}],
     )  # fmt: skip
     volumes = [job_volume, {"name": "run", "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}}, tmp_volume,
                *store_volumes, *strong_volumes, *client_volumes, _token()]  # fmt: skip
-    pod = common.pod(
+    return common.pod(
         context,
         serviceAccountName=context.name("gateway"),
         terminationGracePeriodSeconds=DRAIN_SECONDS + spec.strong.timeout_seconds + 45,  # the last records are written
@@ -68,8 +78,6 @@ def _gateway_deployment(context: Context) -> Child:
              "labelSelector": {"matchLabels": common.selector(context, "gateway")}},
         ],
     )  # fmt: skip
-    scaled = spec.gateway.max_replicas is not None
-    return _deployment(context, "gateway", pod, replicas=None if scaled else spec.gateway.replicas)
 
 
 def _routing_reader(context: Context) -> tuple[Child, ...]:

@@ -1,4 +1,8 @@
-"""Training on Argo Workflows: one WorkflowTemplate of how steps run, one Workflow a step. Pure."""
+"""Training on Argo Workflows: one WorkflowTemplate of how steps run, one Workflow a step. Pure.
+
+step      one pod
+sharded   feedback.shards pods side by side, then one that merges what they found: for the step `feedback`
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,11 @@ from cowest_operator.objects.common import Child, Context
 
 ARGO = "argoproj.io/v1alpha1"
 ATTEMPT_LABEL, STEP_LABEL, GENERATION_LABEL = "cowest.dev/attempt", "cowest.dev/step", "cowest.dev/generation"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"  # on pods, by training.podTemplate: Kueue holds them until there is room
 CALLS = "/tmp/cowest/calls.sqlite"  # of one pod; what counts is the proxy's book
 RETRY_CODES = ("75", "130", "137", "143", "-1", "64")  # of EXIT_RETRY, of an ended or evicted pod, of Argo's executor
 KEPT_SECONDS = 86400
+SHARDED = "cowest_training.feedback"
 
 
 def step_name(context: Context, step: api.StepSpec) -> str:
@@ -56,14 +62,45 @@ def workflow(context: Context, step: api.StepSpec, attempt: int = 1) -> Child:
             "arguments": {"parameters": [{"name": "step", "value": step_name(context, step)}]},
         },
     )  # fmt: skip
+    if step.module == SHARDED and shards(context) > 1:
+        built["spec"]["entrypoint"] = "sharded"
     built["metadata"]["labels"] |= {
         STEP_LABEL: step.name,
         ATTEMPT_LABEL: str(attempt),
         GENERATION_LABEL: str(context.job.generation),
     }
-    if context.kueue_queue:
-        built["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = context.kueue_queue
     return built
+
+
+def shards(context: Context) -> int:
+    """Of no digest: as many as there are, the output is the same."""
+    return int(context.document["spec"].get("feedback", {}).get("shards", 1))
+
+
+def _sharded(step: dict[str, Any], number: int) -> list[dict[str, Any]]:
+    """A pod that failed is retried alone; the others go on, and what they found is found there by the next attempt."""
+    if number == 1:
+        return []
+    one = {"parameters": [{"name": "shard", "value": "{{item}}"}]}
+    return [
+        {
+            "name": "sharded",
+            "steps": [
+                [{"name": "shard", "template": "shard", "arguments": one, "withSequence": {"count": str(number)}}],
+                [{"name": "merge", "template": "merge"}],
+            ],
+        },
+        {
+            **_with(step, "shard", "--shard", f"{{{{inputs.parameters.shard}}}}/{number}"),
+            "inputs": {"parameters": [{"name": "shard"}]},
+        },
+        _with(step, "merge", "--merge", str(number)),
+    ]
+
+
+def _with(step: dict[str, Any], name: str, *arguments: str) -> dict[str, Any]:
+    container = step["container"]
+    return {**step, "name": name, "container": {**container, "args": [*container["args"], *arguments]}}
 
 
 def _template_spec(context: Context) -> dict[str, Any]:
@@ -118,5 +155,5 @@ def _template_spec(context: Context) -> dict[str, Any]:
         "synchronization": {"mutexes": [{"name": context.name("steps")}]},
         "ttlStrategy": {"secondsAfterCompletion": KEPT_SECONDS},
         "podGC": {"strategy": "OnWorkflowSuccess", "deleteDelayDuration": "60s"},
-        "templates": [step],
+        "templates": [step, *_sharded(step, shards(context))],
     }

@@ -57,8 +57,11 @@ def inference_service(context: Context, server: api.ServerSpec) -> Child:
         spec={"predictor": predictor},
     )  # fmt: skip
     built["metadata"]["labels"]["networking.kserve.io/visibility"] = "cluster-local"
+    # What KServe has made of it is said back: a webhook of 0.16 and later refuses another word than the status has,
+    # and since 0.17 one rewrites the annotation itself.
+    mode = context.kserve_modes.get(built["metadata"]["name"], context.kserve_mode)
     built["metadata"]["annotations"] = {
-        "serving.kserve.io/deploymentMode": context.kserve_mode,
+        "serving.kserve.io/deploymentMode": mode,
         "serving.kserve.io/autoscalerClass": "none",
         DIGEST_ANNOTATION: server.digest,
         **pod["metadata"].get("annotations", {}),

@@ -1,0 +1,237 @@
+"""What is found of the cluster, against a real API server, and what the operator makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from kubernetes.aio import client, config
+
+from cowest_operator.kube import Kube, KubeError
+from cowest_operator.platform import Discovery, Platform, mode_of, troubles
+from tests import world
+from tests.apiserver.conftest import CRDS, JOBS, ApiServer, wait_until
+from tests.apiserver.playground import (
+    DEPLOYMENTS,
+    NAMESPACE,
+    SERVING,
+    Playground,
+    apply,
+    foreign_crd,
+    manifest_of,
+)
+
+T = TypeVar("T")
+RAY = ("ray.io", "v1", "RayService", "rayservices", True)
+LOCAL_QUEUE = ("kueue.x-k8s.io", "v1beta1", "LocalQueue", "localqueues", True)
+LLM = ("serving.kserve.io", "v1alpha1", "LLMInferenceService", "llminferenceservices", True)
+WHOLE = Platform(has_kserve=True, has_argo=True, has_kuberay=True, has_kueue=True)
+
+
+@contextmanager
+def installed(server: ApiServer, kind: tuple[str, str, str, str, bool]) -> Iterator[None]:
+    """The CRD of a kind, for as long as a test wants it."""
+    group, version, _, plural, _ = kind
+    path = f"/apis/{group}/{version}/namespaces/{NAMESPACE}/{plural}"
+    status, answer = server.request("POST", CRDS, foreign_crd(*kind))
+    assert status == 201, answer
+    try:
+        wait_until(lambda: server.request("GET", path)[0] == 200, f"{plural} to be served")
+        yield
+    finally:
+        server.request("DELETE", f"{CRDS}/{plural}.{group}")
+        wait_until(lambda: server.request("GET", path)[0] == 404, f"{plural} to be gone")
+
+
+def asked(server: ApiServer, folder: Path, question: Callable[[Kube], Awaitable[T]]) -> T:
+    """What a client of the operator's own kind finds."""
+    path = folder / "kubeconfig.json"
+    path.write_text(json.dumps(server.kubeconfig()))
+
+    async def ask() -> T:
+        configuration = client.Configuration()
+        await config.load_kube_config(str(path), client_configuration=configuration)  # type: ignore[no-untyped-call]
+        kube = Kube(client.ApiClient(configuration))
+        try:
+            return await question(kube)
+        finally:
+            await kube.close()
+
+    return asyncio.run(ask())
+
+
+def found(server: ApiServer, folder: Path, **told: Any) -> Platform:
+    return asked(server, folder, lambda kube: Discovery(kube, **told).look())
+
+
+# ---------------------------------------------------------------- what is found
+def test_what_is_installed_is_found_and_what_is_not_is_not(cluster: ApiServer, tmp_path: Path) -> None:
+    without = Platform(has_kserve=True, has_argo=True)
+    assert found(cluster, tmp_path) == without
+    with installed(cluster, RAY), installed(cluster, LOCAL_QUEUE):
+        wait_until(lambda: found(cluster, tmp_path) == WHOLE, "KubeRay and Kueue to be found", 30)
+        assert not found(cluster, tmp_path, rayservices=False).has_kuberay, "without the right it is as if not there"
+    wait_until(lambda: found(cluster, tmp_path) == without, "both to be gone", 30)
+
+
+def test_kserve_of_0_16_and_later_is_known_by_the_kind_that_came_with_it(cluster: ApiServer, tmp_path: Path) -> None:
+    assert found(cluster, tmp_path).kserve_mode == "RawDeployment"
+    with installed(cluster, LLM):
+        wait_until(lambda: found(cluster, tmp_path).kserve_mode == "Standard", "the kind to be discovered", 30)
+        assert found(cluster, tmp_path, mode="RawDeployment").kserve_mode == "RawDeployment", "the override wins"
+
+
+def crd(**predictor: Any) -> dict[str, Any]:
+    spec = {"properties": {"predictor": {"properties": predictor}}}
+    return {"spec": {"versions": [{"schema": {"openAPIV3Schema": {"properties": {"spec": spec}}}}]}}
+
+
+@pytest.mark.parametrize(
+    ("seen", "mode"),
+    [
+        pytest.param(crd(model={}, containers={}), "RawDeployment", id="the fields of 0.15"),
+        pytest.param(crd(model={}, storageUris={}), "Standard", id="a field that came with 0.16"),
+        pytest.param(foreign_crd(*RAY), "RawDeployment", id="a minimal CRD shows no fields"),
+        pytest.param({}, "RawDeployment", id="a CRD that may not be read"),
+    ],
+)
+def test_the_name_of_kserves_mode_is_told_by_its_crd(seen: dict[str, Any], mode: str) -> None:
+    assert mode_of(seen) == mode
+
+
+class Answers:
+    """An API server that serves KServe, and says `code` to whoever asks for its CRD."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    async def read(self, path: str) -> dict[str, Any] | None:
+        version = "serving.kserve.io/v1beta1"
+        if path == "/apis":
+            return {"groups": [{"name": "serving.kserve.io", "versions": [{"groupVersion": version}]}]}
+        if path == f"/apis/{version}":
+            return {"resources": [{"kind": "InferenceService"}]}
+        raise KubeError(self.code, path)
+
+
+def test_without_the_right_to_read_crds_the_mode_is_the_one_that_all_versions_take() -> None:
+    found = asyncio.run(Discovery(Answers(403)).look())  # type: ignore[arg-type]
+    assert found == Platform(has_kserve=True, kserve_mode="RawDeployment")
+    with pytest.raises(KubeError):
+        asyncio.run(Discovery(Answers(500)).look())  # type: ignore[arg-type]
+
+
+def test_what_has_gone_is_believed_when_it_is_seen_twice() -> None:
+    discovery = Discovery(kube=None)  # type: ignore[arg-type]
+    assert discovery.take(WHOLE)
+    assert not discovery.take(WHOLE)
+    less = replace(WHOLE, has_kuberay=False)
+    assert not discovery.take(less), "an API server that starts says less than there is"
+    assert not discovery.take(WHOLE)
+    assert not discovery.take(less), "the doubt began anew"
+    assert discovery.take(less)
+    assert discovery.now == less
+    assert discovery.take(WHOLE), "what has come is believed at once"
+
+
+# ---------------------------------------------------------------- what cannot be had
+QUEUED = {"podTemplate": {"metadata": {"labels": {"kueue.x-k8s.io/queue-name": "gpus"}}}}
+ON_RAY = {"engine": "RayServe", "replicas": 2, "max_replicas": 5}
+
+
+@pytest.mark.parametrize(
+    ("platform", "gateway", "training", "reasons"),
+    [
+        pytest.param(WHOLE, {}, {}, [], id="all is there"),
+        pytest.param(Platform(), {}, {}, ["KServeMissing", "ArgoWorkflowsMissing"], id="nothing is there"),
+        pytest.param(WHOLE, {}, QUEUED, [], id="a queue with Kueue"),
+        pytest.param(replace(WHOLE, has_kueue=False), {}, QUEUED, ["KueueMissing"], id="a queue without Kueue"),
+        pytest.param(WHOLE, ON_RAY, {}, ["NotOnRay"], id="a RayService that is to grow"),
+        pytest.param(replace(WHOLE, has_kuberay=False), ON_RAY, {}, [], id="Ray in a Deployment grows"),
+    ],
+)
+def test_what_cannot_be_had_is_said_with_a_remedy(
+    platform: Platform, gateway: dict[str, Any], training: dict[str, Any], reasons: list[str]
+) -> None:
+    said = list(troubles(platform, world.job(gateway=gateway), training))
+    assert [each.reason for each in said] == reasons
+    assert all(re.search("Install it|Raise", each.message) for each in said)
+
+
+# ---------------------------------------------------------------- what the operator makes of it
+RAY_SERVICES = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayservices"
+RESTING = {"rounds": {"max": 1, "trigger": {"newTraces": 5}}}
+
+
+def ready(playground: Playground) -> bool:
+    return bool(playground.condition("claims", "Ready").get("status") == "True")
+
+
+def engine(playground: Playground, name: str) -> None:
+    status, answer = playground.server.request("PATCH", f"{JOBS}/claims", {"spec": {"gateway": {"engine": name}}})
+    assert status == 200, answer
+
+
+def look(playground: Playground) -> None:
+    """The operator looks; what it had begun before is done."""
+    address = f"{DEPLOYMENTS}/claims-observer"
+    playground.server.request("DELETE", address)
+    playground.wait(lambda: playground.get(address) is not None, "a look")
+
+
+def test_an_engine_that_is_switched_leaves_the_old_gateway_until_the_new_one_answers(playground: Playground) -> None:
+    old, new = f"{DEPLOYMENTS}/claims-gateway", f"{RAY_SERVICES}/claims-ray"
+    with installed(playground.server, RAY), playground.operator():
+        apply(playground, manifest_of("claims", **RESTING))
+        playground.wait(lambda: ready(playground) and playground.get(old) is not None, "a gateway")
+        engine(playground, "RayServe")
+        playground.wait(lambda: playground.get(new) is not None, "the RayService")
+        generation = playground.get(new)["metadata"]["generation"]
+        initializing = {"type": "Ready", "status": "False", "reason": "Initializing", "message": "it starts"}
+        status = {"observedGeneration": generation, "numServeEndpoints": 0, "conditions": [initializing]}
+        playground.server.request("PATCH", f"{new}/status", {"status": status})
+        look(playground)
+        assert playground.get(old) is not None and ready(playground), "nothing else answers yet"
+        answers = {**initializing, "status": "True", "reason": "NonZeroServeEndpoints"}
+        status = {"observedGeneration": generation, "numServeEndpoints": 1, "conditions": [answers]}
+        playground.server.request("PATCH", f"{new}/status", {"status": status})
+        playground.wait(lambda: playground.get(old) is None, "the Deployment to go")
+        assert ready(playground)
+        engine(playground, "ASGI")
+        playground.wait(lambda: playground.get(new) is None, "the RayService to go")
+        assert playground.get(old)["status"]["availableReplicas"] == 1, "its successor answers"
+
+
+def test_a_mode_that_kserve_writes_anew_is_not_written_back_by_the_next_operator(playground: Playground) -> None:
+    key = "serving.kserve.io/deploymentMode"
+
+    def mode() -> str:
+        (server,) = playground.items(SERVING)
+        return str(server["metadata"]["annotations"][key])
+
+    with playground.operator():
+        apply(playground, manifest_of("claims", **RESTING))
+        playground.wait(lambda: len(playground.items(SERVING)) == 1, "a weak model", 120)
+        assert mode() == "RawDeployment", "all that a minimal CRD tells"
+        playground.wait(
+            lambda: playground.condition("claims", "RoundProgressing").get("reason") == "WaitingForTraces", "rest", 120
+        )
+    (server,) = playground.items(SERVING)
+    address = f"{SERVING}/{server['metadata']['name']}"
+    playground.server.request("PATCH", address, {"metadata": {"annotations": {key: "Standard"}}})
+    playground.server.request("PATCH", f"{address}/status", {"status": {"deploymentMode": "Standard"}})
+    with playground.operator():
+        look(playground)
+        look(playground)
+        before = playground.get(address)["metadata"]["resourceVersion"]
+        look(playground)
+        look(playground)
+        assert playground.get(address)["metadata"]["resourceVersion"] == before, "rest means no writes"
+    assert mode() == "Standard"
