@@ -27,7 +27,7 @@ study: setup  ## the long comparison of methods and stand-ins; writes docs/study
 	$(BIN)/python tests/benchmarks/study.py --out docs/study.md
 
 test: setup  ## unit, contract, embedded-loop and API-server tests
-	$(BIN)/python -m pytest tests -m "not e2e and not gpu" -ra
+	$(BIN)/python -m pytest tests -m "not e2e and not gpu and not faults" -ra
 
 check: setup  ## format, lint, types, import rules, generated docs
 	$(BIN)/ruff format --check .
@@ -58,7 +58,7 @@ e2e: setup  ## the cluster tests against the current kubeconfig
 	$(BIN)/python -m pytest tests/e2e -m "e2e and not faults" -ra -s
 
 e2e-faults: setup  ## break parts of the current kubeconfig's cluster on purpose; goes on where it was interrupted
-	$(BIN)/python -m pytest tests/e2e -m faults -ra -s
+	$(BIN)/python -m pytest tests/e2e tests/apiserver -m faults -ra -s
 
 lock: setup  ## resolve requirements.lock anew
 	$(BIN)/uv pip compile pyproject.toml --extra operator --extra embedded --group dev --universal --python-version 3.11 \

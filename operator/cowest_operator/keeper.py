@@ -49,6 +49,7 @@ class Keeper:
         if task := self._tasks.pop(key, None):
             task.cancel()
         self._wakes.pop(key, None)
+        self.metrics.forget(key)
 
     async def close(self) -> None:
         tasks = list(self._tasks.values())

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 from cowest_operator import api
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class _Job(NamedTuple):
+    """Of a job only what is shown: a thousand whole statuses would be 9 MB."""
+
+    conditions: tuple[tuple[str, str, int], ...]  # (type, reason, is it True)
+    rounds: int
+    calls: int
 
 
 class Metrics:
@@ -16,7 +25,7 @@ class Metrics:
         self._seconds: Counter[float] = Counter()
         self._count, self._sum = 0, 0.0
         self._failures: Counter[str] = Counter()
-        self._jobs: dict[tuple[str, str], api.Status] = {}
+        self._jobs: dict[tuple[str, str], _Job] = {}
         self.leader = False
 
     def reconciled(self, key: tuple[str, str], seconds: float, status: api.Status) -> None:
@@ -25,7 +34,8 @@ class Metrics:
         for bound in BUCKETS:
             if seconds <= bound:
                 self._seconds[bound] += 1
-        self._jobs[key] = status
+        conditions = tuple((c.type, c.reason, int(c.status == "True")) for c in status.conditions)
+        self._jobs[key] = _Job(conditions, status.tuned_rounds, status.budget.calls)
 
     def failed(self, why: str) -> None:
         self._failures[why] += 1
@@ -59,18 +69,18 @@ class Metrics:
             "# HELP cowest_job_condition Whether a condition of a job is True.",
             "# TYPE cowest_job_condition gauge",
         ]
-        for (namespace, name), status in sorted(self._jobs.items()):
-            for c in status.conditions:
-                labels = f'namespace="{namespace}",job="{name}",type="{c.type}",reason="{c.reason}"'
-                lines.append(f"cowest_job_condition{{{labels}}} {int(c.status == 'True')}")
+        for (namespace, name), job in sorted(self._jobs.items()):
+            for kind, reason, value in job.conditions:
+                labels = f'namespace="{namespace}",job="{name}",type="{kind}",reason="{reason}"'
+                lines.append(f"cowest_job_condition{{{labels}}} {value}")
         lines += [
             "# HELP cowest_job_rounds_total Rounds tuned so far.",
             "# TYPE cowest_job_rounds_total counter",
-            *(f'cowest_job_rounds_total{{namespace="{n}",job="{j}"}} {s.tuned_rounds}' for (n, j), s in
+            *(f'cowest_job_rounds_total{{namespace="{n}",job="{j}"}} {s.rounds}' for (n, j), s in
               sorted(self._jobs.items())),
             "# HELP cowest_job_strong_calls_total Calls of the strong model that steps have paid for.",
             "# TYPE cowest_job_strong_calls_total counter",
-            *(f'cowest_job_strong_calls_total{{namespace="{n}",job="{j}"}} {s.budget.calls}' for (n, j), s in
+            *(f'cowest_job_strong_calls_total{{namespace="{n}",job="{j}"}} {s.calls}' for (n, j), s in
               sorted(self._jobs.items())),
         ]  # fmt: skip
         return lines

@@ -49,6 +49,7 @@ from tests.manifests import edited, smallest  # noqa: E402
 
 OPERATOR, NAIVE, STAGE, PERSON = "cowest-operator", "naive-operator", "stand-ins", "person"
 WRITES = ("create", "update", "patch", "delete", "deletecollection")
+STUCK = 180.0  # seconds without a change of any job, after which those not at rest are given up
 SETTLE = 75.0  # seconds: a status that only says something else is written after a minute
 AT_ONCE = 16  # requests of the stand-ins, and of the person who makes the jobs
 STEPS = [{"weightPercent": 20, "minAnswers": 10}, {"weightPercent": 50, "minAnswers": 20}]
@@ -475,6 +476,7 @@ class Run:
     ) -> None:
         self.cluster, self.stage, self.person, self.audit, self.options = cluster, stage, person, audit, options
         self.seen, self.namespace = stage.seen, stage.namespace
+        self.stuck: list[str] = []  # jobs that never came to rest
 
     async def load(self, process: Process, jobs: int, at_rest: Callable[[Mapping[str, Any]], bool]) -> Counter[str]:
         """Jobs are made and followed until all of them rest; the operator's writes until then, by resource."""
@@ -491,15 +493,21 @@ class Run:
                 assert status == 201, answer
 
         await asyncio.gather(*(make(number) for number in range(jobs)))
-        said = 0.0
+        said, moved, versions = 0.0, begun, 0
         while (resting := sum(at_rest(job) for job in self.seen.jobs.values())) < jobs:
             await asyncio.sleep(0.5)
             now, (rss, _) = time.monotonic(), process.memory()
+            if versions != self.seen.versions:
+                moved, versions = now, self.seen.versions
+            if now - moved > STUCK:
+                self.stuck = sorted(name for name, job in self.seen.jobs.items() if not at_rest(job))
+                say(f"{process.user}: no job has moved for {STUCK:.0f} s; not at rest: {', '.join(self.stuck[:10])}")
+                break
             if now - said > 20.0:
                 said = now
                 say(f"{process.user}: {resting} of {jobs} jobs rest after {now - begun:.0f} s, {rss:.0f} MB")
         say(
-            f"{process.user}: all {jobs} jobs rest after {time.monotonic() - begun:.0f} s and "
+            f"{process.user}: {resting} of {jobs} jobs rest after {time.monotonic() - begun:.0f} s and "
             f"{process.seconds_of_cpu():.0f} s of CPU; {SETTLE:.0f} s to settle"
         )
         await asyncio.sleep(SETTLE)
@@ -620,6 +628,7 @@ async def measure_ours(run: Run, address: str, work: Path) -> dict[str, Any]:
         )
     return {
         "jobs": options.jobs,
+        "jobs_stuck": len(run.stuck),
         "writes_per_transition": round(load.jobs / max(1, load.transitions), 2),
         "writes_at_rest": sum(rest.values()),
         "reconcile_p50_ms": round(quantile(before, after, 0.5), 1),
@@ -706,14 +715,14 @@ def main() -> int:
     parser.add_argument("--profile", type=Path, help="write cProfile's figures of the operator here; slows it down")
     parser.add_argument("--work", type=Path, help="work folder, empty or new [default: a new one, removed at the end]")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no child is left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that no child is left behind
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         with started(work) as cluster:
             result = asyncio.run(measured(options, cluster, work))
     print(json.dumps(result))
-    return 0
+    return 1 if result["jobs_stuck"] else 0
 
 
 if __name__ == "__main__":
