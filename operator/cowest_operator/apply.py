@@ -41,7 +41,7 @@ class Applier:
         if seen.world.blocked is None:
             await self._routing(context, plan.routing, family)
             await self._freeze(context, plan.status.candidate, family)
-            await self._children(context, plan, family, memory)
+            await self._children(seen, plan, family, memory)
         await self.write_status(context, plan, seen.world.traces, family, memory)
         for event in plan.events:
             await self._event(context, event)
@@ -80,9 +80,9 @@ class Applier:
             if found := await self.kube.get("ConfigMap", context.namespace, child["metadata"]["name"]):
                 self._note(family, found)
 
-    async def _children(self, context: Context, plan: api.Plan, family: Family, memory: Memory) -> None:
+    async def _children(self, seen: Observed, plan: api.Plan, family: Family, memory: Memory) -> None:
         troubles = []
-        for child in builders.desired(context, plan):
+        for child in builders.desired(seen.context, plan, seen.frozen_document):
             try:
                 await self._child(child, family, memory)
             except KubeError as error:
@@ -191,7 +191,7 @@ class Applier:
             family.children.pop((kind, name), None)
 
     def _not_wanted(self, seen: Observed, plan: api.Plan, family: Family, memory: Memory) -> Iterator[tuple[str, str]]:
-        wanted = {key_of(child) for child in builders.desired(seen.context, plan)}
+        wanted = {key_of(child) for child in builders.desired(seen.context, plan, seen.frozen_document)}
         wanted.add(("ConfigMap", seen.context.name("routing")))
         for key, child in list(family.children.items()):
             if key in wanted:

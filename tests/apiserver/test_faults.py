@@ -372,7 +372,6 @@ def test_an_edit_beside_the_pair_lets_the_canary_go_on_with_its_frozen_manifest(
     assert decisions(playground, "claims") == PROMOTED
 
 
-@pytest.mark.xfail(strict=True, reason="objects/servers.py gives the watcher the declared manifest, not the frozen one")
 def test_the_watcher_of_a_canary_goes_by_the_frozen_manifest_too(playground: Playground) -> None:
     with playground.operator():
         hold_in_canary(playground)

@@ -11,8 +11,11 @@ from cowest_operator.objects.common import Child, Context
 from cowest_serving.contract import Routing, dump
 
 
-def desired(context: Context, plan: api.Plan) -> tuple[Child, ...]:
-    """What is kept as it is said here. Workflows and frozen manifests come apart: they are made once."""
+def desired(context: Context, plan: api.Plan, frozen: Mapping[str, Any] | None = None) -> tuple[Child, ...]:
+    """What is kept as it is said here. Workflows and frozen manifests come apart: they are made once.
+
+    `frozen` is the manifest of the trial that runs; its watcher goes by it.
+    """
     return (
         common.job_map(context),
         *servers.observer(context),
@@ -21,7 +24,7 @@ def desired(context: Context, plan: api.Plan) -> tuple[Child, ...]:
         *(weak.inference_service(context, server) for server in plan.servers),
         *steps.accounts(context),
         steps.workflow_template(context),
-        *(child for step in plan.steps if step.keeps_running for child in servers.live_score(context, step)),
+        *(child for step in plan.steps if step.keeps_running for child in servers.live_score(context, step, frozen)),
     )
 
 

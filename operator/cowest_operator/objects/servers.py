@@ -5,6 +5,7 @@ Only the gateway may be something else than a Deployment: see ray.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from cowest_operator import api
@@ -238,7 +239,7 @@ def observer(context: Context) -> tuple[Child, ...]:
     return _deployment(context, "observer", pod), common.service(context, "observer")
 
 
-def live_score(context: Context, step: api.StepSpec) -> tuple[Child, ...]:
+def live_score(context: Context, step: api.StepSpec, frozen: Mapping[str, Any] | None = None) -> tuple[Child, ...]:
     """The watcher of one canary step; the next step's takes its place."""
     name = step_name(context, step)
     tmp_volume, tmp_mount = common.tmp()
@@ -257,7 +258,9 @@ def live_score(context: Context, step: api.StepSpec) -> tuple[Child, ...]:
         containers=[container],
         volumes=[{"name": "step", "configMap": {"name": name}}, tmp_volume, *volumes, *evaluator_volumes],
     )
-    return step_map(context, step), _deployment(context, "live", pod, strategy={"type": "Recreate"}, part="score-live")
+    return step_map(context, step, dict(frozen) if frozen else None), _deployment(
+        context, "live", pod, strategy={"type": "Recreate"}, part="score-live"
+    )
 
 
 def evaluator_key(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
