@@ -107,8 +107,11 @@ class Applier:
         memory.applied[key] = (intent, now)
 
     def _note(self, family: Family, answer: Mapping[str, Any]) -> str:
-        """What the API server answered is newer than what the watch has shown."""
+        """What the API server answered is newer than what the watch has shown, unless the answer was overtaken."""
         seen = see(answer["kind"], answer)
+        known = family.children.get((seen.kind, seen.name))
+        if known is not None and known.uid == seen.uid and known.version > seen.version:
+            return seen.stamp
         if family.job is None or seen.owner == family.job["metadata"]["uid"]:  # else of a job of this name before
             family.children[(seen.kind, seen.name)] = seen
         return seen.stamp
