@@ -1,5 +1,6 @@
 """Outputs that exist only when finished, progress, and how a step ends, also when it is killed."""
 
+import asyncio
 import errno
 import json
 import os
@@ -216,6 +217,7 @@ def ending(error: BaseException | None, capsys: pytest.CaptureFixture[str]) -> t
         pytest.param(RuntimeError("I/O: No space left on device (os error 28)"), EXIT_RETRY, id="under safetensors"),
         pytest.param(ExceptionGroup("tasks", [StepError("inner")]), EXIT_BAD_INPUT, id="in a task group"),
         pytest.param(KeyboardInterrupt(), EXIT_INTERRUPTED, id="Ctrl-C"),
+        pytest.param(asyncio.CancelledError(), EXIT_INTERRUPTED, id="Ctrl-C as an event loop began"),
     ],
 )
 def test_a_foreseen_end_is_one_message_and_its_code(

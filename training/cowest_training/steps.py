@@ -15,6 +15,7 @@ if __name__ == "__main__":
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import dataclasses
 import errno
@@ -344,7 +345,8 @@ def run(
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         code = main() or EXIT_OK
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        # The second is what `asyncio.run` makes of a signal that comes just after it has taken the handler over.
         tell("interrupted: nothing half-written is left, run the same command again to go on.")
         code = interrupted
         # What the signal cut short (an event loop, a coroutine) complains when it is collected: not our last word.
