@@ -19,7 +19,7 @@ from cowest_operator.objects import desired as builders
 from cowest_operator.objects.common import Child, Context, key_of
 from cowest_operator.observe import Memory, Observed
 from cowest_operator.platform import NO_ARGO, NO_KSERVE
-from cowest_operator.watched import Family, Seen, see
+from cowest_operator.watched import Family, Seen, see, shared
 from cowest_serving.contract import Routing, digest_of, dump
 
 log = logging.getLogger("cowest.apply")
@@ -129,7 +129,7 @@ class Applier:
         if not moved and not (waited and new != old):
             return
         await self.kube.apply_status(context.namespace, context.job.name, new)
-        memory.written, memory.written_at = new, time.monotonic()
+        memory.written, memory.written_at = shared(new), time.monotonic()
         memory.state = story.read(new)
 
     async def _event(self, context: Context, event: api.Event) -> None:

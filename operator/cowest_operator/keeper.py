@@ -6,7 +6,6 @@ import asyncio
 import logging
 import random
 import time
-from typing import Any
 
 from cowest_operator import api, farewell, reconcile, story
 from cowest_operator.apply import Applier
@@ -113,17 +112,16 @@ class Keeper:
             told = self.observer.settings
             for kind in PLURALS.keys() - {api.KIND, "Event"} - (set() if told.rayservices else {"RayService"}):
                 for namespace in told.namespaces or ("",):
-                    for body in await self._all(kind, namespace):
-                        self.watched.child(None, kind, body)
+                    await self._look_at_all(kind, namespace)
             self._has_looked_around = True
 
-    async def _all(self, kind: str, namespace: str) -> list[dict[str, Any]]:
+    async def _look_at_all(self, kind: str, namespace: str) -> None:
         try:
-            return await self.applier.kube.list(kind, namespace, labelSelector=JOB_LABEL)
+            async for body in self.applier.kube.list(kind, namespace, labelSelector=JOB_LABEL):
+                self.watched.child(None, kind, body)
         except KubeError as error:
-            if error.code == 404:  # KServe, Argo Workflows or KubeRay is not there
-                return []
-            raise
+            if error.code != 404:  # KServe, Argo Workflows or KubeRay is not there
+                raise
 
     async def _goodbye(self, family: Family, memory: Memory) -> float:
         """Nothing is decided any more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 from urllib.parse import urlencode
 
@@ -17,6 +17,7 @@ from cowest_operator import api
 CHILDREN, STATUS = "cowest-operator", "cowest-status"  # field managers
 TIMEOUT = 30.0  # seconds of one request
 WRITES_AT_ONCE = 16
+CHUNK = 250  # objects of one answer to a list: a thousand jobs' pods at once would be hundreds of megabytes
 
 PLURALS: Final[Mapping[str, tuple[str, str]]] = {
     "CollaborationJob": (f"{api.GROUP}/{api.VERSION}", api.PLURAL),
@@ -95,9 +96,15 @@ class Kube:
                 return None
             raise
 
-    async def list(self, kind: str, namespace: str, **query: str) -> list[dict[str, Any]]:
-        answer = await self._call("GET", self._path(kind, namespace), query)
-        return list(answer["items"])
+    async def list(self, kind: str, namespace: str, chunk: int = CHUNK, **query: str) -> AsyncIterator[dict[str, Any]]:
+        """All of a kind, held a chunk at a time."""
+        following: dict[str, str] = {"limit": str(chunk)}
+        while following:
+            answer = await self._call("GET", self._path(kind, namespace), {**query, **following})
+            for item in answer["items"]:
+                yield item
+            token = answer["metadata"].get("continue")
+            following = {**following, "continue": token} if token else {}
 
     async def apply(self, child: Mapping[str, Any], manager: str = CHILDREN) -> dict[str, Any]:
         """Server-side apply of the whole intent."""

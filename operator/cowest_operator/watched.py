@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -105,7 +106,16 @@ def _owner(metadata: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _job(body: Mapping[str, Any]) -> dict[str, Any]:
     """Without the record of who set what: half of its size."""
     metadata = {k: v for k, v in body["metadata"].items() if k != "managedFields"}
-    return {**body, "metadata": metadata}
+    return dict(shared({**body, "metadata": metadata}))
+
+
+def shared(value: Any) -> Any:
+    """The same value, its texts held once for all jobs, whose manifests say mostly the same."""
+    if isinstance(value, Mapping):
+        return {sys.intern(name): shared(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [shared(each) for each in value]
+    return sys.intern(value) if type(value) is str else value
 
 
 def see(kind: str, body: Mapping[str, Any]) -> Seen:
@@ -120,7 +130,7 @@ def see(kind: str, body: Mapping[str, Any]) -> Seen:
         epoch(metadata.get("creationTimestamp")),
         "deletionTimestamp" in metadata,
         int(metadata["resourceVersion"]),
-        look(body) if look else _NOTHING,
+        shared(look(body)) if look else _NOTHING,
         (_owner(metadata) or {}).get("uid", "") if kind != "Pod" else "",
     )  # fmt: skip
 

@@ -71,6 +71,23 @@ def found(server: ApiServer, folder: Path, **told: Any) -> Platform:
     return asked(server, folder, lambda kube: Discovery(kube, **told).look())
 
 
+def test_a_list_that_comes_in_chunks_is_whole(server: ApiServer, tmp_path: Path) -> None:
+    path, names = f"/api/v1/namespaces/{NAMESPACE}/configmaps", {f"chunk-{n}" for n in range(5)}
+    for name in names:
+        body = {"metadata": {"name": name, "labels": {"chunked": "yes"}}}
+        assert server.request("POST", path, body)[0] == 201
+
+    async def all_of_them(kube: Kube) -> list[str]:
+        found = kube.list("ConfigMap", NAMESPACE, chunk=2, labelSelector="chunked=yes")
+        return [each["metadata"]["name"] async for each in found]
+
+    try:
+        assert asked(server, tmp_path, all_of_them) == sorted(names)
+    finally:
+        for name in names:
+            server.request("DELETE", f"{path}/{name}")
+
+
 # ---------------------------------------------------------------- what is found
 def test_what_is_installed_is_found_and_what_is_not_is_not(cluster: ApiServer, tmp_path: Path) -> None:
     without = Platform(has_kserve=True, has_argo=True)

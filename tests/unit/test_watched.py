@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cowest_operator.watched import Watched, see
+from cowest_operator.watched import Watched, see, shared
 
 
 def body(kind: str = "Deployment", version: str = "5", generation: int | None = 1, **more: Any) -> dict[str, Any]:
@@ -102,3 +102,13 @@ def test_a_pod_that_was_never_made_has_no_exit_code_but_words() -> None:
 )  # fmt: skip
 def test_why_a_pod_does_not_run_is_said_in_the_kubelets_words(status: dict[str, Any], trouble: str) -> None:
     assert see("Pod", body("Pod", status=status)).facts["trouble"] == trouble
+
+
+def test_texts_that_are_equal_are_held_once() -> None:
+    """Built at run time, or the compiler would make them one already."""
+    one, other = ({"".join(("re", "ason")): ["".join(("As", "Expected")), 3, True, None]} for _ in range(2))
+    assert one is not other and next(iter(one)) is not next(iter(other))
+    first, second = shared(one), shared(other)
+    assert first == second == one
+    assert next(iter(first)) is next(iter(second))
+    assert first["reason"][0] is second["reason"][0]
