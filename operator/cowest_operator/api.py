@@ -28,6 +28,16 @@ REASON_NOT_MEASURED = "NotMeasured"
 REASON_NOT_BETTER_THAN_SOLO = "NotBetterThanSolo"
 
 REASON_PROGRESSING = "Progressing"
+REASONS_OF_STEPS: Mapping[str, str] = {
+    "check": "CheckingData",
+    "sft": "SupervisedTuning",
+    "publish": "ImportingModel",
+    "collect": "CollectingData",
+    "feedback": "CollectingFeedback",
+    "dpo": "PreferenceTuning",
+    "evaluate": "Evaluating",
+}
+REASON_JUDGING = "Judging"  # all steps are done, the gate reads their report
 REASON_SUSPENDED = "Suspended"
 REASON_PAUSED = "PausedByPerson"
 REASON_WAITING_FOR_TRACES = "WaitingForTraces"

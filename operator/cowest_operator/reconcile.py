@@ -433,14 +433,24 @@ def _with_conditions(world: World, move: Move) -> Status:
         (api.READY, "True" if ready else "False", api.REASON_ANSWERING if ready else api.REASON_STARTING,
          _answers_by(status) if ready else world.gateway.message or "the gateway starts."),
         (api.DRAFTS_HELP, *_drafts_help(status)),
-        (api.ROUND_PROGRESSING, "False" if move.failure or move.finished or world.blocked else "True", move.reason,
-         move.message),
+        (api.ROUND_PROGRESSING, "False" if move.failure or move.finished or world.blocked else "True",
+         _doing(world) if move.reason == api.REASON_PROGRESSING else move.reason, move.message),
         *_degraded(world),
     )  # fmt: skip
     before = {c.type: c for c in status.conditions}
     conditions = tuple(_condition(world, before.get(row[0]), *row) for row in wanted)
     last = move.events[-1].message if move.events else status.last_transition
     return replace(status, conditions=conditions, last_transition=last, budget=world.budget)
+
+
+def _doing(world: World) -> str:
+    """What a trial in preparation is at, so that each finished step is a change that a watch of conditions shows."""
+    trial = world.status.candidate
+    if trial is None or trial.stage != "Preparing":
+        return api.REASON_PROGRESSING
+    names = (rounds.key(trial, step) for step in rounds.chain(world, trial))
+    following = next((name for name in names if name not in trial.done), None)
+    return api.REASONS_OF_STEPS[following] if following else api.REASON_JUDGING
 
 
 def _condition(

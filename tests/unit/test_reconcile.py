@@ -62,6 +62,24 @@ def test_after_the_model_the_baseline_is_evaluated_against_solo():
     assert plan.status.candidate.pair == replace(w.CANDIDATE, weak_uri="file:///store/runs/r0/sft")
 
 
+def test_the_reason_says_which_step_a_round_is_at_and_each_finished_step_changes_it():
+    fresh = settle(FRESH)
+    evaluating = settle(replace(FRESH, status=fresh.status, steps={"r0-sft": done({}, "sha256:candidate")}))
+    over = {"r0-evaluate": done({})}
+    judging = settle(replace(FRESH, status=evaluating.status, steps=over))
+    seen = [condition(plan, api.ROUND_PROGRESSING).reason for plan in (fresh, evaluating, judging)]
+    assert seen == ["SupervisedTuning", "Evaluating", "Judging"]
+
+
+def test_every_step_has_a_reason_of_its_own():
+    trials = (w.trial(origin=origin) for origin in ("Baseline", "Round", "Proposal", "Edit", "Revalidation"))
+    chains = [rounds.chain(replace(FRESH, status=w.on_trial()), trial) for trial in trials]
+    unchecked = rounds.chain(FRESH, w.trial(origin="Baseline", number=1))
+    names = {step.name.partition("-")[2] for chain in (*chains, unchecked) for step in chain}
+    assert names - {"check"} == api.REASONS_OF_STEPS.keys() - {"check"}
+    assert len(set(api.REASONS_OF_STEPS.values())) == len(api.REASONS_OF_STEPS)
+
+
 def evaluated(origin="Round", **changes):
     parts = {"Round": w.PREPARED, "Baseline": {"sft": {}, "evaluate": {}}, "Proposal": {"publish": {}, "evaluate": {}}}
     parts["Edit"] = parts["Revalidation"] = {"evaluate": {}}
