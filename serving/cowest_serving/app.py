@@ -62,6 +62,7 @@ from cowest_serving.contract import (
     HEADER_SESSION,
     HEADER_STRONG,
     HEADER_WEAK,
+    KEEP_ALIVE_SECONDS,
     Collaboration,
     SettingsError,
     Strong,
@@ -558,6 +559,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         access_log=False,
         log_config=None,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=options.finish_seconds,
     )
     log.info("The gateway listens on http://%s:%d", *listener.getsockname()[:2])

@@ -27,6 +27,7 @@ HEADER_STRONG = "x-cowest-strong"  # model name that the strong endpoint gave ba
 HEADER_MODEL_DIGEST = "x-cowest-model-digest"  # the weak server: what it serves
 HEADER_SESSION = "x-session-id"  # sticky routing when the body has no `user`
 HEADER_IDEMPOTENCY = "idempotency-key"
+KEEP_ALIVE_SECONDS = 75  # longer than clients and ingresses keep an idle connection: none is sent into as it closes
 
 Mode = Literal["Pair", "StrongAlone", "WeakAlone"]
 DraftForm = Literal["Explanation", "Knowledge", "Answer"]

@@ -53,7 +53,7 @@ from cowest_serving.book import (
     Spent,
     new_call_key,
 )
-from cowest_serving.contract import HEADER_IDEMPOTENCY, SettingsError, Strong, digest_of, parse
+from cowest_serving.contract import HEADER_IDEMPOTENCY, KEEP_ALIVE_SECONDS, SettingsError, Strong, digest_of, parse
 from cowest_serving.error_bodies import OutspokenModel, body_of
 from cowest_serving.metrics import Labels, Metrics
 from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, count
@@ -62,7 +62,6 @@ log = logging.getLogger(__name__)
 MAX_BODY = 16 * 1024 * 1024
 DEADLINE_OVER_TIMEOUT = 3  # no user waits here: a rate limit may be waited out for longer than in the gateway
 MODELS_SECONDS = 5.0  # how long the upstream may take to list its models
-KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection, so that they do not send into a closed one
 
 DURATION = "gen_ai_client_operation_duration_seconds"
 PAID = "cowest_proxy_calls_paid_total"

@@ -34,7 +34,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
 from cowest_serving.answering import WEAK_MODEL, Refusal, parse_object, seconds_to_wait
-from cowest_serving.contract import HEADER_MODEL_DIGEST
+from cowest_serving.contract import HEADER_MODEL_DIGEST, KEEP_ALIVE_SECONDS
 from cowest_serving.metrics import Metrics
 from cowest_serving.model_files import ModelFolderError, check_model_folder, resolve_model
 from cowest_serving.store import StoreError
@@ -356,7 +356,12 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> int:
     worker = Worker(lambda: _load(args), on_failure, args.max_batch, args.max_waiting)
     app = build_app(worker, args.name)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=DRAIN_SECONDS
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
     )
     server = uvicorn.Server(config)
     # uvicorn takes these over while it runs and raises them again when it has drained: then they mean nothing more.

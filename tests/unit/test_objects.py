@@ -5,24 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cowest_operator import api, reconcile
+from cowest_operator.manifest import load, resolve_prompts
 from cowest_operator.objects import common, steps, weak
 from cowest_operator.objects.common import Child, Context
 from cowest_operator.objects.desired import desired, followed, frozen_manifest
 from cowest_operator.settings import Images
 from cowest_operator.watched import see
+from cowest_serving.app import GatewaySettings
 from cowest_serving.contract import SecretRef, parse
+from cowest_serving.proxy import ProxySettings
 from cowest_serving.ray_app import ray_settings
 from cowest_training.contract import Feedback
+from cowest_training.observer import ObserverSettings
 from tests import world
 from tests.world import CANDIDATE, PREPARED, STABLE, on_trial
 
 STORE = api.ObjectStore("cowest", "http://minio:9000", "desks", "us-east-1", True, None, api.NameRef("store"))
 LONGEST = "a" * 40
+ROOT = Path(__file__).parents[2]
+PROMPTS = {"draft": "{query}", "refine": "{query} {draft}", "solo": "{query}"}
 
 
 def context(name: str = "claims", **sections: Any) -> Context:
@@ -170,6 +177,54 @@ def test_an_edit_that_no_server_reads_rolls_no_server() -> None:
     one, other = context(), context()
     edited = {**other.document, "spec": {**other.document["spec"], "rounds": {"max": 7}}}
     assert common.job_volume(one) == common.job_volume(replace(other, document=edited))
+
+
+def edited(seen: Context, section: str, **fields: Any) -> Context:
+    spec = seen.document["spec"]
+    return replace(seen, document={**seen.document, "spec": {**spec, section: {**spec.get(section, {}), **fields}}})
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "rolls"),
+    [
+        pytest.param("gateway", "replicas", False, id="more gateways"),
+        pytest.param("gateway", "resources", False, id="room for gateways"),
+        pytest.param("training", "seed", False, id="another seed"),
+        pytest.param("data", "train", False, id="other rows to learn from"),
+        pytest.param("feedback", "minPairs", False, id="more pairs wanted"),
+        pytest.param("data", "heldOut", True, id="other held-out rows: the observer counts past them"),
+        pytest.param("feedback", "evaluator", True, id="another evaluator"),
+        pytest.param("strong", "model", True, id="another strong model"),
+    ],
+)
+def test_servers_begin_anew_only_for_what_they_read(section: str, field: str, rolls: bool) -> None:
+    before = context()
+    after = edited(before, section, **{field: "changed"})
+    assert (common.job_volume(before) != common.job_volume(after)) is rolls
+
+
+def rolled(before: Context, after: Context) -> list[str]:
+    """Names of pods that the edit begins anew."""
+    old, new = (dict(pods(everything(each))) for each in (before, after))
+    return [name for name in old if old[name] != new[name]]
+
+
+@pytest.mark.parametrize("kuberay", [False, True], ids=["a Deployment", "KubeRay"])
+def test_a_gateway_more_begins_no_server_anew(kuberay: bool) -> None:
+    def scaled(replicas: int) -> Context:
+        engine = "RayServe" if kuberay else "ASGI"
+        seen = replace(context(gateway={"replicas": replicas, "engine": engine}), has_kuberay=kuberay)
+        return edited(seen, "gateway", replicas=replicas)
+
+    assert rolled(scaled(2), scaled(3)) == []
+
+
+def test_servers_can_read_what_is_left_of_the_manifest() -> None:
+    job = load(ROOT / "crds" / "examples" / "minimal.yaml").job
+    spec = common.servers_manifest(replace(context(), document=resolve_prompts(job, {}, PROMPTS)))["spec"]
+    assert parse(GatewaySettings, spec).traces is not None
+    assert parse(ProxySettings, spec).strong.model == job["spec"]["strong"]["model"]
+    assert parse(ObserverSettings, spec).data.held_out == job["spec"]["data"]["heldOut"]
 
 
 def test_a_running_trial_keeps_its_data_and_takes_a_new_budget() -> None:

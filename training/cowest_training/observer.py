@@ -39,7 +39,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from cowest_serving import store
-from cowest_serving.contract import FEEDBACK_PREFIX, TRACES_PREFIX, SettingsError
+from cowest_serving.contract import FEEDBACK_PREFIX, KEEP_ALIVE_SECONDS, TRACES_PREFIX, SettingsError, parse
 from cowest_serving.metrics import Metrics
 from cowest_training.collect import (
     DUPLICATE,
@@ -50,11 +50,11 @@ from cowest_training.collect import (
     held_out_keys,
     reason_of,
 )
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, Evaluator, Row, StepError
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, Evaluator, Retention, Row, StepError
 from cowest_training.data import Known, conversation_key
 from cowest_training.evaluator import needs_reference, reference_problem
 from cowest_training.retention import expire
-from cowest_training.steps import load_settings
+from cowest_training.steps import load_spec
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -75,6 +75,25 @@ HELP = {
     "cowest_observer_traces": "Traces as last counted: all, and those that a round could learn from.",
     "cowest_observer_counted_timestamp_seconds": "When the traces were last counted.",
 }
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    held_out: str
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    evaluator: Evaluator
+
+
+@dataclass(frozen=True)
+class ObserverSettings:
+    """The part of a defaulted spec that is read here. An edit of any other leaves the observer running."""
+
+    data: HeldOut
+    feedback: Evaluated
+    traces: Retention | None = None
 
 
 # ---------------------------------------------------------------- counting traces
@@ -387,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        settings = load_settings(args.job)
+        settings = parse(ObserverSettings, load_spec(args.job))
         listener = socket.create_server((args.host, args.port))
     except (StepError, SettingsError) as error:
         sys.stderr.write(f"{error}\n")
@@ -409,7 +428,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # uvicorn raises the signal again after its shutdown; asked to stop and stopped is a success.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    config = uvicorn.Config(app, lifespan="on", access_log=False, log_config=None, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=5,
+    )
     log.info("The observer listens on http://%s:%d", *listener.getsockname()[:2])
     uvicorn.Server(config).run(sockets=[listener])
     return EXIT_OK

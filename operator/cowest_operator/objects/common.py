@@ -248,15 +248,23 @@ def store_volumes(context: Context) -> tuple[list[dict[str, Any]], list[dict[str
     return [volume], [{"name": "s3-ca", "mountPath": "/etc/cowest/s3-ca", "readOnly": True}]
 
 
-SERVERS_READ = ("strong", "collaboration", "data", "feedback", "training", "gateway", "traces")
+SERVERS_READ: Mapping[str, tuple[str, ...]] = {  # section -> its fields; none named: all of them
+    "strong": (),
+    "collaboration": (),
+    "data": ("heldOut",),
+    "feedback": ("evaluator",),
+    "traces": (),
+}
 
 
 def servers_manifest(context: Context) -> Mapping[str, Any]:
-    """The sections that long-running servers read: an edit of any other must not roll them."""
+    """What long-running servers read: an edit of anything else, such as the number of gateways, must not roll them."""
     document = context.document
-    spec = {name: document["spec"][name] for name in SERVERS_READ if name in document["spec"]}
-    if "shards" in spec.get("feedback", {}):
-        spec["feedback"] = {name: value for name, value in spec["feedback"].items() if name != "shards"}
+    spec = {
+        section: {name: value for name, value in document["spec"][section].items() if not fields or name in fields}
+        for section, fields in SERVERS_READ.items()
+        if section in document["spec"]
+    }
     head = {"apiVersion": document["apiVersion"], "kind": document["kind"]}
     return {**head, "metadata": {"name": context.job.name}, "spec": spec}
 
