@@ -62,7 +62,8 @@ class ScriptedModel:
 
     `calls` has every request, `paid` the answers counted: an Idempotency-Key seen before gives the same answer
     for nothing.
-    `keys`: API keys that are taken (none: everybody). `gate`: answers wait while it is cleared.
+    `keys`: API keys that are taken (none: everybody). `refuses`: parameters that are not, and what is said of them.
+    `gate`: answers wait while it is cleared.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class ScriptedModel:
         version: str = "fp_1",
         headers: Mapping[str, str] | None = None,
         keys: Sequence[str] = (),
+        refuses: Mapping[str, str] | None = None,
     ) -> None:
+        self.refuses = dict(refuses or {})
         self.answers, self.faults, self.name, self.version = answers, list(faults), name, version
         self.headers, self.keys = dict(headers or {}), tuple(keys)
         self.calls: list[Call] = []
@@ -138,6 +141,9 @@ class ScriptedModel:
         fault = self.faults.pop(0) if self.faults else None
         if self.keys and call.headers.get("authorization", "").removeprefix("Bearer ") not in self.keys:
             fault = 401
+        if refused := next((name for name in self.refuses if name in call.body), None):
+            error = {"message": self.refuses[refused], "param": refused, "code": "unsupported_value"}
+            fault = Fault(400, body=json.dumps({"error": error}))
         try:
             return await self._answer(request, call, fault)
         except (asyncio.CancelledError, ConnectionResetError):

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
-import orjson
 
-from cowest_serving.models import HttpChatModel, ModelError, fault, retry_after
+from cowest_serving.models import HttpChatModel, ModelError, error_object, fault, retry_after
 
 MAX_ERROR_BODY = 8192
 
@@ -65,20 +64,8 @@ class OutspokenModel(HttpChatModel):
             data += more
         error = error_object(data)
         wait = retry_after({name.lower(): value for name, value in response.headers.items()}, time.time())
-        said = " ".join(str(error.get("message") or "").split())[:200]
-        raise fault(self.endpoint, response.status, said, wait) from ErrorBody(response.status, error)
+        raise fault(self.endpoint, response.status, error, wait) from ErrorBody(response.status, error)
 
 
 def body_of(error: ModelError) -> ErrorBody | None:
     return error.__cause__ if isinstance(error.__cause__, ErrorBody) else None
-
-
-def error_object(data: bytes) -> Mapping[str, Any]:
-    try:
-        payload = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        payload = data.decode("utf-8", "replace")
-    error = payload.get("error", payload) if isinstance(payload, dict) else payload
-    if isinstance(error, dict):
-        return {**error, "message": str(error.get("message") or error.get("detail") or error)}
-    return {"message": str(error)[:500]}

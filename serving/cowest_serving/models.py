@@ -11,12 +11,16 @@ says which endpoint, what was seen and what to do:
       BadAnswer             2xx, but not a chat completion        (retryable, at most twice: it may cost)
       Unauthorized          401, 403 with every key
       BadRequest            any other 4xx, a redirect, a bad address
+
+Models differ in the parameters that they take (some no temperature, some only `max_completion_tokens`). One that the
+endpoint says it does not take is left out, or called by its other name, from then on, and the call goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import email.utils
+import logging
 import random
 import re
 import time
@@ -33,6 +37,8 @@ import aiohttp
 import orjson
 
 from cowest_serving.contract import HEADER_IDEMPOTENCY, Messages
+
+log = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------- what comes back
@@ -79,11 +85,13 @@ class ModelError(Exception):
         *,
         status: int | None = None,
         retry_after: float | None = None,
+        parameter: str = "",
     ) -> None:
         super().__init__(message)
         self.retryable = self.default_retryable if retryable is None else retryable
         self.status = status  # HTTP status that the endpoint gave, None when it gave none
         self.retry_after = retry_after  # seconds that the endpoint asked to wait
+        self.parameter = parameter  # of the call, that the endpoint says it does not take
 
 
 class EndpointUnreachable(ModelError):
@@ -147,6 +155,7 @@ class HttpChatModel:
         self._places = asyncio.Semaphore(max_concurrency)
         self._limit = max_concurrency
         self._session: aiohttp.ClientSession | None = None
+        self._not_taken: dict[str, str] = {}  # parameter -> its other name, "" where it has none
 
     async def __aenter__(self) -> Self:
         return self
@@ -210,24 +219,25 @@ class HttpChatModel:
         self, body: Mapping[str, Any], key: str, *, read: bool
     ) -> AsyncIterator[tuple[aiohttp.ClientResponse, Mapping[str, Any]]]:
         """A response with status 2xx and, when `read`, its parsed body; tried again while that may help."""
-        data = orjson.dumps(body)
         async with self._places:
             give_up_at = time.monotonic() + self._deadline
-            response, payload = await self._with_retries(data, key, read, give_up_at)
+            response, payload = await self._with_retries(body, key, read, give_up_at)
             try:
                 yield response, payload
             finally:
                 response.close() if not read else response.release()
 
     async def _with_retries(
-        self, data: bytes, key: str, read: bool, give_up_at: float
+        self, body: Mapping[str, Any], key: str, read: bool, give_up_at: float
     ) -> tuple[aiohttp.ClientResponse, Mapping[str, Any]]:
         attempt, keys_left = 0, len(self._keys) - 1
         while True:
-            used = self._key
+            used, sent = self._key, _without(body, self._not_taken)
             try:
-                return await self._once(data, key, read, give_up_at)
+                return await self._once(orjson.dumps(sent), key, read, give_up_at)
             except ModelError as error:
+                if error.parameter in sent and self._can_do_without(error):
+                    continue  # at once, and no more than once a parameter: the next call does not have it
                 if isinstance(error, Unauthorized | RateLimited) and keys_left > 0:
                     keys_left -= 1
                     if self._key == used:  # else another call has moved on already
@@ -238,6 +248,17 @@ class HttpChatModel:
                     raise
             attempt += 1
             await asyncio.sleep(wait)
+
+    def _can_do_without(self, error: ModelError) -> bool:
+        """Remembers the parameter that was refused. A limit that has no other name stays: without it answers cost."""
+        name = error.parameter
+        if name in self._not_taken.values():
+            return False
+        if name not in self._not_taken:
+            other = self._not_taken[name] = _OTHER_NAMES.get(name, "")
+            instead = f"is sent as `{other}`" if other else "is left out, which may change its answers"
+            log.warning("%s does not take `%s` for %s: from now on it %s.", self.endpoint, name, self.model, instead)
+        return True
 
     async def _once(
         self, data: bytes, key: str, read: bool, give_up_at: float
@@ -315,19 +336,50 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     return max(0.0, at - now)
 
 
+# ---------------------------------------------------------------- parameters that a model does not take
+_OTHER_NAMES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+_OPTIONAL = (
+    *("temperature", "top_p", "seed", "logprobs", "top_logprobs", "stream_options"),
+    *("presence_penalty", "frequency_penalty", *_OTHER_NAMES),
+)
+# Never a value out of its range, which is its caller's fault and no other's.
+_NOT_TAKEN = re.compile(
+    "unsupported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|deprecated|only the default",
+    re.IGNORECASE,
+)
+
+
+def refused_parameter(status: int, error: Mapping[str, Any]) -> str:
+    """The parameter that an error object says this model does not take, "" where it says something else."""
+    said = f"{error.get('message')} {error.get('code')}"
+    if status not in (400, 422) or not _NOT_TAKEN.search(said):
+        return ""
+    named = [str(error.get("param") or ""), *re.findall(r"\w+", said)]
+    return next((name for name in named if name in _OPTIONAL), "")
+
+
+def _without(body: Mapping[str, Any], not_taken: Mapping[str, str]) -> dict[str, Any]:
+    sent = {name: value for name, value in body.items() if name not in not_taken}
+    renamed = {other: body[name] for name, other in not_taken.items() if other and name in body}
+    if "logprobs" in not_taken:
+        sent.pop("top_logprobs", None)
+    return {**renamed, **sent}
+
+
 # ---------------------------------------------------------------- reading answers
 async def _refuse_faults(endpoint: str, response: aiohttp.ClientResponse) -> None:
     """Raises the `ModelError` that belongs to a status other than 2xx."""
     status = response.status
     if 200 <= status < 300:
         return
-    said = "" if status < 400 else _said(await response.content.read(8192))
+    error = {} if status < 400 else error_object(await response.content.read(8192))
     wait = retry_after({name.lower(): value for name, value in response.headers.items()}, time.time())
-    raise fault(endpoint, status, said, wait)
+    raise fault(endpoint, status, error, wait)
 
 
-def fault(endpoint: str, status: int, said: str, wait: float | None = None) -> ModelError:
-    """What a status other than 2xx means. `said`: the endpoint's own words."""
+def fault(endpoint: str, status: int, error: Mapping[str, Any], wait: float | None = None) -> ModelError:
+    """What a status other than 2xx means. `error`: the endpoint's own error object."""
+    said = said_by(error)
     seen = f"{endpoint} answered {status}" + (f" ({said})" if said else "")
     if status in (401, 403):
         return Unauthorized(f"{seen}. Check that the API key given for this endpoint is right.", status=status)
@@ -343,18 +395,24 @@ def fault(endpoint: str, status: int, said: str, wait: float | None = None) -> M
         remedy = "It points elsewhere: give the endpoint's final address."
     else:
         remedy = "Check the name of the model and the parameters of the call."
-    return BadRequest(f"{seen}. {remedy}", status=status)
+    return BadRequest(f"{seen}. {remedy}", status=status, parameter=refused_parameter(status, error))
 
 
-def _said(data: bytes) -> str:
-    """The message of an OpenAI-style error body, or the head of any other body, on one line."""
+def error_object(data: bytes) -> Mapping[str, Any]:
+    """OpenAI's error object in a body; of any other body the head, as its message."""
     try:
         payload = orjson.loads(data)
-        error = payload.get("error", payload)
-        text = str(error.get("message") or error.get("detail") or error) if isinstance(error, dict) else str(error)
-    except (orjson.JSONDecodeError, AttributeError):
-        text = data.decode("utf-8", "replace")
-    return " ".join(text.split())[:200]
+    except orjson.JSONDecodeError:
+        payload = data.decode("utf-8", "replace")
+    error = payload.get("error", payload) if isinstance(payload, dict) else payload
+    if isinstance(error, dict):
+        return {**error, "message": str(error.get("message") or error.get("detail") or error)}
+    return {"message": str(error)[:500]}
+
+
+def said_by(error: Mapping[str, Any]) -> str:
+    """The message of an error object, on one short line."""
+    return " ".join(str(error.get("message") or "").split())[:200]
 
 
 def _parsed(endpoint: str, data: bytes) -> Mapping[str, Any]:

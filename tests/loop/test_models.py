@@ -21,6 +21,7 @@ from cowest_serving.models import (
     ServerFault,
     Unauthorized,
     next_wait,
+    refused_parameter,
     retry_after,
 )
 from tests.fakes import Fault, ScriptedModel, unused_port
@@ -234,6 +235,67 @@ async def test_the_internet_is_reached_through_the_proxy_and_this_machine_is_not
         async with HttpChatModel("http://strong.test/v1", "m", max_retries=0) as far, model_of(server) as near:
             assert (await far(ASKED)).text == "by proxy"
             assert (await near(ASKED)).text == "direct"
+
+
+# ---------------------------------------------------------------- parameters that a model does not take
+ONLY_DEFAULT = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported."
+OTHER_LIMIT = (
+    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+)
+
+
+async def test_a_parameter_that_a_model_does_not_take_is_left_out_from_then_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    refused = {"temperature": ONLY_DEFAULT, "seed": "unknown field"}
+    async with ScriptedModel("fine", refuses=refused) as server, model_of(server) as model:
+        first = await asyncio.gather(*(model(ASKED, temperature=0, seed=3) for _ in range(4)))
+        calls = len(server.calls)
+        await model(ASKED, temperature=0, seed=4, max_tokens=5)
+    assert {result.text for result in first} == {"fine"}
+    assert len(server.calls) == calls + 1, "what was learned is not asked again"
+    assert server.calls[-1].body == {"model": "big", "messages": ASKED, "max_tokens": 5}
+    assert [record.message for record in caplog.records] == [
+        f"{server.url} does not take `{name}` for big: from now on it is left out, which may change its answers."
+        for name in refused
+    ]
+
+
+async def test_a_limit_is_called_by_its_other_name_and_never_left_out() -> None:
+    async with ScriptedModel("fine", refuses={"max_tokens": OTHER_LIMIT}) as server, model_of(server) as model:
+        await model(ASKED, max_tokens=5)
+        assert server.calls[-1].body == {"model": "big", "messages": ASKED, "max_completion_tokens": 5}
+        server.refuses["max_completion_tokens"] = "unknown parameter"
+        with pytest.raises(BadRequest, match="unknown parameter"):
+            await model(ASKED, max_tokens=5)
+
+
+async def test_a_stream_too_goes_on_without_what_the_model_does_not_take() -> None:
+    refused = {"stream_options": "stream_options is not supported"}
+    async with ScriptedModel("one", refuses=refused) as server, model_of(server) as model:
+        assert len(await chunks_of(model, extra={"stream_options": {"include_usage": True}})) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "expected"),
+    [
+        pytest.param(
+            400, {"message": ONLY_DEFAULT, "param": "temperature"}, "temperature", id="named as the parameter"
+        ),
+        pytest.param(400, {"message": OTHER_LIMIT, "param": None}, "max_tokens", id="named first in the message"),
+        pytest.param(422, {"message": "[{'loc': ['body', 'seed'], 'msg': 'Extra inputs are not permitted'}]"}, "seed"),
+        pytest.param(400, {"message": "wanted a temperature of at most 2, saw 5", "param": "temperature"}, ""),
+        pytest.param(400, {"message": "max_tokens is too large: 9000", "param": "max_tokens"}, ""),
+        pytest.param(400, {"message": "model: unknown"}, ""),
+        pytest.param(400, {"message": "Unsupported value: 'messages[0].role'", "param": "messages"}, ""),
+        pytest.param(404, {"message": "temperature is not supported"}, ""),
+    ],
+)
+def test_only_a_parameter_that_a_model_never_takes_is_one_to_do_without(
+    status: int, error: dict[str, Any], expected: str
+) -> None:
+    """A value out of its range is its caller's fault: it must not cost all others the parameter."""
+    assert refused_parameter(status, error) == expected
 
 
 # ---------------------------------------------------------------- streams
