@@ -87,13 +87,8 @@ class Seen:
 
 def refusal(status: api.Status, action: api.Action) -> str | None:
     """Why the operator would not follow, in the words it has for it; None when it would."""
-    trial = status.candidate
-    if trial is not None and action.verb == "rollback":
-        return None
-    if trial is not None and action.verb == "promote" and trial.pair is not None and trial.stage != "Preparing":
-        return None
-    event = people.take_in(status, action)[1]
-    return event.message if event.type == "Warning" else None
+    no = people.refusal(status, action.verb)
+    return f"{action.verb} by {action.by}: {no}" if no else None
 
 
 def with_action(seen: Seen, action: api.Action) -> dict[str, str | None]:

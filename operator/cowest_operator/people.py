@@ -13,8 +13,27 @@ def pending(world: api.World) -> tuple[api.Action, ...]:
     return tuple(sorted((a for a in world.actions if a.id > world.status.last_action), key=lambda a: a.id))
 
 
+def refusal(status: Status, verb: api.Verb) -> str | None:
+    """Why this verb would change nothing now, said before it is recorded; None when there is something to act on."""
+    trial = status.candidate
+    match verb:
+        case "approve" if trial is None or trial.pair is None:
+            return "there is no candidate to approve; see `cowest status`."
+        case "promote" if trial is None or trial.pair is None or trial.stage == "Preparing":
+            return "no candidate is in canary; wait for it, or `cowest propose` one."
+        case "rollback" if trial is None and not _can_go_back(status):
+            return "there is no earlier pair to go back to; see `cowest status`."
+    return None
+
+
+def _can_go_back(status: Status) -> bool:
+    return status.stable is not None and (status.previous is not None or status.serving == "Pair")
+
+
 def take_in(status: Status, action: api.Action) -> tuple[Status, Event]:
     """Actions that need no more than the status: pause, resume, approve, propose, and rollback of a finished trial."""
+    if no := refusal(status, action.verb):
+        return replace(status, last_action=action.id), _no(action, no)
     status, event = _TAKERS[action.verb](status, action)
     return replace(status, last_action=action.id), event
 
@@ -37,9 +56,8 @@ def _resume(status: Status, action: api.Action) -> tuple[Status, Event]:
 
 
 def _approve(status: Status, action: api.Action) -> tuple[Status, Event]:
+    assert status.candidate is not None
     trial = status.candidate
-    if trial is None or trial.pair is None:
-        return status, _no(action, "there is no candidate to approve; see `cowest status`.")
     return replace(status, candidate=replace(trial, approved_by=action.by)), _said(action, "approved the candidate")
 
 
@@ -51,8 +69,7 @@ def _propose(status: Status, action: api.Action) -> tuple[Status, Event]:
 def _rollback(status: Status, action: api.Action) -> tuple[Status, Event]:
     """With a candidate on its way `reconcile` ends the trial; here the last promotion is undone."""
     stable, previous = status.stable, status.previous
-    if stable is None or (previous is None and status.serving != "Pair"):
-        return status, _no(action, "there is no earlier pair to go back to; see `cowest status`.")
+    assert stable is not None
     status = replace(status, vetoed=(*status.vetoed, stable.digest))
     if previous is None:
         back = replace(status, serving="StrongAlone")
@@ -72,16 +89,10 @@ def _rollback(status: Status, action: api.Action) -> tuple[Status, Event]:
     return back, _said(action, "rolled the stable pair back to the one before")
 
 
-def _promote(status: Status, action: api.Action) -> tuple[Status, Event]:
-    """Only reached without a candidate in canary: `reconcile` promotes a running one itself."""
-    return status, _no(action, "no candidate is in canary; wait for it, or `cowest propose` one.")
-
-
 _TAKERS: dict[api.Verb, Callable[[Status, api.Action], tuple[Status, Event]]] = {
     "pause": _pause,
     "resume": _resume,
     "approve": _approve,
     "propose": _propose,
     "rollback": _rollback,
-    "promote": _promote,
 }

@@ -90,14 +90,32 @@ def enough_held_out_queries(case: Offline) -> Refusal | None:
 
 
 def one_strong_version(case: Offline) -> Refusal | None:
-    """Arms that asked different versions of the strong model cannot be compared."""
-    version = case.judged.strong_version
-    if version.startswith("mixed"):
-        return Refusal(
-            api.REASON_STRONG_CHANGED,
-            f"the strong model changed its version between the arms' calls ({version}); propose the candidate again.",
-        )
+    """Arms that asked different versions of the strong model cannot be compared.
+
+    Endpoints rotate between several versions and leave the name out now and then: arms that share one are compared.
+    """
+    versions = case.judged.strong_versions
+    if not versions and case.judged.strong_version.startswith("mixed"):
+        return _another_version(case.judged.strong_version)
+    named = {arm: {version for version in seen if version} for arm, seen in versions.items()}
+    mine = named.get("candidate", set())
+    for arm in ("control", SOLO):
+        if mine and named.get(arm) and not mine & named[arm]:
+            return _another_version(f"candidate: {', '.join(sorted(mine))}; {arm}: {', '.join(sorted(named[arm]))}")
     return None
+
+
+def _another_version(seen: str) -> Refusal:
+    return Refusal(
+        api.REASON_STRONG_CHANGED,
+        f"the strong model changed its version between the arms' calls ({seen}); propose the candidate again.",
+    )
+
+
+def versions_note(report: EvaluationReport) -> str:
+    """Said of a candidate that passed although the strong model answered in several versions; else ""."""
+    seen = sorted({version for arm in report.strong_versions.values() for version in arm if version})
+    return f"; the strong model answered in {len(seen)} versions: {', '.join(seen)}" if len(seen) > 1 else ""
 
 
 def few_enough_errors(case: Offline) -> Refusal | None:

@@ -184,6 +184,7 @@ def _gate(world: World, trial: Trial) -> Move:
     if refusal:
         return _end(world, trial, "Refused", refusal.reason, refusal.message)
     message = f"round {trial.number} passed the gate with {promotion.points(seen)} (p = {seen.p_better:.2g})"
+    message += promotion.versions_note(case.judged)
     passed = Event("Normal", "GatePassed", message)
     if not spec.canary.steps:
         move = _end(world, trial, "Promoted", api.REASON_PROMOTED, message + "; no canary steps are declared.")

@@ -98,6 +98,35 @@ def test_a_slice_without_proof_of_loss_does_not_decide(part):
     assert promotion.first_refusal(case(w.report(slices=(part,)))) is None
 
 
+@pytest.mark.parametrize(
+    "versions",
+    [
+        pytest.param({"candidate": {"a": 900, "b": 100}, "control": {"b": 1000}}, id="a rotation that both arms saw"),
+        pytest.param({"candidate": {"a": 900, "": 100}, "control": {"a": 1000}}, id="left out now and then"),
+        pytest.param({"candidate": {"a": 1000}, "control": {"": 1000}}, id="one arm was told none"),
+        pytest.param({}, id="the report counts none"),
+    ],
+)
+def test_versions_of_the_strong_model_that_arms_share_decide_nothing(versions):
+    seen = w.report(strong_version="mixed: a, b" if versions else "a", strong_versions=versions)
+    assert promotion.first_refusal(case(seen)) is None
+
+
+@pytest.mark.parametrize("other", ["control", "solo"])
+def test_arms_that_share_no_version_of_the_strong_model_are_not_compared(other):
+    seen = w.report(strong_versions={"candidate": {"a": 999, "": 1}, other: {"b": 1000}})
+    refusal = promotion.first_refusal(case(seen))
+    assert refusal is not None and refusal.reason == api.REASON_STRONG_CHANGED
+    assert f"candidate: a; {other}: b" in refusal.message
+
+
+def test_several_versions_are_mentioned_where_the_candidate_passes():
+    assert promotion.versions_note(w.report(strong_versions={"candidate": {"a": 1, "b": 2}})).endswith(
+        "2 versions: a, b"
+    )
+    assert promotion.versions_note(w.report(strong_versions={"candidate": {"a": 1, "": 2}})) == ""
+
+
 def test_the_level_of_all_looks_together_stays_below_alpha():
     assert sum(promotion.significance(0.05, k) for k in range(1, 10_000)) < 0.05
 

@@ -251,6 +251,8 @@ class EvaluationReport:
     against_control: Comparison
     against_solo: Comparison
     slices: tuple[SliceReport, ...] = ()
+    # arm (candidate, control, solo) -> version of the strong model -> answers; "" where the endpoint named none
+    strong_versions: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def arm(self, name: str) -> ArmReport:
         return next(arm for arm in self.arms if arm.name == name)

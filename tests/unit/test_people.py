@@ -1,0 +1,28 @@
+"""What a person says, before it is recorded: is there anything to act on?"""
+
+import pytest
+
+from cowest_operator import api, people
+from tests import world as w
+
+BARE = w.on_trial(pair=None)
+
+
+@pytest.mark.parametrize(
+    ("status", "verb", "words"),
+    [
+        pytest.param(w.SERVED, "approve", "no candidate to approve", id="nothing to approve"),
+        pytest.param(BARE, "approve", "no candidate to approve", id="no model to approve yet"),
+        pytest.param(w.SERVED, "promote", "no candidate", id="nothing to promote"),
+        pytest.param(api.Status(), "rollback", "no earlier pair", id="nothing to go back to"),
+        pytest.param(w.on_trial(stage="Canary"), "approve", None, id="a candidate to approve"),
+        pytest.param(w.on_trial(stage="Canary"), "promote", None, id="a candidate to promote"),
+        pytest.param(BARE, "rollback", None, id="a trial to end"),
+        pytest.param(w.SERVED, "rollback", None, id="a pair to take back"),
+        pytest.param(api.Status(), "pause", None, id="a pause"),
+        pytest.param(api.Status(), "propose", None, id="a proposal"),
+    ],
+)
+def test_a_verb_with_nothing_to_act_on_is_refused_beforehand(status, verb, words):
+    no = people.refusal(status, verb)
+    assert no is None if words is None else words in no
