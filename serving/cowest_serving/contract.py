@@ -7,6 +7,7 @@ crds/collaborationjob.yaml), so the dataclasses here give no defaults except `No
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -41,8 +42,10 @@ class SettingsError(ValueError):
 
 
 T = TypeVar("T")
+_hints = functools.cache(typing.get_type_hints)  # reading them takes longer than a whole manifest
 
 
+@functools.cache
 def camel(name: str) -> str:
     """`api_key_secret_refs` -> `apiKeySecretRefs`; a trailing underscore (`http_`) is dropped."""
     head, *tail = name.rstrip("_").split("_")
@@ -54,7 +57,7 @@ def parse(kind: type[T], data: Mapping[str, Any], path: str = "spec") -> T:
 
     Decimal strings become `float` where the field says float. Raises `SettingsError`.
     """
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         key = camel(field.name)

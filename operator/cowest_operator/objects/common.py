@@ -175,7 +175,7 @@ def template(context: Context, part: str, spec: Mapping[str, Any], over: api.Pod
         metadata["labels"] = {**over.metadata.labels, **metadata["labels"]}
         if over.metadata.annotations:
             metadata["annotations"] = dict(over.metadata.annotations)
-    return {"metadata": metadata, "spec": laid_over(spec, over.spec if over else {})}
+    return {"metadata": metadata, "spec": laid_over(spec, over.spec) if over and over.spec else dict(spec)}
 
 
 _BY_NAME = ("containers", "initContainers", "volumes", "env", "volumeMounts", "imagePullSecrets")
