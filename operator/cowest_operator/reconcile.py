@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from cowest_operator import api, people, promotion, rounds
 from cowest_operator.api import Event, Plan, Status, Trial, World
@@ -155,10 +155,21 @@ def _step_done(
             trial = replace(trial, model=world.job.spec.weak.model)
     status = replace(world.status, candidate=trial)
     if name == "feedback" and int(state.metrics["pairs"]) < (least := world.job.spec.feedback.min_pairs):
-        message = f"{state.metrics['pairs']} usable pairs, feedback.minPairs wants {least}."
+        message = f"{state.metrics['pairs']} usable pairs, feedback.minPairs wants {least}{_lost(state.metrics)}."
         return _end(replace(world, status=status), trial, "Refused", api.REASON_TOO_FEW_PAIRS, message)
     message = f"step {step.name} is done"
     return Move(status, message=message, events=(Event("Normal", "StepDone", message),))
+
+
+def _lost(metrics: Mapping[str, Any]) -> str:
+    """Where the other queries went; "" for a step that does not say."""
+    whys = {
+        "equal_drafts": "drew the same draft each time",
+        "ties": "have drafts whose answers score alike",
+        "below_margin": "differ by less than feedback.minMargin",
+    }
+    found = [f"{metrics[name]} {words}" for name, words in whys.items() if metrics.get(name)]
+    return f" (of {metrics['queries']} queries {', '.join(found)})" if found and "queries" in metrics else ""
 
 
 def _gate(world: World, trial: Trial) -> Move:

@@ -29,18 +29,18 @@ from cowest_serving.contract import (
 )
 from cowest_serving.models import (
     BadAnswer,
-    BadRequest,
     ChatResult,
     DeadlineExceeded,
     HttpChatModel,
     ModelError,
     RateLimited,
+    content_text,
     count,
+    is_clients_fault,
 )
 
 WEAK_MODEL = "weak"  # the name that every weak server answers to
 _OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "user"})  # not passed on as they are
-_CLIENTS_FAULT = (400, 413, 422)
 _MAX_MODELS = 32
 
 
@@ -165,10 +165,6 @@ def refusal_of(error: ModelError, who: str) -> Refusal:
         status = 503
     code = f"{who.split()[0]}_failed"
     return Refusal(status, message, "api_error", code=code, retry_after=error.retry_after)
-
-
-def is_clients_fault(error: ModelError) -> bool:
-    return isinstance(error, BadRequest) and error.status in _CLIENTS_FAULT
 
 
 # ---------------------------------------------------------------- the record of an answer
@@ -403,8 +399,8 @@ def _take(record: Record, payload: bytes) -> bool:
         choices = chunk.get("choices") or []
         for choice in choices:
             if choice.get("index", 0) == 0:
-                record.answer += (choice.get("delta") or {}).get("content") or ""
-    except (orjson.JSONDecodeError, AttributeError, TypeError):
+                record.answer += content_text((choice.get("delta") or {}).get("content"))
+    except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError):
         raise BadAnswer("The strong model sent a chunk that is no chat completion chunk.") from None
     return bool(choices) or not usage
 

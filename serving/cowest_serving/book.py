@@ -357,7 +357,7 @@ class PaidCalls:
     async def _pay(self, model: ChatModel, call: Call) -> Answer:
         async with self._sending(call):
             try:
-                result = await model(call.messages, **call.params, idempotency_key=call.key)
+                result = _counted(call, await model(call.messages, **call.params, idempotency_key=call.key))
                 answer = self._booked(call, result)
                 if not await self._commit(lambda db: self._write(db, call, answer)):
                     # Another process asked the same and was first.
@@ -386,11 +386,8 @@ class PaidCalls:
         if not meter.has_begun:
             await self._release(call)
             return
-        taken_in, given_out = meter.input_tokens, meter.output_tokens
-        if taken_in is None:
-            taken_in = call.likely_input_tokens
-        if given_out is None:
-            given_out = -(-meter.characters // 3)
+        taken_in = meter.input_tokens or call.likely_input_tokens
+        given_out = meter.output_tokens or likely_tokens(meter.characters)
         self._largest_output = max(self._largest_output, given_out)
         result = ChatResult("", meter.finish_reason, taken_in, given_out, meter.model, meter.version, {})
         answer = Answer(result, call.purpose, self._round_of(call), self._clock(), is_free=False)
@@ -517,6 +514,19 @@ class PaidCalls:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def _counted(call: Call, result: ChatResult) -> ChatResult:
+    """With estimates where the endpoint counted nothing: an answer that is booked as free would spend no budget."""
+    return replace(
+        result,
+        input_tokens=result.input_tokens or call.likely_input_tokens,
+        output_tokens=result.output_tokens or likely_tokens(len(result.text)),
+    )
+
+
+def likely_tokens(characters: int) -> int:
+    return -(-characters // 3)
 
 
 def new_call_key() -> str:

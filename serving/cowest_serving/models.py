@@ -123,6 +123,14 @@ class BadRequest(ModelError):
     pass
 
 
+_CLIENTS_FAULT = (400, 413, 422)
+
+
+def is_clients_fault(error: ModelError) -> bool:
+    """Whether this very request is to blame (too long, filtered), and the next may be answered."""
+    return isinstance(error, BadRequest) and error.status in _CLIENTS_FAULT
+
+
 # ---------------------------------------------------------------- the model
 class HttpChatModel:
     """`POST <endpoint>/chat/completions`. Safe for concurrent calls; at most `max_concurrency` at a time.
@@ -389,7 +397,9 @@ def fault(endpoint: str, status: int, error: Mapping[str, Any], wait: float | No
         return RateLimited(f"{seen}: too many requests. {remedy}", status=status, retry_after=wait)
     if status in (408, 409) or status >= 500:
         return ServerFault(f"{seen}: a fault on its side. Try again later.", status=status, retry_after=wait)
-    if status == 404:
+    if status == 402:
+        remedy = "Its account has no money left: top it up, then run again."
+    elif status in (404, 405, 410):
         remedy = "Check the endpoint (it normally ends in /v1) and the name of the model."
     elif status < 400:
         remedy = "It points elsewhere: give the endpoint's final address."
@@ -419,15 +429,24 @@ def _parsed(endpoint: str, data: bytes) -> Mapping[str, Any]:
     """The body of a chat completion, checked as far as `_result` reads it."""
     try:
         payload = orjson.loads(data)
-        content = payload["choices"][0]["message"].get("content")
-        if content is not None and not isinstance(content, str):
-            raise TypeError("content is not text")
+        if not payload.get("choices") and payload.get("error"):
+            raise BadAnswer(f"{endpoint} answered 200, but with an error of its own ({said_by(error_object(data))}).")
+        content_text(payload["choices"][0]["message"].get("content"))
         if not isinstance(payload.get("usage") or {}, dict):
             raise TypeError("usage is not an object")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise _garbage(endpoint, data) from None
     assert isinstance(payload, dict)
     return payload
+
+
+def content_text(content: Any) -> str:
+    """The text of a message's content, which some endpoints give in parts. Raises TypeError for what is neither."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part.get("type") in ("text", "output_text"))
+    if content is not None and not isinstance(content, str):
+        raise TypeError("content is not text")
+    return content or ""
 
 
 def _garbage(endpoint: str, data: bytes) -> BadAnswer:
@@ -441,7 +460,7 @@ def _garbage(endpoint: str, data: bytes) -> BadAnswer:
 def _result(endpoint: str, response: aiohttp.ClientResponse, payload: Mapping[str, Any]) -> ChatResult:
     choice, usage = payload["choices"][0], payload.get("usage") or {}
     return ChatResult(
-        text=choice["message"].get("content") or "",
+        text=content_text(choice["message"].get("content")),
         finish_reason=str(choice.get("finish_reason") or ""),
         input_tokens=count(usage.get("prompt_tokens")),
         output_tokens=count(usage.get("completion_tokens")),

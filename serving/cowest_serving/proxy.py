@@ -56,7 +56,7 @@ from cowest_serving.book import (
 from cowest_serving.contract import HEADER_IDEMPOTENCY, KEEP_ALIVE_SECONDS, SettingsError, Strong, digest_of, parse
 from cowest_serving.error_bodies import OutspokenModel, body_of
 from cowest_serving.metrics import Labels, Metrics
-from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, count
+from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, content_text, count
 
 log = logging.getLogger(__name__)
 MAX_BODY = 16 * 1024 * 1024
@@ -522,7 +522,9 @@ def _read_chunk(meter: Meter, payload: bytes) -> bool:
     meter.has_begun = True
     try:
         chunk = orjson.loads(payload)
-        meter.characters += sum(len((choice.get("delta") or {}).get("content") or "") for choice in chunk["choices"])
+        meter.characters += sum(
+            len(content_text((choice.get("delta") or {}).get("content"))) for choice in chunk["choices"]
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         return True  # no chunk of a completion: its client may know what it is
     meter.model = str(chunk.get("model") or meter.model)

@@ -81,6 +81,14 @@ def test_against_the_strong_alone_the_control_is_solo_and_paid_once(tmp_path: Pa
     assert [(part.group, part.n) for part in report.slices] == [("even", 4), ("odd", 4)]
 
 
+def test_when_all_arms_score_nothing_what_to_look_at_is_said(
+    tmp_path: Path, strong: ScriptedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strong.answers = "The number is 1, I think."
+    Step(tmp_path, strong, feedback={"evaluator": {"type": "ExactMatch"}}).run()
+    assert "spec.feedback.evaluator.extract" in capsys.readouterr().err
+
+
 def test_the_weak_alone_is_scored_by_its_draft(tmp_path: Path, strong: ScriptedModel) -> None:
     step = Step(tmp_path, strong, feedback={"evaluator": {"type": "TokenF1"}})
     report = step.run()

@@ -13,9 +13,9 @@ import pytest
 from cowest_serving.collaborate import draft_messages
 from cowest_serving.models import ModelError
 from cowest_training import feedback
-from cowest_training.contract import EXIT_BAD_INPUT, LEDGER_COLUMNS, Manifest, StepError
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, LEDGER_COLUMNS, Manifest, StepError
 from cowest_training.steps import leaves, read_manifest
-from tests.fakes import ScriptedModel
+from tests.fakes import Fault, ScriptedModel
 from tests.loop import asking_world as world
 
 
@@ -153,10 +153,48 @@ def test_a_query_that_the_strong_model_refuses_is_left_out(tmp_path: Path, stron
 
 
 def test_a_strong_model_that_refuses_everything_is_bad_input(tmp_path: Path, strong: ScriptedModel) -> None:
-    strong.faults = [404] * 1000
-    with pytest.raises(StepError, match=r"None of the 8 queries.*404") as error:
+    strong.faults = [400] * 1000
+    with pytest.raises(StepError, match=r"None of the 8 queries.*400") as error:
         Step(tmp_path, strong).run()
     assert error.value.code == EXIT_BAD_INPUT
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        pytest.param(404, EXIT_BAD_INPUT, "ends in /v1", id="no such page or model"),
+        pytest.param(405, EXIT_BAD_INPUT, "ends in /v1", id="not a place to post to"),
+        pytest.param(402, EXIT_BUDGET, "no money left", id="an account without money"),
+        pytest.param(Fault(307, {"location": "http://elsewhere/"}), EXIT_BAD_INPUT, "final address", id="a redirect"),
+    ],
+)
+def test_a_refusal_that_is_not_of_the_query_ends_the_step(
+    tmp_path: Path, strong: ScriptedModel, fault: int | Fault, code: int, words: str
+) -> None:
+    strong.faults = [None, None, fault]
+    with pytest.raises(ExceptionGroup) as error:
+        Step(tmp_path, strong).run()
+    told = next(leaves(error.value))
+    assert isinstance(told, StepError) and words in str(told)
+    assert told.code == code
+
+
+def test_why_answers_and_pairs_are_worth_little_is_counted_and_said(
+    tmp_path: Path, strong: ScriptedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answered(content: str | None, finish_reason: str) -> Fault:
+        return Fault(
+            200, body=json.dumps({"choices": [{"message": {"content": content}, "finish_reason": finish_reason}]})
+        )
+
+    strong.answers = "no idea"
+    strong.faults = [answered("the answ", "length"), answered(None, "content_filter"), answered(None, "stop")]
+    metrics = Step(tmp_path, strong).run().metrics
+    assert (metrics["cut_answers"], metrics["filtered_answers"], metrics["empty_answers"]) == (1, 1, 1)
+    assert (metrics["pairs"], metrics["ties"], metrics["below_margin"]) == (0, 8, 0)
+    said = capsys.readouterr().err
+    assert "1 answers of the strong model were cut off" in said and "spec.strong.maxTokens" in said
+    assert "every answer scored 0" in said and "evaluator.extract" in said
 
 
 def test_a_weak_model_that_is_not_the_pairs_is_refused(tmp_path: Path, strong: ScriptedModel) -> None:
@@ -221,8 +259,8 @@ def test_a_shard_that_is_missing_or_of_other_inputs_is_not_merged(tmp_path: Path
 
 def test_one_shard_that_is_refused_is_no_verdict(tmp_path: Path, strong: ScriptedModel) -> None:
     step = Step(tmp_path, strong, feedback=PAIRS_OF_QUERIES)
-    strong.faults = [404] * 1000
-    assert "404" in step.shard(0, 2).metrics["refusal"]
+    strong.faults = [400] * 1000
+    assert "400" in step.shard(0, 2).metrics["refusal"]
     strong.faults = []
     assert step.shard(1, 2).metrics["refusal"] == ""
     merged = step.run(merge=2)
@@ -231,7 +269,7 @@ def test_one_shard_that_is_refused_is_no_verdict(tmp_path: Path, strong: Scripte
 
 def test_when_all_shards_are_refused_the_merge_says_so(tmp_path: Path, strong: ScriptedModel) -> None:
     step = Step(tmp_path, strong, feedback=PAIRS_OF_QUERIES)
-    strong.faults = [404] * 1000
+    strong.faults = [400] * 1000
     for number in range(2):
         step.shard(number, 2)
     with pytest.raises(StepError, match="None of the 4 queries") as error:

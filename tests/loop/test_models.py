@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -122,6 +123,24 @@ async def test_a_body_that_is_no_completion_is_garbage(body: str) -> None:
         model_of(server, max_retries=0) as model,
     ):
         with pytest.raises(BadAnswer):
+            await model(ASKED)
+
+
+async def test_text_that_comes_in_parts_is_joined() -> None:
+    parts = [
+        {"type": "thinking", "thinking": "hm"},
+        {"type": "text", "text": "forty "},
+        {"type": "text", "text": "two"},
+    ]
+    body = json.dumps({"choices": [{"message": {"content": parts}}]})
+    async with ScriptedModel(faults=[Fault(200, body=body)]) as server, model_of(server, max_retries=0) as model:
+        assert (await model(ASKED)).text == "forty two"
+
+
+async def test_an_error_that_comes_with_200_is_told_in_the_endpoints_words() -> None:
+    fault = Fault(200, body=json.dumps({"error": {"message": "the provider is asleep", "code": 502}}))
+    async with ScriptedModel(faults=[fault]) as server, model_of(server, max_retries=0) as model:
+        with pytest.raises(BadAnswer, match="the provider is asleep"):
             await model(ASKED)
 
 

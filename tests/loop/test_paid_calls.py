@@ -13,7 +13,7 @@ from cowest_serving.contract import Budget, Prices
 from cowest_serving.models import BadRequest, ChatResult, HttpChatModel, ServerFault
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_RETRY, StepError
 from cowest_training.paid_calls import PaidCalls, read_spent
-from tests.fakes import Call, ScriptedModel
+from tests.fakes import Call, Fault, ScriptedModel
 
 PRICES = Prices(input_per_million_tokens=1e6, output_per_million_tokens=2e6, currency="USD")  # 1 and 2 USD a token
 
@@ -99,11 +99,26 @@ async def test_an_answer_whose_caller_has_gone_is_kept_all_the_same(tmp_path: Pa
 
 
 # ---------------------------------------------------------------- budget
-async def outcomes(book: PaidCalls, server: ScriptedModel, n: int) -> tuple[int, list[StepError]]:
+async def outcomes(book: PaidCalls, server: ScriptedModel, n: int, **changes: Any) -> tuple[int, list[StepError]]:
     """(answers, refusals) of n different calls at once."""
-    found = await asyncio.gather(*(ask(book, server, f"q{i}") for i in range(n)), return_exceptions=True)
+    found = await asyncio.gather(*(ask(book, server, f"q{i}", **changes) for i in range(n)), return_exceptions=True)
     refusals = [error for error in found if isinstance(error, StepError)]
     return sum(isinstance(result, tuple) for result in found), refusals
+
+
+@pytest.mark.parametrize("usage", ["", ', "usage": null', ', "usage": {}'])
+async def test_an_answer_without_usage_is_booked_by_an_estimate(tmp_path: Path, usage: str) -> None:
+    body = '{"choices": [{"message": {"content": "twelve chars"}, "finish_reason": "stop"}]' + usage + "}"
+    async with (
+        ScriptedModel(faults=[Fault(200, body=body)] * 10) as server,
+        PaidCalls(tmp_path / "calls", budget=Budget(tokens_per_day=30)) as book,
+    ):
+        limit = {"params": {"max_tokens": 5}}
+        await ask(book, server, "x", **limit)
+        spent = book.spent()
+        assert (spent.input_tokens, spent.output_tokens) == (5, 4)
+        answered, refusals = await outcomes(book, server, 9, **limit)
+    assert (answered, len(refusals)) == (2, 7)
 
 
 async def test_calls_beyond_the_budget_of_a_round_are_not_made(tmp_path: Path) -> None:

@@ -143,6 +143,16 @@ def test_too_few_pairs_end_the_round():
     assert (outcome.decision, outcome.reason) == ("Refused", api.REASON_TOO_FEW_PAIRS)
 
 
+def test_too_few_pairs_are_explained_by_where_the_queries_went():
+    metrics = {"pairs": 3, "queries": 60, "equal_drafts": 7, "ties": 40, "below_margin": 0}
+    world = w.world(
+        status=w.on_trial(pair=None, done={"collect": {"digest": "d"}}), steps={"r1-feedback": done(metrics)}
+    )
+    said = reconcile.plan(world).status.rounds[-1].message
+    assert "3 usable pairs" in said
+    assert "of 60 queries 7 drew the same draft each time, 40 have drafts whose answers score alike" in said
+
+
 def test_a_candidate_that_gains_goes_to_canary_with_its_server():
     plan = settle(w.world(status=evaluated(), report=w.report()))
     assert plan.status.candidate.stage == "Canary"

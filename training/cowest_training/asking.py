@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ from cowest_serving.book import CODE_BUDGET_SPENT, HEADER_PURPOSE, HEADER_ROUND
 from cowest_serving.collaborate import draft_messages, is_draftable, refine_messages, solo_messages
 from cowest_serving.contract import Messages, Pair, Strong, digest_of, parse
 from cowest_serving.error_bodies import ErrorBody, OutspokenModel, body_of
-from cowest_serving.models import BadRequest, HttpChatModel
+from cowest_serving.models import BadRequest, HttpChatModel, is_clients_fault
 
-from .contract import EXIT_BUDGET, Evaluator, Row, StepError
+from .contract import EXIT_BAD_INPUT, EXIT_BUDGET, Evaluator, Row, StepError
 from .evaluator import Score, build_evaluator
 from .paid_calls import PaidCalls
 
@@ -232,6 +233,12 @@ class Asking:
         self._models: dict[tuple[str, str, str], HttpChatModel] = {}
         self.replies = 0  # answers that came back, paid now or before
         self._first_error = ""
+        self._unusual: Counter[str] = Counter()
+
+    @property
+    def unusual(self) -> dict[str, int]:
+        """Answers that are worth little for a reason of their own, by metric."""
+        return {name: self._unusual[name] for name in UNUSUAL}
 
     async def answer(self, row: Row, draft: str, pair: Pair, purpose: str = "answer") -> Reply:
         """y* ~ pi_s(x, y)"""
@@ -274,9 +281,13 @@ class Asking:
         except BadRequest as error:
             if said := body_of(error):
                 _refuse_for_proxy(said)
+            if not is_clients_fault(error):
+                raise StepError(str(error), EXIT_BUDGET if error.status == 402 else EXIT_BAD_INPUT) from None
             self._first_error = self._first_error or str(error)
             return Reply("", "", "", error=str(error))
         self.replies += 1
+        if kind := unusual_kind(result.text, result.finish_reason):
+            self._unusual[kind] += 1
         return Reply(result.text, key, result.version, result.model)
 
     def _model(self, pair: Pair, purpose: str) -> HttpChatModel:
@@ -313,6 +324,34 @@ class Asking:
             max_concurrency=self._strong.max_concurrency,
             max_retries=self._strong.max_retries,
         )
+
+
+UNUSUAL = {
+    "cut_answers": "were cut off at their limit (finish_reason length): raise spec.strong.maxTokens",
+    "filtered_answers": "were withheld by its content filter: look at the queries, or choose another model",
+    "empty_answers": "have no text: try the endpoint by hand, and look at spec.strong.model and the prompts",
+}
+
+
+ALL_ZERO = (
+    "Note: every answer scored 0, those of the strong model alone too. Compare a few answers with their references: "
+    "where an answer holds more than the reference, spec.feedback.evaluator.extract says which part of it counts."
+)
+
+
+def unusual_kind(text: str, finish_reason: str) -> str:
+    """Which of `UNUSUAL` an answer is, "" for a usual one."""
+    kinds = {"length": "cut_answers", "content_filter": "filtered_answers"}
+    return kinds.get(finish_reason, "" if text.strip() else "empty_answers")
+
+
+def unusual_words(unusual: Mapping[str, int]) -> list[str]:
+    """A sentence for each kind that was seen: they score low, and nobody would know why."""
+    return [
+        f"Note: {unusual[name]} answers of the strong model {words}."
+        for name, words in UNUSUAL.items()
+        if unusual.get(name)
+    ]
 
 
 def _refuse_for_proxy(said: ErrorBody) -> None:

@@ -27,7 +27,20 @@ import pyarrow.parquet as pq
 from cowest_serving.contract import Pair, digest_of
 
 from . import steps
-from .asking import Asking, Draft, Drafts, Recipe, Reply, drafts_folder, each_batch, open_asking, read_pair, versions
+from .asking import (
+    ALL_ZERO,
+    Asking,
+    Draft,
+    Drafts,
+    Recipe,
+    Reply,
+    drafts_folder,
+    each_batch,
+    open_asking,
+    read_pair,
+    unusual_words,
+    versions,
+)
 from .contract import (
     EXIT_OK,
     ArmReport,
@@ -67,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report_json = json.dumps(asdict(report), indent=1, ensure_ascii=False)
     (output.folder / REPORT).write_text(report_json, encoding="utf-8")
     write_items(output.folder / ITEMS, rows, run.arms)
+    for words in notes(report, run):
+        steps.say(words)
     output.finish(kind="Evaluation", metrics=measured(report, run))
     return EXIT_OK
 
@@ -110,6 +125,7 @@ class Run:
 
     arms: Mapping[str, Sequence[Item]]
     spent: Mapping[str, Spent]
+    unusual: Mapping[str, int]  # answers that were cut off, filtered or empty
 
 
 @dataclass(frozen=True)
@@ -166,7 +182,7 @@ async def _ask_all(job: _Job, rows: Sequence[Row], progress: steps.Progress) -> 
         asking.refuse_nothing_but_errors(sum(bool(item.reply.error) for item in arms["candidate"]), len(rows))
         spent = {name: asking.calls.spent(purpose=f"{job.purpose}:{name}") for name in arms}
         # Alone in control, the strong model's answers are the solo ones, paid for once.
-        return Run({"control": arms[SOLO]} | arms, {"control": Spent()} | spent)
+        return Run({"control": arms[SOLO]} | arms, {"control": Spent()} | spent, asking.unusual)
 
 
 async def _solo(asking: Asking, row: Row, pair: Pair) -> Item:
@@ -285,7 +301,16 @@ def measured(report: EvaluationReport, run: Run) -> dict[str, Any]:
         "input_tokens": total.input_tokens,
         "output_tokens": total.output_tokens,
         "money": total.money,
+        **run.unusual,
     }
+
+
+def notes(report: EvaluationReport, run: Run) -> list[str]:
+    """What a person should look at, a sentence each."""
+    found = unusual_words(run.unusual)
+    if not any(arm.score for arm in report.arms):
+        found.append(ALL_ZERO)
+    return found
 
 
 if __name__ == "__main__":

@@ -37,7 +37,20 @@ from cowest_serving.contract import Pair, digest_of
 from cowest_serving.store import join
 
 from . import steps
-from .asking import Asking, Draft, Drafts, Recipe, Reply, drafts_folder, each_batch, open_asking, read_pair
+from .asking import (
+    ALL_ZERO,
+    UNUSUAL,
+    Asking,
+    Draft,
+    Drafts,
+    Recipe,
+    Reply,
+    drafts_folder,
+    each_batch,
+    open_asking,
+    read_pair,
+    unusual_words,
+)
 from .contract import EXIT_OK, LEDGER_COLUMNS, Feedback, Manifest, Row, StepError, StepSettings, evaluator_digest
 from .data import read_rows, rows_digest
 from .evaluator import check_references
@@ -82,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = make_pairs(asked.ledger, settings.feedback)
     write_ledger(output.folder / LEDGER, asked.ledger, pair, evaluator_digest(settings.feedback.evaluator))
     write_pairs(output.folder / PAIRS, pairs, pair)
-    metrics = measured(asked, pairs, len(chosen))
+    metrics = measured(asked, pairs, len(chosen), settings.feedback.min_margin)
+    for words in notes(metrics):
+        steps.say(words)
     if shard:
         output.finish(kind="FeedbackShard", metrics={**metrics, "refusal": asked.refusal})
     else:
@@ -197,6 +212,7 @@ class Asked:
     ledger: Sequence[Entry]
     spent: Spent
     cached: int  # calls that cost nothing
+    unusual: Mapping[str, int]  # answers that were cut off, filtered or empty
     refusal: str = ""  # why there is no entry at all, "" when there is one
 
 
@@ -230,7 +246,7 @@ async def _ask_all(job: _Job, drafts: Drafts, progress: steps.Progress) -> Asked
             refusal = str(error)
         entries = [entry for found in ledger for entry in found]
         cached = sum(asking.calls.asked.cached.values())
-        return Asked(entries, asking.calls.spent(purpose=job.purpose), cached, refusal)
+        return Asked(entries, asking.calls.spent(purpose=job.purpose), cached, asking.unusual, refusal)
 
 
 async def _judge_query(asking: Asking, row: Row, drafts: Sequence[Draft], pair: Pair) -> list[Entry]:
@@ -316,7 +332,9 @@ def read_shards(output: steps.Output, of: int, chosen: Sequence[Row], progress: 
         sum(part.spent.money for part in parts),
     )
     refusals = [part.refusal for part in parts if part.refusal]
-    return Asked(ledger, spent, sum(part.cached for part in parts), refusals[0] if refusals and not ledger else "")
+    unusual = {name: sum(part.unusual[name] for part in parts) for name in UNUSUAL}
+    refusal = refusals[0] if refusals and not ledger else ""
+    return Asked(ledger, spent, sum(part.cached for part in parts), unusual, refusal)
 
 
 def read_shard(shard: Shard, output: steps.Output, rows: Mapping[str, Row]) -> Asked:
@@ -329,7 +347,8 @@ def read_shard(shard: Shard, output: steps.Output, rows: Mapping[str, Row]) -> A
     spent = Spent(paid["strong_calls"], paid["input_tokens"], paid["output_tokens"], paid["money"])
     records = pq.ParquetFile(BytesIO(store.get(join(uri, LEDGER)))).read().to_pylist()
     ledger = [_entry(record, rows[record["query_id"]]) for record in records]
-    return Asked(ledger, spent, paid["strong_calls_cached"], paid["refusal"])
+    unusual = {name: paid[name] for name in UNUSUAL}
+    return Asked(ledger, spent, paid["strong_calls_cached"], unusual, paid["refusal"])
 
 
 def _entry(record: Mapping[str, Any], row: Row) -> Entry:
@@ -396,8 +415,12 @@ def write_pairs(path: Path, pairs: Sequence[Preference], pair: Pair) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def measured(asked: Asked, pairs: Sequence[Preference], queries: int) -> dict[str, Any]:
-    """The step's metrics. Rates are over drafts; `ties` are queries whose drafts all score alike."""
+def measured(asked: Asked, pairs: Sequence[Preference], queries: int, min_margin: float) -> dict[str, Any]:
+    """The step's metrics. Rates are over drafts.
+
+    Why queries yield no pair: `equal_drafts` (all drafts the same text), `ties` (their answers score alike, those of
+    equal drafts included), `below_margin` (they differ, but by less than `minMargin`).
+    """
     ledger, spent = asked.ledger, asked.spent
     by_query = _by_query(ledger)
     n = max(1, len(ledger))
@@ -409,7 +432,9 @@ def measured(asked: Asked, pairs: Sequence[Preference], queries: int) -> dict[st
         "distinct_drafts": sum(len({entry.draft.text for entry in entries}) for entries in by_query),
         "pairs": len(pairs),
         "queries_with_pairs": len({pair.chosen.row.id for pair in pairs}),
+        "equal_drafts": sum(len({entry.draft.text for entry in entries}) == 1 for entries in by_query),
         "ties": sum(spread == 0 for spread in spreads),
+        "below_margin": sum(0 < spread < min_margin - 1e-9 for spread in spreads),
         "answer_score": sum(entry.answer_score for entry in ledger) / n,
         "greedy_score": _mean(entries[0].answer_score for entries in by_query),
         "solo_score": _mean(entries[0].solo_score for entries in by_query),
@@ -422,7 +447,16 @@ def measured(asked: Asked, pairs: Sequence[Preference], queries: int) -> dict[st
         "output_tokens": spent.output_tokens,
         "money": spent.money,
         "strong_versions": sorted({entry.answer.version for entry in ledger}),
+        **asked.unusual,
     }
+
+
+def notes(metrics: Mapping[str, Any]) -> list[str]:
+    """What a person should look at, a sentence each."""
+    found = unusual_words(metrics)
+    if metrics["queries"] and metrics["answer_score"] == metrics["solo_score"] == 0:
+        found.append(ALL_ZERO)
+    return found
 
 
 def _mean(values: Iterable[float]) -> float:
