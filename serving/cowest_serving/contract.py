@@ -57,7 +57,7 @@ def parse(kind: type[T], data: Mapping[str, Any], path: str = "spec") -> T:
 
     Decimal strings become `float` where the field says float. Raises `SettingsError`.
     """
-    hints = _hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]  # for mypy no type[T] is hashable
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         key = camel(field.name)
