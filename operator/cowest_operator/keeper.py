@@ -31,12 +31,13 @@ class Keeper:
         self._tasks: dict[Key, asyncio.Task[None]] = {}
         self._wakes: dict[Key, asyncio.Event] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
+        self._closed = False
         self._looking_around, self._has_looked_around = asyncio.Lock(), False
 
     def wake(self, key: Key) -> None:
         """Something of this job has changed. Starts its task with its first event, ends it with its last."""
         family = self.watched.families.get(key)
-        if family is None or family.job is None:
+        if self._closed or family is None or family.job is None:
             return
         self._wakes.setdefault(key, asyncio.Event()).set()
         task = self._tasks.get(key)
@@ -51,6 +52,8 @@ class Keeper:
         self.metrics.forget(key)
 
     async def close(self) -> None:
+        """No write follows."""
+        self._closed = True
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()

@@ -13,8 +13,10 @@ import logging
 import os
 import signal
 import sys
+import time
 from typing import Any
 
+import aiohttp
 import kopf
 from aiohttp import web
 from kopf._core.reactor import inventory
@@ -37,7 +39,8 @@ from cowest_operator.watched import Watched
 
 log = logging.getLogger("cowest.operator")
 
-LEASE = "cowest-operator"
+# Seconds. The writer stops HELD after its last renewal began, a standby begins FREE after it saw that renewal.
+FREE, HELD, EVERY, LEASE_TIMEOUT = 15, 10, 2, 5
 CHILDREN = tuple(kind for kind in kube.PLURALS if kind not in (api.KIND, "Event"))
 
 
@@ -168,43 +171,103 @@ async def run(told: settings.Settings) -> None:
         await api_server.close()
 
 
+AWAY = (client.ApiException, aiohttp.ClientError, OSError)  # OSError: a time limit too
+
+
+class LeaseLostError(Exception):
+    """Another replica may write by now."""
+
+
 class Lock(LeaseLock):
-    """kubernetes 37 sends `pretty=True` where its own validation wants text, so no lease could ever be made."""
+    """An API server that is away is a try that failed, not the end of the process: kubernetes 37 knows only refusals.
+
+    Nor could it ever make a lease: it sends `pretty=True` where its own validation wants text.
+    """
+
+    async def get(self, name: str, namespace: str) -> Any:
+        try:
+            async with asyncio.timeout(LEASE_TIMEOUT):
+                return await super().get(name, namespace)
+        except AWAY as error:
+            return False, client.ApiException(status=0, reason=_failed("read", name, namespace, error))
 
     async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
         spec = self.update_lease(election_record)
         body = client.V1Lease(metadata=client.V1ObjectMeta(name=name), spec=spec)
         try:
-            await self.api_instance.create_namespaced_lease(namespace, body)
-        except client.ApiException as error:
-            log.warning("the lease %s/%s cannot be made: %s", namespace, name, error.reason)
+            async with asyncio.timeout(LEASE_TIMEOUT):
+                await self.api_instance.create_namespaced_lease(namespace, body)
+        except AWAY as error:
+            _failed("made", name, namespace, error)
             return False
         return True
 
+    async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
+        try:
+            async with asyncio.timeout(LEASE_TIMEOUT):
+                return bool(await super().update(name, namespace, updated_record))
+        except AWAY as error:
+            _failed("renewed", name, namespace, error)
+            return False
+
+
+def _failed(what: str, name: str, namespace: str, error: BaseException) -> str:
+    reason = str(getattr(error, "reason", "") or error or type(error).__name__)
+    log.warning("the lease %s/%s cannot be %s: %s", namespace, name, what, reason)
+    return reason
+
+
+class Election(LeaderElection):
+    """Ends `HELD` seconds after the last renewal that succeeded *began*, however long a request hangs.
+
+    kubernetes 37 asks for the time between two tries only, and a try that hangs outlives the lease.
+    """
+
+    renewed = 0.0
+
+    async def try_acquire_or_renew(self) -> bool:
+        begun = time.monotonic()
+        succeeded = bool(await super().try_acquire_or_renew())
+        if succeeded:
+            self.renewed = begun
+        return succeeded
+
+    async def renew_loop(self) -> None:
+        while (left := self.renewed + HELD - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.try_acquire_or_renew(), left)
+            await asyncio.sleep(EVERY)
+
 
 async def _while_leading(operator: Operator) -> None:
-    """Lease lost: this process ends, and another replica, or its own restart, goes on."""
+    """Until SIGTERM. Raises at any other end: this process ends, and another replica, or its own restart, goes on."""
     told = operator.told
-    lock = Lock(LEASE, told.namespace, told.identity, operator.kube.client)
-    over = asyncio.Event()  # kopf has ended: it takes SIGTERM for itself
+    lock = Lock(told.lease, told.namespace, told.identity, operator.kube.client)
+    over: asyncio.Future[None] = (
+        asyncio.get_running_loop().create_future()
+    )  # kopf has ended: it takes SIGTERM for itself
 
     async def lead() -> None:
         try:
             await operator.lead()
-        finally:
-            over.set()
+        except Exception as error:
+            over.set_exception(error)
+        else:
+            over.set_result(None)
 
     async def stopped() -> None:
-        log.warning("the lease is lost: this replica ends")
+        await operator.keeper.close()  # before kopf, which takes its time
 
-    election = asyncio.create_task(LeaderElection(Config(lock, 15, 10, 2, lead, stopped)).run())
-    ended = asyncio.create_task(over.wait())
+    election = asyncio.create_task(Election(Config(lock, FREE, HELD, EVERY, lead, stopped)).run())
     try:
-        await asyncio.wait((election, ended), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((election, over), return_when=asyncio.FIRST_COMPLETED)
+        if over.done():
+            return over.result()
+        election.result()
+        raise LeaseLostError(f"the lease {told.namespace}/{told.lease} is lost: this replica ends.")
     finally:
-        for task in (election, ended):
-            task.cancel()
-        await asyncio.gather(election, ended, return_exceptions=True)
+        election.cancel()
+        await asyncio.gather(election, return_exceptions=True)
 
 
 class JsonLines(logging.Formatter):
@@ -238,7 +301,14 @@ def main() -> int:
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
-    asyncio.run(whole())
+    try:
+        asyncio.run(whole())
+    except LeaseLostError as error:
+        log.error("%s", error)
+        return 1
+    except Exception:
+        log.exception("the operator ends")
+        return 1
     return 0
 
 

@@ -32,6 +32,7 @@ class Settings:
     images: Images
     namespace: str  # the operator's own: where its lease lies
     identity: str  # its name as holder of the lease
+    lease: str = "cowest-operator"  # replicas of one release share it; another release has another
     namespaces: tuple[str, ...] = ()  # watched; empty: all
     metrics_port: int = 9090
     health_port: int = 8081
@@ -53,6 +54,7 @@ def read(environment: Mapping[str, str]) -> Settings:
         ),
         environment.get("POD_NAMESPACE") or "default",
         environment.get("POD_NAME") or environment.get("HOSTNAME") or "cowest-operator",
+        environment.get("COWEST_LEASE") or Settings.lease,
         tuple(name.strip() for name in environment.get("COWEST_NAMESPACES", "").split(",") if name.strip()),
         _port(environment, "COWEST_METRICS_PORT", 9090),
         _port(environment, "COWEST_HEALTH_PORT", 8081),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -354,6 +355,51 @@ class Playground:
                 pass
 
         return Handler
+
+
+class Wire:
+    """A way to the API server that can be cut, as when it restarts, or fall silent, as when a node is lost."""
+
+    def __init__(self, server: ApiServer) -> None:
+        self.server, self.silent, self.port = server, False, 0
+        self._ends: list[socket.socket] = []
+        self.mend()
+
+    def kubeconfig(self) -> dict[str, Any]:
+        """By this way, and by the certificate of the server itself."""
+        config = self.server.kubeconfig()
+        config["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{self.port}"
+        return config
+
+    def mend(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._take, args=(self._listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        """From now on the port refuses."""
+        for each in (self._listener, *self._ends):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        self._ends.clear()
+
+    def _take(self, listener: socket.socket) -> None:
+        to = urlsplit(self.server.url)
+        with suppress(OSError):  # it was cut
+            while True:
+                near, _ = listener.accept()
+                far = socket.create_connection((str(to.hostname), to.port))
+                self._ends += [near, far]
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=ends, daemon=True).start()
+
+    def _carry(self, source: socket.socket, to: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if not self.silent:
+                    to.sendall(data)
+            to.shutdown(socket.SHUT_WR)
 
 
 def predictor(service: Mapping[str, Any]) -> dict[str, Any]:

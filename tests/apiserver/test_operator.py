@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import time
+
+import pytest
 
 from tests.apiserver.conftest import JOBS, wait_until
 from tests.apiserver.playground import (
@@ -15,10 +19,13 @@ from tests.apiserver.playground import (
     SERVING,
     WORKFLOWS,
     Playground,
+    Wire,
     apply,
     decisions,
     manifest_of,
 )
+
+ONE_ROUND_LATER = {"rounds": {"max": 1, "trigger": {"newTraces": 5}}}
 
 
 def writes(playground: Playground, name: str) -> int:
@@ -164,6 +171,67 @@ def test_with_two_operators_one_writes_and_the_other_takes_over(playground: Play
     finally:
         first.kill()
         first.wait()
+
+
+def lease_of(playground: Playground, name: str = "cowest-operator") -> str:
+    found = playground.get(f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/{name}")
+    return str(found["spec"]["holderIdentity"]) if found else ""
+
+
+def over_a_wire(playground: Playground) -> Wire:
+    wire = Wire(playground.server)
+    playground.kubeconfig.write_text(json.dumps(wire.kubeconfig()))
+    return wire
+
+
+def ended(process: subprocess.Popen[bytes]) -> bool:
+    return process.poll() is not None
+
+
+def test_an_api_server_that_restarts_ends_neither_the_writer_nor_the_standby(playground: Playground) -> None:
+    wire = over_a_wire(playground)
+    playground.told["COWEST_LEASE"] = "of-a-restart"
+    with playground.operator("one") as writer:
+        playground.wait(lambda: lease_of(playground, "of-a-restart") == "one", "the lease")
+        with playground.operator("two") as standby:
+            wire.cut()
+            for name in ("one", "two"):
+                playground.wait(lambda name=name: "cannot be" in playground.log(name), f"{name} to try")  # type: ignore[misc]
+            wire.mend()
+            apply(playground, manifest_of("claims", **ONE_ROUND_LATER))
+            playground.wait(lambda: playground.get(f"{DEPLOYMENTS}/claims-gateway") is not None, "its work")
+            assert not ended(writer) and not ended(standby)
+            assert lease_of(playground, "of-a-restart") == "one"
+    assert writer.returncode == 0, "it was told to end"
+
+
+@pytest.mark.parametrize("silent", [pytest.param(False, id="that refuses"), pytest.param(True, id="that is silent")])
+def test_before_an_api_server_the_writer_ends_with_an_error_before_a_standby_may_begin(
+    playground: Playground, silent: bool
+) -> None:
+    wire = over_a_wire(playground)
+    playground.told["COWEST_LEASE"] = lease = f"of-silence-{silent}".lower()
+    with playground.operator("one") as writer:
+        playground.wait(lambda: lease_of(playground, lease) == "one", "the lease")
+        begun = time.monotonic()
+        wire.silent = silent
+        if not silent:
+            wire.cut()
+        wait_until(lambda: ended(writer), "the writer to end")
+        assert time.monotonic() - begun < 15, "a standby waits for 15 seconds"
+        assert writer.returncode == 1
+        assert f"the lease {NAMESPACE}/{lease} is lost: this replica ends." in playground.log()
+
+
+def test_a_replica_that_finds_no_api_server_tries_on(playground: Playground) -> None:
+    wire = over_a_wire(playground)
+    playground.told["COWEST_LEASE"] = "of-a-start"
+    wire.cut()
+    with playground.operator("one") as process:
+        playground.wait(lambda: playground.log().count("cannot be read") > 1, "a second try")
+        wire.mend()
+        playground.wait(lambda: lease_of(playground, "of-a-start") == "one", "the lease")
+        assert not ended(process)
 
 
 def test_while_the_object_store_is_away_the_status_says_so_and_the_job_stays_ready(playground: Playground) -> None:
