@@ -45,6 +45,10 @@ class Applier:
         await self.write_status(context, plan, seen.world.traces, family, memory)
         for event in plan.events:
             await self._event(context, event)
+        for note in seen.notes:
+            if note.message not in memory.said:
+                await self._event(context, note)
+                memory.said.add(note.message)
         if seen.world.blocked is None:
             await self._submit(seen, plan, family, memory)
             await self._prune(seen, plan, family, memory)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from cowest_operator import api, manifest, story
 from cowest_operator.doors import DoorError, Doors
@@ -30,6 +32,7 @@ from cowest_training.contract import (
 )
 
 ACTION = "cowest.dev/action."  # annotation: what a person said
+ACTION_ID = re.compile(r"(\d{20})-([a-z]+)")  # nanoseconds, so that ids sort by time, and the verb
 LIVE_EVERY, COUNT_EVERY, SPENT_EVERY, PROBE_EVERY, PROMPTS_EVERY = 2.0, 10.0, 10.0, 20.0, 30.0
 PATIENCE = 20.0  # seconds before a pod that is not there yet is called a trouble
 LONGEST_RETRY = 600.0
@@ -54,6 +57,7 @@ class Memory:
     written_at: float = 0.0
     asked: dict[str, tuple[float, Any]] = field(default_factory=dict)  # answers of doors, and when
     state: api.Status | None = None  # after our own write, until the watch shows it
+    said: set[str] = field(default_factory=set)  # notes that were made known
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Observed:
     world: api.World
     submit: Mapping[str, int]  # steps that may be submitted now, and as which attempt
     frozen_document: Mapping[str, Any]  # what the running trial's steps go by
+    notes: tuple[api.Event, ...] = ()  # of no decision; each is said once
 
 
 class Observer:
@@ -88,7 +93,7 @@ class Observer:
         assert family.job is not None
         now = time.time() if now is None else now
         context = await self._context(family, memory)
-        status = memory.state or story.read(family.job.get("status"))
+        status = _with_a_known_action(memory.state or story.read(family.job.get("status")), now)
         looked = _Look(self, context, family, memory, status, now)
         return await looked.world()
 
@@ -176,7 +181,12 @@ class _Look:
         self._look_at_controllers()
         self.troubles += troubles(self.observer.discovery.now, job, self.context.document["spec"].get("training", {}))
         known = {t.message: t for t in (*([blocked] if blocked else []), *self.memory.apply_troubles, *self.troubles)}
-        return Observed(self.context, replace(world, troubles=tuple(known.values())), self.submit, frozen_document)
+        notes = tuple(
+            api.Event("Warning", api.REASON_ACTION_NOT_UNDERSTOOD, sentence)
+            for sentence in not_understood(self.family.job or {})
+        )
+        world = replace(world, troubles=tuple(known.values()))
+        return Observed(self.context, world, self.submit, frozen_document, notes)
 
     # ------------------------------------------------------------ the trial
     def _frozen(self, trial: api.Trial | None) -> tuple[Mapping[str, Any], api.Job | None]:
@@ -404,15 +414,50 @@ def blocked_by(job: api.Job) -> api.Trouble | None:
 
 
 def read_actions(body: Mapping[str, Any], after: str) -> Iterator[api.Action]:
-    """What people said, by annotation; one that cannot be read is left out."""
-    for name, text in sorted(((body.get("metadata") or {}).get("annotations") or {}).items()):
-        if name.startswith(ACTION) and (identity := name.removeprefix(ACTION)) > after:
-            try:
-                said = json.loads(text)
-                yield api.Action(identity, said["verb"], str(said["by"]), str(said.get("why", "")), float(said["at"]),
-                                 said.get("model"))  # fmt: skip
-            except (ValueError, KeyError, TypeError):
-                continue
+    """What people said, by annotation, in the order in which they said it; `not_understood` has the rest."""
+    for identity, text in _said(body):
+        if identity > after:
+            with suppress(ValueError):
+                yield _action(identity, text)
+
+
+def not_understood(body: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each annotation that will never be taken in."""
+    for identity, text in _said(body):
+        try:
+            _action(identity, text)
+        except ValueError as error:
+            yield _sentence(f"annotation {ACTION}{identity} has no effect: {error}. `kubectl cowest` writes them well")
+
+
+def _said(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    annotations = (body.get("metadata") or {}).get("annotations") or {}
+    return ((n.removeprefix(ACTION), text) for n, text in sorted(annotations.items()) if n.startswith(ACTION))
+
+
+def _action(identity: str, text: str) -> api.Action:
+    """Raises `ValueError` with what was wanted."""
+    verbs, form = get_args(api.Verb), ACTION_ID.fullmatch(identity)
+    if form is None or form[2] not in verbs:
+        raise ValueError(f"wanted 20 digits, a dash and {', '.join(verbs[:-1])} or {verbs[-1]} for its name")
+    try:
+        said = json.loads(text)
+        verb, by, why, at = said["verb"], str(said["by"]), str(said.get("why", "")), float(said["at"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'wanted {{"verb", "by", "why", "at"}} as JSON, saw {text[:200]!r}') from error
+    model = said.get("model")
+    if verb != form[2]:
+        raise ValueError(f"wanted the verb of its name, {form[2]}, saw {str(verb)[:40]!r}")
+    if verb == "propose" and not (isinstance(model, str) and model):
+        raise ValueError(f'wanted the "model" that is proposed, saw {str(model)[:200]!r}')
+    return api.Action(identity, verb, by, why, at, model if verb == "propose" else None)
+
+
+def _with_a_known_action(status: api.Status, now: float) -> api.Status:
+    """What sorts after every word still to come would silence them all: such an id was taken in once."""
+    if not status.last_action or ACTION_ID.fullmatch(status.last_action):
+        return status
+    return replace(status, last_action=f"{int(now * 1e9):020d}-resume")
 
 
 def _clock(epoch: float) -> str:
@@ -425,4 +470,4 @@ def _sentence(text: str) -> str:
     return line if line.endswith((".", "?", "!")) else line + "."
 
 
-__all__ = ["HoldError", "KubeError", "Memory", "Observed", "Observer", "blocked_by", "read_actions"]
+__all__ = ["HoldError", "KubeError", "Memory", "Observed", "Observer", "blocked_by", "not_understood", "read_actions"]

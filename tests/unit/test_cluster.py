@@ -26,7 +26,8 @@ def seen(status: api.Status, **said: str) -> cluster.Seen:
 
 
 def test_what_is_said_is_read_by_the_operator_as_it_was_said() -> None:
-    for action in (ACTION, replace(ACTION, verb="propose", model="s3://models/mine")):
+    proposal = replace(ACTION, id=ACTION.id.replace("pause", "propose"), verb="propose", model="s3://models/mine")
+    for action in (ACTION, proposal):
         patch = cluster.with_action(seen(api.Status()), action)
         assert list(observe.read_actions({"metadata": {"annotations": patch}}, "")) == [action]
         assert list(cluster.Seen({"metadata": {"annotations": patch}}).pending()) == [action]

@@ -1,0 +1,63 @@
+"""What the operator makes of what it sees. No cluster, no doors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from cowest_operator import observe
+from cowest_operator.observe import ACTION, not_understood, read_actions
+
+WHEN = f"{100:020d}"
+
+
+def said(identity: str, **values: Any) -> dict[str, str]:
+    told = {"verb": identity.partition("-")[2], "by": "ann", "why": "", "at": 5.0, **values}
+    return {ACTION + identity: json.dumps(told)}
+
+
+def body(*annotations: dict[str, str]) -> dict[str, Any]:
+    return {"metadata": {"annotations": {name: text for each in annotations for name, text in each.items()}}}
+
+
+def test_what_people_said_is_read_in_the_order_in_which_they_said_it() -> None:
+    job = body(said(f"{200:020d}-resume"), said(f"{100:020d}-pause"))
+    assert [action.verb for action in read_actions(job, "")] == ["pause", "resume"]
+    assert [action.verb for action in read_actions(job, f"{100:020d}-pause")] == ["resume"]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "why"),
+    [
+        pytest.param(said("zzz", verb="pause"), "wanted 20 digits", id="an id that sorts after all others"),
+        pytest.param(said("100-pause"), "wanted 20 digits", id="an id of too few digits"),
+        pytest.param(said(f"{WHEN}-explode"), "propose for its name", id="a verb that nobody knows"),
+        pytest.param(said(f"{WHEN}-pause", verb="rollback"), "wanted the verb of its name", id="two verbs"),
+        pytest.param(said(f"{WHEN}-propose"), 'wanted the "model"', id="a proposal of nothing"),
+        pytest.param({f"{ACTION}{WHEN}-pause": "please"}, "as JSON, saw 'please'", id="no JSON"),
+        pytest.param({f"{ACTION}{WHEN}-pause": '{"verb": "pause"}'}, "as JSON", id="nobody said it"),
+        pytest.param({f"{ACTION}{WHEN}-pause": "[]"}, "as JSON", id="a list"),
+    ],
+)
+def test_what_cannot_be_understood_is_left_out_said_and_silences_nobody(annotation: dict[str, str], why: str) -> None:
+    job = body(annotation, said(f"{200:020d}-resume"))
+    assert [action.verb for action in read_actions(job, "")] == ["resume"]
+    (sentence,) = not_understood(job)
+    assert why in sentence and next(iter(annotation)) in sentence
+
+
+def test_all_that_can_be_said_is_understood() -> None:
+    verbs = ("pause", "resume", "approve", "promote", "rollback")
+    job = body(*(said(f"{WHEN}-{verb}") for verb in verbs), said(f"{WHEN}-propose", model="s3://models/mine"))
+    assert {action.verb for action in read_actions(job, "")} == {*verbs, "propose"}
+    assert not list(not_understood(job))
+
+
+def test_an_id_that_was_taken_in_and_sorts_after_all_others_silences_nobody() -> None:
+    status = observe.api.Status(last_action="zzz")
+    healed = observe._with_a_known_action(status, now=1.0)
+    later, earlier = f"{2 * 10**9:020d}-pause", f"{10**8:020d}-pause"
+    assert earlier < healed.last_action < later
+    assert observe._with_a_known_action(healed, now=9.0) == healed
