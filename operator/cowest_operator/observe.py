@@ -124,6 +124,7 @@ class Observer:
             platform.kserve_mode,
             {seen.name: seen.facts["mode"] for seen in family.of("InferenceService") if seen.facts["mode"]},
             platform.has_kuberay,
+            self.settings.job_env,
         )
 
     async def _prompts(self, body: Mapping[str, Any], memory: Memory) -> dict[str, Mapping[str, str]]:
@@ -385,6 +386,8 @@ class _Look:
             if part in ("gateway", ray.HEAD, "proxy")
             else []
         )
+        if part != "proxy" and spec.object_store and (keys := spec.object_store.credentials_secret_ref):
+            names.append(f"Secret {keys.name} with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         if part in ("gateway", ray.HEAD) and spec.gateway.client_keys_secret_ref:
             names.append(f"Secret {spec.gateway.client_keys_secret_ref.name}")
         return " or ".join(names) or "each of its ConfigMaps, Secrets and volumes"

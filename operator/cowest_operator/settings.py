@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+IN_CLUSTER = (".svc", ".cluster.local", "localhost", "127.0.0.1")  # never behind a proxy
 
 
 class OperatorSettingsError(ValueError):
@@ -38,6 +41,7 @@ class Settings:
     health_port: int = 8081
     kserve_mode: str | None = None  # else what is found
     rayservices: bool = True  # may it make them?
+    job_env: tuple[Mapping[str, Any], ...] = ()  # environment of all containers of jobs, as Kubernetes writes it
     service_url: str = "http://{service}.{namespace}.svc"  # how the operator reaches a Service: else for outside of it
 
 
@@ -60,6 +64,7 @@ def read(environment: Mapping[str, str]) -> Settings:
         _port(environment, "COWEST_HEALTH_PORT", 8081),
         _one_of(environment, "COWEST_KSERVE_MODE", ("RawDeployment", "Standard")),
         _one_of(environment, "COWEST_RAYSERVICES", ("true", "false")) != "false",
+        in_cluster(_env(environment.get("COWEST_JOB_ENV") or "[]")),
         environment.get("COWEST_SERVICE_URL") or Settings.service_url,
     )
 
@@ -85,6 +90,36 @@ def _names(text: str) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise OperatorSettingsError(f'COWEST_IMAGE_PULL_SECRETS: wanted a JSON list such as ["a"], saw {text!r}')
     return tuple(names)
+
+
+def _env(text: str) -> tuple[Mapping[str, Any], ...]:
+    try:
+        entries = json.loads(text)
+    except ValueError:
+        entries = None
+    named = isinstance(entries, list) and all(isinstance(each, dict) and each.get("name") for each in entries)
+    if not named or len({each["name"] for each in entries}) < len(entries):
+        raise OperatorSettingsError(
+            'COWEST_JOB_ENV: wanted a JSON list of variables with different names such as [{"name": "HTTPS_PROXY",'
+            f' "value": "http://proxy:3128"}}], saw {text!r}'
+        )
+    return tuple(entries)
+
+
+def in_cluster(env: tuple[Mapping[str, Any], ...]) -> tuple[Mapping[str, Any], ...]:
+    """Where a proxy leads out, what is inside the cluster is not asked of it."""
+    if not {each["name"].lower() for each in env} & {"http_proxy", "https_proxy", "all_proxy"}:
+        return env
+    names = {each["name"] for each in env}
+    added = () if names & {"NO_PROXY", "no_proxy"} else ({"name": "NO_PROXY", "value": ""},)
+    return tuple(_without_proxy(each) if each["name"].lower() == "no_proxy" else each for each in (*env, *added))
+
+
+def _without_proxy(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "value" not in entry:  # of a Secret or ConfigMap: nothing can be added to it here
+        return entry
+    said = [name.strip() for name in str(entry["value"]).split(",") if name.strip()]
+    return {**entry, "value": ",".join([*said, *(name for name in IN_CLUSTER if name not in said)])}
 
 
 def _port(environment: Mapping[str, str], name: str, default: int) -> int:

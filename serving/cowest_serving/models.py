@@ -24,8 +24,6 @@ import logging
 import random
 import re
 import time
-import urllib.parse
-import urllib.request
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -37,6 +35,7 @@ import aiohttp
 import orjson
 
 from cowest_serving.contract import HEADER_IDEMPOTENCY, Messages
+from cowest_serving.outward import proxy_of
 
 log = logging.getLogger(__name__)
 
@@ -307,7 +306,7 @@ class HttpChatModel:
                 connector=aiohttp.TCPConnector(limit=self._limit),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=min(10.0, self._timeout)),
                 json_serialize=lambda value: orjson.dumps(value).decode(),
-                proxy=_proxy(self.endpoint),  # not trust_env: that would also take passwords from ~/.netrc
+                proxy=proxy_of(self.endpoint),  # not trust_env: that would also take passwords from ~/.netrc
             )
         return self._session
 
@@ -526,12 +525,3 @@ def _unreachable(endpoint: str, error: aiohttp.ClientError) -> ModelError:
     return EndpointUnreachable(
         f"{endpoint} cannot be reached or broke off ({seen}). Check that it runs and its address is right."
     )
-
-
-def _proxy(endpoint: str) -> str | None:
-    """The proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY give. None for this machine: a proxy cannot reach it."""
-    parts = urllib.parse.urlsplit(endpoint)
-    host = parts.hostname or ""
-    if host in ("", "localhost", "::1") or host.startswith("127.") or urllib.request.proxy_bypass(host):
-        return None
-    return urllib.request.getproxies().get(parts.scheme)

@@ -3,6 +3,8 @@
 Every write is atomic: a reader sees the old bytes or the new ones. S3 is set by the environment: COWEST_S3_ENDPOINT
 (`http(s)://host:port`), AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, COWEST_S3_PATH_STYLE
 (true | false) and COWEST_S3_CA (a PEM file); without keys the pod's own identity (IRSA, ECS) is used where it has one.
+COWEST_S3_KEYS_FOLDER names a folder whose files are the keys instead, such as a mounted Secret: read at each use, so
+that a rotation arrives. A proxy is taken as HTTP_PROXY, HTTPS_PROXY and NO_PROXY say.
 Every function raises `StoreError`, whose `retryable` says whether the same call may succeed later.
 """
 
@@ -15,15 +17,19 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 from urllib.parse import quote, unquote, urlsplit
 
+from cowest_serving.outward import proxy_of
+
 LAST = "manifest.json"  # an output without it does not exist: uploaded last
 _PART = ".part"  # suffix of a file that is still being written; never listed
 _RETRYABLE_CODES = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "XMinioServerNotInitialized"}
+_KEY_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _ABSENT_CODES = {"NoSuchKey", "NoSuchBucket", "NoSuchObject"}
 
 
@@ -216,7 +222,7 @@ class _S3:
         if not self.bucket:
             raise StoreError(f"{uri}: wanted s3://bucket/key, saw no bucket")
         with _s3_errors(f"reach {uri}"):
-            self.client = _s3_client(*(os.environ.get(name, "") for name in _S3_ENVIRONMENT))
+            self.client = _s3_client(_s3_settings())
 
     def get(self) -> bytes:
         with _s3_errors(f"read {self.uri}"):
@@ -303,15 +309,67 @@ def _inside(folder: Path, relative: str) -> Path:
     return target
 
 
-_S3_ENVIRONMENT = (
-    "COWEST_S3_ENDPOINT",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_REGION",
-    "COWEST_S3_PATH_STYLE",
-    "COWEST_S3_CA",
-)
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+_KEYS_FOLDER = "COWEST_S3_KEYS_FOLDER"
+_DATA = "..data"  # where Kubernetes links to all files of a mounted Secret of one moment
+
+
+@dataclass(frozen=True)
+class _S3Settings:
+    """Another value is another client."""
+
+    url: str
+    access: str
+    secret: str = field(repr=False)
+    token: str = field(repr=False)
+    region: str
+    path_style: str
+    ca: str
+    proxy: str | None = field(repr=False)
+    has_identity: bool
+
+
+def _s3_settings() -> _S3Settings:
+    """Of the environment, and the keys of the folder that it names."""
+    said = os.environ
+    endpoint = said.get("COWEST_S3_ENDPOINT") or "s3.amazonaws.com"
+    url = endpoint if "://" in endpoint else f"https://{endpoint}"
+    folder = said.get(_KEYS_FOLDER)
+    access, secret, token = _keys_in(Path(folder)) if folder else tuple(said.get(name, "") for name in _KEYS)
+    return _S3Settings(
+        url,
+        access,
+        secret,
+        token,
+        said.get("AWS_REGION", ""),
+        said.get("COWEST_S3_PATH_STYLE", ""),
+        said.get("COWEST_S3_CA", ""),
+        proxy_of(url),
+        any(said.get(name) for name in _POD_IDENTITY),
+    )
+
+
+def _keys_in(folder: Path) -> tuple[str, ...]:
+    """All of one moment: a rotation replaces the link to them, and a key of before it fits no secret of after it."""
+    for left in reversed(range(3)):
+        data = (folder / _DATA).resolve() if (folder / _DATA).exists() else folder
+        try:
+            return tuple(
+                (data / name).read_text("utf-8").strip() if name != _KEYS[2] or (data / name).exists() else ""
+                for name in _KEYS
+            )
+        except FileNotFoundError as error:  # rotated in between, or not there at all
+            if not left:
+                missing = Path(error.filename).name
+                raise StoreError(
+                    f"wanted the files {_KEYS[0]} and {_KEYS[1]} in {folder} ({_KEYS_FOLDER}), saw no {missing};"
+                    " add the key to the Secret"
+                ) from None
+        except (OSError, ValueError) as error:
+            raise StoreError(f"wanted to read the keys in {folder} ({_KEYS_FOLDER}), saw: {error}") from None
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
 _POD_IDENTITY = (
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
@@ -320,36 +378,46 @@ _POD_IDENTITY = (
 
 
 @lru_cache(maxsize=8)
-def _s3_client(endpoint: str, access: str, secret: str, token: str, region: str, path_style: str, ca: str) -> Any:
-    """One client (and its pool of connections) for each setting of `_S3_ENVIRONMENT`."""
-    import urllib3
+def _s3_client(settings: _S3Settings) -> Any:
+    """One client (and its pool of connections) for each settings."""
     from minio import Minio
     from minio.credentials.providers import IamAwsProvider
 
-    address = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint or 's3.amazonaws.com'}")
-    pool = urllib3.PoolManager(
-        timeout=urllib3.Timeout(connect=5, read=60),
-        retries=urllib3.Retry(total=3, backoff_factor=0.2, status_forcelist=(500, 502, 503, 504)),
-        cert_reqs="CERT_REQUIRED",
-        ca_certs=ca or None,
-    )
-    pod_identity = any(os.environ.get(name) for name in _POD_IDENTITY) and not access
+    address = urlsplit(settings.url)
     client: Any = Minio(
         address.netloc,
-        access or None,
-        secret or None,
-        session_token=token or None,
+        settings.access or None,
+        settings.secret or None,
+        session_token=settings.token or None,
         secure=address.scheme == "https",
-        region=region or None,
-        http_client=pool,
-        credentials=IamAwsProvider() if pod_identity else None,
+        region=settings.region or None,
+        http_client=_pool(settings),
+        credentials=IamAwsProvider() if settings.has_identity and not settings.access else None,
     )
-    if path_style:
-        if path_style.lower() == "false":
+    if settings.path_style:
+        if settings.path_style.lower() == "false":
             client.enable_virtual_style_endpoint()
         else:
             client.disable_virtual_style_endpoint()
     return client
+
+
+def _pool(settings: _S3Settings) -> Any:
+    """Of connections, through the proxy where there is one: urllib3 does not look for it itself."""
+    import urllib3
+
+    options: dict[str, Any] = {
+        "timeout": urllib3.Timeout(connect=5, read=60),
+        "retries": urllib3.Retry(total=3, backoff_factor=0.2, status_forcelist=(500, 502, 503, 504)),
+        "cert_reqs": "CERT_REQUIRED",
+        "ca_certs": settings.ca or None,
+    }
+    if not settings.proxy:
+        return urllib3.PoolManager(**options)
+    proxy = urlsplit(settings.proxy if "://" in settings.proxy else f"http://{settings.proxy}")
+    user, _, address = proxy.netloc.rpartition("@")
+    headers = urllib3.make_headers(proxy_basic_auth=unquote(user)) if user else None
+    return urllib3.ProxyManager(f"{proxy.scheme}://{address}", proxy_headers=headers, **options)
 
 
 @contextlib.contextmanager
@@ -360,6 +428,8 @@ def _s3_errors(wanted: str) -> Iterator[None]:
     try:
         yield
     except S3Error as error:
+        # Keys in files may be just being rotated: the new ones reach a pod within two minutes.
+        retryable = error.code in _RETRYABLE_CODES or (error.code in _KEY_CODES and bool(os.environ.get(_KEYS_FOLDER)))
         if error.code in _ABSENT_CODES:
             remedy = "check bucket and key"
         elif error.code in _RETRYABLE_CODES:
@@ -367,7 +437,7 @@ def _s3_errors(wanted: str) -> Iterator[None]:
         else:
             remedy = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do"
         message = f"wanted to {wanted}, saw {error.code}: {error.message}; {remedy}"
-        raise StoreError(message, retryable=error.code in _RETRYABLE_CODES) from error
+        raise StoreError(message, retryable=retryable) from error
     except (ServerError, HTTPError) as error:
         message = f"wanted to {wanted}, saw: {error}; check COWEST_S3_ENDPOINT and that the store is up"
         raise StoreError(message, retryable=True) from error

@@ -251,6 +251,7 @@ def test_the_operator_can_read_what_the_chart_tells_it() -> None:
     assert told.images.training == f"{mirror}/cowest/training:1.2.3"
     assert told.images.vllm.startswith(f"{mirror}/vllm/vllm-openai:")
     assert told.images.pull_secrets == ("mirror", "other")
+    assert [each["name"] for each in told.job_env] == ["HTTPS_PROXY", "PROXY_PASSWORD", "NO_PROXY"]
     assert told.namespaces == ("pharmacy", "freight")
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"metrics": told.metrics_port, "health": told.health_port}

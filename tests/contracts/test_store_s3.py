@@ -5,16 +5,21 @@ Its binary is `minio` on PATH, or COWEST_TEST_MINIO; without it these tests are 
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from http.client import HTTPConnection
 from pathlib import Path
+from typing import ClassVar
 from urllib.request import urlopen
 
 import pytest
@@ -28,6 +33,7 @@ from cowest_serving.traces import TraceWriter, read_traces
 from cowest_training import steps
 from cowest_training.contract import Manifest
 from cowest_training.data import read_rows
+from tests.unit.test_store import rotate
 
 BINARY = os.environ.get("COWEST_TEST_MINIO") or shutil.which("minio")
 pytestmark = pytest.mark.skipif(not BINARY, reason="no minio binary: put it on PATH or name it in COWEST_TEST_MINIO")
@@ -125,6 +131,82 @@ def test_a_wrong_key_is_said_without_the_secret(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(StoreError, match="AWS_SECRET_ACCESS_KEY") as caught:
         store.get("s3://models/weak/config.json")
     assert not caught.value.retryable and "wrong-secret" not in str(caught.value)
+
+
+def test_rotated_keys_are_taken_up_by_a_process_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put("s3://models/rotated", b"here")
+    monkeypatch.setenv("COWEST_S3_KEYS_FOLDER", str(tmp_path))
+    rotate(tmp_path, "1", AWS_ACCESS_KEY_ID="cowest-test", AWS_SECRET_ACCESS_KEY="of yesterday")
+    with pytest.raises(StoreError, match="AWS_SECRET_ACCESS_KEY") as caught:
+        store.get("s3://models/rotated")
+    assert caught.value.retryable, "the new ones are on their way"
+    rotate(tmp_path, "2", AWS_ACCESS_KEY_ID="cowest-test", AWS_SECRET_ACCESS_KEY="cowest-test-secret")
+    assert store.get("s3://models/rotated") == b"here"
+
+
+class ForwardProxy(http.server.BaseHTTPRequestHandler):
+    """Knows one host, `store.test`, and notes what it was asked for."""
+
+    asked: ClassVar[list[tuple[str, str, str | None]]] = []
+    upstream: ClassVar[str]
+
+    def do_CONNECT(self) -> None:
+        self.asked.append((self.command, self.path, self.headers["Proxy-Authorization"]))
+        self.send_error(502)
+
+    def do_GET(self) -> None:
+        self.asked.append((self.command, self.path, self.headers["Proxy-Authorization"]))
+        connection = HTTPConnection(self.upstream, timeout=10)
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        kept = {name: value for name, value in self.headers.items() if not name.startswith("Proxy-")}
+        connection.request(self.command, self.path.removeprefix("http://store.test:9000"), body, kept)
+        answer = connection.getresponse()
+        content = answer.read()
+        self.send_response(answer.status)
+        for name in ("Content-Type", "ETag", "Last-Modified"):
+            if name in answer.headers:
+                self.send_header(name, answer.headers[name])
+        self.send_header("Content-Length", answer.headers["Content-Length"] or str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_PUT = do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    ForwardProxy.upstream, ForwardProxy.asked = endpoint.removeprefix("http://"), []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ForwardProxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_address[1]}"
+        for name, value in {"http": address, "https": f"http://us%40er:word@{address}", "no": ".svc"}.items():
+            monkeypatch.setenv(f"{name}_proxy", value)
+        yield address
+        server.shutdown()
+
+
+def test_a_store_outside_is_reached_through_the_proxy(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COWEST_S3_ENDPOINT", "http://store.test:9000")
+    store.put("s3://models/by proxy", b"out and in")
+    assert store.get("s3://models/by proxy") == b"out and in"
+    assert ("PUT", "http://store.test:9000/models/by%20proxy", None) in ForwardProxy.asked
+
+
+def test_over_tls_the_proxy_only_passes_on_and_is_told_who_asks(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COWEST_S3_ENDPOINT", "https://store.test")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    with pytest.raises(StoreError, match="COWEST_S3_ENDPOINT") as caught:
+        store.get("s3://models/x")
+    assert caught.value.retryable
+    assert set(ForwardProxy.asked) == {("CONNECT", "store.test:443", f"Basic {b64encode(b'us@er:word').decode()}")}
+
+
+def test_a_store_on_this_machine_is_reached_without_the_proxy(proxy: str) -> None:
+    store.put("s3://models/direct", b"")
+    assert ForwardProxy.asked == []
 
 
 def test_a_key_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:

@@ -256,6 +256,13 @@ async def test_a_scorer_that_answers_anything_else_is_named(status: int, text: s
     assert url in str(raised.value) and reason in str(raised.value)
 
 
+async def test_a_scorer_outside_is_asked_through_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scorer(lambda _: web.json_response({"score": 0.5})) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.removesuffix("/score"))
+        monkeypatch.setenv("no_proxy", ".svc")
+        assert await ask("http://scorer.test/score") == 0.5
+
+
 async def test_a_scorer_that_recovers_is_asked_again() -> None:
     answers = iter([web.Response(status=503), web.Response(text=json.dumps({"score": 1}))])
     async with scorer(lambda _: next(answers)) as url:

@@ -97,6 +97,38 @@ def test_strong_keys_are_mounted_in_gateway_and_proxy_alone() -> None:
     assert with_keys == {"Deployment claims-gateway", "Deployment claims-proxy"}
 
 
+@pytest.mark.parametrize("kuberay", [False, True], ids=["a Deployment", "KubeRay"])
+def test_the_stores_keys_are_files_wherever_the_store_is_reached(kuberay: bool) -> None:
+    """A rotated Secret reaches files in a running pod, and its environment never."""
+    seen = context(gateway={"engine": "RayServe" if kuberay else "ASGI"})
+    found = [(name, each) for name, pod in pods(everything(replace(seen, has_kuberay=kuberay)))
+             for each in containers(pod)]  # fmt: skip
+    with_store = {f"{name} {each.get('name', 'main')}" for name, each in found
+                  if {"name": "COWEST_S3_KEYS_FOLDER", "value": common.STORE_KEYS} in each.get("env", [])}  # fmt: skip
+    with_files = {f"{name} {each.get('name', 'main')}" for name, each in found
+                  if common.STORE_KEYS in {mount["mountPath"] for mount in each["volumeMounts"]}}  # fmt: skip
+    assert with_store == with_files
+    assert {each.rpartition(" ")[2] for each in with_store} == {"gateway", "observer", "fetch", "main", "score-live"}
+    assert not [name for name, each in found for e in each.get("env", []) if e["name"].startswith("AWS_ACCESS")]
+
+
+def test_a_session_token_may_be_missing_and_a_key_may_not() -> None:
+    (volume,), _ = common.store_volumes(context())
+    optional = {source["secret"]["items"][0]["key"]: source["secret"].get("optional", False)
+                for source in volume["projected"]["sources"]}  # fmt: skip
+    assert optional == {"AWS_ACCESS_KEY_ID": False, "AWS_SECRET_ACCESS_KEY": False, "AWS_SESSION_TOKEN": True}
+
+
+def test_the_environment_of_all_jobs_is_in_every_container_and_ours_is_stronger() -> None:
+    given = ({"name": "HTTPS_PROXY", "value": "http://proxy:3128"}, {"name": "COWEST_CACHE", "value": "/nowhere"})
+    for name, pod in pods(everything(replace(context(), job_env=given))):
+        for each in containers(pod):
+            env = {e["name"]: e.get("value") for e in each["env"]}
+            assert len(env) == len(each["env"]), f"{name}: a name that stands twice is refused by the API server"
+            assert env["HTTPS_PROXY"] == "http://proxy:3128", name
+            assert env["COWEST_CACHE"] == "/tmp/cache" or "COWEST_S3_KEYS_FOLDER" not in env, name
+
+
 def test_the_token_is_mounted_where_no_key_is() -> None:
     gateway = next(pod for name, pod in pods(everything(context())) if name == "Deployment claims-gateway")
     mounts = {each["name"]: {m["name"] for m in each["volumeMounts"]} for each in gateway["containers"]}

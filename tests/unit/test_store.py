@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cowest_serving import store
+from cowest_serving.outward import proxy_of
 from cowest_serving.store import StoreError
 
 
@@ -141,3 +142,46 @@ def test_an_s3_endpoint_that_is_down_is_worth_a_retry(monkeypatch: pytest.Monkey
     with pytest.raises(StoreError, match="COWEST_S3_ENDPOINT") as caught:
         store.get("s3://bucket/key")
     assert caught.value.retryable
+
+
+@pytest.mark.parametrize(
+    ("url", "through"),
+    [
+        ("https://s3.example.com", "http://proxy:3128"),
+        ("http://store.desks.svc:9000", None),
+        ("http://127.0.0.1:9000", None),
+        ("http://plain.example.com", None),
+    ],
+    ids=["outside", "in the cluster", "this machine", "no proxy for http"],
+)
+def test_the_environment_says_what_goes_through_a_proxy(
+    url: str, through: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"https_proxy": "http://proxy:3128", "http_proxy": "", "no_proxy": ".svc"}.items():
+        monkeypatch.setenv(name, value)
+    assert (proxy_of(url) or None) == through
+
+
+def rotate(folder: Path, moment: str, **files: str) -> None:
+    """As the kubelet does it: all files of a moment in one folder, and a link to it that is replaced."""
+    (folder / f"..{moment}").mkdir(parents=True)
+    for name, text in files.items():
+        (folder / f"..{moment}" / name).write_text(text + "\n")
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(Path("..data") / name)
+    (folder / "..new").symlink_to(f"..{moment}")
+    (folder / "..new").rename(folder / "..data")
+
+
+def test_keys_in_files_are_those_of_one_moment(tmp_path: Path) -> None:
+    rotate(tmp_path, "1", AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b")
+    assert store._keys_in(tmp_path) == ("a", "b", "")
+    rotate(tmp_path, "2", AWS_ACCESS_KEY_ID="c", AWS_SECRET_ACCESS_KEY="d", AWS_SESSION_TOKEN="e")
+    assert store._keys_in(tmp_path) == ("c", "d", "e")
+
+
+def test_a_key_that_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rotate(tmp_path, "1", AWS_ACCESS_KEY_ID="a")
+    monkeypatch.setenv("COWEST_S3_KEYS_FOLDER", str(tmp_path))
+    with pytest.raises(StoreError, match=r"saw no AWS_SECRET_ACCESS_KEY; add the key to the Secret"):
+        store.get("s3://bucket/key")

@@ -29,6 +29,7 @@ import aiohttp
 
 from cowest_serving.contract import digest_of, query_text
 from cowest_serving.models import ChatModel, HttpChatModel
+from cowest_serving.outward import proxy_of
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Row, StepError, evaluator_digest
 from cowest_training.data import refuse
 
@@ -316,7 +317,7 @@ class HttpScorer:
 
     async def _ask(self, body: Mapping[str, Any]) -> float:
         if self._session is None:  # made here, because a session belongs to the running loop
-            self._session = aiohttp.ClientSession(timeout=self._timeout)
+            self._session = aiohttp.ClientSession(timeout=self._timeout, proxy=proxy_of(self._url))
         try:
             async with self._session.post(self._url, json=body, headers=self._headers) as response:
                 return _read_score(self._url, response.status, await response.text(errors="replace"))

@@ -20,6 +20,12 @@ PORT = 8080  # every server of ours listens there
 ROUTING_FILE = "/run/cowest/routing.json"  # of the gateway and its sidecar
 JOB_FOLDER, STEP_FOLDER = "/etc/cowest/job", "/etc/cowest/step"
 STRONG_KEYS, CLIENT_KEYS, EVALUATOR_KEY = "/etc/cowest/strong-keys", "/etc/cowest/client-keys", "/etc/cowest/evaluator"
+STORE_KEYS = "/etc/cowest/s3-keys"
+STORE_KEY_NAMES: Mapping[str, Mapping[str, bool]] = {
+    "AWS_ACCESS_KEY_ID": {},
+    "AWS_SECRET_ACCESS_KEY": {},
+    "AWS_SESSION_TOKEN": {"optional": True},
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Context:
     kserve_mode: str = "Standard"  # of a new InferenceService; RawDeployment before KServe 0.16
     kserve_modes: Mapping[str, str] = field(default_factory=dict)  # of those that are there, by name
     has_kuberay: bool = False
+    job_env: tuple[Mapping[str, Any], ...] = ()  # of every container, as the operator was told
 
     @property
     def store(self) -> str:
@@ -125,12 +132,15 @@ def container(
     context: Context, name: str, image: str, module: str, arguments: Sequence[str], **more: Any
 ) -> dict[str, Any]:
     """A container under the `restricted` Pod Security profile. `python -P`: the working folder is no source of code."""
+    own = more.pop("env", [])
+    named = {each["name"] for each in own}
     built = {
         "name": name,
         "image": image,
         "imagePullPolicy": context.images.pull_policy,
         "command": ["python", "-P", "-m", module],
         "args": list(arguments),
+        "env": [*(dict(each) for each in context.job_env if each["name"] not in named), *own],
         "securityContext": restricted(),
         **more,
     }
@@ -219,7 +229,7 @@ def env(name: str, value: str) -> dict[str, Any]:
 
 
 def store_env(context: Context) -> list[dict[str, Any]]:
-    """How `cowest_serving.store` reaches the bucket; credentials by reference only."""
+    """How `cowest_serving.store` reaches the bucket, beside `store_volumes`."""
     place = context.job.spec.object_store
     assert place is not None
     found = [env("COWEST_CACHE", "/tmp/cache")]
@@ -232,20 +242,26 @@ def store_env(context: Context) -> list[dict[str, Any]]:
         if value:
             found.append(env(name, value))
     if place.credentials_secret_ref:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            reference = {"name": place.credentials_secret_ref.name, "key": name}
-            found.append({"name": name, "valueFrom": {"secretKeyRef": reference}})
+        found.append(env("COWEST_S3_KEYS_FOLDER", STORE_KEYS))
     return found
 
 
 def store_volumes(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(volumes, mounts) of the object store's own certificates."""
+    """(volumes, mounts) of the object store's own certificates and of its keys: files, so that a rotation arrives."""
     place = context.job.spec.object_store
     assert place is not None
-    if place.ca_bundle_ref is None:
-        return [], []
-    volume = {"name": "s3-ca", "configMap": {"name": place.ca_bundle_ref.name}}
-    return [volume], [{"name": "s3-ca", "mountPath": "/etc/cowest/s3-ca", "readOnly": True}]
+    volumes: list[dict[str, Any]] = []
+    if place.ca_bundle_ref:
+        volumes.append({"name": "s3-ca", "configMap": {"name": place.ca_bundle_ref.name}})
+    if place.credentials_secret_ref:
+        sources = [
+            {"secret": {"name": place.credentials_secret_ref.name, "items": [{"key": key, "path": key}], **optional}}
+            for key, optional in STORE_KEY_NAMES.items()
+        ]
+        volumes.append({"name": "s3-keys", "projected": {"sources": sources, "defaultMode": 0o440}})
+    return volumes, [
+        {"name": each["name"], "mountPath": f"/etc/cowest/{each['name']}", "readOnly": True} for each in volumes
+    ]
 
 
 SERVERS_READ: Mapping[str, tuple[str, ...]] = {  # section -> its fields; none named: all of them
