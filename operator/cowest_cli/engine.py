@@ -20,6 +20,7 @@ from cowest_cli.processes import Child, free_port, get_json, port_is_free
 from cowest_cli.replay import decision_of
 from cowest_operator import api, reconcile, rounds
 from cowest_operator.manifest import local_path
+from cowest_operator.objects.desired import followed
 from cowest_serving.contract import Routing, dump
 from cowest_training.contract import (
     EXIT_BAD_INPUT,
@@ -106,6 +107,7 @@ class Engine:
         self._spent_at = 0.0
         self._routing: Any = None
         self._said = ""
+        self._frozen: tuple[int, Path, Mapping[str, Any], api.Job] | None = None  # what the running trial goes by
 
     # ------------------------------------------------------------ the loop
     def run(self, on_look: Callable[[Engine, api.Plan], None], serve: bool, stop: Callable[[], bool]) -> api.Plan:
@@ -145,6 +147,7 @@ class Engine:
     def observe(self) -> api.World:
         self._look_at_servers()
         trial = self.status.candidate
+        self._freeze(trial)
         return api.World(
             now=time.time(),
             job=self.job,
@@ -161,7 +164,19 @@ class Engine:
             traces=self._traces(trial),
             budget=self._budget(trial),
             actions=jobs.read_actions(self.home, self.status.last_action),
+            frozen=self._frozen[3] if trial and self._frozen else None,
         )
+
+    def _freeze(self, trial: api.Trial | None) -> None:
+        """The manifest of a trial that begins is kept; one that runs goes by its own after an edit and a restart."""
+        if trial is None or (self._frozen and self._frozen[0] == trial.number):
+            return
+        path = self.home.files / f"r{trial.number}-job.json"
+        begins = self.status.candidate is None or self.status.candidate.number != trial.number
+        kept = None if begins else jobs.read_json(path)
+        document = followed(kept, self.document) if kept else self.document
+        jobs.write_json(path, document)
+        self._frozen = (trial.number, path, document, api.parse_job(document))
 
     def _step_state(self, step: _Step) -> api.StepState:
         code = step.child.code()
@@ -243,6 +258,7 @@ class Engine:
         self._apply_routing(plan.routing)
         self._apply_gateway()
         self._apply_servers(plan)
+        self._freeze(plan.status.candidate)
         self._apply_status(plan.status)
         for event in plan.events:
             jobs.append_event(self.home, event, time.time())
@@ -250,7 +266,7 @@ class Engine:
 
     def _keep_decision(self, world: api.World, plan: api.Plan) -> None:
         """Before the status says it: a kill in between decides, and writes, anew."""
-        if decision := decision_of(world, plan, self.document["spec"]):
+        if decision := decision_of(world, plan, (self._frozen[2] if self._frozen else self.document)["spec"]):
             name, content = decision
             jobs.write_json(self.home.store / "runs" / name, content)
 
@@ -357,7 +373,8 @@ class Engine:
             step.again_at = None
 
     def _start_step(self, spec: api.StepSpec) -> Child:
-        command = self._python(spec.module, "--job", self.home.job, "--out", spec.out)
+        job = self._frozen[1] if self._frozen else self.home.job
+        command = self._python(spec.module, "--job", job, "--out", spec.out)
         for flag, value in spec.args:
             command += [flag, value]
         for flag, content in spec.files:
@@ -382,7 +399,7 @@ class Engine:
 
     def _known_models(self) -> tuple[api.ServerSpec, ...]:
         trial = self.status.candidate
-        pairs = [self.status.stable, trial.pair if trial else None]
+        pairs = [self.status.stable, trial.pair if trial else None, self.status.previous]
         return tuple(api.ServerSpec(p.weak_digest, p.weak_uri) for p in pairs if p)
 
     def _look_at(self, server: _Server, what: str, start: Callable[[], Child]) -> None:

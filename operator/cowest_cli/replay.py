@@ -31,7 +31,7 @@ from cowest_training.contract import LiveReport, StepError, load_live_report
 def decision_of(world: api.World, plan: api.Plan, spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """(file under `runs/`, content) when this plan is a decision of the live gate; None when it is not. Pure.
 
-    `spec` is the defaulted one of the manifest that holds, as the steps read it.
+    `spec` is the defaulted one of the manifest that the trial goes by, as the steps read it.
     """
     trial, after = world.status.candidate, plan.status.candidate
     if trial is None or trial.stage == "Preparing" or plan.status.last_action != world.status.last_action:
@@ -42,8 +42,8 @@ def decision_of(world: api.World, plan: api.Plan, spec: Mapping[str, Any]) -> tu
         return None
     served = world.status.stable if world.status.serving == "Pair" else None
     step = rounds.live_score(world, trial, served)
-    gate = world.job.spec.gate
-    verdict = promotion.judge(world.job.spec.canary, gate.significance, trial, world.live, world.now)
+    gate, canary = world.trial_job.spec.gate, world.trial_job.spec.canary
+    verdict = promotion.judge(canary, gate.significance, trial, world.live, world.now)
     if verdict.action == "Wait":  # the trial ended for another reason: its edit was withdrawn
         return None
     look = f"-look-{trial.looks}" if looked_again else ""
@@ -52,7 +52,7 @@ def decision_of(world: api.World, plan: api.Plan, spec: Mapping[str, Any]) -> tu
         "now": world.now,
         "updated": world.live.updated if world.live else None,
         "significance": gate.significance,
-        "canary": dump(world.job.spec.canary),
+        "canary": dump(canary),
         "trial": dump(trial),
         "args": dict(step.args),
         "files": dict(step.files),

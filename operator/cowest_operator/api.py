@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cowest_serving.contract import Collaboration, Mode, Pair, Prompts, Routing, Strong, digest_of, parse
-from cowest_training.contract import Data, EvaluationReport, Feedback, LiveReport, Training
+from cowest_training.contract import Data, EvaluationReport, Feedback, LiveReport, Training, evaluator_digest
 
 GROUP, VERSION, KIND, PLURAL = "cowest.dev", "v1alpha1", "CollaborationJob", "collaborationjobs"
 
@@ -53,6 +53,7 @@ REASON_WAITING_FOR_ANSWERS = "WaitingForAnswers"
 REASON_WAITING_FOR_SERVER = "WaitingForServer"
 
 REASON_PROMOTED = "BetterOfflineAndLive"
+REASON_PROMOTED_OFFLINE = "BetterOffline"
 REASON_PROMOTED_BY_PERSON = "PromotedByPerson"
 REASON_ROLLED_BACK_BY_PERSON = "RolledBackByPerson"
 REASON_VETOED = "VetoedByPerson"
@@ -69,6 +70,7 @@ REASON_SLICE_LOSS = "SliceLoss"
 REASON_WORSE_LIVE = "WorseOnLiveTraffic"
 REASON_LOSS_NOT_EXCLUDED = "LossNotExcluded"
 REASON_TOO_FEW_ANSWERS = "TooFewAnswers"
+REASON_SERVER_NOT_READY = "ServerNotReady"
 REASON_REVALIDATED = "Revalidated"
 REASON_EDIT_WITHDRAWN = "EditWithdrawn"
 REASON_SPEC_CHANGED = "SpecChanged"
@@ -306,6 +308,14 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Word:
+    """What a person decided and the loop has still to carry out."""
+
+    by: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Trial:
     """The candidate on its way: prepared by steps, gated, canaried, watched. `number` 0 is the baseline."""
 
@@ -322,6 +332,7 @@ class Trial:
     looks: int = 0  # at the live answers, within this step
     away: float = 0.0  # seconds of this step in which no engine ran: no part of its deadline
     approved_by: str | None = None
+    promoted: Word | None = None  # a person's: it is promoted as soon as its server answers
     difference: float | None = None
     p_value: float | None = None
     score: float | None = None
@@ -372,6 +383,7 @@ class Status:
     previous_serving: Mode = "StrongAlone"
     previous_round: int | None = None
     previous_base: str | None = None
+    going_back: Word | None = None  # a person's rollback to `previous`, as soon as its server answers
     base: str | None = None  # weak.model of the manifest that the stable model descends from
     evaluator: str | None = None  # digest that the stable pair was last measured with
     candidate: Trial | None = None
@@ -386,6 +398,7 @@ class Status:
     paused_by: str | None = None
     vetoed: tuple[str, ...] = ()  # pair digests that a person rolled back: never promoted by the automatic actor
     refused_edit: str | None = None  # digest of the declared pair settings that did not pass
+    refused_trial: Trial | None = None  # of that edit, for a person who promotes it all the same
     proposals: tuple[Proposal, ...] = ()
     last_action: str = ""  # id of the last action of a person that was taken in
     last_transition: str = ""  # the last event, as a sentence
@@ -460,7 +473,7 @@ class World:
     traces: TraceCounts = field(default_factory=TraceCounts)
     budget: Budget = field(default_factory=Budget)
     actions: tuple[Action, ...] = ()
-    frozen: Job | None = None  # the manifest as it was when the running trial began
+    frozen: Job | None = None  # what the running trial goes by (`objects.desired.followed`); None: what is declared
     blocked: Trouble | None = None  # the manifest cannot be followed here: nothing of the loop goes on
     troubles: tuple[Trouble, ...] | None = None  # what is missing or fails; None: an engine that ends instead
 
@@ -468,6 +481,11 @@ class World:
     def trial_job(self) -> Job:
         """What the running trial goes by."""
         return self.frozen or self.job
+
+    @property
+    def trial_evaluator(self) -> str:
+        """Digest of the evaluator that the running trial is measured with."""
+        return evaluator_digest(self.frozen.spec.feedback.evaluator) if self.frozen else self.evaluator
 
 
 # ---------------------------------------------------------------- plan

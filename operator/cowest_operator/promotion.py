@@ -216,6 +216,8 @@ class Verdict:
 
 def judge(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveReport | None, now: float) -> Verdict:
     """One look at a trial in canary or watch."""
+    if trial.promoted or (trial.stage == "Canary" and not canary.steps):
+        return Verdict("Wait", api.REASON_WAITING_FOR_SERVER, "no live answer decides: it waits for its server.")
     if trial.stage == "Watch":
         return judge_watch(canary, trial, live, now)
     return judge_live(canary, alpha, trial, live, now)
@@ -227,9 +229,9 @@ def judge_live(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveRep
     A step is judged when `minAnswers` of the candidate are scored, then at twice and four times as many while a loss
     above `maxLossPoints` is not excluded: the level is shared by all these looks.
     """
-    if trial.step >= len(canary.steps):  # the manifest was edited since
-        return Verdict("Advance", api.REASON_PROGRESSING, "canary.steps declares no further step.")
-    step = canary.steps[trial.step]
+    step = step_of(canary, trial)
+    if step is None:
+        return Verdict("Wait", api.REASON_WAITING_FOR_ANSWERS, "no canary steps are declared.")
     wanted = step.min_answers * 2**trial.looks
     late = now - trial.step_since - trial.away > canary.deadline_seconds
     undecided = _too_few if late else _wait
@@ -265,6 +267,11 @@ def judge_live(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveRep
             f" below -{canary.max_loss_points:g} (canary.maxLossPoints).",
         )
     return Verdict("LookAgain", api.REASON_WAITING_FOR_ANSWERS, f"{points(seen_)} live is not yet clear.")
+
+
+def step_of(canary: api.Canary, trial: api.Trial) -> api.CanaryStep | None:
+    """The step that the trial is in. Where fewer are declared by now the last of them: no data is never a pass."""
+    return canary.steps[min(trial.step, len(canary.steps) - 1)] if canary.steps else None
 
 
 def judge_watch(canary: api.Canary, trial: api.Trial, live: LiveReport | None, now: float) -> Verdict:

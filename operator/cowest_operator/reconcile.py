@@ -57,13 +57,15 @@ def _decide(world: World) -> Move:
     if world.blocked:
         return Move(world.status, world.blocked.reason, world.blocked.message)
     if trial is None:
-        return _start(world)
+        return _go_back(world) if world.status.going_back else _start(world)
     if trial.stage != "Watch" and _is_of_another_spec(world, trial):
         return _end(world, trial, "Refused" if trial.stage == "Preparing" else "RolledBack", api.REASON_SPEC_CHANGED,
                     "the manifest declares another pair since it began; that one is tried next.")  # fmt: skip
     if trial.origin == "Edit" and rounds.tried_edit(world, trial) != rounds.declared_edit(world):
         return _end(world, trial, "Refused" if trial.stage == "Preparing" else "RolledBack",
                     api.REASON_EDIT_WITHDRAWN, "the manifest declares something else by now.")  # fmt: skip
+    if trial.promoted:
+        return _promote(world, trial)
     return {"Preparing": _prepare, "Canary": _canary, "Watch": _watch}[trial.stage](world, trial)
 
 
@@ -78,11 +80,62 @@ def _person(world: World, action: api.Action) -> Move:
     if action.verb == "rollback" and trial is not None:
         return _end(replace(world, status=status), trial, "RolledBack", api.REASON_ROLLED_BACK_BY_PERSON,
                     action.why or "no reason given", by=action.by)  # fmt: skip
-    if action.verb == "promote" and trial is not None and trial.pair is not None and trial.stage != "Preparing":
-        return _end(replace(world, status=status), trial, "Promoted", api.REASON_PROMOTED_BY_PERSON,
-                    action.why or "no reason given", by=action.by)  # fmt: skip
+    if action.verb == "promote" and (chosen := people.promotable(status)) is not None:
+        return _chosen(replace(world, status=status), chosen, action)
     status, event = people.take_in(world.status, action)
+    if status.going_back and not _missing(world, status.previous):
+        status = people.undone(status, status.going_back)
+        event = people.said(action, "rolled the stable pair back to the one before")
     return Move(status, message=event.message, events=(event,))
+
+
+def _chosen(world: World, trial: Trial, action: api.Action) -> Move:
+    """A person promotes the candidate, or the declared edit that was refused; nothing begins to answer unserved."""
+    status = world.status
+    if trial.origin == "Edit" and rounds.tried_edit(world, trial) != rounds.declared_edit(world):
+        message = f"promote by {action.by}: the manifest declares another pair than the edit that was refused."
+        return Move(status, message=message, events=(Event("Warning", people.IGNORED, message),))
+    if status.candidate is None:
+        trial = replace(trial, number=status.trials, started_at=world.now)
+        status = replace(status, trials=status.trials + 1, going_back=None)
+    if trial.stage == "Preparing":
+        trial = replace(trial, stage="Canary", stage_since=world.now, step_since=world.now)
+    trial = replace(trial, promoted=api.Word(action.by, action.why))
+    world = replace(world, status=replace(status, candidate=trial))
+    if not _missing(world, trial.pair):
+        return _promote(world, trial)
+    message = f"{action.by}: promotes the candidate as soon as its server answers"
+    return Move(world.status, message=message, events=(Event("Normal", "PersonPromote", message),))
+
+
+def _promote(world: World, trial: Trial) -> Move:
+    """What a person said, once the server is there: an answer that fails until then would be nobody's wish."""
+    assert trial.promoted is not None
+    if missing := _missing(world, trial.pair):
+        message = f"promoted by {trial.promoted.by}; it waits for the candidate's server: {missing}"
+        return Move(world.status, api.REASON_WAITING_FOR_SERVER, message)
+    why = trial.promoted.why or "no reason given"
+    return _end(world, trial, "Promoted", api.REASON_PROMOTED_BY_PERSON, why, by=trial.promoted.by)
+
+
+def _go_back(world: World) -> Move:
+    """A person's rollback of a finished promotion, which waits only for the old pair's server."""
+    status = world.status
+    assert status.going_back is not None
+    if missing := _missing(world, status.previous):
+        message = f"rolled back by {status.going_back.by}; it waits for the server of the pair before: {missing}"
+        return Move(status, api.REASON_WAITING_FOR_SERVER, message)
+    message = f"the pair of round {status.previous_round} answers again"
+    back = people.undone(status, status.going_back)
+    return Move(back, message=message, events=(Event("Normal", api.REASON_ROLLED_BACK_BY_PERSON, message),))
+
+
+def _missing(world: World, pair: Pair | None) -> str | None:
+    """Why the pair's weak model cannot draft yet; None when it can."""
+    server = world.servers.get(pair.weak_digest) if pair else None
+    if server is not None and server.ready:
+        return None
+    return (server.message if server else "") or "it starts."
 
 
 def _start(world: World) -> Move:
@@ -147,14 +200,14 @@ def _step_done(
     facts = {**rounds.needed_of(state.metrics), "digest": state.digest}
     trial = replace(trial, done={**trial.done, name: facts})
     if name == "evaluate":
-        trial = replace(trial, evaluator=world.evaluator)
+        trial = replace(trial, evaluator=world.trial_evaluator)
     if name == rounds.model_step(trial, steps):
         make = rounds.declared_pair if trial.origin in ("Baseline", "Edit") else rounds.tuned_pair
         trial = replace(trial, pair=make(world, state.digest, step.out))
         if trial.origin == "Baseline":
-            trial = replace(trial, model=world.job.spec.weak.model)
+            trial = replace(trial, model=world.trial_job.spec.weak.model)
     status = replace(world.status, candidate=trial)
-    if name == "feedback" and int(state.metrics["pairs"]) < (least := world.job.spec.feedback.min_pairs):
+    if name == "feedback" and int(state.metrics["pairs"]) < (least := world.trial_job.spec.feedback.min_pairs):
         message = f"{state.metrics['pairs']} usable pairs, feedback.minPairs wants {least}{_lost(state.metrics)}."
         return _end(replace(world, status=status), trial, "Refused", api.REASON_TOO_FEW_PAIRS, message)
     message = f"step {step.name} is done"
@@ -179,14 +232,14 @@ def _gate(world: World, trial: Trial) -> Move:
         return Move(world.status, message="reading the evaluation report")
     if trial.origin == "Revalidation":
         return _revalidated(world, trial)
-    spec, status, seen = world.job.spec, world.status, world.report.against_control
+    spec, status, seen = world.trial_job.spec, world.status, world.report.against_control
     if status.held_out != spec.data.held_out:
         status = replace(status, looks=0, held_out=spec.data.held_out)
     # The later word of a person goes before an earlier one: what somebody proposes is judged in spite of a veto.
     judged = replace(status, vetoed=()) if trial.origin == "Proposal" else status
     case = promotion.Offline(spec.gate, spec.canary.max_error_percent, judged, trial.pair.digest, world.report)
     refusal = promotion.first_refusal(case)
-    if not refusal and not spec.canary.steps and spec.canary.approval == "Manual" and trial.approved_by is None:
+    if not refusal and not spec.canary.steps and _awaits_approval(world, trial):
         message = f"the gate is passed with {promotion.points(seen)}; `cowest approve` or `cowest rollback` decides."
         return Move(world.status, api.REASON_AWAITING_APPROVAL, message)
     trial = _measured(trial, world.report)
@@ -197,11 +250,13 @@ def _gate(world: World, trial: Trial) -> Move:
     message = f"round {trial.number} passed the gate with {promotion.points(seen)} (p = {seen.p_better:.2g})"
     message += promotion.versions_note(case.judged)
     passed = Event("Normal", "GatePassed", message)
-    if not spec.canary.steps:
-        move = _end(world, trial, "Promoted", api.REASON_PROMOTED, message + "; no canary steps are declared.")
-        return replace(move, events=(passed, *move.events))
     trial = replace(trial, stage="Canary", stage_since=world.now, step=0, step_since=world.now, looks=0, away=0.0)
     return Move(replace(status, candidate=trial), message=message, events=(passed,))
+
+
+def _awaits_approval(world: World, trial: Trial) -> bool:
+    """As declared now: whom to ask measures nothing, and who wants to be asked is asked at once."""
+    return world.job.spec.canary.approval == "Manual" and trial.approved_by is None
 
 
 def _measured(trial: Trial, report: EvaluationReport) -> Trial:
@@ -218,50 +273,69 @@ def _revalidated(world: World, trial: Trial) -> Move:
     """The stable pair by a new evaluator. It is stopped when it hurts; only gate and canary begin to serve a pair."""
     assert world.report is not None
     seen = world.report.against_solo
-    hurts = seen.p_worse < world.job.spec.gate.significance
+    hurts = seen.p_worse < world.trial_job.spec.gate.significance
     serving = _while_drafts_hurt(world) if hurts and world.status.serving == "Pair" else world.status.serving
     message = f"the stable pair against the strong model alone: {promotion.points(seen)}; answers come from {serving}."
     trial = _measured(trial, world.report)
     decision: api.Decision = "Promoted" if serving == "Pair" else "Refused"
     status = _closed(world, trial, decision, api.REASON_REVALIDATED, message, None)
-    status = replace(status, serving=serving, evaluator=trial.evaluator or world.evaluator)
+    status = replace(status, serving=serving, evaluator=trial.evaluator or world.trial_evaluator)
     return Move(status, message=message, events=(Event("Normal", api.REASON_REVALIDATED, message),))
 
 
 def _canary(world: World, trial: Trial) -> Move:
     assert trial.pair is not None
-    spec = world.job.spec
+    spec = world.trial_job.spec
     if world.status.paused_by:
         return Move(
             world.status, api.REASON_PAUSED, f"paused by {world.status.paused_by} at canary step {trial.step + 1}."
         )
-    server = world.servers.get(trial.pair.weak_digest)
+    if not spec.canary.steps:
+        return _without_canary(world, trial)
     verdict = promotion.judge_live(spec.canary, spec.gate.significance, trial, world.live, world.now)
     if world.live is not None and world.live.comparison is not None:
         answers = world.live.scored.get("candidate", 0)
         trial = replace(trial, live_difference=world.live.comparison.difference, live_answers=answers)
     if verdict.action == "RollBack":
         message = verdict.message
-        if verdict.reason == api.REASON_TOO_FEW_ANSWERS and (server is None or not server.ready):
-            note = (server.message if server else "") or "it starts."
-            message = f"{message.rstrip('.')}; the candidate's server is not ready: {note}"
+        if verdict.reason == api.REASON_TOO_FEW_ANSWERS and (missing := _missing(world, trial.pair)):
+            message = f"{message.rstrip('.')}; the candidate's server is not ready: {missing}"
         return _end(replace(world, status=replace(world.status, candidate=trial)), trial, "RolledBack",
                     verdict.reason, message)  # fmt: skip
     where = f"canary step {min(trial.step + 1, len(spec.canary.steps))} of {len(spec.canary.steps)}"
     if verdict.action == "Wait":
         if trouble := _watcher_failed(world, trial):
             return trouble
-        if server is None or not server.ready:
-            note = server.message if server else "it starts"
-            return Move(
-                world.status, api.REASON_WAITING_FOR_SERVER, f"{where} waits for the candidate's server: {note}"
-            )
-        weight = spec.canary.steps[trial.step].weight_percent
+        if missing := _missing(world, trial.pair):
+            message = f"{where} waits for the candidate's server: {missing}"
+            return Move(world.status, api.REASON_WAITING_FOR_SERVER, message)
+        weight = _weight(world, trial)
         return Move(world.status, verdict.reason, f"{where} ({weight} % of the traffic): {verdict.message}")
     if verdict.action == "LookAgain":
         trial = replace(trial, looks=trial.looks + 1)
         return Move(replace(world.status, candidate=trial), verdict.reason, f"{where}: {verdict.message}")
     return _next_step(world, trial, where, verdict)
+
+
+def _without_canary(world: World, trial: Trial) -> Move:
+    """It passed offline and no canary steps are declared: it is promoted when its server answers, not before."""
+    canary = world.trial_job.spec.canary
+    shown = f"{100 * (trial.difference or 0.0):+.1f} points on the held-out queries; no canary steps are declared."
+    if missing := _missing(world, trial.pair):
+        if world.now - trial.step_since - trial.away > canary.deadline_seconds:
+            message = f"no server after canary.deadlineSeconds = {canary.deadline_seconds}: {missing}"
+            return _end(world, trial, "RolledBack", api.REASON_SERVER_NOT_READY, message)
+        message = f"{shown} It waits for the candidate's server: {missing}"
+        return Move(world.status, api.REASON_WAITING_FOR_SERVER, message)
+    if canary.watch_seconds:
+        return _into_watch(world, trial, Event("Normal", "WatchBegins", f"round {trial.number}: {shown}"))
+    return _end(world, trial, "Promoted", api.REASON_PROMOTED_OFFLINE, shown)
+
+
+def _into_watch(world: World, trial: Trial, passed: Event) -> Move:
+    steps, now = world.trial_job.spec.canary.steps, world.now
+    trial = replace(trial, stage="Watch", step=len(steps), stage_since=now, step_since=now, looks=0, away=0.0)
+    return Move(replace(world.status, candidate=trial), message=passed.message, events=(passed,))
 
 
 def _watcher_failed(world: World, trial: Trial) -> Move | None:
@@ -276,9 +350,9 @@ def _watcher_failed(world: World, trial: Trial) -> Move | None:
 
 
 def _next_step(world: World, trial: Trial, where: str, verdict: promotion.Verdict) -> Move:
-    canary = world.job.spec.canary
+    canary = world.trial_job.spec.canary
     last = trial.step + 1 >= len(canary.steps)
-    if last and canary.approval == "Manual" and trial.approved_by is None:
+    if last and _awaits_approval(world, trial):
         return Move(world.status, api.REASON_AWAITING_APPROVAL,
                     f"{where} is passed; `cowest approve` or `cowest rollback` decides. {verdict.message}")  # fmt: skip
     passed = Event("Normal", "CanaryStepPassed", f"round {trial.number}, {where} passed: {verdict.message}")
@@ -286,16 +360,13 @@ def _next_step(world: World, trial: Trial, where: str, verdict: promotion.Verdic
         trial = replace(trial, step=trial.step + 1, step_since=world.now, looks=0, away=0.0)
         return Move(replace(world.status, candidate=trial), message=passed.message, events=(passed,))
     if canary.watch_seconds:
-        trial = replace(
-            trial, stage="Watch", step=len(canary.steps), stage_since=world.now, step_since=world.now, looks=0, away=0.0
-        )
-        return Move(replace(world.status, candidate=trial), message=passed.message, events=(passed,))
+        return _into_watch(world, trial, passed)
     move = _end(world, trial, "Promoted", api.REASON_PROMOTED, verdict.message)
     return replace(move, events=(passed, *move.events))
 
 
 def _watch(world: World, trial: Trial) -> Move:
-    verdict = promotion.judge_watch(world.job.spec.canary, trial, world.live, world.now)
+    verdict = promotion.judge_watch(world.trial_job.spec.canary, trial, world.live, world.now)
     if world.status.paused_by:
         return Move(world.status, api.REASON_PAUSED, f"paused by {world.status.paused_by} in the watch.")
     if verdict.action == "Wait":
@@ -319,9 +390,10 @@ def _end(world: World, trial: Trial, decision: api.Decision, reason: str, messag
             previous_serving=world.status.serving,
             previous_round=world.status.stable_round,
             previous_base=world.status.base,
-            base=base,
-            evaluator=trial.evaluator or world.evaluator,
+            base=base or world.trial_job.spec.weak.model,
+            evaluator=trial.evaluator or world.trial_evaluator,
             refused_edit=None if trial.origin == "Edit" else status.refused_edit,
+            refused_trial=None if trial.origin == "Edit" else status.refused_trial,
             vetoed=tuple(d for d in status.vetoed if d != trial.pair.digest),
         )
     elif trial.origin == "Baseline" and trial.pair is not None and reason != api.REASON_SPEC_CHANGED:
@@ -332,12 +404,15 @@ def _end(world: World, trial: Trial, decision: api.Decision, reason: str, messag
             stable_round=trial.number,
             serving="StrongAlone" if by else _while_drafts_hurt(world),
             base=base,
-            evaluator=trial.evaluator or world.evaluator,
+            evaluator=trial.evaluator or world.trial_evaluator,
         )
     elif trial.origin == "Edit" and reason != api.REASON_EDIT_WITHDRAWN:
-        status = replace(status, refused_edit=rounds.tried_edit(world, trial))
+        known = trial if trial.pair is not None and not by else None
+        status = replace(status, refused_edit=rounds.tried_edit(world, trial), refused_trial=known)
+    elif trial.origin == "Baseline" and by:  # it would begin again at once
+        status = replace(status, refused_edit=rounds.declared_edit(world))
     elif trial.origin == "Revalidation":  # a person ended it
-        status = replace(status, evaluator=world.evaluator)
+        status = replace(status, evaluator=world.trial_evaluator)
     if by and decision == "RolledBack" and trial.pair is not None and trial.origin != "Revalidation":
         status = replace(status, vetoed=(*status.vetoed, trial.pair.digest))
     kind: Literal["Normal", "Warning"] = "Normal" if decision == "Promoted" else "Warning"
@@ -392,6 +467,8 @@ def _servers(world: World) -> tuple[api.ServerSpec, ...]:
     pairs = [world.status.stable]
     if (trial := world.status.candidate) is not None and trial.stage in ("Canary", "Watch"):
         pairs.append(trial.pair)
+    if world.status.going_back:
+        pairs.append(world.status.previous)
     return tuple({p.weak_digest: api.ServerSpec(p.weak_digest, p.weak_uri) for p in pairs if p}.values())
 
 
@@ -405,6 +482,8 @@ def _steps(world: World, move: Move) -> tuple[api.StepSpec, ...]:
         if following is None or (following.name not in world.steps and _hold(world, following.name)):
             return ()
         return (following,)
+    if trial.promoted or (trial.stage == "Canary" and not world.trial_job.spec.canary.steps):
+        return ()  # no live answer decides
     served = world.status.stable if world.status.serving == "Pair" else None
     return (rounds.live_score(world, trial, served),)
 
@@ -419,14 +498,20 @@ def _routing(world: World) -> Routing:
         salt = f"{world.job.name}-r{trial.number}"
         server = world.servers.get(trial.pair.weak_digest)
         if server is not None and server.ready:
-            steps = world.job.spec.canary.steps
-            declared = steps[min(trial.step, len(steps) - 1)].weight_percent if steps else 0
-            weight = 100 if trial.stage == "Watch" else declared
+            weight = _weight(world, trial)
             arms = (
                 replace(arms[0], weight_percent=100 - weight),
                 _arm(world, "candidate", weight, "Pair", trial.pair),
             )
     return Routing(0, salt, arms)
+
+
+def _weight(world: World, trial: Trial) -> int:
+    """The candidate's share of the traffic, once its server answers."""
+    if trial.stage == "Watch":
+        return 100
+    step = promotion.step_of(world.trial_job.spec.canary, trial)
+    return step.weight_percent if step else 0
 
 
 def _arm(world: World, name: Literal["stable", "candidate"], weight: int, mode: str, pair: Pair) -> Arm:

@@ -28,17 +28,21 @@ class Next:
 
 
 def next_trial(world: api.World) -> Next:
-    """In order: what a person proposed, the baseline, an edit of the manifest, a new evaluator, a tuned round."""
+    """In order: the baseline, what a person proposed, an edit of the manifest, a new evaluator, a tuned round."""
     status, job = world.status, world.job
     if job.spec.suspend:
         return Next(None, api.REASON_SUSPENDED, "spec.suspend is true: the gateway answers, nothing is tuned.", True)
     if status.paused_by:
         return Next(None, api.REASON_PAUSED, f"paused by {status.paused_by}; `cowest resume` goes on.")
-    if status.stable is None:
+    held = status.stable is None and status.refused_edit == declared_edit(world)
+    if status.stable is None and not held:
         return Next(_trial(world, "Baseline"))
     if status.proposals:
         first = status.proposals[0]
         return Next(_trial(world, "Proposal", model=first.model, by=first.by, why=first.why))
+    if held:
+        hint = "`cowest resume` or an edit begins it again, `cowest propose` tries another model."
+        return Next(None, api.REASON_ROLLED_BACK_BY_PERSON, f"a person rolled the baseline back; {hint}")
     if edit := _edit(world):
         return Next(edit)
     if status.evaluator != world.evaluator:

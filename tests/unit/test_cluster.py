@@ -76,7 +76,7 @@ def test_refused_is_what_the_operator_ignores_in_its_own_words(name: str, verb: 
 
 def test_some_of_these_are_refused_and_some_are_not() -> None:
     refused = {name for name, status in STATUSES.items() if cluster.refusal(status, replace(ACTION, verb="promote"))}
-    assert refused == {"nothing yet", "served", "preparing"}
+    assert refused == {"nothing yet", "served"}
     assert people.take_in(api.Status(), replace(ACTION, verb="approve"))[1].type == "Warning"
 
 

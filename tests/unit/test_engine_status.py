@@ -1,13 +1,18 @@
-"""When the embedded engine writes its status: at once for a transition, within a second for a sentence."""
+"""What the embedded engine keeps: its status at once for a transition, and each trial's own manifest."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 from cowest_cli import engine as engines
 from cowest_cli import jobs
 from cowest_operator import api
+from cowest_operator.manifest import loads, resolve_prompts
 from tests import world as w
+from tests.manifests import edited
+
+PROMPTS = {"draft": "{query}", "refine": "{query} {draft}", "solo": "{query}"}
 
 
 def make(tmp_path) -> engines.Engine:
@@ -36,3 +41,37 @@ def test_a_transition_is_written_at_once(tmp_path):
     engine._apply_status(saying("one"))
     engine._apply_status(saying("two", trials=7))
     assert jobs.read_status(engine.home).trials == 7
+
+
+# ---------------------------------------------------------------- a trial's own manifest
+def started(home, **edits) -> engines.Engine:
+    loaded = loads(json.dumps(edited({"collaboration.prompts": PROMPTS, **edits})))
+    document = resolve_prompts(loaded.job, {}, PROMPTS)
+    declared = jobs.Declared(document, api.parse_job(document), home.root)
+    return engines.Engine(declared, home, engines.Facts(1, 1, True, 1.0), None)
+
+
+def begin(engine: engines.Engine, number: int) -> None:
+    trial = w.trial(number=number, pair=None)
+    engine._freeze(trial)
+    engine._apply_status(replace(w.SERVED, candidate=trial))
+
+
+def test_after_an_edit_and_a_restart_a_trial_goes_on_by_the_manifest_that_it_began_with(tmp_path):
+    home = jobs.Home(tmp_path)
+    begin(started(home, **{"gate.minHeldOut": 100}), 1)
+    again = started(home, **{"gate.minHeldOut": 7, "rounds.max": 9})
+    again._freeze(again.status.candidate)
+    number, path, document, job = again._frozen
+    assert (number, job.spec.gate.min_held_out, job.spec.rounds.max) == (1, 100, 9)
+    assert jobs.read_json(path) == document, "its steps read the same"
+    begin(again, 2)
+    assert again._frozen[3].spec.gate.min_held_out == 7
+
+
+def test_a_number_that_was_given_before_is_no_reason_to_go_by_an_old_manifest(tmp_path):
+    home = jobs.Home(tmp_path)
+    started(home, **{"gate.minHeldOut": 100})._freeze(w.trial(number=1))  # and killed before the status was written
+    again = started(home, **{"gate.minHeldOut": 7})
+    again._freeze(w.trial(number=1))
+    assert again._frozen[3].spec.gate.min_held_out == 7

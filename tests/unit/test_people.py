@@ -1,5 +1,7 @@
 """What a person says, before it is recorded: is there anything to act on?"""
 
+from dataclasses import replace
+
 import pytest
 
 from cowest_operator import api, people
@@ -15,6 +17,13 @@ BARE = w.on_trial(pair=None)
         pytest.param(BARE, "approve", "no candidate to approve", id="no model to approve yet"),
         pytest.param(w.SERVED, "promote", "no candidate", id="nothing to promote"),
         pytest.param(api.Status(), "rollback", "no earlier pair", id="nothing to go back to"),
+        pytest.param(BARE, "promote", "no model yet", id="no model to promote yet"),
+        pytest.param(w.on_trial(origin="Revalidation"), "promote", "measured again", id="the stable pair itself"),
+        pytest.param(
+            replace(w.SERVED, going_back=api.Word("bob", "")), "rollback", "bob has rolled back", id="on its way back"
+        ),
+        pytest.param(w.on_trial(), "promote", None, id="a candidate that is not judged yet"),
+        pytest.param(replace(w.SERVED, refused_trial=w.trial()), "promote", None, id="a refused edit"),
         pytest.param(w.on_trial(stage="Canary"), "approve", None, id="a candidate to approve"),
         pytest.param(w.on_trial(stage="Canary"), "promote", None, id="a candidate to promote"),
         pytest.param(BARE, "rollback", None, id="a trial to end"),

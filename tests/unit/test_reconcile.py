@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cowest_operator import api, reconcile, rounds
+from cowest_training.contract import Evaluator, evaluator_digest
 from tests import world as w
 
 
@@ -167,9 +168,31 @@ def test_a_candidate_without_gain_is_refused_and_counts_as_a_look():
     assert (plan.status.looks, plan.status.without_gain, plan.status.tuned_rounds) == (1, 1, 1)
 
 
-def test_without_canary_steps_the_gate_promotes():
-    plan = reconcile.plan(w.world(status=evaluated(), report=w.report(), job=w.job(canary={"steps": ()})))
-    assert plan.status.stable == w.CANDIDATE
+UP = {p.weak_digest: api.ServerState(True, "http://weak/v1") for p in (w.STABLE, w.CANDIDATE)}
+NO_CANARY = w.job(canary={"steps": ()}, rounds={"max": 0})
+
+
+def test_without_canary_steps_the_gate_promotes_once_the_server_answers():
+    held = settle(w.world(status=evaluated(), report=w.report(), job=NO_CANARY))
+    assert (held.status.stable, steps(held)) == (w.STABLE, [])
+    assert condition(held, api.ROUND_PROGRESSING).reason == api.REASON_WAITING_FOR_SERVER
+    assert {s.digest for s in held.servers} == {w.STABLE.weak_digest, w.CANDIDATE.weak_digest}
+    promoted = settle(w.world(status=held.status, job=NO_CANARY, servers=UP)).status
+    assert promoted.stable == w.CANDIDATE
+    assert promoted.rounds[-1].reason == api.REASON_PROMOTED_OFFLINE
+
+
+def test_without_canary_steps_a_server_that_never_comes_ends_the_trial():
+    held = settle(w.world(status=evaluated(), report=w.report(), job=NO_CANARY))
+    late = w.world(status=held.status, job=NO_CANARY, now=w.NOW + 3601)
+    assert reconcile.plan(late).status.rounds[-1].reason == api.REASON_SERVER_NOT_READY
+
+
+def test_without_canary_steps_a_declared_watch_is_kept_all_the_same():
+    job = w.job(canary={"steps": (), "watch_seconds": 60})
+    plan = settle(w.world(status=evaluated(), report=w.report(), job=job, servers=UP))
+    assert plan.status.candidate.stage == "Watch"
+    assert [a.weight_percent for a in plan.routing.arms] == [0, 100]
 
 
 CANARY_WORLD = w.world(
@@ -238,11 +261,31 @@ def test_a_person_promotes_a_candidate_in_canary():
     assert plan.status.rounds[-1].reason == api.REASON_PROMOTED_BY_PERSON
 
 
+PROMOTED = replace(
+    w.SERVED, stable=w.CANDIDATE, stable_round=1, previous=w.STABLE, previous_serving="Pair", previous_round=0,
+    rounds=(api.Outcome(1, "Round", "Promoted", api.REASON_PROMOTED, "better", w.CANDIDATE.digest, 1.0, 2.0),),
+)  # fmt: skip
+
+
 def test_a_rollback_without_a_trial_goes_back_to_the_pair_before():
-    status = replace(w.SERVED, stable=w.CANDIDATE, previous=w.STABLE, previous_serving="Pair")
-    plan = reconcile.plan(w.world(status=status, actions=(action("rollback"),)))
+    plan = reconcile.plan(w.world(status=PROMOTED, actions=(action("rollback"),), servers=UP))
     assert plan.status.stable == w.STABLE
     assert w.CANDIDATE.digest in plan.status.vetoed
+    row = plan.status.rounds[-1]
+    assert (row.decision, row.reason, row.by) == ("RolledBack", api.REASON_ROLLED_BACK_BY_PERSON, "ada")
+    assert row.message == "because; before that Promoted (BetterOfflineAndLive): better"
+
+
+def test_a_rollback_waits_for_the_server_of_the_pair_before():
+    job = w.job(rounds={"max": 0})
+    down = {w.CANDIDATE.weak_digest: UP[w.CANDIDATE.weak_digest]}
+    held = settle(w.world(status=PROMOTED, actions=(action("rollback"),), servers=down, job=job))
+    assert held.status.stable == w.CANDIDATE, "no request fails meanwhile"
+    assert condition(held, api.ROUND_PROGRESSING).reason == api.REASON_WAITING_FOR_SERVER
+    assert {s.digest for s in held.servers} == {w.STABLE.weak_digest, w.CANDIDATE.weak_digest}
+    back = settle(w.world(status=held.status, servers=UP, job=job))
+    assert (back.status.stable, back.status.going_back) == (w.STABLE, None)
+    assert back.status.rounds[-1].by == "ada"
 
 
 def test_a_pause_holds_canary_and_rounds_until_resume():
@@ -395,7 +438,9 @@ def test_manual_approval_holds_also_without_canary_steps():
     held = settle(w.world(status=evaluated(), report=w.report(), job=job))
     assert condition(held, api.ROUND_PROGRESSING).reason == api.REASON_AWAITING_APPROVAL
     assert held.status.looks == 0
-    approved = settle(w.world(status=held.status, report=w.report(), job=job, actions=(action("approve"),)))
+    job = w.job(canary={"steps": (), "approval": "Manual"}, rounds={"max": 0})
+    told = (action("approve"),)
+    approved = settle(w.world(status=held.status, report=w.report(), job=job, actions=told, servers=UP))
     assert approved.status.stable == w.CANDIDATE
 
 
@@ -446,13 +491,54 @@ def test_an_edit_of_the_base_keeps_its_chain_when_the_model_is_there():
     assert steps(settle(w.world(job=job, status=plan.status))) == ["r1-evaluate"]
 
 
-@pytest.mark.parametrize("declared", [(api.CanaryStep(10, 50),), ()], ids=["one step left", "none left"])
-def test_canary_steps_that_are_no_longer_declared_are_passed(declared):
+def test_an_edit_of_gate_and_canary_is_for_the_next_trial():
+    lax = w.job(canary={"steps": (api.CanaryStep(10, 1),), "max_loss_points": 90.0}, gate={"significance": 0.5})
     status = w.on_trial(stage="Canary", done=w.PREPARED, step=1)
-    world = replace(CANARY_WORLD, status=status, job=w.job(canary={"steps": declared}))
-    assert reconcile.plan(world).status.stable == w.CANDIDATE
-    held = reconcile.plan(replace(world, status=replace(status, paused_by="ada")))
-    assert held.routing.arms[0].weight_percent == (90 if declared else 100)
+    world = replace(CANARY_WORLD, status=status, job=lax, frozen=w.JOB, live=w.live(2, 2, step=1))
+    plan = settle(world)
+    assert plan.status.candidate.step == 1
+    assert plan.routing.arms[1].weight_percent == 50
+    judged = w.world(status=evaluated(), report=w.report(against_control=w.comparison(0.1, 0.2)), job=lax, frozen=w.JOB)
+    assert reconcile.plan(judged).status.rounds[-1].reason == api.REASON_NO_GAIN_OFFLINE
+
+
+def test_too_few_pairs_are_too_few_by_the_manifest_that_the_round_began_with():
+    status = w.on_trial(pair=None, done={"collect": {"digest": "d"}})
+    told = {"r1-feedback": done({"pairs": 40})}
+    plan = reconcile.plan(w.world(status=status, steps=told, job=w.job(feedback={"min_pairs": 1}), frozen=w.JOB))
+    assert plan.status.rounds[-1].reason == api.REASON_TOO_FEW_PAIRS
+
+
+def test_fewer_canary_steps_are_no_data_and_never_a_pass():
+    status = w.on_trial(stage="Canary", done=w.PREPARED, step=1)
+    plan = settle(replace(CANARY_WORLD, status=status, job=w.job(canary={"steps": (api.CanaryStep(10, 50),)})))
+    assert plan.status.candidate.step == 1
+    assert condition(plan, api.ROUND_PROGRESSING).reason == api.REASON_WAITING_FOR_ANSWERS
+
+
+def test_who_wants_to_be_asked_is_asked_in_a_canary_that_runs_already():
+    held = reconcile.plan(replace(LAST, job=w.job(canary={"approval": "Manual"}), frozen=w.JOB))
+    assert condition(held, api.ROUND_PROGRESSING).reason == api.REASON_AWAITING_APPROVAL
+
+
+def test_looks_count_for_the_held_out_set_that_the_trial_was_measured_on():
+    moved = w.job(data={"held_out": "file:///new.jsonl"})
+    plan = reconcile.plan(w.world(status=evaluated(), report=w.report(), job=moved, frozen=w.JOB))
+    assert plan.status.held_out == "file:///held_out.jsonl"
+
+
+def test_an_evaluator_edited_in_mid_round_is_measured_afterwards():
+    frozen, now = w.JOB, evaluator_digest(Evaluator("TokenF1"))
+    job = w.job(feedback={"evaluator": Evaluator("TokenF1")}, canary={"steps": ()})
+    status = w.on_trial(done={name: {"digest": "x"} for name in ("collect", "feedback", "dpo")})
+    world = w.world(job=job, frozen=frozen, evaluator=now, status=status, servers=UP, report=w.report())
+    plan = reconcile.plan(replace(world, steps={"r1-evaluate": done({})}))
+    assert plan.status.candidate.evaluator == evaluator_digest(Evaluator("ExactMatch"))
+    frozen = w.job(canary={"steps": ()})
+    for _ in range(3):
+        plan = reconcile.plan(replace(world, status=plan.status, frozen=frozen if plan.status.candidate else None))
+    assert plan.status.stable == w.CANDIDATE
+    assert settle(w.world(status=plan.status, job=job, evaluator=now)).status.candidate.origin == "Revalidation"
 
 
 def test_another_held_out_set_starts_the_count_of_looks_anew():
@@ -489,12 +575,73 @@ def test_a_rollback_of_the_only_pair_goes_back_to_the_strong_alone():
 def test_a_rollback_of_an_edit_restores_round_and_base_and_does_not_try_it_again():
     job = w.job(weak={"model": "file:///other"}, canary={"steps": ()}, rounds={"max": 0})
     trial = w.trial(origin="Edit", number=4, model="file:///other", done={"sft": {}, "evaluate": {}})
-    promoted = reconcile.plan(w.world(status=replace(w.SERVED, candidate=trial, trials=5), report=w.report(), job=job))
+    begun = replace(w.SERVED, candidate=trial, trials=5)
+    promoted = settle(w.world(status=begun, report=w.report(), job=job, servers=UP))
     assert (promoted.status.stable_round, promoted.status.base) == (4, "file:///other")
-    back = settle(w.world(status=promoted.status, job=job, actions=(action("rollback"),)))
+    back = settle(w.world(status=promoted.status, job=job, actions=(action("rollback"),), servers=UP))
     assert (back.status.stable, back.status.stable_round, back.status.base) == (w.STABLE, 0, "file:///base")
     assert back.status.candidate is None
     assert settle(w.world(status=back.status, job=w.job(rounds={"max": 0}))).status.candidate is None
+
+
+def test_a_person_promotes_a_candidate_that_was_not_judged_yet_when_its_server_answers():
+    preparing = w.world(status=w.on_trial(done=w.PREPARED), job=w.job(rounds={"max": 0}))
+    held = settle(replace(preparing, actions=(action("promote"),)))
+    assert (held.status.stable, steps(held), len(held.servers)) == (w.STABLE, [], 2)
+    assert condition(held, api.ROUND_PROGRESSING).reason == api.REASON_WAITING_FOR_SERVER
+    row = settle(replace(preparing, status=held.status, servers=UP)).status.rounds[-1]
+    assert (row.decision, row.reason, row.by) == ("Promoted", api.REASON_PROMOTED_BY_PERSON, "ada")
+
+
+def test_a_person_takes_back_a_promotion_that_still_waits():
+    preparing = w.world(status=w.on_trial(done=w.PREPARED), job=w.job(rounds={"max": 0}))
+    held = settle(replace(preparing, actions=(action("promote"),)))
+    back = settle(replace(preparing, status=held.status, actions=(action("rollback", "2"),)))
+    assert (back.status.candidate, back.status.rounds[-1].decision) == (None, "RolledBack")
+
+
+@pytest.mark.parametrize("changed", [{"strong": {"model": "strong-2"}}, {"collaboration": {"draft": "Answer"}}])
+def test_a_person_promotes_the_declared_edit_that_was_refused(changed):
+    job = w.job(rounds={"max": 0}, **changed)
+    edited = rounds.declared_pair(w.world(job=job), w.STABLE.weak_digest, w.STABLE.weak_uri)
+    seen = w.report(candidate=edited.digest, against_control=w.comparison(0.0, 0.5))
+    world = w.world(job=job, status=evaluated("Edit", pair=edited), report=seen, servers=UP)
+    refused = settle(world).status
+    assert refused.rounds[-1].decision == "Refused"
+    after = settle(replace(world, status=refused, actions=(action("promote"),))).status
+    assert (after.stable, after.candidate, after.refused_edit) == (edited, None, None)
+    row = after.rounds[-1]
+    assert (row.number, row.reason, row.by, row.message) == (2, api.REASON_PROMOTED_BY_PERSON, "ada", "because")
+
+
+def test_a_refused_edit_that_is_no_longer_declared_cannot_be_promoted():
+    refused = replace(w.SERVED, refused_trial=w.trial(origin="Edit", pair=EDITED))
+    plan = reconcile.plan(w.world(status=refused, actions=(action("promote"),), servers=UP))
+    assert (plan.status.stable, plan.events[0].reason) == (w.STABLE, "PersonIgnored")
+
+
+HELD = settle(replace(FRESH, status=settle(FRESH).status, actions=(action("rollback"),)))
+
+
+def test_a_baseline_that_a_person_rolled_back_in_preparation_waits_until_told():
+    assert (steps(HELD), HELD.status.candidate) == ([], None)
+    assert condition(HELD, api.ROUND_PROGRESSING).reason == api.REASON_ROLLED_BACK_BY_PERSON
+    resumed = settle(replace(FRESH, status=HELD.status, actions=(action("resume", "2"),)))
+    assert steps(resumed) == ["r1-sft"]
+    edited = settle(replace(FRESH, status=HELD.status, job=w.job(weak={"model": "file:///other"})))
+    assert edited.status.candidate.origin == "Baseline"
+
+
+def test_instead_of_such_a_baseline_a_proposal_may_become_the_first_pair():
+    job = w.job(canary={"steps": ()}, rounds={"max": 0})
+    proposed = (action("propose", "2", model="file:///mine"),)
+    plan = settle(replace(FRESH, status=HELD.status, actions=proposed, job=job))
+    assert steps(plan) == ["r1-publish"]
+    world = replace(FRESH, status=plan.status, servers=UP, job=job, report=w.report(control="solo"))
+    pair = replace(w.CANDIDATE, weak_uri="file:///store/runs/r1/publish")
+    told = {"r1-publish": done({}, w.CANDIDATE.weak_digest), "r1-evaluate": done({})}
+    plan = settle(replace(world, steps=told, report=w.report(candidate=pair.digest, control="solo")))
+    assert (plan.status.stable, plan.status.base, plan.status.candidate) == (pair, "file:///base", None)
 
 
 def test_who_proposed_did_not_decide():

@@ -44,10 +44,10 @@ def frozen_manifest(context: Context, trial: api.Trial) -> Child:
     return common.config_map(context, frozen_name(context, trial), "manifest", data)
 
 
-FROZEN = ("weak", "collaboration", "data", "feedback", "training")
+FROZEN = ("weak", "collaboration", "data", "feedback", "training", "gate", "canary")
 
 
 def followed(frozen: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest that a running trial goes by: what it learns from and how is frozen, the rest applies at once."""
+    """The manifest that a running trial goes by: what it learns from, how, and what it must show is frozen."""
     kept = {name: frozen["spec"][name] for name in FROZEN if name in frozen["spec"]}
     return {**declared, "spec": {**declared["spec"], **kept}}
