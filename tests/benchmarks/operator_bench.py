@@ -477,6 +477,7 @@ class Run:
         self.cluster, self.stage, self.person, self.audit, self.options = cluster, stage, person, audit, options
         self.seen, self.namespace = stage.seen, stage.namespace
         self.stuck: list[str] = []  # jobs that never came to rest
+        self.refused = 0  # edits that the API server had no time for, asked again
 
     async def load(self, process: Process, jobs: int, at_rest: Callable[[Mapping[str, Any]], bool]) -> Counter[str]:
         """Jobs are made and followed until all of them rest; the operator's writes until then, by resource."""
@@ -540,9 +541,13 @@ class Run:
         return [late for late in await asyncio.gather(*tasks) if late is not None]
 
     async def _changed(self, job: str, spec: Mapping[str, Any], child: tuple[str, str]) -> float | None:
-        asked = time.monotonic()
-        status, answer = await self.person.ask("PATCH", path_of(api.KIND, self.namespace, job), {"spec": dict(spec)})
-        assert status == 200, answer
+        asked, status = time.monotonic(), 0
+        while status != 200:
+            status, answer = await self.person.ask(
+                "PATCH", path_of(api.KIND, self.namespace, job), {"spec": dict(spec)}
+            )
+            assert status == 200 or status == 429 or status >= 500, answer
+            self.refused += status != 200  # an API server out of breath: a person asks again
         answered = time.monotonic()
         while self.seen.at[child] < asked:
             if time.monotonic() - answered > 60.0:
@@ -615,6 +620,7 @@ async def measure_ours(run: Run, address: str, work: Path) -> dict[str, Any]:
         after = await asyncio.to_thread(process.buckets)
         changed = run.writes(OPERATOR)
         edits = max(1, int(options.change_seconds * options.rate))
+        say(f"the API server had no time for {run.refused} requests of the person who edits")
         say(f"{OPERATOR}: {dict(changed)} written for {edits} edits, children changed: "
             f"{dict(run.seen.children - children)}; {100 * used:.0f} % of a core")  # fmt: skip
         say(
