@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import time
+from contextvars import Context
 
 from cowest_operator import api, farewell, reconcile, story
 from cowest_operator.apply import Applier
@@ -42,7 +43,8 @@ class Keeper:
         self._wakes.setdefault(key, asyncio.Event()).set()
         task = self._tasks.get(key)
         if task is None or task.done():
-            self._tasks[key] = asyncio.create_task(self._keep(key))
+            # In a context of its own: kopf's would keep the whole body of this event for as long as the job lives.
+            self._tasks[key] = asyncio.create_task(self._keep(key), context=Context())
 
     def forget(self, key: Key) -> None:
         """The job is gone; its children go with it by their owner references."""
