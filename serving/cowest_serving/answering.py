@@ -37,6 +37,7 @@ from cowest_serving.models import (
     content_text,
     count,
     is_clients_fault,
+    is_same_origin,
 )
 
 WEAK_MODEL = "weak"  # the name that every weak server answers to
@@ -247,12 +248,14 @@ class Models:
         return self._get(arm.weak_endpoint, WEAK_MODEL, limits)
 
     def strong(self, arm: Arm) -> HttpChatModel:
+        endpoint = arm.pair.strong_endpoint
         limits = {
-            "api_keys": self._keys,
+            # After an edit the pair of the old endpoint answers for a while; the keys are those of the new one.
+            "api_keys": self._keys if is_same_origin(endpoint, self._settings.endpoint) else (),
             "max_concurrency": self._settings.max_concurrency,
             "max_retries": self._settings.max_retries,
         }
-        return self._get(arm.pair.strong_endpoint, arm.pair.strong_model, limits)
+        return self._get(endpoint, arm.pair.strong_model, limits)
 
     def _get(self, endpoint: str, model: str, limits: Mapping[str, Any]) -> HttpChatModel:
         key = (endpoint, model)
@@ -340,6 +343,9 @@ class Answering:
             )
             record.weak_digest = _served_digest(record.arm, result)
         except ModelError as error:
+            if is_clients_fault(error):  # too long for it, say. In the steps too the strong model answers alone then
+                record.mode = "StrongAlone"
+                return None
             record.failed("weak_failed", error)
             if self._collaboration.when_weak_fails == "Fail":
                 raise refusal_of(error, "weak model") from error

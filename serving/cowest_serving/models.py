@@ -24,6 +24,7 @@ import logging
 import random
 import re
 import time
+import urllib.parse
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -309,6 +310,20 @@ class HttpChatModel:
                 proxy=proxy_of(self.endpoint),  # not trust_env: that would also take passwords from ~/.netrc
             )
         return self._session
+
+
+def is_same_origin(one: str, other: str) -> bool:
+    """Whether two endpoints are of one scheme, host and port. Keys go to the origin that they were given for, alone."""
+    return _origin(one) == _origin(other)
+
+
+def _origin(endpoint: str) -> tuple[str, str, int | None]:
+    parts = urllib.parse.urlsplit(endpoint)
+    try:
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        port = None  # no number: nothing can be sent there
+    return parts.scheme, parts.hostname or "", port
 
 
 def new_key() -> str:

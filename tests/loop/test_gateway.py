@@ -214,6 +214,14 @@ async def test_the_strong_model_sees_its_own_key_and_never_the_clients_or_its_us
     assert "user" not in strong.calls[0].body
 
 
+async def test_a_key_is_never_sent_to_another_endpoint_than_the_manifests(tmp_path: Path) -> None:
+    async with ScriptedModel() as weak, ScriptedModel() as old, ScriptedModel() as new:
+        arm = arm_of(weak, old)
+        async with gateway(tmp_path, settings_of(new), arm, strong_keys=Keys(["of-the-new"])) as door:
+            await door.ask()
+    assert "authorization" not in old.calls[0].headers and not new.calls
+
+
 @pytest.mark.parametrize("given", ["mine-1", None])
 async def test_the_idempotency_key_is_the_clients_or_the_request_id(tmp_path: Path, given: str | None) -> None:
     async with world(tmp_path) as (_, strong, door):
@@ -364,6 +372,19 @@ async def test_a_weak_model_that_fails_ends_the_answer_where_the_manifest_says_s
     assert caught.value.status_code == 502
     assert not strong.calls
     assert (row["status"], row["answer"]) == ("weak_failed", "")
+
+
+@pytest.mark.parametrize("fault", [400, 413, 422])
+@pytest.mark.parametrize("when_weak_fails", ["StrongAlone", "Fail"])
+async def test_a_query_that_the_weak_model_cannot_be_asked_is_no_fault_of_it(
+    tmp_path: Path, fault: int, when_weak_fails: str
+) -> None:
+    """A prompt that is too long for it: the live gate must not count that against a candidate."""
+    async with world(tmp_path, weak={"faults": [fault]}, when_weak_fails=when_weak_fails) as (_, strong, door):
+        _, headers = await door.ask()
+        row = await door.row()
+    assert strong.calls[0].body["messages"][0]["content"] == "SOLO why?"
+    assert (row["status"], row["mode"], headers["x-cowest-mode"]) == ("ok", "StrongAlone", "StrongAlone")
 
 
 async def test_a_weak_server_with_another_model_drafts_nothing(tmp_path: Path) -> None:

@@ -17,13 +17,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from cowest_serving.book import CODE_BUDGET_SPENT, HEADER_PURPOSE, HEADER_ROUND
 from cowest_serving.collaborate import draft_messages, is_draftable, refine_messages, solo_messages
 from cowest_serving.contract import Messages, Pair, Strong, digest_of, parse
 from cowest_serving.error_bodies import ErrorBody, OutspokenModel, body_of
-from cowest_serving.models import BadRequest, HttpChatModel, is_clients_fault
+from cowest_serving.models import BadRequest, HttpChatModel, is_clients_fault, is_same_origin
 
 from .contract import EXIT_BAD_INPUT, EXIT_BUDGET, Evaluator, Row, StepError
 from .evaluator import Score, build_evaluator
@@ -300,7 +299,7 @@ class Asking:
 
     def _direct(self, pair: Pair) -> HttpChatModel:
         # Keys go to the endpoint that they were given for, not to one that a pair of older days names.
-        ours = _origin(pair.strong_endpoint) == _origin(self._strong.endpoint)
+        ours = is_same_origin(pair.strong_endpoint, self._strong.endpoint)
         return HttpChatModel(
             pair.strong_endpoint,
             pair.strong_model,
@@ -376,11 +375,6 @@ async def open_asking(
             PaidCalls.for_strong(calls, strong, round_number, behind_proxy=bool(proxy_url))
         )
         yield Asking(strong, book, scorer, purpose, models, proxy_url=proxy_url, round_number=round_number)
-
-
-def _origin(endpoint: str) -> tuple[str, str]:
-    parts = urlsplit(endpoint)
-    return parts.scheme, parts.netloc
 
 
 # ---------------------------------------------------------------- drafting and asking at once
