@@ -72,6 +72,7 @@ REASON_LOSS_NOT_EXCLUDED = "LossNotExcluded"
 REASON_TOO_FEW_ANSWERS = "TooFewAnswers"
 REASON_SERVER_NOT_READY = "ServerNotReady"
 REASON_REVALIDATED = "Revalidated"
+REASON_STRONG_FOLLOWS = "StrongModelFollows"
 REASON_EDIT_WITHDRAWN = "EditWithdrawn"
 REASON_SPEC_CHANGED = "SpecChanged"
 
@@ -90,6 +91,7 @@ REASON_PROXY_AWAY = "StrongProxyUnavailable"
 REASON_PODS_FAIL = "PodsFail"
 REASON_API_REFUSED = "ApiServerRefused"
 
+Standing = Literal["Passed", "Chosen", "NotPassed"]  # of a stable pair: by the gates, by a person, or not at all
 Decision = Literal["Promoted", "Refused", "RolledBack"]
 Origin = Literal["Baseline", "Round", "Proposal", "Edit", "Revalidation"]
 Stage = Literal["Preparing", "Canary", "Watch"]
@@ -379,8 +381,10 @@ class Status:
     stable: Pair | None = None
     stable_round: int | None = None
     serving: Mode = "StrongAlone"  # what the stable arm answers with: Pair, or StrongAlone while drafts hurt
+    standing: Standing | None = None  # what is known of the stable pair; `serving` follows from it and the manifest
     previous: Pair | None = None  # what a rollback by a person goes back to
     previous_serving: Mode = "StrongAlone"
+    previous_standing: Standing | None = None
     previous_round: int | None = None
     previous_base: str | None = None
     going_back: Word | None = None  # a person's rollback to `previous`, as soon as its server answers

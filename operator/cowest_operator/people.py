@@ -113,6 +113,7 @@ def undone(status: Status, word: api.Word) -> Status:
         stable=previous,
         stable_round=status.previous_round,
         serving=status.previous_serving,
+        standing=status.previous_standing,
         base=base,
         previous=None,
         refused_edit=edited if was_edit else status.refused_edit,

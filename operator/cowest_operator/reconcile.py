@@ -21,8 +21,10 @@ RETRIES = 3  # of a step that ended with EXIT_RETRY, before the embedded run giv
 
 def plan(world: World) -> Plan:
     """All that is wanted now. At most one transition of the trial per plan, so one write per transition."""
+    before = world.status
+    world = replace(world, status=_in_force(world))
     move = _decide(world)
-    moved = move.status != world.status
+    moved = move.status != before
     world = replace(world, status=move.status)
     return Plan(
         servers=_servers(world),
@@ -49,6 +51,25 @@ class Move:
 
 
 # ---------------------------------------------------------------- decisions
+def _in_force(world: World) -> Status:
+    """An edit of `whenDraftsHurt` acts at once, save while a candidate is measured against what answers now."""
+    status, trial = world.status, world.status.candidate
+    if status.stable is None or status.standing is None:
+        return status
+    if trial is not None and (trial.stage != "Preparing" or "evaluate" in trial.done
+                              or f"r{trial.number}-evaluate" in world.steps):  # fmt: skip
+        return status
+    return replace(status, serving=_mode(world, status.stable, status.standing))
+
+
+def _mode(world: World, pair: Pair, standing: api.Standing) -> Mode:
+    """What answers while this pair is stable: a measured fact, a person's word and the manifest in force."""
+    if pair.digest in world.status.vetoed:
+        return "StrongAlone"
+    serves = world.job.spec.collaboration.when_drafts_hurt != "StrongAlone"
+    return "Pair" if standing != "NotPassed" or serves else "StrongAlone"
+
+
 def _decide(world: World) -> Move:
     actions = people.pending(world)
     if actions:
@@ -244,14 +265,42 @@ def _gate(world: World, trial: Trial) -> Move:
         return Move(world.status, api.REASON_AWAITING_APPROVAL, message)
     trial = _measured(trial, world.report)
     status = replace(status, looks=status.looks + 1, candidate=trial)
+    status, followed = _strong_follows(world, status, trial, case)
     world = replace(world, status=status)
     if refusal:
-        return _end(world, trial, "Refused", refusal.reason, refusal.message)
+        move = _end(world, trial, "Refused", refusal.reason, refusal.message)
+        return replace(move, events=(*followed, *move.events))
     message = f"round {trial.number} passed the gate with {promotion.points(seen)} (p = {seen.p_better:.2g})"
     message += promotion.versions_note(case.judged)
     passed = Event("Normal", "GatePassed", message)
     trial = replace(trial, stage="Canary", stage_since=world.now, step=0, step_since=world.now, looks=0, away=0.0)
-    return Move(replace(status, candidate=trial), message=message, events=(passed,))
+    return Move(replace(status, candidate=trial), message=message, events=(*followed, passed))
+
+
+def _strong_follows(
+    world: World, status: Status, trial: Trial, case: promotion.Offline
+) -> tuple[Status, tuple[Event, ...]]:
+    """While the strong model answers alone, an edit of it is no question of drafts: it holds once it has answered.
+
+    Otherwise the old one would go on, and be tuned for, until drafts beat the new one.
+    """
+    old, pair = status.stable, trial.pair
+    if trial.origin != "Edit" or status.serving != "StrongAlone" or old is None or pair is None:
+        return status, ()
+    if case.judged.candidate != pair.digest:
+        return status, ()
+    new = replace(
+        old,
+        strong_endpoint=pair.strong_endpoint,
+        strong_model=pair.strong_model,
+        prompts=replace(old.prompts, solo=pair.prompts.solo),
+    )
+    solo = case.judged.arm("solo")
+    if new == old or 100 * solo.errors > case.max_error_percent * solo.n:
+        return status, ()
+    message = f"{new.strong_model} answers alone from now on, as the manifest declares"
+    vetoed = (*status.vetoed, new.digest) if old.digest in status.vetoed else status.vetoed
+    return replace(status, stable=new, vetoed=vetoed), (Event("Normal", api.REASON_STRONG_FOLLOWS, message),)
 
 
 def _awaits_approval(world: World, trial: Trial) -> bool:
@@ -270,17 +319,23 @@ def _measured(trial: Trial, report: EvaluationReport) -> Trial:
 
 
 def _revalidated(world: World, trial: Trial) -> Move:
-    """The stable pair by a new evaluator. It is stopped when it hurts; only gate and canary begin to serve a pair."""
-    assert world.report is not None
-    seen = world.report.against_solo
+    """The stable pair by a new evaluator. It is stopped when it hurts; only gate and canary begin to serve a pair.
+
+    A pair that a person chose goes on: that it hurts is said, and is for a person to undo.
+    """
+    assert world.report is not None and world.status.stable is not None
+    status, report, seen = world.status, world.report, world.report.against_solo
     hurts = seen.p_worse < world.trial_job.spec.gate.significance
-    serving = _while_drafts_hurt(world) if hurts and world.status.serving == "Pair" else world.status.serving
+    if hurts and status.serving == "Pair" and status.standing != "Chosen":
+        mode = _mode(world, world.status.stable, "NotPassed")
+        world = replace(world, status=replace(status, standing="NotPassed", serving=mode))
+    serving = world.status.serving
     message = f"the stable pair against the strong model alone: {promotion.points(seen)}; answers come from {serving}."
-    trial = _measured(trial, world.report)
+    trial = _measured(trial, report)
     decision: api.Decision = "Promoted" if serving == "Pair" else "Refused"
-    status = _closed(world, trial, decision, api.REASON_REVALIDATED, message, None)
-    status = replace(status, serving=serving, evaluator=trial.evaluator or world.trial_evaluator)
-    return Move(status, message=message, events=(Event("Normal", api.REASON_REVALIDATED, message),))
+    closed = _closed(world, trial, decision, api.REASON_REVALIDATED, message, None)
+    closed = replace(closed, evaluator=trial.evaluator or world.trial_evaluator)
+    return Move(closed, message=message, events=(Event("Normal", api.REASON_REVALIDATED, message),))
 
 
 def _canary(world: World, trial: Trial) -> Move:
@@ -386,8 +441,10 @@ def _end(world: World, trial: Trial, decision: api.Decision, reason: str, messag
             stable=trial.pair,
             stable_round=trial.number,
             serving="Pair",
+            standing="Chosen" if by else "Passed",
             previous=world.status.stable,
             previous_serving=world.status.serving,
+            previous_standing=world.status.standing,
             previous_round=world.status.stable_round,
             previous_base=world.status.base,
             base=base or world.trial_job.spec.weak.model,
@@ -402,7 +459,8 @@ def _end(world: World, trial: Trial, decision: api.Decision, reason: str, messag
             status,
             stable=trial.pair,
             stable_round=trial.number,
-            serving="StrongAlone" if by else _while_drafts_hurt(world),
+            serving="StrongAlone" if by else _mode(world, trial.pair, "NotPassed"),
+            standing="NotPassed",
             base=base,
             evaluator=trial.evaluator or world.trial_evaluator,
         )
@@ -455,10 +513,6 @@ def _fact(trial: Trial, step: str, name: str) -> int | None:
     facts: Mapping[str, object] = trial.done.get(step, {})
     value = facts.get(name)
     return int(str(value)) if value is not None else None
-
-
-def _while_drafts_hurt(world: World) -> Literal["Pair", "StrongAlone"]:
-    return "StrongAlone" if world.job.spec.collaboration.when_drafts_hurt == "StrongAlone" else "Pair"
 
 
 # ---------------------------------------------------------------- what is wanted of the world
@@ -574,7 +628,7 @@ def _answers_by(status: Status) -> str:
     if status.stable is None:
         return "the strong model answers alone until there is a weak model."
     if status.serving == "StrongAlone":
-        return "the strong model answers alone: the stable pair has not passed the gate against it."
+        return f"the strong model answers alone: {_not_served(status, status.stable)}"
     return f"the pair of round {status.stable_round} answers."
 
 
@@ -582,9 +636,16 @@ def _drafts_help(status: Status) -> tuple[str, str, str]:
     if status.stable is None:
         return "Unknown", api.REASON_NOT_MEASURED, "no pair was measured yet."
     if status.serving == "StrongAlone":
-        return (
-            "False",
-            api.REASON_NOT_BETTER_THAN_SOLO,
-            "the stable pair has not passed the gate against the strong model alone.",
-        )
+        return "False", api.REASON_NOT_BETTER_THAN_SOLO, _not_served(status, status.stable)
+    if status.standing == "NotPassed":
+        message = "the stable pair has not passed the gate; it is served as collaboration.whenDraftsHurt says."
+        return "False", api.REASON_NOT_BETTER_THAN_SOLO, message
+    if status.standing == "Chosen":
+        return "Unknown", api.REASON_PROMOTED_BY_PERSON, "a person promoted the stable pair."
     return "True", api.REASON_MEASURED_BETTER, "the stable pair passed the gate."
+
+
+def _not_served(status: Status, stable: Pair) -> str:
+    if stable.digest in status.vetoed:
+        return "a person rolled the stable pair back."
+    return "the stable pair has not passed the gate against the strong model alone."

@@ -644,6 +644,86 @@ def test_instead_of_such_a_baseline_a_proposal_may_become_the_first_pair():
     assert (plan.status.stable, plan.status.base, plan.status.candidate) == (pair, "file:///base", None)
 
 
+# ---------------------------------------------------------------- what answers, and why
+ALONE = replace(w.SERVED, serving="StrongAlone", standing="NotPassed")
+SERVE = {"collaboration": {"when_drafts_hurt": "Serve"}, "rounds": {"max": 0}}
+
+
+@pytest.mark.parametrize(
+    ("status", "mode"),
+    [
+        pytest.param(ALONE, "Pair", id="not measured to be better"),
+        pytest.param(replace(ALONE, vetoed=(w.STABLE.digest,)), "StrongAlone", id="rolled back by a person"),
+        pytest.param(replace(ALONE, standing=None), "StrongAlone", id="a status of before, which does not know"),
+    ],
+)
+def test_when_drafts_hurt_edited_by_hand_acts_at_once(status, mode):
+    served = settle(w.world(status=status, job=w.job(**SERVE), servers=UP)).status
+    assert served.serving == mode
+    assert settle(w.world(status=served, job=w.job(rounds={"max": 0}), servers=UP)).status.serving == "StrongAlone"
+
+
+def test_a_pair_served_in_spite_of_the_gate_is_not_called_a_help():
+    plan = settle(w.world(status=ALONE, job=w.job(**SERVE), servers=UP))
+    assert condition(plan, api.DRAFTS_HELP).status == "False"
+
+
+def test_what_answers_stays_while_a_candidate_is_measured_against_it():
+    status = replace(ALONE, candidate=w.trial(done={"collect": {}, "feedback": {}, "dpo": {}}), trials=2)
+    running = {"r1-evaluate": api.StepState("Running")}
+    assert settle(w.world(status=status, job=w.job(**SERVE), steps=running)).status.serving == "StrongAlone"
+    assert settle(w.world(status=status, job=w.job(**SERVE))).status.serving == "Pair"
+
+
+def test_promotions_say_whether_the_gates_or_a_person_chose():
+    assert reconcile.plan(LAST).status.standing == "Passed"
+    chosen = reconcile.plan(replace(CANARY_WORLD, actions=(action("promote"),)))
+    assert chosen.status.standing == "Chosen"
+    assert condition(chosen, api.DRAFTS_HELP).reason == api.REASON_PROMOTED_BY_PERSON
+
+
+def test_a_new_evaluator_does_not_stop_a_pair_that_a_person_chose():
+    worse = w.report(candidate=w.STABLE.digest, control="solo", against_solo=w.comparison(-0.1, 1.0, 1e-4))
+    for standing, mode in (("Passed", "StrongAlone"), ("Chosen", "Pair")):
+        status = replace(evaluated("Revalidation", pair=w.STABLE), standing=standing)
+        assert reconcile.plan(w.world(status=status, report=worse)).status.serving == mode
+
+
+STRONGER = w.job(strong={"model": "strong-2"}, rounds={"max": 0})
+BETTER_ALONE = replace(w.STABLE, strong_model="strong-2")
+
+
+def edit_while_alone(**report):
+    seen = w.report(candidate=BETTER_ALONE.digest, control="solo", **report)
+    status = replace(ALONE, candidate=w.trial(origin="Edit", pair=BETTER_ALONE, done={"evaluate": {}}), trials=2)
+    return w.world(job=STRONGER, status=status, report=seen)
+
+
+def test_an_edit_of_the_strong_model_holds_while_it_answers_alone_though_drafts_do_not_help_it():
+    plan = settle(edit_while_alone(against_control=w.comparison(-0.1, 1.0)))
+    assert (plan.status.stable, plan.status.serving) == (BETTER_ALONE, "StrongAlone")
+    assert plan.status.rounds[-1].reason == api.REASON_NO_GAIN_OFFLINE
+    assert plan.routing.arms[0].pair.strong_model == "strong-2"
+
+
+def test_drafts_that_help_the_new_strong_model_are_canaried_against_it_alone():
+    plan = settle(edit_while_alone())
+    assert (plan.status.candidate.stage, plan.routing.arms[0].pair.strong_model) == ("Canary", "strong-2")
+
+
+def test_a_strong_model_that_does_not_answer_is_not_followed():
+    arms = tuple(replace(arm, errors=51) if arm.name == "solo" else arm for arm in w.report().arms)
+    plan = settle(edit_while_alone(arms=arms, against_control=w.comparison(-0.1, 1.0)))
+    assert plan.status.stable == w.STABLE
+
+
+def test_an_edit_of_the_strong_model_that_a_served_pair_asks_stays_a_candidate():
+    world = edit_while_alone(against_control=w.comparison(-0.1, 1.0))
+    served = replace(world.status, serving="Pair", standing="Passed")
+    seen = replace(world.report, control=w.STABLE.digest)
+    assert settle(replace(world, status=served, report=seen)).status.stable == w.STABLE
+
+
 def test_who_proposed_did_not_decide():
     status = evaluated("Proposal", by="ada")
     refused = reconcile.plan(w.world(status=status, report=w.report(against_control=w.comparison(0.0, 0.6))))
