@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cowest_cli import jobs
+from cowest_cli.counting import Counting
 from cowest_cli.processes import Child, free_port, get_json, port_is_free
 from cowest_cli.replay import decision_of
 from cowest_operator import api, reconcile, rounds
@@ -39,10 +41,15 @@ TICK = 0.1  # seconds between looks at the world
 PATIENCE = 10.0  # seconds that a child has to end by itself
 GATEWAY_PATIENCE = 40.0  # it finishes its answers (30 s at most), then writes their records
 STATUS_EVERY = 1.0  # seconds between writes of a status that only says something else
-RETENTION_EVERY = 3600.0  # seconds between looks for traces older than traces.retentionDays
+COUNT_OFTEN, COUNT_SELDOM = 2.0, 60.0  # seconds between counts of the traces
 DRAIN = 3.0  # seconds that a weak model outlives its last traffic
 CLIENT_KEYS = "COWEST_CLIENT_API_KEYS"  # who may ask the gateway: for no other child
-MAX_RESTARTS = 4  # of a server that never became ready
+EVALUATOR_KEY = "COWEST_EVALUATOR_API_KEY"  # for the steps that score: the gateway never does
+MAX_RESTARTS = 4  # of a gateway that never became ready
+LONGEST_WAIT = 60.0  # seconds before a server that ended is started again
+STEADY = 60.0  # seconds that a server has to run for its earlier ends to be forgotten
+
+Start = Callable[..., Child]
 
 
 @dataclass
@@ -60,9 +67,12 @@ class _Server:
     ready: bool = False
     digest: str = ""
     message: str = "it starts"
+    trouble: str = ""  # why it ended, until it is ready again
+    threads: int = 1
     restarts: int = 0
     again_at: float | None = None  # the next start of one that ended
     look_at: float = 0.0  # the next question whether it is ready
+    since: float = 0.0  # when it became ready
 
 
 @dataclass(frozen=True)
@@ -85,8 +95,10 @@ class Engine:
         facts: Facts,
         secrets: Path | None,
         port: int | None = None,
+        start: Start = Child,
     ) -> None:
         self.home = home
+        self._start = start
         self.document = declared.document
         self.job = declared.job
         self.facts = facts
@@ -94,14 +106,13 @@ class Engine:
         self.keys = jobs.keys_environment(self.job, secrets)
         self.client_keys = jobs.client_keys(self.job, secrets)
         self.status = jobs.read_status(home)
+        self._cores = len(os.sched_getaffinity(0))
         self._evaluator = evaluator_digest(self.job.spec.feedback.evaluator)
         self.steps: dict[str, _Step] = {}
         self.servers: dict[str, _Server] = {}
         self.gateway: _Server | None = None
         self._unwanted: dict[str, float] = {}  # servers without traffic, and since when
-        self.counts = api.TraceCounts()
-        self._counted_at = 0.0
-        self._expired_at = 0.0
+        self.counting = self._new_counting()
         self._written, self._written_at = self.status, 0.0
         self.budget = self.status.budget
         self._spent_at = 0.0
@@ -165,7 +176,13 @@ class Engine:
             budget=self._budget(trial),
             actions=jobs.read_actions(self.home, self.status.last_action),
             frozen=self._frozen[3] if trial and self._frozen else None,
+            troubles=tuple(self._troubles()),
         )
+
+    def _troubles(self) -> Iterator[api.Trouble]:
+        for server in self.servers.values():
+            if server.trouble:
+                yield api.Trouble(api.REASON_SERVER_FAILS, server.trouble)
 
     def _freeze(self, trial: api.Trial | None) -> None:
         """The manifest of a trial that begins is kept; one that runs goes by its own after an edit and a restart."""
@@ -219,24 +236,15 @@ class Engine:
         return load_live_report(data) if data else None
 
     def _traces(self, trial: api.Trial | None) -> api.TraceCounts:
-        """Counted every few seconds, and only while a round may wait for them."""
+        """Often only while a round may wait for them."""
         waiting = trial is None and self.job.spec.rounds.trigger.new_traces > 0
-        if time.monotonic() - self._counted_at < (2.0 if waiting else 60.0) and self._counted_at:
-            return self.counts
-        from cowest_training.collect import count_usable, held_out_keys
-        from cowest_training.retention import expire
+        return self.counting.look(COUNT_OFTEN if waiting else COUNT_SELDOM)
 
-        if not self._expired_at or time.monotonic() - self._expired_at > RETENTION_EVERY:
-            expire(self.home.store.as_uri(), self.job.spec.traces.retention_days)
-            self._expired_at = time.monotonic()
-        seen = count_usable(
-            self.home.store.as_uri(),
-            evaluator=self.job.spec.feedback.evaluator,
-            held_out=held_out_keys(self.job.spec.data.held_out),
+    def _new_counting(self) -> Counting:
+        spec = self.job.spec
+        return Counting(
+            self.home.store.as_uri(), spec.traces.retention_days, spec.feedback.evaluator, spec.data.held_out
         )
-        self.counts = api.TraceCounts(seen.all, seen.usable, seen.reason)
-        self._counted_at = time.monotonic()
-        return self.counts
 
     def _budget(self, trial: api.Trial | None) -> api.Budget:
         """From the book of paid calls, read every other second."""
@@ -309,8 +317,9 @@ class Engine:
         )  # fmt: skip
         keys = self.client_keys or os.environ.get(CLIENT_KEYS)
         clients = {CLIENT_KEYS: keys} if keys else {}
-        environment = {**self._environment(strong=True), **clients}
-        return Child("gateway", command, environment, self.home.logs / "gateway.log")
+        strong = {name: key for name, key in self.keys.items() if name != EVALUATOR_KEY}
+        environment = {**self._environment(), **strong, **clients}
+        return self._start("gateway", command, environment, self.home.logs / "gateway.log")
 
     def _apply_servers(self, plan: api.Plan) -> None:
         wanted = {server.digest: server for server in plan.servers}
@@ -320,33 +329,23 @@ class Engine:
         for digest, spec in wanted.items():
             self._unwanted.pop(digest, None)
             if digest not in self.servers:
-                port = free_port()
-                self.servers[digest] = _Server(self._start_weak(spec, port), port)
+                port, threads = free_port(), self._server_threads()
+                self.servers[digest] = _Server(self._start_weak(spec, port, threads), port, threads=threads)
 
     def _drained(self, digest: str) -> bool:
         """No traffic for long enough: the gateway has taken up the routing and its drafts are done."""
         return time.monotonic() - self._unwanted.setdefault(digest, time.monotonic()) > DRAIN
 
-    def _start_weak(self, spec: api.ServerSpec, port: int) -> Child:
-        if self.job.spec.weak.engine == "vLLM":
-            folder = str(local_path(spec.model))
-            command = [
-                "vllm",
-                "serve",
-                folder,
-                "--port",
-                str(port),
-                "--host",
-                "127.0.0.1",
-                "--served-model-name",
-                "weak",
-            ]
-        else:
-            command = self._python(
-                "cowest_serving.weak_server", "--model", spec.model, "--port", port, "--name", "weak"
-            )
+    def _start_weak(self, spec: api.ServerSpec, port: int, threads: int) -> Child:
         log = self.home.logs / f"weak-{spec.digest.removeprefix('sha256:')[:12]}.log"
-        return Child("weak", command, self._environment(strong=False), log)
+        return self._start("weak", self._weak_command(spec, port), self._environment(threads), log)
+
+    def _weak_command(self, spec: api.ServerSpec, port: int) -> list[str]:
+        if self.job.spec.weak.engine != "vLLM":
+            return self._python("cowest_serving.weak_server", "--model", spec.model, "--port", port, "--name", "weak")
+        # Without the last flag vLLM takes sampling defaults from the model's folder, which training never used.
+        return ["vllm", "serve", str(local_path(spec.model)), "--port", str(port), "--host", "127.0.0.1",
+                "--served-model-name", "weak", "--generation-config", "vllm"]  # fmt: skip
 
     def _apply_steps(self, plan: api.Plan) -> None:
         wanted = {spec.name: spec for spec in plan.steps}
@@ -383,7 +382,8 @@ class Engine:
             command += [flag, str(path)]
         command += ["--progress", str(self.home.progress / f"{spec.name}.json")]
         log = self.home.logs / f"{spec.name}.log"
-        return Child(spec.name, command, self._environment(spec.calls_strong), log, nice=5)
+        environment = {**self._environment(self._free_threads()), **(self.keys if spec.calls_strong else {})}
+        return self._start(spec.name, command, environment, log, nice=5)
 
     # ------------------------------------------------------------ servers
     def _look_at_servers(self) -> None:
@@ -393,7 +393,8 @@ class Engine:
         for digest, server in self.servers.items():
             spec = specs.get(digest)
             if spec is not None:
-                self._look_at(server, "weak-model server", lambda s=spec, v=server: self._start_weak(s, v.port))  # type: ignore[misc]
+                again = partial(self._start_weak, spec, server.port, server.threads)
+                self._look_at(server, "weak-model server", again)
                 if server.ready and server.digest and server.digest != digest:
                     server.ready, server.message = False, f"it serves {server.digest}, wanted {digest}"
 
@@ -413,15 +414,20 @@ class Engine:
             if get_json(base + ("/health" if vllm else "/readyz")) is not None:
                 models = get_json(base + "/v1/models") or {}
                 server.digest = str((models.get("data") or [{}])[0].get("digest", "")) if what != "gateway" else ""
-                server.ready, server.message, server.restarts = True, "", 0
+                server.ready, server.message, server.trouble, server.since = True, "", "", time.monotonic()
 
     def _restart(self, server: _Server, what: str, code: int, start: Callable[[], Child]) -> None:
+        """Nothing goes without the gateway; a weak model that will not run is for the canary's deadline to judge."""
+        if server.ready and time.monotonic() - server.since > STEADY:
+            server.restarts = 0
         server.ready = False
         server.message = f"the {what} ended with code {code}: {server.child.last_words()}"
-        if code == EXIT_BAD_INPUT or server.restarts >= MAX_RESTARTS:
-            raise StepError(f"{server.message} (log: {server.child.log})", EXIT_BAD_INPUT if code == 2 else 1)
+        server.trouble = f"{server.message} (log: {server.child.log})"
+        never_ready = not server.since and (code == EXIT_BAD_INPUT or server.restarts >= MAX_RESTARTS)
+        if what == "gateway" and never_ready:
+            raise StepError(server.trouble, EXIT_BAD_INPUT if code == EXIT_BAD_INPUT else EXIT_FAILED)
         if server.again_at is None:
-            server.again_at = time.monotonic() + 2.0**server.restarts
+            server.again_at = time.monotonic() + min(2.0**server.restarts, LONGEST_WAIT)
         elif time.monotonic() >= server.again_at:
             server.child = start()
             server.restarts += 1
@@ -431,32 +437,44 @@ class Engine:
     def _python(self, module: str, *arguments: object) -> list[str]:
         return [sys.executable, "-P", "-m", module, *(str(a) for a in arguments)]
 
-    def _environment(self, strong: bool) -> dict[str, str]:
-        """Keys only for those who call the strong model; threads by what is left beside the servers."""
+    def _environment(self, threads: int = 1) -> dict[str, str]:
+        """Of the person's own environment all but the keys: each child is given those that it needs."""
         own = {k: v for k, v in os.environ.items() if not k.startswith("COWEST_SECRET_")}
-        own.pop("COWEST_STRONG_API_KEYS", None)
-        own.pop("COWEST_EVALUATOR_API_KEY", None)
-        own.pop(CLIENT_KEYS, None)
-        own.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
+        for key in ("COWEST_STRONG_API_KEYS", EVALUATOR_KEY, CLIENT_KEYS):
+            own.pop(key, None)
+        own.setdefault("OMP_NUM_THREADS", str(threads))
         own.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         own.setdefault("TOKENIZERS_PARALLELISM", "false")
         own["PYTHONUNBUFFERED"] = "1"
-        return {**own, **(self.keys if strong else {})}
+        return own
+
+    def _server_threads(self) -> int:
+        """A quarter each: stable and candidate together leave half to the step that runs beside them."""
+        return max(1, self._cores // 4)
+
+    def _free_threads(self) -> int:
+        """What the servers leave to a step."""
+        return max(1, self._cores - sum(server.threads for server in self.servers.values()))
 
     def close(self) -> None:
-        """End the children in order: steps first, then the gateway (it drains), then the models it asks."""
-        jobs.write_status(self.home, self.status)
-        children = [s.child for s in self.steps.values()]
-        for child in children:
-            child.ask_to_stop()
-        for child in children:
-            child.stop(PATIENCE)
-        if self.gateway is not None:
-            self.gateway.child.stop(GATEWAY_PATIENCE)
-        for server in self.servers.values():
-            server.child.ask_to_stop()
-        for server in self.servers.values():
-            server.child.stop(PATIENCE)
+        """End the children in order: steps, the gateway (it drains), the models it asks; then the last status.
+
+        A disk that is full keeps nobody from draining: the gateway still has records to write, and room may come.
+        """
+        self.counting.close()
+        with ExitStack() as last:
+            last.callback(jobs.write_status, self.home, self.status)
+            children = [s.child for s in self.steps.values()]
+            for child in children:
+                child.ask_to_stop()
+            for child in children:
+                child.stop(PATIENCE)
+            if self.gateway is not None:
+                self.gateway.child.stop(GATEWAY_PATIENCE)
+            for server in self.servers.values():
+                server.child.ask_to_stop()
+            for server in self.servers.values():
+                server.child.stop(PATIENCE)
 
 
 def facts_of(job: api.Job) -> Facts:

@@ -74,6 +74,11 @@ def spent(status: api.Status, job: Mapping[str, Any] | None = None) -> str:
     return f"{words(status.budget)}; the current round {words(status.budget.round)}"
 
 
+def traces(counts: api.TraceCounts) -> str:
+    why = f" ({counts.reason})" if counts.reason else ""
+    return f"{counts.all} in all, {counts.usable} of them a round could learn from{why}"
+
+
 class View:
     """Called after each look at the world."""
 
@@ -110,7 +115,7 @@ class View:
             rounds_table(plan.status),
             Text(f"traffic  {traffic(plan.status, arms)}"),
             Text(f"spent    {spent(plan.status, engine.document)}"),
-            Text(f"traces   {engine.counts.all} in all, {engine.counts.usable} usable {engine.counts.reason}"),
+            Text(f"traces   {printable(traces(engine.counting.counts))}"),
             Text(f"now      {printable(progressing.message)}", style="cyan"),
         )
 

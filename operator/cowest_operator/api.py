@@ -89,6 +89,7 @@ REASON_CONFIG_MAP_MISSING = "ConfigMapMissing"
 REASON_STORE_AWAY = "ObjectStoreUnavailable"
 REASON_PROXY_AWAY = "StrongProxyUnavailable"
 REASON_PODS_FAIL = "PodsFail"
+REASON_SERVER_FAILS = "WeakServerFails"
 REASON_API_REFUSED = "ApiServerRefused"
 
 Standing = Literal["Passed", "Chosen", "NotPassed"]  # of a stable pair: by the gates, by a person, or not at all

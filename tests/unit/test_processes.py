@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from cowest_cli import jobs, processes
-from cowest_cli.engine import Engine, Facts, _Server
+from cowest_cli.engine import MAX_RESTARTS, Engine, Facts, _Server
+from cowest_operator import api, reconcile
+from cowest_training.contract import StepError
 from tests import world as w
 
 
@@ -86,28 +88,112 @@ class Ended:
 
     log = "weak.log"
 
+    def __init__(self, code=1):
+        self._code = code
+
     def code(self):
-        return 1
+        return self._code
 
     def last_words(self):
         return "no memory"
 
+    def stop(self, _patience):
+        pass
+
+    ask_to_stop = code
+
+
+class Starts:
+    """Remembers what an engine starts, and starts nothing."""
+
+    def __init__(self):
+        self.names, self.commands, self.environments = [], [], []
+
+    def __call__(self, name, command, environment, _log, nice=0):
+        self.names.append(name)
+        self.commands.append(command)
+        self.environments.append(environment)
+        return Ended()
+
 
 @pytest.fixture
-def engine(tmp_path):
-    home = jobs.Home(tmp_path)
-    return Engine(jobs.Declared({"spec": {}}, w.JOB, tmp_path), home, Facts(1, 1, False, 1.0), None)
+def starts():
+    return Starts()
 
 
-def test_a_server_that_dies_while_it_starts_is_started_again_with_patience(engine):
-    started = []
+@pytest.fixture
+def engine(tmp_path, starts):
+    return make(tmp_path, starts, w.JOB)
+
+
+def make(folder, starts, job):
+    home = jobs.Home(folder)
+    return Engine(jobs.Declared({"spec": {}}, job, folder), home, Facts(1, 1, False, 1.0), None, start=starts)
+
+
+def test_a_server_that_dies_while_it_starts_is_started_again_with_patience(engine, starts):
     server = _Server(Ended(), 1)
     server.look_at = time.monotonic() + 0.25  # it was just asked whether it is ready
     for _ in range(5):
-        engine._look_at(server, "weak-model server", lambda: started.append(1) or Ended())
+        engine._look_at(server, "weak-model server", lambda: starts("weak", [], {}, ""))
         time.sleep(0.1)
-    assert not started, "the first start comes after a second"
+    assert not starts.names, "the first start comes after a second"
     assert "no memory" in server.message
+
+
+@pytest.mark.parametrize("code", [pytest.param(1, id="crashes"), pytest.param(2, id="refuses its model")])
+def test_a_weak_server_that_never_runs_is_a_trouble_and_no_end_of_the_run(engine, starts, code):
+    """The canary waits with the server's own words, and its deadline decides."""
+    engine.status = w.on_trial(stage="Canary", step_since=time.time())
+    engine.servers[w.CANDIDATE.weak_digest] = server = _Server(Ended(code), 1)
+    for _ in range(2 * MAX_RESTARTS):
+        server.again_at = time.monotonic() - 1  # its time has come
+        server.child = Ended(code)
+        engine._look_at_servers()
+    server.child = Ended(code)
+    seen = engine.observe()
+    assert not seen.servers[w.CANDIDATE.weak_digest].ready
+    assert [trouble.reason for trouble in seen.troubles] == [api.REASON_SERVER_FAILS]
+    assert f"ended with code {code}: no memory" in seen.troubles[0].message
+    plan = reconcile.plan(seen)
+    assert plan.status.candidate is not None and plan.failure is None
+    assert "no memory" in next(c for c in plan.status.conditions if c.type == api.ROUND_PROGRESSING).message
+    late = replace(seen, now=seen.now + seen.job.spec.canary.deadline_seconds + 1)
+    assert reconcile.plan(late).status.rounds[-1].decision == "RolledBack"
+
+
+def test_a_gateway_that_never_runs_ends_the_run(engine):
+    engine.gateway = _Server(Ended(2), 1)
+    with pytest.raises(StepError, match="no memory") as raised:
+        engine._look_at_servers()
+    assert raised.value.code == 2
+
+
+def test_a_gateway_that_did_run_is_started_again_whatever_it_said(engine):
+    engine.gateway = _Server(Ended(2), 1, ready=True, since=time.monotonic())
+    engine._look_at_servers()
+    assert engine.gateway.again_at is not None
+
+
+def test_a_full_disk_keeps_no_child_from_draining(engine):
+    stopped = []
+
+    class Draining(Ended):
+        def __init__(self, name):
+            self.name = name
+
+        def stop(self, _patience):
+            stopped.append(self.name)
+
+        def ask_to_stop(self):
+            pass
+
+    engine.gateway = _Server(Draining("gateway"), 1)
+    engine.servers["sha256:a"] = _Server(Draining("weak"), 2)
+    engine.home.status.mkdir(parents=True)  # the last status cannot be written
+    with pytest.raises(OSError):
+        engine.close()
+    assert stopped == ["gateway", "weak"]
 
 
 def test_the_time_without_an_engine_is_no_part_of_a_canary(engine):
@@ -122,10 +208,33 @@ def test_the_time_without_an_engine_is_no_part_of_a_canary(engine):
     assert engine.status == preparing
 
 
-def test_the_keys_of_clients_go_to_the_gateway_alone(engine, monkeypatch):
-    monkeypatch.setenv("COWEST_CLIENT_API_KEYS", "secret")
-    seen = []
-    monkeypatch.setattr("cowest_cli.engine.Child", lambda _name, _command, environment, _log: seen.append(environment))
+def test_each_child_gets_the_keys_that_it_needs_and_no_other(engine, starts, monkeypatch):
+    for name in ("COWEST_CLIENT_API_KEYS", "COWEST_STRONG_API_KEYS", "COWEST_EVALUATOR_API_KEY"):
+        monkeypatch.setenv(name, "secret")
+    engine.keys = {"COWEST_STRONG_API_KEYS": "strong", "COWEST_EVALUATOR_API_KEY": "judge"}
     engine._start_gateway()
-    assert seen[0]["COWEST_CLIENT_API_KEYS"] == "secret"
-    assert not any("secret" in engine._environment(strong).values() for strong in (True, False))
+    engine._start_weak(api.ServerSpec("sha256:a", "file:///m"), 1, 1)
+    for asks in (True, False):
+        engine._start_step(api.StepSpec("r0-x", "x", "file:///x", calls_strong=asks))
+    keys = [{v for v in seen.values() if v in ("secret", "strong", "judge")} for seen in starts.environments]
+    assert keys == [{"secret", "strong"}, set(), {"strong", "judge"}, set()]
+
+
+def test_a_step_gets_the_threads_that_the_servers_leave(engine, starts, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    engine._cores = 8
+    step = api.StepSpec("r0-x", "x", "file:///x")
+    engine._start_step(step)
+    for digest in ("sha256:a", "sha256:b"):
+        engine.servers[digest] = _Server(Ended(), 1, threads=engine._server_threads())
+    engine._start_step(step)
+    engine._cores = 1
+    engine._start_step(step)
+    assert [seen["OMP_NUM_THREADS"] for seen in starts.environments] == ["8", "4", "1"]
+
+
+def test_vllm_samples_as_it_is_told_and_not_as_the_model_folder_says(tmp_path, starts):
+    engine = make(tmp_path, starts, w.job(weak={"engine": "vLLM"}))
+    engine._start_weak(api.ServerSpec("sha256:a", "file:///my%20model"), 7, 1)
+    assert starts.commands[0][:3] == ["vllm", "serve", "/my model"]
+    assert starts.commands[0][-2:] == ["--generation-config", "vllm"]

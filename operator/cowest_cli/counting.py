@@ -1,0 +1,74 @@
+"""How many traces a round could learn from, counted beside the engine's loop, which must not wait for it.
+
+Each segment is read once; the counter is the one that a job in a cluster has.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from cowest_operator import api
+from cowest_training.contract import Evaluator
+
+AGAIN_FROM_SCRATCH = 3600.0  # seconds: retention takes segments away, and a count forgets none by itself
+
+Clock = Callable[[], float]
+
+
+class Counting:
+    """The last count, and the one under way."""
+
+    def __init__(self, store: str, days: int, evaluator: Evaluator, held_out: str, clock: Clock = time.monotonic):
+        self.what = (store, days, evaluator, held_out)  # what is counted, and by what
+        self.counts = api.TraceCounts()
+        self.counted = False  # `counts` is a count; before the first one nothing is known
+        self._clock = clock
+        self._thread = ThreadPoolExecutor(1, "count")
+        self._flight: Future[api.TraceCounts] | None = None
+        self._ended = 0.0
+        self._count: Callable[[], api.TraceCounts] | None = None
+        self._fresh = 0.0
+
+    def look(self, every: float) -> api.TraceCounts:
+        """At most `every` seconds old, plus the time that a count takes. Never waits."""
+        if self._flight is not None and self._flight.done():
+            self._land(self._flight)
+            self._flight = None
+        if self._flight is None and (not self._ended or self._clock() - self._ended >= every):
+            self._flight = self._thread.submit(self._now)
+        return self.counts
+
+    def _land(self, flight: Future[api.TraceCounts]) -> None:
+        self._ended = self._clock()
+        if (error := flight.exception()) is None:
+            self.counts, self.counted = flight.result(), True
+        else:  # whatever it is, the next count may succeed
+            self.counts = api.TraceCounts(
+                self.counts.all, self.counts.usable, f"they cannot be counted: {error or type(error).__name__}"
+            )
+
+    def _now(self) -> api.TraceCounts:
+        if self._count is None or self._clock() - self._fresh > AGAIN_FROM_SCRATCH:
+            self._count, self._fresh = _counter(*self.what), self._clock()
+        return self._count()
+
+    def close(self) -> None:
+        """Waits for nothing: a count is only read."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _counter(store: str, days: int, evaluator: Evaluator, held_out: str) -> Callable[[], api.TraceCounts]:
+    """Old traces go first, so that they are not counted."""
+    from cowest_training.observer import TraceCounter
+    from cowest_training.retention import expire
+
+    expire(store, days)
+    counter = TraceCounter(store, evaluator, held_out)
+
+    def count() -> api.TraceCounts:
+        seen = counter.count()
+        return api.TraceCounts(seen.all, seen.usable, seen.reason)
+
+    return count
