@@ -29,6 +29,10 @@ STATUS_EVERY = 60.0  # seconds between writes of a status that only says somethi
 KEPT_TRIALS = 2  # whose frozen manifests and steps are kept for a look
 
 
+class JobGoneError(Exception):
+    """There is no such job any more, or another of its name."""
+
+
 class Applier:
     """One for all jobs."""
 
@@ -132,9 +136,21 @@ class Applier:
         waited = time.monotonic() - memory.written_at > STATUS_EVERY
         if not moved and not (waited and new != old):
             return
-        await self.kube.apply_status(context.namespace, context.job.name, new)
+        await self.put_status(context.namespace, context.job.name, new, context.uid)
         memory.written, memory.written_at = shared(new), time.monotonic()
         memory.state = story.read(new)
+
+    async def put_status(self, namespace: str, name: str, status: Mapping[str, Any], uid: str) -> None:
+        """Raises `JobGoneError` after a delete that no watch has shown yet; a job made again gets a clean sheet."""
+        try:
+            answer = await self.kube.apply_status(namespace, name, status)
+        except KubeError as error:
+            if error.code == 404 and await self.kube.get(api.KIND, namespace, name) is None:
+                raise JobGoneError(f"{namespace}/{name}") from error
+            raise
+        if answer["metadata"]["uid"] != uid:
+            await self.kube.apply_status(namespace, name, {"observedGeneration": 0})  # it compares no uid
+            raise JobGoneError(f"{namespace}/{name}")
 
     async def _event(self, context: Context, event: api.Event) -> None:
         """Named by its content: a restart that decides the same says it once."""

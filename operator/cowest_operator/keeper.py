@@ -9,7 +9,7 @@ import time
 from contextvars import Context
 
 from cowest_operator import api, farewell, reconcile, story
-from cowest_operator.apply import Applier
+from cowest_operator.apply import Applier, JobGoneError
 from cowest_operator.kube import PLURALS, KubeError
 from cowest_operator.metrics import Metrics
 from cowest_operator.objects.common import JOB_LABEL
@@ -21,6 +21,7 @@ log = logging.getLogger("cowest.keeper")
 AT_ONCE = 16  # jobs looked at side by side
 BUSY, LIVE, IDLE = 15.0, 2.0, 60.0  # seconds until a look that nothing has asked for
 LONGEST_BACKOFF = 60.0
+LIST_AGAIN = 600.0  # seconds between two looks for what is gone without a word
 SETTLE = 0.05  # seconds: events that come together are one look
 
 
@@ -64,12 +65,18 @@ class Keeper:
     async def _keep(self, key: Key) -> None:
         memory, failures = Memory(), 0
         while (family := self.watched.families.get(key)) is not None and family.job is not None:
+            if memory.uid != (uid := family.job["metadata"]["uid"]):
+                memory = Memory(uid)  # a job that was made again under its name knows nothing of the one before
             wake = self._wakes.setdefault(key, asyncio.Event())
             wake.clear()
             try:
                 async with self._slots:
                     again = await self.turn(key, memory)
                 failures = 0
+            except JobGoneError:
+                if self.watched.families.get(key) is family and family.job["metadata"]["uid"] == uid:
+                    self.watched.job("DELETED", family.job)
+                again = 0.0
             except KubeError as error:
                 failures += 1
                 again = min(2.0 ** min(failures, 10), LONGEST_BACKOFF)
@@ -86,6 +93,8 @@ class Keeper:
                     await asyncio.sleep(SETTLE)
                 except TimeoutError:
                     pass
+        self._wakes.pop(key, None)
+        self.metrics.forget(key)
 
     async def turn(self, key: Key, memory: Memory) -> float:
         """One look and what it asks for; seconds until the next one."""
@@ -115,10 +124,38 @@ class Keeper:
             if self._has_looked_around:
                 return
             told = self.observer.settings
-            for kind in PLURALS.keys() - {api.KIND, "Event"} - (set() if told.rayservices else {"RayService"}):
+            for kind in self._kinds():
                 for namespace in told.namespaces or ("",):
                     await self._look_at_all(kind, namespace)
             self._has_looked_around = True
+
+    async def follow(self, every: float = LIST_AGAIN) -> None:
+        """For ever: looks for what is gone without a word."""
+        while True:
+            await asyncio.sleep(every * random.uniform(0.9, 1.1))
+            try:
+                await self.look_for_the_gone()
+            except KubeError as error:
+                log.warning("what is there cannot be listed: %s", error)
+
+    async def look_for_the_gone(self) -> None:
+        """After a gap in a watch kopf lists anew, and is told of no delete. Names only: it is cheap at 1,000 jobs."""
+        for namespace in self.observer.settings.namespaces or ("",):
+            for key in self.watched.jobs_gone(namespace, *await self.applier.kube.names(api.KIND, namespace)):
+                log.info("%s/%s is gone", *key)
+                self.forget(key)
+            for kind in self._kinds():
+                try:
+                    found = await self.applier.kube.names(kind, namespace, labelSelector=JOB_LABEL)
+                except KubeError as error:
+                    if error.code != 404:
+                        raise
+                    continue
+                for key in self.watched.gone(kind, namespace, *found):
+                    self.wake(key)
+
+    def _kinds(self) -> set[str]:
+        return PLURALS.keys() - {api.KIND, "Event"} - (set() if self.observer.settings.rayservices else {"RayService"})
 
     async def _look_at_all(self, kind: str, namespace: str) -> None:
         try:
@@ -157,7 +194,7 @@ class Keeper:
         new["conditions"] = story.conditions(conditions)
         if story.transition(new) == story.transition(memory.written or family.job.get("status") or {}):
             return
-        await self.applier.kube.apply_status(*key, new)
+        await self.applier.put_status(*key, new, memory.uid)
         memory.written = new
 
 

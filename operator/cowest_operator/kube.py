@@ -17,6 +17,7 @@ from cowest_operator import api
 CHILDREN, STATUS = "cowest-operator", "cowest-status"  # field managers
 TIMEOUT = 30.0  # seconds of one request
 WRITES_AT_ONCE = 16
+ONLY_METADATA = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 CHUNK = 250  # objects of one answer to a list: a thousand jobs' pods at once would be hundreds of megabytes
 
 PLURALS: Final[Mapping[str, tuple[str, str]]] = {
@@ -106,6 +107,19 @@ class Kube:
             token = answer["metadata"].get("continue")
             following = {**following, "continue": token} if token else {}
 
+    async def names(self, kind: str, namespace: str, **query: str) -> tuple[int, set[tuple[str, str]]]:
+        """(resourceVersion, namespace and name of all that there were then): what is older and not there is gone."""
+        following: dict[str, str] = {"limit": str(2 * CHUNK)}
+        version, found = 0, set()
+        while following:
+            path = self._path(kind, namespace)
+            answer = await self._call("GET", path, {**query, **following}, accept=ONLY_METADATA)
+            found |= {(item["metadata"]["namespace"], item["metadata"]["name"]) for item in answer["items"] or ()}
+            version = version or int(answer["metadata"]["resourceVersion"])
+            token = answer["metadata"].get("continue")
+            following = {**following, "continue": token} if token else {}
+        return version, found
+
     async def apply(self, child: Mapping[str, Any], manager: str = CHILDREN) -> dict[str, Any]:
         """Server-side apply of the whole intent."""
         path = self._path(child["kind"], child["metadata"]["namespace"], child["metadata"]["name"])
@@ -162,9 +176,10 @@ class Kube:
         query: Mapping[str, str] | None = None,
         body: Any = None,
         content_type: str = "application/json",
+        accept: str = "application/json",
     ) -> dict[str, Any]:
         url = self._client.configuration.host + path + (f"?{urlencode(query)}" if query else "")
-        headers = {"Accept": "application/json", "Content-Type": content_type}
+        headers = {"Accept": accept, "Content-Type": content_type}
         await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         async with self._slots:
             try:

@@ -120,7 +120,7 @@ class Operator:
         self.metrics.leader = True
         log.info("this replica writes")
         await self.discovery.begin()
-        looking = asyncio.create_task(self.discovery.follow(self.wake_all))
+        looking = [asyncio.create_task(each) for each in (self.discovery.follow(self.wake_all), self.keeper.follow())]
         try:
             await kopf.operator(
                 registry=registry(self.watched, self.keeper, children(self.told)),
@@ -132,7 +132,8 @@ class Operator:
             )
         finally:
             self.metrics.leader = False
-            looking.cancel()
+            for task in looking:
+                task.cancel()
             await self.keeper.close()
 
     def wake_all(self) -> None:

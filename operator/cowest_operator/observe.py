@@ -50,6 +50,7 @@ class HoldError(Exception):
 class Memory:
     """What the operator remembers of a job between two looks. Nothing here is needed after a restart."""
 
+    uid: str = ""  # of the job
     applied: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)  # child -> (intent, stamp)
     apply_troubles: tuple[api.Trouble, ...] = ()
     unwanted: dict[str, float] = field(default_factory=dict)  # servers without traffic, since when

@@ -62,6 +62,38 @@ class Watched:
                     del family.children[name]  # of a job of this name that is gone
         return key
 
+    def gone(self, kind: str, namespace: str, version: int, names: set[tuple[str, str]]) -> list[Key]:
+        """Forgets the children that a list of all (or of one namespace) does not have; the jobs that lost some.
+
+        Whoever lists again after a gap in a watch is told of no delete. What is newer than the list stays.
+        """
+        lost = []
+        for key, family in self.families.items():
+            if namespace in ("", key[0]):
+                missing = [
+                    (seen.kind, seen.name)
+                    for seen in family.of(kind)
+                    if seen.version <= version and (key[0], seen.name) not in names
+                ]
+                for name in missing:
+                    del family.children[name]
+                lost += [key] if missing else []
+        return lost
+
+    def jobs_gone(self, namespace: str, version: int, names: set[tuple[str, str]]) -> list[Key]:
+        """The same of jobs."""
+        lost = [
+            key
+            for key, family in self.families.items()
+            if namespace in ("", key[0])
+            and key not in names
+            and family.job is not None
+            and int(family.job["metadata"]["resourceVersion"]) <= version
+        ]
+        for key in lost:
+            del self.families[key]
+        return lost
+
     def child(self, event: str | None, kind: str, body: Mapping[str, Any]) -> Key | None:
         """The job it belongs to; `None` when nothing that counts has changed."""
         metadata = body["metadata"]

@@ -6,6 +6,7 @@ enough that the operator sees each state. The operator itself is the real proces
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -14,18 +15,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
+from kubernetes.aio import client, config
+
+from cowest_operator.kube import Kube
 from tests import world
 from tests.apiserver.conftest import CRDS, JOBS, ApiServer, wait_until
 from tests.manifests import edited, smallest
 
+T = TypeVar("T")
 NAMESPACE = "default"
 SERVING = "/apis/serving.kserve.io/v1beta1/namespaces/default/inferenceservices"
 WORKFLOWS = "/apis/argoproj.io/v1alpha1/namespaces/default/workflows"
@@ -355,6 +360,23 @@ class Playground:
                 pass
 
         return Handler
+
+
+def through_kube(server: ApiServer, folder: Path, question: Callable[[Kube], Awaitable[T]]) -> T:
+    """What a client of the operator's own kind finds."""
+    path = folder / "kubeconfig-of-a-client.json"
+    path.write_text(json.dumps(server.kubeconfig()))
+
+    async def ask() -> T:
+        configuration = client.Configuration()
+        await config.load_kube_config(str(path), client_configuration=configuration)  # type: ignore[no-untyped-call]
+        kube = Kube(client.ApiClient(configuration))
+        try:
+            return await question(kube)
+        finally:
+            await kube.close()
+
+    return asyncio.run(ask())
 
 
 class Wire:

@@ -7,9 +7,16 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import pytest
 
+from cowest_operator import settings
+from cowest_operator.apply import JobGoneError
+from cowest_operator.doors import Doors
+from cowest_operator.kube import Kube
+from cowest_operator.main import Operator
 from tests.apiserver.conftest import JOBS, wait_until
 from tests.apiserver.playground import (
     DEPLOYMENTS,
@@ -23,7 +30,10 @@ from tests.apiserver.playground import (
     apply,
     decisions,
     manifest_of,
+    through_kube,
 )
+
+T = TypeVar("T")
 
 ONE_ROUND_LATER = {"rounds": {"max": 1, "trigger": {"newTraces": 5}}}
 
@@ -275,3 +285,65 @@ def test_a_delete_policy_that_is_taken_back_takes_the_finalizer_with_it(playgrou
         edit = {"spec": {"deletionPolicy": {"models": "Keep"}}}
         playground.server.request("PATCH", f"{JOBS}/claims", edit)
         playground.wait(lambda: not playground.job("claims")["metadata"].get("finalizers"), "no finalizer", 30)
+
+
+# ---------------------------------------------------------------- what no watch has shown
+def with_an_operator(playground: Playground, ask: Callable[[Operator], Awaitable[T]]) -> T:
+    """One whose watches show nothing."""
+    told = settings.read(playground.environment())
+
+    async def asked(kube: Kube) -> T:
+        doors = Doors()
+        operator = Operator(told, kube, doors)
+        try:
+            return await ask(operator)
+        finally:
+            await operator.keeper.close()
+            await doors.close()
+
+    return through_kube(playground.server, playground.folder, asked)
+
+
+def test_a_child_or_a_job_that_went_in_a_gap_of_a_watch_is_noticed(playground: Playground) -> None:
+    apply(playground, manifest_of("claims"))
+    job = playground.job("claims")
+    owner = {"apiVersion": "cowest.dev/v1alpha1", "kind": "CollaborationJob", "name": "claims", "controller": True,
+             "uid": job["metadata"]["uid"]}  # fmt: skip
+    for name in ("stays", "goes"):
+        metadata = {"name": name, "labels": {"cowest.dev/job": "claims"}, "ownerReferences": [owner]}
+        assert playground.server.request("POST", MAPS, {"metadata": metadata})[0] == 201
+    maps = [{**each, "kind": "ConfigMap"} for each in playground.items(MAPS)]
+    playground.server.request("DELETE", f"{MAPS}/goes")
+
+    async def looked(operator: Operator) -> tuple[set[str], set[str]]:
+        await operator.keeper.close()  # it shall look, and write nothing
+        operator.watched.job(None, job)
+        for each in maps:
+            operator.watched.child(None, "ConfigMap", each)
+        await operator.keeper.look_for_the_gone()
+        left = {seen.name for seen in operator.watched.families[NAMESPACE, "claims"].of("ConfigMap")}
+        playground.server.request("DELETE", f"{JOBS}/claims")
+        await operator.keeper.look_for_the_gone()
+        return left, {name for _, name in operator.watched.families}
+
+    assert with_an_operator(playground, looked) == ({"stays"}, set())
+
+
+def test_a_status_is_never_written_to_another_job_of_the_same_name(playground: Playground) -> None:
+    async def written(operator: Operator) -> None:
+        uids = []
+        for _ in range(2):
+            apply(playground, manifest_of("claims"))
+            uids.append(playground.job("claims")["metadata"]["uid"])
+            if len(uids) == 1:
+                await operator.keeper.applier.put_status(NAMESPACE, "claims", {"observedGeneration": 7}, uids[0])
+                assert playground.status("claims")["observedGeneration"] == 7
+                playground.server.request("DELETE", f"{JOBS}/claims")
+        for _ in range(2):
+            with pytest.raises(JobGoneError):
+                await operator.keeper.applier.put_status(NAMESPACE, "claims", {"observedGeneration": 8}, uids[0])
+            if playground.get(f"{JOBS}/claims"):
+                assert playground.status("claims") == {"observedGeneration": 0}
+                playground.server.request("DELETE", f"{JOBS}/claims")
+
+    with_an_operator(playground, written)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from kubernetes.aio import client, config
 
 from cowest_operator.kube import Kube, KubeError
 from cowest_operator.platform import Discovery, Platform, mode_of, troubles
@@ -26,6 +24,7 @@ from tests.apiserver.playground import (
     apply,
     foreign_crd,
     manifest_of,
+    through_kube,
 )
 
 T = TypeVar("T")
@@ -50,25 +49,8 @@ def installed(server: ApiServer, kind: tuple[str, str, str, str, bool]) -> Itera
         wait_until(lambda: server.request("GET", path)[0] == 404, f"{plural} to be gone")
 
 
-def asked(server: ApiServer, folder: Path, question: Callable[[Kube], Awaitable[T]]) -> T:
-    """What a client of the operator's own kind finds."""
-    path = folder / "kubeconfig.json"
-    path.write_text(json.dumps(server.kubeconfig()))
-
-    async def ask() -> T:
-        configuration = client.Configuration()
-        await config.load_kube_config(str(path), client_configuration=configuration)  # type: ignore[no-untyped-call]
-        kube = Kube(client.ApiClient(configuration))
-        try:
-            return await question(kube)
-        finally:
-            await kube.close()
-
-    return asyncio.run(ask())
-
-
 def found(server: ApiServer, folder: Path, **told: Any) -> Platform:
-    return asked(server, folder, lambda kube: Discovery(kube, **told).look())
+    return through_kube(server, folder, lambda kube: Discovery(kube, **told).look())
 
 
 def test_a_list_that_comes_in_chunks_is_whole(server: ApiServer, tmp_path: Path) -> None:
@@ -82,7 +64,7 @@ def test_a_list_that_comes_in_chunks_is_whole(server: ApiServer, tmp_path: Path)
         return [each["metadata"]["name"] async for each in found]
 
     try:
-        assert asked(server, tmp_path, all_of_them) == sorted(names)
+        assert through_kube(server, tmp_path, all_of_them) == sorted(names)
     finally:
         for name in names:
             server.request("DELETE", f"{path}/{name}")

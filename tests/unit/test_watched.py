@@ -112,3 +112,28 @@ def test_texts_that_are_equal_are_held_once() -> None:
     assert first == second == one
     assert next(iter(first)) is next(iter(second))
     assert first["reason"][0] is second["reason"][0]
+
+
+def job(name: str = "claims", version: str = "4") -> dict[str, Any]:
+    return {"metadata": {"name": name, "namespace": "desks", "uid": f"of {name}", "resourceVersion": version}}
+
+
+def test_what_a_whole_list_does_not_have_is_gone_unless_it_is_newer_than_the_list() -> None:
+    watched, key = Watched(), ("desks", "claims")
+    watched.child(None, "Deployment", body(version="5"))
+    assert watched.gone("Deployment", "", 9, {("desks", "claims-gateway")}) == []
+    assert watched.gone("Service", "", 9, set()) == [], "a list of another kind"
+    assert watched.gone("Deployment", "elsewhere", 9, set()) == [], "a list of another namespace"
+    assert watched.gone("Deployment", "", 4, set()) == [], "it was made after the list"
+    assert watched.gone("Deployment", "desks", 5, {("other", "claims-gateway")}) == [key]
+    assert not watched.families[key].children
+
+
+def test_a_job_that_a_whole_list_does_not_have_is_gone_unless_it_is_newer_than_the_list() -> None:
+    watched = Watched()
+    watched.job(None, job("claims", "4"))
+    watched.job("ADDED", job("later", "11"))
+    watched.job(None, job("stays", "4"))
+    assert watched.jobs_gone("elsewhere", 10, set()) == []
+    assert watched.jobs_gone("", 10, {("desks", "stays")}) == [("desks", "claims")]
+    assert set(watched.families) == {("desks", "later"), ("desks", "stays")}
