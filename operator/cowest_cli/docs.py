@@ -21,7 +21,7 @@ spent, state is kept; 130 interrupted, the same command goes on.
 
 A verb with `[job]` is for a job on this machine (`-f` or `--home`) and, with the job's name, for one in a cluster:
 `cowest VERB JOB -n NAMESPACE`, or `kubectl cowest VERB JOB -n NAMESPACE`, which is the same command. That needs
-`pip install 'cowest[operator]'`.
+`pip install '.[operator]'`.
 """
 
 

@@ -13,7 +13,7 @@ from cowest_operator.schema import Schema
 
 HEAD = """# The CollaborationJob API (`cowest.dev/v1alpha1`)
 
-Generated from `crds/collaborationjob.yaml` by `python -m cowest_operator.docs`; do not edit. `kubectl explain cj.spec`
+Generated from `crds/collaborationjob.yaml` by `python -m cowest_operator.docs`; do not edit. `kubectl explain cwj.spec`
 says the same. Numbers with fractions are decimal strings (`"0.05"`), durations whole seconds.
 The rules below are checked by `cowest validate` and by the API server alike.
 """
