@@ -162,7 +162,10 @@ def exit_code(error: Exception) -> int:
 def message(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("cowest"):
         extra = EXTRAS.get(str(error.name).partition(".")[0], "embedded")
-        return f"this needs the package {error.name}, which is not installed. Install it: pip install '.[{extra}]' in a checkout of CoWest."
+        return (
+            f"this needs the package {error.name}, which is not installed. Install it, in a checkout of CoWest:"
+            f" pip install '.[{extra}]'"
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" for {error.filename}" if error.filename else ""
         return f"wanted room on the disk{where}, saw none. Free some, then run the same command again; it goes on."
