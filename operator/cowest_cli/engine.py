@@ -44,6 +44,7 @@ STATUS_EVERY = 1.0  # seconds between writes of a status that only says somethin
 COUNT_OFTEN, COUNT_SELDOM = 2.0, 60.0  # seconds between counts of the traces
 DRAIN = 3.0  # seconds that a weak model outlives its last traffic
 CLIENT_KEYS = "COWEST_CLIENT_API_KEYS"  # who may ask the gateway: for no other child
+FALLBACK_KEYS = "COWEST_STRONG_FALLBACK_API_KEYS"  # of the strong model's fallbacks: for the gateway only
 EVALUATOR_KEY = "COWEST_EVALUATOR_API_KEY"  # for the steps that score: the gateway never does
 MAX_RESTARTS = 4  # of a gateway that never became ready
 LONGEST_WAIT = 60.0  # seconds before a server that ended is started again
@@ -105,6 +106,7 @@ class Engine:
         self.port = port or self.job.spec.gateway.port
         self.keys = jobs.keys_environment(self.job, secrets)
         self.client_keys = jobs.client_keys(self.job, secrets)
+        self.fallback_keys = jobs.fallback_keys(self.job, secrets)
         self.status = jobs.read_status(home)
         self._cores = len(os.sched_getaffinity(0))
         self._evaluator = evaluator_digest(self.job.spec.feedback.evaluator)
@@ -316,9 +318,9 @@ class Engine:
             "--store", self.home.store.as_uri(), "--port", self.port,
         )  # fmt: skip
         keys = self.client_keys or os.environ.get(CLIENT_KEYS)
-        clients = {CLIENT_KEYS: keys} if keys else {}
+        more = {CLIENT_KEYS: keys, FALLBACK_KEYS: self.fallback_keys}
         strong = {name: key for name, key in self.keys.items() if name != EVALUATOR_KEY}
-        environment = {**self._environment(), **strong, **clients}
+        environment = {**self._environment(), **strong, **{name: value for name, value in more.items() if value}}
         return self._start("gateway", command, environment, self.home.logs / "gateway.log")
 
     def _apply_servers(self, plan: api.Plan) -> None:
@@ -440,7 +442,7 @@ class Engine:
     def _environment(self, threads: int = 1) -> dict[str, str]:
         """Of the person's own environment all but the keys: each child is given those that it needs."""
         own = {k: v for k, v in os.environ.items() if not k.startswith("COWEST_SECRET_")}
-        for key in ("COWEST_STRONG_API_KEYS", EVALUATOR_KEY, CLIENT_KEYS):
+        for key in ("COWEST_STRONG_API_KEYS", EVALUATOR_KEY, CLIENT_KEYS, FALLBACK_KEYS):
             own.pop(key, None)
         own.setdefault("OMP_NUM_THREADS", str(threads))
         own.setdefault("OMP_WAIT_POLICY", "PASSIVE")

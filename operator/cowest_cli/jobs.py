@@ -213,6 +213,13 @@ def keys_environment(job: api.Job, folder: Path | None) -> dict[str, str]:
     return environment
 
 
+def fallback_keys(job: api.Job, folder: Path | None) -> str | None:
+    """A line for each of strong.fallbacks, empty for one without a key; for the gateway only. Raises `StepError`."""
+    references = [fallback.api_key_secret_ref for fallback in job.spec.strong.fallbacks]
+    lines = [secret(ref.name, ref.key, folder) if ref else "" for ref in references]
+    return "\n".join(lines) if any(lines) else None
+
+
 def client_keys(job: api.Job, folder: Path | None) -> str | None:
     """All values of gateway.clientKeysSecretRef, one a line; None when no key is asked for. Raises `StepError`."""
     reference = job.spec.gateway.client_keys_secret_ref
@@ -233,7 +240,6 @@ def client_keys(job: api.Job, folder: Path | None) -> str | None:
 CLUSTER_ONLY = (
     "weak.resources",
     "weak.podTemplate",
-    "strong.fallbacks",
     "strong.caBundleRef",
     "training.resources",
     "training.podTemplate",

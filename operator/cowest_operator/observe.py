@@ -389,8 +389,9 @@ class _Look:
         )
         if part != "proxy" and spec.object_store and (keys := spec.object_store.credentials_secret_ref):
             names.append(f"Secret {keys.name} with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-        if part in ("gateway", ray.HEAD) and spec.gateway.client_keys_secret_ref:
-            names.append(f"Secret {spec.gateway.client_keys_secret_ref.name}")
+        if part in ("gateway", ray.HEAD):
+            others = [fallback.api_key_secret_ref for fallback in spec.strong.fallbacks]
+            names += [f"Secret {ref.name}" for ref in (*others, spec.gateway.client_keys_secret_ref) if ref]
         return " or ".join(names) or "each of its ConfigMaps, Secrets and volumes"
 
 

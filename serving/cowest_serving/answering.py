@@ -9,11 +9,12 @@ import hashlib
 import math
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import orjson
 
@@ -27,6 +28,8 @@ from cowest_serving.contract import (
     Strong,
     query_text,
 )
+from cowest_serving.door import StrongDoor
+from cowest_serving.health import CircuitOpen, Guarded, Health
 from cowest_serving.models import (
     BadAnswer,
     ChatResult,
@@ -42,6 +45,7 @@ from cowest_serving.models import (
 
 WEAK_MODEL = "weak"  # the name that every weak server answers to
 _OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "user"})  # not passed on as they are
+FELL_BACK = "fell_back"  # status of an answer that is not of the pair's own strong model
 _MAX_MODELS = 32
 
 
@@ -162,7 +166,7 @@ def refusal_of(error: ModelError, who: str) -> Refusal:
     status = 502
     if isinstance(error, DeadlineExceeded):
         status = 504
-    elif error.status == 503:
+    elif error.status == 503 or isinstance(error, CircuitOpen):
         status = 503
     code = f"{who.split()[0]}_failed"
     return Refusal(status, message, "api_error", code=code, retry_after=error.retry_after)
@@ -233,38 +237,70 @@ def user_hash(sticky_key: str | None) -> str:
 
 
 # ---------------------------------------------------------------- the models
-class Models:
-    """The HTTP clients of the endpoints in use, one an endpoint: its limits hold for all arms together."""
+_Model = TypeVar("_Model", HttpChatModel, StrongDoor)
 
-    def __init__(self, strong: Strong, strong_keys: Sequence[str]) -> None:
+
+class Models:
+    """The HTTP clients of the endpoints in use, one an endpoint: its limits hold for all arms together.
+
+    `fallback_keys`: those of each of the strong model's fallbacks, in their order.
+    """
+
+    def __init__(self, strong: Strong, strong_keys: Sequence[str], fallback_keys: Sequence[Sequence[str]] = ()) -> None:
         self._settings, self._keys = strong, tuple(strong_keys)
-        self._open: OrderedDict[tuple[str, str], HttpChatModel] = OrderedDict()
-        self._retired: list[HttpChatModel] = []
+        self._fallback_keys = (*fallback_keys, *[()] * len(strong.fallbacks))
+        self._open: OrderedDict[tuple[str, str], HttpChatModel | StrongDoor] = OrderedDict()
+        self._retired: list[HttpChatModel | StrongDoor] = []
 
     def weak(self, arm: Arm) -> HttpChatModel:
         assert arm.weak_endpoint is not None, "routing without weakEndpoint is refused when it is read"
+        return self._get(arm.weak_endpoint, WEAK_MODEL, self._weak)
+
+    def strong(self, arm: Arm) -> StrongDoor:
+        return self._get(arm.pair.strong_endpoint, arm.pair.strong_model, self._door)
+
+    @property
+    def strong_health(self) -> Health | None:
+        """Of the strong endpoint that was asked last."""
+        doors = (model for model in reversed(self._open.values()) if isinstance(model, StrongDoor))
+        return next((door.own.health for door in doors), None)
+
+    def _weak(self, endpoint: str, model: str) -> HttpChatModel:
         # One quick second try: a request should not wait long for a draft that it can do without.
-        limits = {"max_concurrency": 64, "max_retries": 1, "backoff_seconds": 0.1}
-        return self._get(arm.weak_endpoint, WEAK_MODEL, limits)
+        timeout = self._settings.timeout_seconds
+        return HttpChatModel(
+            endpoint, model, timeout_seconds=timeout, max_concurrency=64, max_retries=1, backoff_seconds=0.1
+        )
 
-    def strong(self, arm: Arm) -> HttpChatModel:
-        endpoint = arm.pair.strong_endpoint
-        limits = {
-            # After an edit the pair of the old endpoint answers for a while; the keys are those of the new one.
-            "api_keys": self._keys if is_same_origin(endpoint, self._settings.endpoint) else (),
-            "max_concurrency": self._settings.max_concurrency,
-            "max_retries": self._settings.max_retries,
-        }
-        return self._get(endpoint, arm.pair.strong_model, limits)
+    def _door(self, endpoint: str, model: str) -> StrongDoor:
+        # After an edit the pair of the old endpoint answers for a while; the keys are those of the new one.
+        own_keys = self._keys if is_same_origin(endpoint, self._settings.endpoint) else ()
+        fallbacks = zip(self._settings.fallbacks, self._fallback_keys, strict=False)
+        return StrongDoor(
+            [
+                self._guarded(endpoint, model, own_keys),
+                *(self._guarded(other.endpoint, other.model, keys) for other, keys in fallbacks),
+            ]
+        )
 
-    def _get(self, endpoint: str, model: str, limits: Mapping[str, Any]) -> HttpChatModel:
+    def _guarded(self, endpoint: str, model: str, keys: Sequence[str]) -> Guarded:
+        return Guarded(
+            endpoint,
+            model,
+            api_keys=keys,
+            timeout_seconds=self._settings.timeout_seconds,
+            max_concurrency=self._settings.max_concurrency,
+            max_retries=self._settings.max_retries,
+        )
+
+    def _get(self, endpoint: str, model: str, build: Callable[[str, str], _Model]) -> _Model:
         key = (endpoint, model)
         if key not in self._open:
-            self._open[key] = HttpChatModel(endpoint, model, timeout_seconds=self._settings.timeout_seconds, **limits)
+            self._open[key] = build(endpoint, model)
             if len(self._open) > _MAX_MODELS:  # endpoints of long ago; answers may still be under way
                 self._retired.append(self._open.popitem(last=False)[1])
         self._open.move_to_end(key)
-        return self._open[key]
+        return cast(_Model, self._open[key])
 
     async def aclose(self) -> None:
         for model in (*self._open.values(), *self._retired):
@@ -289,6 +325,7 @@ class Answering:
                 _strong_messages(record, draft),
                 idempotency_key=record.request.idempotency_key,
                 extra=self._parameters(record.request),
+                fell_back=partial(record.failed, FELL_BACK),
             )
         except ModelError as error:
             return _completion(record, self._stand_in(record, draft, error))
@@ -312,6 +349,7 @@ class Answering:
                 idempotency_key=record.request.idempotency_key,
                 # The usage is always asked for, since the record needs it.
                 extra={**self._parameters(record.request), "stream_options": {"include_usage": True}},
+                fell_back=partial(record.failed, FELL_BACK),
             )
             async with aclosing(chunks):
                 async for payload in chunks:

@@ -5,7 +5,8 @@
 Which arm answers is said by the routing file that it follows; the gateway itself never decides. Keys come from the
 environment, separated by newlines, or as files in a folder that is followed, so that a Secret may be rotated:
 COWEST_STRONG_API_KEYS and COWEST_STRONG_API_KEYS_FOLDER for the strong model, COWEST_CLIENT_API_KEYS and
-COWEST_CLIENT_API_KEYS_FOLDER for who may ask (neither given: everybody).
+COWEST_CLIENT_API_KEYS_FOLDER for who may ask (neither given: everybody). COWEST_STRONG_FALLBACK_API_KEYS has a line
+for each of spec.strong.fallbacks, empty for one without a key; its _FOLDER has a folder for each: 00, 01, ...
 """
 
 from __future__ import annotations
@@ -145,6 +146,15 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+@dataclass(frozen=True)
+class AllKeys:
+    """Whose keys are which: the strong model's, those of each of its fallbacks, the clients'."""
+
+    strong: Keys
+    fallbacks: tuple[Keys, ...]
+    clients: Keys
+
+
 @dataclass
 class Stop:
     """Whether the process was told to stop; it may still be answering."""
@@ -158,10 +168,12 @@ def build_app(
     traces: TraceSink,
     *,
     strong_keys: Keys | None = None,
+    fallback_keys: Sequence[Keys] = (),
     client_keys: Keys | None = None,
     stop: Stop | None = None,
 ) -> Starlette:
-    gateway = Gateway(settings, routing, traces, strong_keys or Keys(), client_keys or Keys(), stop or Stop())
+    keys = AllKeys(strong_keys or Keys(), tuple(fallback_keys), client_keys or Keys())
+    gateway = Gateway(settings, routing, traces, keys, stop or Stop())
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -198,22 +210,22 @@ class Gateway:
         settings: GatewaySettings,
         routing: RoutingSource,
         traces: TraceSink,
-        strong_keys: Keys,
-        client_keys: Keys,
+        keys: AllKeys,
         stop: Stop,
     ) -> None:
         self.routing, self.traces = routing, traces
         self.count = Metrics(METRICS)
         self.in_flight = 0
         self._settings, self._stop = settings, stop
-        self._strong_keys, self._client_keys = strong_keys, client_keys
+        self._keys, self._client_keys = keys, keys.clients
         self._sample_percent = settings.traces.content_sample_percent if settings.traces else 100
         self._models: list[Models] = []
         self.answering = self._answering()
 
     def _answering(self) -> Answering:
         """With the strong keys of now. What the answers under way use stays open: rotations are few."""
-        self._models.append(Models(self._settings.strong, self._strong_keys.current))
+        fallbacks = [keys.current for keys in self._keys.fallbacks]
+        self._models.append(Models(self._settings.strong, self._keys.strong.current, fallbacks))
         return Answering(self._settings.strong, self._settings.collaboration, self._models[-1])
 
     async def watch_keys(self) -> None:
@@ -222,8 +234,9 @@ class Gateway:
             await asyncio.sleep(KEYS_EVERY_SECONDS)
             if self._client_keys.load():
                 log.info("%d client keys are read anew.", len(self._client_keys.current))
-            if self._strong_keys.load():
-                log.info("%d keys of the strong model are read anew.", len(self._strong_keys.current))
+            changed = [keys for keys in (self._keys.strong, *self._keys.fallbacks) if keys.load()]
+            if changed:
+                log.info("%d keys of the strong model are read anew.", sum(len(keys.current) for keys in changed))
                 self.answering = self._answering()
 
     async def aclose(self) -> None:
@@ -299,7 +312,8 @@ class Gateway:
             return _not_ready(f"no routing yet: {self.routing.trouble}")
         if self._client_keys.are_wanted and not self._client_keys.current:
             return _not_ready(f"no client keys: wanted files with one key a line in {self._client_keys.folder}")
-        return _json({"ready": True, "routing_version": routing.version})
+        health = self._models[-1].strong_health
+        return _json({"ready": True, "routing_version": routing.version, "strong": health.word() if health else None})
 
     async def metrics(self, _: Request) -> Response:
         routing = self.routing.current
@@ -569,12 +583,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def app_of(routing: Path, job: Path, store: str, stop: Stop | None = None) -> Starlette:
     """The gateway that the files and the environment say. Raises `SettingsError`."""
+    settings = load_settings(job)
     writer_id = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
     return build_app(
-        load_settings(job),
+        settings,
         FileRouting(routing),
         TraceWriter(store, writer_id),
         strong_keys=_keys("COWEST_STRONG_API_KEYS"),
+        fallback_keys=fallback_keys_of(settings.strong),
         client_keys=_keys("COWEST_CLIENT_API_KEYS"),
         stop=stop,
     )
@@ -660,6 +676,17 @@ def parser() -> argparse.ArgumentParser:
 def _keys(name: str) -> Keys:
     folder = os.environ.get(f"{name}_FOLDER")
     return Keys(_lines(os.environ.get(name, "")), Path(folder) if folder else None)
+
+
+def fallback_keys_of(strong: Strong) -> list[Keys]:
+    name = "COWEST_STRONG_FALLBACK_API_KEYS"
+    folder, given = os.environ.get(f"{name}_FOLDER"), os.environ.get(name, "").split("\n")
+    found = []
+    for number, fallback in enumerate(strong.fallbacks):
+        key = given[number].strip() if number < len(given) else ""
+        place = Path(folder, f"{number:02d}") if folder and fallback.api_key_secret_ref else None
+        found.append(Keys([key] if key else [], place))
+    return found
 
 
 def follow_parent(parent: int) -> None:

@@ -160,6 +160,15 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Fallback:
+    """Another endpoint of an equivalent model, for live answers while the pair's own fails."""
+
+    endpoint: str
+    model: str
+    api_key_secret_ref: SecretRef | None = None
+
+
+@dataclass(frozen=True)
 class Strong:
     """The black-box strong model behind an OpenAI-compatible endpoint (`.../v1`)."""
 
@@ -172,6 +181,7 @@ class Strong:
     max_tokens: int | None = None
     prices: Prices | None = None
     budget: Budget | None = None
+    fallbacks: tuple[Fallback, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,7 +254,8 @@ TRACE_COLUMNS: dict[str, str] = {
     "arm": "string",
     "weight_percent": "int32",
     "mode": "string",
-    # ok | weak_failed | strong_failed | client_gone | refused (the strong model finds the request itself wrong)
+    # ok | weak_failed | strong_failed | fell_back (a fallback of the strong model answered) | client_gone
+    # | refused (the strong model finds the request itself wrong)
     "status": "string",
     "error": "string",
     "pair_digest": "string",

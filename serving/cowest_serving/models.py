@@ -37,6 +37,7 @@ import orjson
 
 from cowest_serving.contract import HEADER_IDEMPOTENCY, Messages
 from cowest_serving.outward import proxy_of
+from cowest_serving.places import Places
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ class HttpChatModel:
         self._timeout = timeout_seconds
         self._deadline = max(timeout_seconds, deadline_seconds or 0)
         self._backoff = backoff_seconds
-        self._places = asyncio.Semaphore(max_concurrency)
+        self._places = Places(max_concurrency)  # how many calls may be under way: learned from 429s
         self._limit = max_concurrency
         self._session: aiohttp.ClientSession | None = None
         self._not_taken: dict[str, str] = {}  # parameter -> its other name, "" where it has none
@@ -230,6 +231,7 @@ class HttpChatModel:
         async with self._places:
             give_up_at = time.monotonic() + self._deadline
             response, payload = await self._with_retries(body, key, read, give_up_at)
+            self._places.answered()
             try:
                 yield response, payload
             finally:
@@ -240,7 +242,8 @@ class HttpChatModel:
     ) -> tuple[aiohttp.ClientResponse, Mapping[str, Any]]:
         attempt, keys_left = 0, len(self._keys) - 1
         while True:
-            used, sent = self._key, _without(body, self._not_taken)
+            used, number = self._key, self._places.attempt()
+            sent = _without(body, self._not_taken)
             try:
                 return await self._once(orjson.dumps(sent), key, read, give_up_at)
             except ModelError as error:
@@ -251,6 +254,8 @@ class HttpChatModel:
                     if self._key == used:  # else another call has moved on already
                         self._key += 1  # the next key may still be good; nothing to wait for
                     continue
+                if isinstance(error, RateLimited):
+                    self._places.refused(number)
                 wait = next_wait(error, attempt, self.max_retries, self._backoff)
                 if wait is None or time.monotonic() + wait >= give_up_at:
                     raise

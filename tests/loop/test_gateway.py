@@ -26,9 +26,20 @@ import pytest
 import uvicorn
 
 from cowest_serving.answering import user_hash
-from cowest_serving.app import GatewaySettings, Keys, TraceSettings, build_app
+from cowest_serving.app import GatewaySettings, Keys, TraceSettings, build_app, fallback_keys_of
 from cowest_serving.collaborate import DEFAULT_PROMPTS
-from cowest_serving.contract import TRACE_COLUMNS, Arm, Collaboration, Pair, Routing, SettingsError, Strong, dump
+from cowest_serving.contract import (
+    TRACE_COLUMNS,
+    Arm,
+    Collaboration,
+    Fallback,
+    Pair,
+    Routing,
+    SecretRef,
+    SettingsError,
+    Strong,
+    dump,
+)
 from cowest_serving.ray_app import ray_settings
 from cowest_serving.routing import FileRouting
 from cowest_serving.traces import TraceWriter, read_feedback, read_traces
@@ -447,6 +458,115 @@ async def test_a_request_that_the_strong_model_refuses_is_the_clients_fault(tmp_
             await door.ask()
         row = await door.row()
     assert row["status"] == "refused"
+
+
+# ---------------------------------------------------------------- fallbacks of the strong model
+@asynccontextmanager
+async def with_fallbacks(
+    tmp_path: Path, *fallbacks: ScriptedModel, fallback_keys: tuple[Keys, ...] = (), **changes: Any
+) -> AsyncIterator[tuple[ScriptedModel, Gateway]]:
+    """The strong model, as its script says, and a gateway that knows where else to ask."""
+    strong_options = changes.pop("strong", {})
+    declared = tuple(Fallback(other.url, "equal") for other in fallbacks)
+    async with (
+        ScriptedModel("a hint") as weak,
+        ScriptedModel(**({"answers": "the answer", "name": "big-2026"} | strong_options)) as strong,
+        gateway(
+            tmp_path,
+            settings_of(strong, fallbacks=declared, **changes),
+            arm_of(weak, strong),
+            fallback_keys=fallback_keys,
+        ) as door,
+    ):
+        yield strong, door
+
+
+@pytest.mark.parametrize("fault", [503, 429, 401, "drop", "garbage"])
+async def test_a_fallback_answers_for_a_strong_model_that_fails_and_the_record_says_so(
+    tmp_path: Path, fault: int | str
+) -> None:
+    options: dict[str, Any] = {"strong": {"faults": [fault] * 9}, "max_retries": 1, "timeout_seconds": 20}
+    async with (
+        ScriptedModel("another answer", name="equal-1", keys=["k2"]) as other,
+        with_fallbacks(tmp_path, other, fallback_keys=(Keys(["k2"]),), **options) as (strong, door),
+    ):
+        completion, headers = await door.ask()
+        row = await door.row()
+    assert completion.choices[0].message.content == "another answer"
+    assert headers["x-cowest-strong"] == "equal-1" == row["strong_model"]
+    assert (row["status"], row["mode"], row["answer"]) == ("fell_back", "Pair", "another answer")
+    assert row["error"].partition(":")[0] in (
+        "ServerFault", "RateLimited", "Unauthorized", "EndpointUnreachable", "BadAnswer"
+    )  # fmt: skip
+    assert len(strong.calls) == (1 if fault == 401 else 2), "its own retries come first"
+    assert other.calls[0].body["model"] == "equal" and other.calls[0].last == "why? | a hint"
+
+
+async def test_a_stream_falls_back_before_its_first_chunk_and_never_after(tmp_path: Path) -> None:
+    async with (
+        ScriptedModel("another answer", name="equal-1") as other,
+        with_fallbacks(tmp_path, other, strong={"faults": [503, "truncate"]}) as (_, door),
+    ):
+        text, _, headers = await streamed(door)
+        with pytest.raises(openai.APIError, match="no answer"):
+            await streamed(door)
+        rows = {row["status"]: row for row in await door.rows()}
+    assert (text, headers["x-cowest-strong"]) == ("another answer", "equal-1")
+    assert rows["fell_back"]["answer"] == "another answer"
+    assert rows["strong_failed"]["answer"] == "the", "text has gone out"
+    assert len(other.calls) == 1
+
+
+async def test_fallbacks_are_asked_in_their_order_and_the_first_fault_is_told_when_none_answers(tmp_path: Path) -> None:
+    async with (
+        ScriptedModel(faults=[401, 500]) as second,
+        ScriptedModel("third", faults=[None, 500]) as third,
+        with_fallbacks(tmp_path, second, third, strong={"faults": [503] * 9}) as (strong, door),
+    ):
+        assert (await door.ask())[0].choices[0].message.content == "third"
+        status, body, _ = await door.post("/v1/chat/completions", {"messages": ASKED})
+        last = (await door.rows())[-1]
+    assert (status, body["error"]["code"]) == (503, "strong_failed")
+    assert strong.url in body["error"]["message"] and last["status"] == "strong_failed"
+
+
+async def test_what_the_strong_model_finds_wrong_is_asked_of_no_other(tmp_path: Path) -> None:
+    async with (
+        ScriptedModel("another answer") as other,
+        with_fallbacks(tmp_path, other, strong={"faults": [Fault(400)]}) as (_, door),
+    ):
+        status, _, _ = await door.post("/v1/chat/completions", {"messages": ASKED})
+    assert (status, other.calls) == (400, [])
+
+
+async def test_readiness_tells_how_the_strong_endpoint_does(tmp_path: Path) -> None:
+    async with world(tmp_path, strong={"faults": [None, 500]}) as (_, _, door):
+        seen = []
+        for _ in range(3):
+            async with door.http.get(door.url + "/readyz") as response:
+                seen.append((await response.json())["strong"])
+            await door.post("/v1/chat/completions", {"messages": ASKED})
+    assert seen[0] is None
+    assert (seen[1]["failures"], seen[1]["error"]) == (0, None) and seen[1]["last_answer"] is not None
+    assert (seen[2]["failures"], seen[2]["error"], seen[2]["failing"]) == (1, "ServerFault", False)
+
+
+@pytest.mark.parametrize("as_files", [False, True], ids=["in the environment", "as files"])
+def test_the_keys_of_fallbacks_are_told_apart_by_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_files: bool
+) -> None:
+    reference = SecretRef("s", "k")
+    fallbacks = tuple(Fallback(f"http://{n}/v1", n, None if n == "b" else reference) for n in "abc")
+    if as_files:
+        for name, key in (("00", "ka"), ("02", "kc")):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "key").write_text(key + "\n")
+        monkeypatch.setenv("COWEST_STRONG_FALLBACK_API_KEYS_FOLDER", str(tmp_path))
+    else:
+        monkeypatch.setenv("COWEST_STRONG_FALLBACK_API_KEYS", "ka\n\nkc")
+    assert [keys.current for keys in fallback_keys_of(strong_settings("http://s/v1", fallbacks=fallbacks))] == [
+        ("ka",), (), ("kc",)
+    ]  # fmt: skip
 
 
 async def test_the_manifests_retries_hold_for_the_strong_model(tmp_path: Path) -> None:

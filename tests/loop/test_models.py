@@ -245,6 +245,23 @@ async def test_no_more_than_max_concurrency_calls_are_under_way() -> None:
     assert len(server.calls) == 5
 
 
+async def test_after_a_429_fewer_calls_are_under_way() -> None:
+    async with ScriptedModel(faults=[429] * 8) as server, model_of(server, max_concurrency=8, max_retries=0) as model:
+        await asyncio.gather(*(model(ASKED) for _ in range(8)), return_exceptions=True)
+        server.gate.clear()
+        calls = [asyncio.create_task(model(ASKED)) for _ in range(8)]
+        async with asyncio.timeout(5):
+            while len(server.calls) < 8 + 4:
+                server.arrived.clear()
+                await server.arrived.wait()
+        server.arrived.clear()
+        with pytest.raises(TimeoutError):  # a fifth one would arrive within this time
+            await asyncio.wait_for(server.arrived.wait(), 0.1)
+        server.gate.set()
+        await asyncio.gather(*calls)
+    assert len(server.calls) == 16
+
+
 async def test_the_internet_is_reached_through_the_proxy_and_this_machine_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

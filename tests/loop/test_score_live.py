@@ -120,6 +120,7 @@ def test_late_references_score_the_answers_of_each_arm(tmp_path: Path) -> None:
         pytest.param({"shadow": True}, id="a replay"),
         pytest.param({"status": "client_gone"}, id="the user left"),
         pytest.param({"status": "refused"}, id="a request that no model takes"),
+        pytest.param({"status": "fell_back"}, id="another strong model's"),
         pytest.param({"time": datetime.fromtimestamp(SINCE - 1, UTC)}, id="before the step began"),
     ],
 )

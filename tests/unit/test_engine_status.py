@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
+
 from cowest_cli import engine as engines
 from cowest_cli import jobs
 from cowest_operator import api
 from cowest_operator.manifest import loads, resolve_prompts
+from cowest_serving.contract import Fallback, SecretRef
+from cowest_training.contract import StepError
 from tests import world as w
 from tests.manifests import edited
 
@@ -75,3 +79,18 @@ def test_a_number_that_was_given_before_is_no_reason_to_go_by_an_old_manifest(tm
     again = started(home, **{"gate.minHeldOut": 7})
     again._freeze(w.trial(number=1))
     assert again._frozen[3].spec.gate.min_held_out == 7
+
+
+def test_keys_of_fallbacks_are_a_line_each_and_reach_the_gateway_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("COWEST_SECRET_SPARE_TOKEN", "s3cret")
+    fallbacks = (Fallback("https://a/v1", "a"), Fallback("https://b/v1", "b", SecretRef("spare", "token")))
+    strong = replace(w.JOB.spec.strong, fallbacks=fallbacks)
+    job = replace(w.JOB, spec=replace(w.JOB.spec, strong=strong))
+    assert jobs.fallback_keys(job, None) == "\ns3cret"
+    assert jobs.fallback_keys(w.JOB, None) is None
+    monkeypatch.setenv(engines.FALLBACK_KEYS, "of an outer shell")
+    environment = make(tmp_path)._environment()
+    assert engines.FALLBACK_KEYS not in environment and "s3cret" not in environment.values()
+    monkeypatch.delenv("COWEST_SECRET_SPARE_TOKEN")
+    with pytest.raises(StepError, match="COWEST_SECRET_SPARE_TOKEN"):
+        jobs.fallback_keys(job, None)

@@ -18,7 +18,7 @@ from cowest_operator.objects.desired import desired, followed, frozen_manifest
 from cowest_operator.settings import Images
 from cowest_operator.watched import see
 from cowest_serving.app import GatewaySettings
-from cowest_serving.contract import SecretRef, parse
+from cowest_serving.contract import Fallback, SecretRef, parse
 from cowest_serving.proxy import ProxySettings
 from cowest_serving.ray_app import ray_settings
 from cowest_training.contract import Feedback
@@ -127,6 +127,23 @@ def test_the_environment_of_all_jobs_is_in_every_container_and_ours_is_stronger(
             assert len(env) == len(each["env"]), f"{name}: a name that stands twice is refused by the API server"
             assert env["HTTPS_PROXY"] == "http://proxy:3128", name
             assert env["COWEST_CACHE"] == "/tmp/cache" or "COWEST_S3_KEYS_FOLDER" not in env, name
+
+
+def test_keys_of_fallbacks_are_mounted_in_the_gateway_alone_each_by_its_place() -> None:
+    built = context()
+    fallbacks = (Fallback("https://a/v1", "a"), Fallback("https://b/v1", "b", SecretRef("spare", "token")))
+    strong = replace(built.job.spec.strong, fallbacks=fallbacks)
+    built = replace(built, job=replace(built.job, spec=replace(built.job.spec, strong=strong)))
+    mounted = {name: pod for name, pod in pods(everything(built)) if '"spare"' in json.dumps(pod)}
+    assert list(mounted) == ["Deployment claims-gateway"]
+    pod = mounted["Deployment claims-gateway"]
+    (volume,) = [each for each in pod["volumes"] if each["name"] == "fallback-keys"]
+    (source,) = volume["projected"]["sources"]
+    assert source["secret"] == {"name": "spare", "items": [{"key": "token", "path": "01/key"}]}
+    answering, routing = pod["containers"]
+    folder = {each["name"]: each.get("value") for each in answering["env"]}["COWEST_STRONG_FALLBACK_API_KEYS_FOLDER"]
+    assert folder == {each["name"]: each["mountPath"] for each in answering["volumeMounts"]}["fallback-keys"]
+    assert "fallback-keys" not in json.dumps(routing)
 
 
 def test_the_token_is_mounted_where_no_key_is() -> None:

@@ -59,7 +59,8 @@ if TYPE_CHECKING:
 SOLO, CANDIDATE, CONTROL = "solo", "candidate", "control"
 PASS_SECONDS = 1.0
 FAILED = ("weak_failed", "strong_failed")
-NOT_OURS = ("client_gone", "refused")  # the user left, or asked what no model answers: says nothing about an arm
+# The user left, asked what no model answers, or a fallback of the strong model answered: says nothing about an arm.
+NOT_OURS = ("client_gone", "refused", "fell_back")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

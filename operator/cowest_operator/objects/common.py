@@ -26,6 +26,7 @@ STORE_KEY_NAMES: Mapping[str, Mapping[str, bool]] = {
     "AWS_SECRET_ACCESS_KEY": {},
     "AWS_SESSION_TOKEN": {"optional": True},
 }
+FALLBACK_KEYS = "/etc/cowest/fallback-keys"
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ def _gateway_pod(context: Context) -> dict[str, Any]:
     tmp_volume, tmp_mount = common.tmp()
     store_volumes, store_mounts = common.store_volumes(context)
     strong_volumes, strong_mounts, strong_env = _strong(context)
+    other_volumes, other_mounts, other_env = _fallbacks(context)
     client_volumes, client_mounts, client_env = _clients(spec.gateway)
     run_mount = {"name": "run", "mountPath": "/run/cowest"}
     on_ray = spec.gateway.engine == "RayServe"
@@ -53,9 +54,9 @@ def _gateway_pod(context: Context) -> dict[str, Any]:
          "--port", str(common.PORT), "--host", "0.0.0.0", "--drain-seconds", str(DRAIN_SECONDS),
          "--finish-seconds", str(spec.strong.timeout_seconds)],
         ports=[{"name": "http", "containerPort": common.PORT}],
-        env=[*common.store_env(context), *strong_env, *client_env],
+        env=[*common.store_env(context), *strong_env, *other_env, *client_env],
         resources=common.resources(spec.gateway.resources, *(("500m", "1Gi") if on_ray else ("100m", "256Mi"))),
-        volumeMounts=[job_mount, run_mount, tmp_mount, *store_mounts, *strong_mounts, *client_mounts],
+        volumeMounts=[job_mount, run_mount, tmp_mount, *store_mounts, *strong_mounts, *other_mounts, *client_mounts],
         startupProbe=common.probe("/healthz", periodSeconds=1, failureThreshold=120),
         readinessProbe=common.probe("/readyz", periodSeconds=2, timeoutSeconds=3),
         livenessProbe=common.probe("/healthz", periodSeconds=10, timeoutSeconds=5, failureThreshold=6),
@@ -67,7 +68,7 @@ def _gateway_pod(context: Context) -> dict[str, Any]:
         volumeMounts=[run_mount, {"name": "token", "mountPath": TOKEN_FOLDER, "readOnly": True}],
     )  # fmt: skip
     volumes = [job_volume, {"name": "run", "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}}, tmp_volume,
-               *store_volumes, *strong_volumes, *client_volumes, _token()]  # fmt: skip
+               *store_volumes, *strong_volumes, *other_volumes, *client_volumes, _token()]  # fmt: skip
     return common.pod(
         context,
         serviceAccountName=context.name("gateway"),
@@ -131,6 +132,22 @@ def _strong(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]
         mounts.append({"name": "strong-ca", "mountPath": "/etc/cowest/strong-ca", "readOnly": True})
         environment.append(common.env("SSL_CERT_FILE", f"/etc/cowest/strong-ca/{bundle['key']}"))
     return volumes, mounts, environment
+
+
+def _fallbacks(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """(volumes, mounts, environment) of the keys of the strong model's fallbacks, a folder each: gateway only."""
+    sources = [
+        {"secret": {"name": ref.name, "items": [{"key": ref.key, "path": f"{number:02d}/key"}]}}
+        for number, fallback in enumerate(context.job.spec.strong.fallbacks)
+        if (ref := fallback.api_key_secret_ref) is not None
+    ]
+    if not sources:
+        return [], [], []
+    return (
+        [{"name": "fallback-keys", "projected": {"sources": sources, "defaultMode": 0o440}}],
+        [{"name": "fallback-keys", "mountPath": common.FALLBACK_KEYS, "readOnly": True}],
+        [common.env("COWEST_STRONG_FALLBACK_API_KEYS_FOLDER", common.FALLBACK_KEYS)],
+    )
 
 
 def _clients(spec: api.Gateway) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:

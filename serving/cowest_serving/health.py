@@ -1,0 +1,146 @@
+"""What the last attempts at an endpoint came to, and whether it is asked at all.
+
+    closed --5 failures in a row, over 5 s--> open --2 s, 4 s, .. 30 s--> one call tries --it answers--> closed
+                                               ^-----------it fails----------|
+
+Used by the gateway, whose users should not wait for a model that is away, and by the proxy, which only tells.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from cowest_serving.models import HttpChatModel, ModelError, RateLimited, is_clients_fault
+
+MANY_FAILURES = 5  # in a row ...
+LONG_SECONDS = 5.0  # ... and over so long: calls that fail together may have met one short fault
+OPEN_SECONDS, LONGEST_OPEN_SECONDS = 2.0, 30.0
+
+
+class CircuitOpen(ModelError):
+    """The endpoint was not asked: it has failed for a while."""
+
+    default_retryable = True
+    max_retries = 0
+
+
+class Health:
+    """Failures in a row, and when an answer came last. Times are epoch seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self.failures = 0
+        self.since: float | None = None  # when the first of the failures ended
+        self.last: float | None = None  # when the last one did
+        self.answered: float | None = None
+        self.error = self.message = ""
+
+    @property
+    def is_failing(self) -> bool:
+        if self.since is None or self.last is None:
+            return False
+        return self.failures >= MANY_FAILURES and self.last - self.since >= LONG_SECONDS
+
+    def succeeded(self) -> None:
+        self.answered = self._clock()
+        self.failures, self.since, self.last, self.error, self.message = 0, None, None, "", ""
+
+    def failed(self, error: ModelError) -> None:
+        if is_clients_fault(error):  # the endpoint is well
+            self.succeeded()
+            return
+        self.last = self._clock()
+        self.since = self.last if self.since is None else self.since
+        self.failures += 1
+        self.error, self.message = type(error).__name__, str(error)
+
+    def word(self) -> Mapping[str, Any]:
+        """For those who ask: null where nothing was seen yet."""
+        return {
+            "failing": self.is_failing,
+            "failures": self.failures,
+            "since": self.since,
+            "error": self.error or None,
+            "last_failure": self.last,
+            "last_answer": self.answered,
+        }
+
+
+class Circuit:
+    """Lets attempts through while the endpoint is well, and one at a time, now and then, while it is not."""
+
+    def __init__(self, health: Health, clock: Callable[[], float] = time.monotonic) -> None:
+        self._health, self._clock = health, clock
+        self._until, self._seconds = 0.0, 0.0  # not asked until then; length of that rest, 0 while closed
+        self._is_tried = False
+
+    @contextmanager
+    def attempt(self, endpoint: str) -> Iterator[None]:
+        """Around one attempt. Raises `CircuitOpen`."""
+        is_open = self._seconds > 0
+        if is_open and (self._is_tried or self._clock() < self._until):
+            raise self._open(endpoint)
+        self._is_tried = is_open
+        try:
+            yield
+        except ModelError as error:
+            self._health.failed(error)
+            self._after(error)
+            raise
+        else:
+            self._health.succeeded()
+            self._seconds = 0.0
+        finally:
+            if is_open:
+                self._is_tried = False
+
+    def _after(self, error: ModelError) -> None:
+        # A refusal of any kind is an answer, and a quick one: nobody waits for it.
+        if isinstance(error, RateLimited) or not error.retryable:
+            self._seconds = 0.0
+        elif self._health.is_failing and self._clock() >= self._until:
+            self._seconds = min(LONGEST_OPEN_SECONDS, self._seconds * 2 or OPEN_SECONDS)
+            self._until = self._clock() + self._seconds
+
+    def _open(self, endpoint: str) -> CircuitOpen:
+        health = self._health
+        wait = max(1.0, math.ceil(self._until - self._clock()))
+        return CircuitOpen(
+            f"{endpoint} is not asked for now: its last {health.failures} attempts failed, the last with: "
+            f"{health.message}",
+            retry_after=wait,
+        )
+
+
+class Watched(HttpChatModel):
+    """A model that notes what its attempts come to."""
+
+    def __init__(self, endpoint: str, model: str, **limits: Any) -> None:
+        super().__init__(endpoint, model, **limits)
+        self.health = Health()
+
+    async def _once(self, *attempt: Any) -> Any:
+        try:
+            answered = await super()._once(*attempt)
+        except ModelError as error:
+            self.health.failed(error)
+            raise
+        self.health.succeeded()
+        return answered
+
+
+class Guarded(HttpChatModel):
+    """A model that is not asked while its circuit is open: its callers then hear so at once."""
+
+    def __init__(self, endpoint: str, model: str, **limits: Any) -> None:
+        super().__init__(endpoint, model, **limits)
+        self.health = Health()
+        self._circuit = Circuit(self.health)
+
+    async def _once(self, *attempt: Any) -> Any:
+        with self._circuit.attempt(self.endpoint):
+            return await super()._once(*attempt)

@@ -1,0 +1,74 @@
+"""How many calls may be under way at an endpoint: at most what the manifest says, fewer while it answers 429.
+
+Additive increase, multiplicative decrease, as TCP does it: each 429 halves the number (once for all the calls that
+met the same limit), each answer while all places are taken gives back a part of one, so that a whole round of
+answers gives back one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from types import TracebackType
+
+
+class Places:
+    """A semaphore whose number is learned. First come, first served."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.limit = float(most)
+        self.taken = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._attempts = self._lowered_at = 0  # attempts that began before the last decrease met the old limit
+
+    async def __aenter__(self) -> None:
+        if self._waiting or self.taken >= self._whole:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():  # it was given a place while it was cancelled
+                    self._leave()
+                else:
+                    self._waiting.remove(turn)
+                raise
+        else:
+            self.taken += 1
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def attempt(self) -> int:
+        """The number of an attempt that begins now."""
+        self._attempts += 1
+        return self._attempts
+
+    def refused(self, attempt: int) -> None:
+        """The endpoint has said to this attempt that there are too many."""
+        if attempt > self._lowered_at:
+            self.limit = max(1.0, min(self.limit, self.taken) / 2)
+            self._lowered_at = self._attempts
+
+    def answered(self) -> None:
+        if self.limit < self.most and self.taken >= self._whole:
+            self.limit = min(float(self.most), self.limit + 1 / self.limit)
+            self._admit()
+
+    @property
+    def _whole(self) -> int:
+        return int(self.limit)
+
+    def _leave(self) -> None:
+        self.taken -= 1
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and self.taken < self._whole:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self.taken += 1
+                turn.set_result(None)

@@ -1,0 +1,103 @@
+"""How many calls are let through, as the endpoint takes or refuses them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from cowest_serving.places import Places
+
+
+async def enter(places: Places, calls: int) -> list[asyncio.Task[None]]:
+    """Calls that want in; those that are let in stay until they are cancelled."""
+
+    async def stay() -> None:
+        async with places:
+            await asyncio.Event().wait()
+
+    tasks = [asyncio.create_task(stay()) for _ in range(calls)]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def leave(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_refusal_halves_what_was_under_way_once_for_all_that_met_the_limit() -> None:
+    places = Places(16)
+    tasks = await enter(places, 12)
+    together = [places.attempt() for _ in range(12)]
+    for attempt in together:
+        places.refused(attempt)
+    assert places.limit == 6
+    places.refused(places.attempt())
+    assert places.limit == 3, "an attempt that began later met the lower limit"
+    await leave(*tasks)
+
+
+async def test_it_never_falls_below_one() -> None:
+    places = Places(4)
+    for _ in range(9):
+        places.refused(places.attempt())
+    assert places.limit == 1
+    tasks = await enter(places, 2)
+    assert places.taken == 1
+    await leave(*tasks)
+    assert places.taken == 0
+
+
+async def test_a_round_of_answers_while_all_places_are_taken_gives_back_about_one() -> None:
+    places = Places(16)
+    tasks = await enter(places, 16)
+    places.refused(places.attempt())
+    await leave(*tasks[8:])
+    assert (places.limit, places.taken) == (8, 8)
+    waiting = await enter(places, 1)
+    for _ in range(8):
+        places.answered()
+    assert 8.9 < places.limit < 9
+    places.answered()
+    await asyncio.sleep(0)
+    assert places.taken == 9, "and the next in line is let in"
+    await leave(*tasks, *waiting)
+
+
+async def test_answers_with_places_to_spare_prove_nothing_and_the_manifests_number_is_the_most() -> None:
+    places = Places(4)
+    for _ in range(2):
+        tasks = await enter(places, 4)
+        places.refused(places.attempt())
+        await leave(*tasks)
+        places.answered()
+        assert places.limit == 2, "nobody needed more"
+        tasks = await enter(places, 4)
+        for _ in range(99):
+            places.answered()
+        assert (places.limit, places.taken) == (4, 4)
+        await leave(*tasks)
+
+
+async def test_who_leaves_the_line_takes_no_place_and_the_others_keep_their_turn() -> None:
+    places = Places(1)
+    first, second, third = await enter(places, 3)
+    await leave(second)
+    await leave(first)
+    await asyncio.sleep(0)
+    assert (places.taken, third.done()) == (1, False)
+    await leave(third)
+    assert places.taken == 0
+
+
+async def test_a_place_that_was_given_to_one_who_left_at_that_moment_goes_on_to_the_next() -> None:
+    places = Places(1)
+    first, second, third = await enter(places, 3)
+    first.cancel()
+    await asyncio.wait([first])  # gives its place to the second ...
+    second.cancel()  # ... which leaves before it knows
+    await asyncio.wait([second])
+    await asyncio.sleep(0)
+    assert places.taken == 1 and not third.done()
+    await leave(third)
+    assert places.taken == 0
