@@ -333,7 +333,10 @@ class Trial:
     step: int = 0  # of the canary
     step_since: float = 0.0
     looks: int = 0  # at the live answers, within this step
-    away: float = 0.0  # seconds of this step in which no engine ran: no part of its deadline
+    away: float = 0.0  # seconds of this step without an engine or paused by a person: no part of its deadline
+    ran: float | None = None  # seconds of this step that count, from when a person paused it
+    since: float = 0.0  # of the watch: begin of its live report, which is that of the last canary step
+    entered: Mapping[str, int] = field(default_factory=dict)  # the candidate's live counts when the watch began
     approved_by: str | None = None
     promoted: Word | None = None  # a person's: it is promoted as soon as its server answers
     difference: float | None = None

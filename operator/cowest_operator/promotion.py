@@ -219,7 +219,7 @@ def judge(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveReport |
     if trial.promoted or (trial.stage == "Canary" and not canary.steps):
         return Verdict("Wait", api.REASON_WAITING_FOR_SERVER, "no live answer decides: it waits for its server.")
     if trial.stage == "Watch":
-        return judge_watch(canary, trial, live, now)
+        return judge_watch(canary, alpha, trial, live, now)
     return judge_live(canary, alpha, trial, live, now)
 
 
@@ -236,23 +236,24 @@ def judge_live(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveRep
     late = now - trial.step_since - trial.away > canary.deadline_seconds
     undecided = _too_few if late else _wait
     if live is None or not _is_of(live, trial):
-        return undecided(wanted, 0, "", canary)
-    if verdict := _too_many_errors(canary, live, min(20, step.min_answers)):
+        return undecided(f"0 of {wanted} scored live answers", "", canary)
+    at_least = min(20, step.min_answers)
+    answers, errors = live.answers.get("candidate", 0), live.errors.get("candidate", 0)
+    if verdict := _too_many_errors(canary, answers, errors, at_least):
         return verdict
-    scored = live.scored.get("candidate", 0)
-    control = live.scored.get("control", 0)
-    if scored < wanted or control < min(wanted, MIN_CONTROL_ANSWERS) or live.comparison is None:
-        seen = min(scored, control) if scored >= wanted else scored
-        return undecided(wanted, seen, live.unscored_reason, canary)
+    scored, control = live.scored.get("candidate", 0), live.scored.get("control", 0)
+    of_control = min(wanted, MIN_CONTROL_ANSWERS)
+    if scored < wanted:
+        return undecided(f"{scored} of {wanted} scored live answers", live.unscored_reason, canary)
+    if control < of_control and (verdict := _control_fails(trial, live, at_least)):
+        return verdict
+    if control < of_control or live.comparison is None:
+        short = f"{scored} of {wanted} scored live answers of the candidate, {control} of {of_control} of the control"
+        return undecided(short, live.unscored_reason, canary)
     seen_ = live.comparison
-    level = alpha / (LOOKS_PER_STEP * len(canary.steps))
+    level = _level(canary, alpha)
     if seen_.p_worse < level:
-        return Verdict(
-            "RollBack",
-            api.REASON_WORSE_LIVE,
-            f"on live traffic candidate minus control is {points(seen_)} (p = {seen_.p_worse:.2g} < {level:.2g},"
-            f" {scored} against {control} answers).",
-        )
+        return _worse(live, level)
     if 100 * seen_.difference >= -canary.max_loss_points:
         return Verdict(
             "Advance",
@@ -274,15 +275,69 @@ def step_of(canary: api.Canary, trial: api.Trial) -> api.CanaryStep | None:
     return canary.steps[min(trial.step, len(canary.steps) - 1)] if canary.steps else None
 
 
-def judge_watch(canary: api.Canary, trial: api.Trial, live: LiveReport | None, now: float) -> Verdict:
-    """After the last step the candidate has all the traffic; the old pair stays warm for `watchSeconds`."""
-    if live is not None and _is_of(live, trial) and (verdict := _too_many_errors(canary, live, 20)):
-        return verdict
-    left = trial.step_since + trial.away + canary.watch_seconds - now
-    if left > 0:
-        until = datetime.fromtimestamp(now + left, UTC).strftime("%H:%M:%S UTC")
+def judge_watch(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveReport | None, now: float) -> Verdict:
+    """After the last step the candidate has all the traffic; the old pair stays warm for `watchSeconds`.
+
+    A loss is looked for as in a step. The control has no traffic any more: its answers are those of the last step,
+    which the report of the watch begins with. Errors are those of the watch alone.
+    """
+    ends = trial.step_since + trial.away + canary.watch_seconds
+    if live is not None and _is_of(live, trial):
+        counts = (live.answers.get("candidate", 0), live.errors.get("candidate", 0))
+        answers, errors = counts[0] - trial.entered.get("answers", 0), counts[1] - trial.entered.get("errors", 0)
+        if verdict := _too_many_errors(canary, answers, errors, 20):
+            return verdict
+        if verdict := _look_in_watch(canary, alpha, trial, live, over=now >= ends):
+            return verdict
+    if now < ends:
+        until = datetime.fromtimestamp(ends, UTC).strftime("%H:%M:%S UTC")
         return Verdict("Wait", api.REASON_PROGRESSING, f"watching the promoted pair until {until}.")
     return Verdict("Advance", api.REASON_PROMOTED, "the watch ended without trouble.")
+
+
+def _look_in_watch(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveReport, over: bool) -> Verdict | None:
+    """One of the looks of the watch, when it is due: after 1, 2 and 4 times the last `minAnswers`, or at its end."""
+    last = canary.steps[-1].min_answers if canary.steps else MIN_CONTROL_ANSWERS
+    new = live.scored.get("candidate", 0) - trial.entered.get("scored", 0)
+    if live.comparison is None or trial.looks >= LOOKS_PER_STEP or not (over or new >= last * 2**trial.looks):
+        return None
+    if live.comparison.p_worse < _level(canary, alpha):
+        return _worse(live, _level(canary, alpha))
+    return None if over else Verdict("LookAgain", api.REASON_PROGRESSING, "no loss is shown so far in the watch.")
+
+
+def _level(canary: api.Canary, alpha: float) -> float:
+    """Of one look at live answers: all looks of all steps, and of the watch where there is one, share the level."""
+    return alpha / (LOOKS_PER_STEP * (len(canary.steps) + (canary.watch_seconds > 0)))
+
+
+def _worse(live: LiveReport, level: float) -> Verdict:
+    seen, scored = live.comparison, live.scored
+    assert seen is not None
+    return Verdict(
+        "RollBack",
+        api.REASON_WORSE_LIVE,
+        f"on live traffic candidate minus control is {points(seen)} (p = {seen.p_worse:.2g} < {level:.2g},"
+        f" {scored.get('candidate', 0)} against {scored.get('control', 0)} answers).",
+    )
+
+
+def _control_fails(trial: api.Trial, live: LiveReport, at_least: int) -> Verdict | None:
+    """What answers now does not: an edit that mends it cannot wait for answers to compare with.
+
+    Only asked when too few answers of the control are scored; the candidate has as many as the step wants.
+    """
+    answers, errors = live.answers.get("control", 0), live.errors.get("control", 0)
+    if answers < at_least or 2 * errors <= answers:
+        return None
+    mine = f"{live.errors.get('candidate', 0)} of {live.answers.get('candidate', 0)}"
+    offline = "" if trial.difference is None else f" ({100 * trial.difference:+.1f} points)"
+    return Verdict(
+        "Advance",
+        api.REASON_PROGRESSING,
+        f"{errors} of the control's {answers} live answers failed, so there is nothing to compare with: judged by the"
+        f" candidate's own failures ({mine}) and the offline report{offline}.",
+    )
 
 
 def _is_of(live: LiveReport, trial: api.Trial) -> bool:
@@ -291,8 +346,7 @@ def _is_of(live: LiveReport, trial: api.Trial) -> bool:
     return (live.candidate, live.step) == (candidate, trial.step) and live.updated >= trial.step_since
 
 
-def _too_many_errors(canary: api.Canary, live: LiveReport, at_least: int) -> Verdict | None:
-    answers, errors = live.answers.get("candidate", 0), live.errors.get("candidate", 0)
+def _too_many_errors(canary: api.Canary, answers: int, errors: int, at_least: int) -> Verdict | None:
     if answers < at_least or 100 * errors / answers <= canary.max_error_percent:
         return None
     return Verdict(
@@ -303,18 +357,17 @@ def _too_many_errors(canary: api.Canary, live: LiveReport, at_least: int) -> Ver
     )
 
 
-def _wait(wanted: int, seen: int, why: str, canary: api.Canary) -> Verdict:
+def _wait(said: str, why: str, canary: api.Canary) -> Verdict:
     note = f" ({why})" if why else ""
-    return Verdict("Wait", api.REASON_WAITING_FOR_ANSWERS, f"{seen} of {wanted} scored live answers{note}.")
+    return Verdict("Wait", api.REASON_WAITING_FOR_ANSWERS, f"{said}{note}.")
 
 
-def _too_few(wanted: int, seen: int, why: str, canary: api.Canary) -> Verdict:
+def _too_few(said: str, why: str, canary: api.Canary) -> Verdict:
     note = f"; {why}" if why else ""
     return Verdict(
         "RollBack",
         api.REASON_TOO_FEW_ANSWERS,
-        f"{seen} of {wanted} scored live answers when canary.deadlineSeconds = {canary.deadline_seconds}"
-        f" was over{note}.",
+        f"{said} when canary.deadlineSeconds = {canary.deadline_seconds} was over{note}.",
     )
 
 

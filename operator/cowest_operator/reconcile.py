@@ -14,7 +14,7 @@ from typing import Any, Literal
 from cowest_operator import api, people, promotion, rounds
 from cowest_operator.api import Event, Plan, Status, Trial, World
 from cowest_serving.contract import Arm, Mode, Pair, Routing
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_FAILED, EXIT_RETRY, EvaluationReport
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_FAILED, EXIT_RETRY, EvaluationReport, LiveReport
 
 RETRIES = 3  # of a step that ended with EXIT_RETRY, before the embedded run gives up
 
@@ -104,10 +104,19 @@ def _person(world: World, action: api.Action) -> Move:
     if action.verb == "promote" and (chosen := people.promotable(status)) is not None:
         return _chosen(replace(world, status=status), chosen, action)
     status, event = people.take_in(world.status, action)
+    if action.verb in ("pause", "resume") and status.candidate and status.candidate.stage != "Preparing":
+        status = replace(status, candidate=_clock(status.candidate, world.now, runs=action.verb == "resume"))
     if status.going_back and not _missing(world, status.previous):
         status = people.undone(status, status.going_back)
         event = people.said(action, "rolled the stable pair back to the one before")
     return Move(status, message=event.message, events=(event,))
+
+
+def _clock(trial: Trial, now: float, runs: bool) -> Trial:
+    """Time in which a person holds a canary or a watch is no part of its deadline."""
+    if runs:
+        return trial if trial.ran is None else replace(trial, away=now - trial.step_since - trial.ran, ran=None)
+    return trial if trial.ran is not None else replace(trial, ran=now - trial.step_since - trial.away)
 
 
 def _chosen(world: World, trial: Trial, action: api.Action) -> Move:
@@ -348,9 +357,7 @@ def _canary(world: World, trial: Trial) -> Move:
     if not spec.canary.steps:
         return _without_canary(world, trial)
     verdict = promotion.judge_live(spec.canary, spec.gate.significance, trial, world.live, world.now)
-    if world.live is not None and world.live.comparison is not None:
-        answers = world.live.scored.get("candidate", 0)
-        trial = replace(trial, live_difference=world.live.comparison.difference, live_answers=answers)
+    trial = _seen_live(trial, world.live)
     if verdict.action == "RollBack":
         message = verdict.message
         if verdict.reason == api.REASON_TOO_FEW_ANSWERS and (missing := _missing(world, trial.pair)):
@@ -372,6 +379,12 @@ def _canary(world: World, trial: Trial) -> Move:
     return _next_step(world, trial, where, verdict)
 
 
+def _seen_live(trial: Trial, live: LiveReport | None) -> Trial:
+    if live is None or live.comparison is None:
+        return trial
+    return replace(trial, live_difference=live.comparison.difference, live_answers=live.scored.get("candidate", 0))
+
+
 def _without_canary(world: World, trial: Trial) -> Move:
     """It passed offline and no canary steps are declared: it is promoted when its server answers, not before."""
     canary = world.trial_job.spec.canary
@@ -388,8 +401,17 @@ def _without_canary(world: World, trial: Trial) -> Move:
 
 
 def _into_watch(world: World, trial: Trial, passed: Event) -> Move:
-    steps, now = world.trial_job.spec.canary.steps, world.now
-    trial = replace(trial, stage="Watch", step=len(steps), stage_since=now, step_since=now, looks=0, away=0.0)
+    """The watch goes on with the records of the last step, in which the control still answered."""
+    canary, now, live = world.trial_job.spec.canary, world.now, world.live
+    goes_on = live is not None and canary.steps and canary.signal != "ShadowReplay"  # which asks both in the watch
+    entered = {
+        name: counts.get("candidate", 0)
+        for name, counts in (("answers", live.answers), ("errors", live.errors), ("scored", live.scored))
+    } if live is not None and goes_on else {}  # fmt: skip
+    trial = replace(
+        trial, stage="Watch", step=len(canary.steps), stage_since=now, step_since=now, looks=0, away=0.0,
+        since=trial.step_since if goes_on else now, entered=entered,
+    )  # fmt: skip
     return Move(replace(world.status, candidate=trial), message=passed.message, events=(passed,))
 
 
@@ -421,11 +443,16 @@ def _next_step(world: World, trial: Trial, where: str, verdict: promotion.Verdic
 
 
 def _watch(world: World, trial: Trial) -> Move:
-    verdict = promotion.judge_watch(world.trial_job.spec.canary, trial, world.live, world.now)
     if world.status.paused_by:
         return Move(world.status, api.REASON_PAUSED, f"paused by {world.status.paused_by} in the watch.")
+    spec = world.trial_job.spec
+    verdict = promotion.judge_watch(spec.canary, spec.gate.significance, trial, world.live, world.now)
+    trial = _seen_live(trial, world.live)
     if verdict.action == "Wait":
         return Move(world.status, verdict.reason, verdict.message)
+    if verdict.action == "LookAgain":
+        trial = replace(trial, looks=trial.looks + 1)
+        return Move(replace(world.status, candidate=trial), verdict.reason, verdict.message)
     decision: api.Decision = "RolledBack" if verdict.action == "RollBack" else "Promoted"
     return _end(world, trial, decision, verdict.reason, verdict.message)
 

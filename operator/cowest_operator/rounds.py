@@ -271,7 +271,7 @@ def live_score(world: api.World, trial: api.Trial, control: Pair | None) -> api.
         (
             ("--store", world.store),
             ("--step", str(trial.step)),
-            ("--since", repr(trial.step_since)),
+            ("--since", repr(trial.since if trial.stage == "Watch" and trial.since else trial.step_since)),
             ("--calls", world.calls),
             ("--round", str(trial.number)),
             *(() if control else (("--control", SOLO),)),

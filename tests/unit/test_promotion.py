@@ -203,15 +203,80 @@ def test_a_report_from_before_the_step_is_no_data():
     watch = w.trial("Watch", step=2)
     canary = replace(CANARY, watch_seconds=100)
     errors = w.live(20, errors=9, step=2)
-    assert promotion.judge_watch(canary, watch, replace(errors, updated=w.NOW - 51), w.NOW).action == "Wait"
-    assert promotion.judge_watch(canary, watch, replace(errors, candidate="sha256:x"), w.NOW).action == "Wait"
+    assert judge_watch(replace(errors, updated=w.NOW - 51), watch, canary=canary).action == "Wait"
+    assert judge_watch(replace(errors, candidate="sha256:x"), watch, canary=canary).action == "Wait"
 
 
-def test_the_watch_ends_by_time_and_is_cut_short_by_errors():
-    canary = replace(CANARY, watch_seconds=100)
-    watch = w.trial("Watch", step=2)
-    assert promotion.judge_watch(canary, watch, None, w.NOW).action == "Wait"
-    assert promotion.judge_watch(canary, watch, None, w.NOW + 50).action == "Advance"
-    assert (
-        promotion.judge_watch(canary, watch, w.live(20, errors=2, step=2), w.NOW).reason == api.REASON_TOO_MANY_ERRORS
+WATCHED = replace(CANARY, watch_seconds=100)
+WATCH = w.trial("Watch", step=2, entered={"answers": 100, "errors": 0, "scored": 100})
+
+
+def judge_watch(live, trial=WATCH, now=w.NOW, canary=WATCHED):
+    return promotion.judge_watch(canary, 0.05, trial, live, now)
+
+
+def test_the_watch_ends_by_time_and_is_cut_short_by_its_own_errors():
+    assert judge_watch(None).action == "Wait"
+    assert judge_watch(None, now=w.NOW + 50).action == "Advance"
+    assert judge_watch(w.live(120, errors=2, step=2)).reason == api.REASON_TOO_MANY_ERRORS
+    assert judge_watch(w.live(119, errors=2, step=2)).action == "Wait", "of too few answers"
+    late = replace(WATCH, entered={"answers": 100, "errors": 9, "scored": 100})
+    assert judge_watch(w.live(120, errors=9, step=2), late).action == "Wait", "those of the canary were judged there"
+
+
+LOSS = w.comparison(-0.2, 1.0, 0.005)
+
+
+@pytest.mark.parametrize(
+    ("live", "looks", "now", "action"),
+    [
+        pytest.param(w.live(200, comparison=LOSS, step=2), 0, w.NOW, "RollBack", id="enough new answers show a loss"),
+        pytest.param(w.live(199, comparison=LOSS, step=2), 0, w.NOW, "Wait", id="too few new answers for a look"),
+        pytest.param(w.live(199, comparison=LOSS, step=2), 0, w.NOW + 50, "RollBack", id="a look at the end"),
+        pytest.param(w.live(200, step=2), 0, w.NOW, "LookAgain", id="no loss, and a look is spent"),
+        pytest.param(w.live(299, comparison=LOSS, step=2), 1, w.NOW, "Wait", id="the next wants twice as many"),
+        pytest.param(w.live(999, comparison=LOSS, step=2), 3, w.NOW + 50, "Advance", id="no look is left"),
+        pytest.param(w.live(200, comparison=w.comparison(-0.2, 1.0, 0.0056), step=2), 0, w.NOW, "LookAgain",
+                     id="the watch shares the level with the steps"),
+    ],
+)  # fmt: skip
+def test_a_loss_in_the_watch_rolls_back(live, looks, now, action):
+    verdict = judge_watch(live, replace(WATCH, looks=looks), now)
+    assert verdict.action == action
+    assert verdict.reason == api.REASON_WORSE_LIVE or action != "RollBack"
+
+
+# ---------------------------------------------------------------- a control that does not answer
+def dead_control(answers=60, failed=51, of=100, errors=0, scored=0):
+    seen = w.live(answers, errors=errors, comparison=None)
+    return replace(
+        seen,
+        answers={"candidate": answers, "control": of},
+        scored={"candidate": answers, "control": scored},
+        errors={"candidate": errors, "control": failed},
     )
+
+
+@pytest.mark.parametrize(
+    ("live", "action"),
+    [
+        pytest.param(dead_control(), "Advance", id="most fail"),
+        pytest.param(dead_control(failed=50), "Wait", id="half fail"),
+        pytest.param(dead_control(failed=19, of=19), "Wait", id="too few answers to say"),
+        pytest.param(dead_control(answers=49), "Wait", id="too few of the candidate"),
+        pytest.param(dead_control(errors=4), "RollBack", id="the candidate fails too"),
+    ],
+)
+def test_where_the_control_fails_the_candidates_own_failures_decide(live, action):
+    verdict = judge(live)
+    assert verdict.action == action
+    assert "control's 100 live answers failed" in verdict.message or action != "Advance"
+
+
+def test_a_control_that_fails_often_but_is_scored_enough_is_compared_all_the_same():
+    worse = replace(dead_control(scored=30), comparison=w.comparison(-0.3, 1.0, 1e-4))
+    assert judge(worse).reason == api.REASON_WORSE_LIVE
+
+
+def test_what_is_short_is_said_of_the_arm_that_is_short():
+    assert "60 of 50 scored live answers of the candidate, 0 of 30 of the control" in judge(w.live(60, 0)).message

@@ -235,6 +235,39 @@ def test_the_watch_gives_all_the_traffic_and_keeps_the_old_pair_warm():
     assert len(plan.servers) == 2
 
 
+def test_the_watch_reads_on_where_the_control_still_answered():
+    plan = settle(replace(LAST, job=w.job(canary={"watch_seconds": 60})))
+    trial = plan.status.candidate
+    assert trial.entered == {"answers": 120, "errors": 0, "scored": 120}
+    assert dict(plan.steps[0].args)["--since"] == repr(LAST.status.candidate.step_since)
+    replayed = settle(replace(LAST, job=w.job(canary={"watch_seconds": 60, "signal": "ShadowReplay"})))
+    assert dict(replayed.steps[0].args)["--since"] == repr(w.NOW), "both arms are asked in the watch itself"
+
+
+def test_a_loss_that_only_the_watch_shows_is_rolled_back_and_each_look_is_counted():
+    job = w.job(canary={"watch_seconds": 600})
+    watch = replace(LAST, job=job, status=settle(replace(LAST, job=job)).status)
+    looked = settle(replace(watch, live=w.live(220, 120, step=2)))
+    assert looked.status.candidate.looks == 1
+    lost = w.live(330, 120, step=2, comparison=w.comparison(-0.2, 1.0, 1e-4))
+    plan = reconcile.plan(replace(watch, status=looked.status, live=lost))
+    row = plan.status.rounds[-1]
+    assert (row.decision, row.reason, row.live_answers) == ("RolledBack", api.REASON_WORSE_LIVE, 330)
+    assert plan.status.stable == w.STABLE
+
+
+def test_time_that_a_person_holds_a_canary_is_no_part_of_its_deadline():
+    paused = reconcile.plan(replace(CANARY_WORLD, actions=(action("pause"),))).status
+    again = replace(CANARY_WORLD, status=paused, now=w.NOW + 9000)
+    twice = reconcile.plan(replace(again, actions=(action("pause", "2"),))).status
+    resumed = reconcile.plan(replace(again, status=twice, actions=(action("resume", "3"),))).status
+    assert resumed.candidate.away == 9000
+    on_time = replace(CANARY_WORLD, status=resumed, now=w.NOW + 9000 + 3549)
+    assert reconcile.plan(on_time).status.candidate is not None
+    late = reconcile.plan(replace(on_time, now=w.NOW + 9000 + 3551)).status
+    assert late.rounds[-1].reason == api.REASON_TOO_FEW_ANSWERS
+
+
 def test_a_bad_canary_is_rolled_back_and_the_stable_pair_goes_on():
     plan = reconcile.plan(replace(CANARY_WORLD, live=w.live(comparison=w.comparison(-0.4, 1.0, 1e-5))))
     assert plan.status.rounds[-1].decision == "RolledBack"
