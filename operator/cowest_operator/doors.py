@@ -12,7 +12,14 @@ TIMEOUT = aiohttp.ClientTimeout(total=8, connect=3)
 
 
 class DoorError(Exception):
-    """A pod of ours does not answer, or says that what is behind it is away. One sentence."""
+    """A pod of ours does not answer, or says that what is behind it is away. One sentence; `part` is whose pod."""
+
+    def __init__(self, part: str, message: str) -> None:
+        super().__init__(f"{_WHO[part]} {message}")
+        self.part = part
+
+
+_WHO = {"observer": "the observer", "proxy": "the strong-model proxy", "weak-model": "the weak-model server"}
 
 
 class Doors:
@@ -22,17 +29,17 @@ class Doors:
         self._session = session
 
     async def artifact(self, observer: str, uri: str) -> Any:
-        return await self._get(f"{observer}/v1/artifact?uri={quote(uri, safe='')}", "the observer")
+        return await self._get(f"{observer}/v1/artifact?uri={quote(uri, safe='')}", "observer")
 
     async def traces(self, observer: str) -> Any:
-        return await self._get(f"{observer}/v1/traces", "the observer")
+        return await self._get(f"{observer}/v1/traces", "observer")
 
     async def spent(self, proxy: str, round_number: int) -> Any:
-        return await self._get(f"{proxy}/v1/spent?round={round_number}", "the strong-model proxy")
+        return await self._get(f"{proxy}/v1/spent?round={round_number}", "proxy")
 
     async def served(self, endpoint: str) -> list[str]:
         """Digests (and names) that a weak-model server says it serves, because it was asked."""
-        answer = await self._get(f"{endpoint}/models", "the weak-model server")
+        answer = await self._get(f"{endpoint}/models", "weak-model")
         models = (answer or {}).get("data") or []
         return [str(model[field]) for model in models for field in ("digest", "id") if model.get(field)]
 
@@ -40,7 +47,7 @@ class Doors:
         if self._session is not None:
             await self._session.close()
 
-    async def _get(self, url: str, who: str) -> Any:
+    async def _get(self, url: str, part: str) -> Any:
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=TIMEOUT)
         try:
@@ -49,12 +56,12 @@ class Doors:
                 if answer.status == 404:
                     return None
                 if answer.status >= 400:
-                    raise DoorError(f"{who} answers {answer.status}: {_words(body)}")
+                    raise DoorError(part, f"answers {answer.status}: {_words(body)}")
                 return json.loads(body)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise DoorError(f"{who} does not answer ({error or type(error).__name__}).") from error
+            raise DoorError(part, f"does not answer ({error or type(error).__name__}).") from error
         except ValueError as error:
-            raise DoorError(f"{who} answered no JSON at {url}.") from error
+            raise DoorError(part, f"answered no JSON at {url}.") from error
 
 
 def _words(body: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -57,6 +58,7 @@ class Memory:
     written: Mapping[str, Any] | None = None  # the status as it was last written
     written_at: float = 0.0
     asked: dict[str, tuple[float, Any]] = field(default_factory=dict)  # answers of doors, and when
+    shut: dict[str, DoorError] = field(default_factory=dict)  # why the last answer is an older one
     state: api.Status | None = None  # after our own write, until the watch shows it
     said: set[str] = field(default_factory=set)  # notes that were made known
 
@@ -159,22 +161,35 @@ class _Look:
         job, trial = self.context.job, self.status.candidate
         blocked = blocked_by(job)
         frozen_document, frozen = self._frozen(trial)
-        nothing = blocked is not None
+        # Side by side: where packets are dropped each of them takes seconds, and other jobs wait for this look.
+        found = (
+            await asyncio.gather(
+                self._steps(trial),
+                self._servers(),
+                self._report(trial),
+                self._live(trial),
+                self._traces(trial),
+                self._budget(trial),
+            )
+            if blocked is None
+            else ({}, {}, None, None, api.TraceCounts(), self.status.budget)
+        )
+        self.troubles.sort(key=lambda trouble: (trouble.reason, trouble.message))  # not by who answered first
         world = api.World(
             now=self.now,
             job=job,
             status=self.status,
-            store="" if nothing else self.context.store,
+            store="" if blocked else self.context.store,
             calls=steps.CALLS,
             has_explanations=None,
             evaluator=evaluator_digest(job.spec.feedback.evaluator),
-            steps={} if nothing else await self._steps(trial),
-            servers={} if nothing else await self._servers(),
+            steps=found[0],
+            servers=found[1],
             gateway=self._gateway(),
-            report=None if nothing else await self._report(trial),
-            live=None if nothing else await self._live(trial),
-            traces=api.TraceCounts() if nothing else await self._traces(trial),
-            budget=self.status.budget if nothing else await self._budget(trial),
+            report=found[2],
+            live=found[3],
+            traces=found[4],
+            budget=found[5],
             actions=tuple(read_actions(self.family.job or {}, self.status.last_action)),
             frozen=frozen,
             blocked=blocked,
@@ -286,27 +301,28 @@ class _Look:
         return api.Budget(int(data["calls"]), int(data["tokens"]), float(data["money"]), current)
 
     async def _asked(self, what: str, every: float, question: Any) -> Any:
-        """The answer of a door, at most `every` seconds old; while the door is shut, the last one."""
+        """The answer of a door, at most `every` seconds old; while the door is shut, the last one, and why."""
         known = self.memory.asked.get(what)
         if known and time.monotonic() - known[0] < every:
             question.close()
-            return known[1]
-        answer = known[1] if known else None
-        try:
-            answer = await question
-        except DoorError as error:
-            self._store_trouble(error)
-        self.memory.asked[what] = (time.monotonic(), answer)
-        return answer
+        else:
+            answer = known[1] if known else None
+            try:
+                answer = await question
+                self.memory.shut.pop(what, None)
+            except DoorError as error:
+                self.memory.shut[what] = error
+            known = self.memory.asked[what] = (time.monotonic(), answer)
+        if what in self.memory.shut:
+            self._store_trouble(self.memory.shut[what])
+        return known[1]
 
     def _store_trouble(self, error: DoorError) -> None:
         """While the pods start nobody answers: that is no trouble yet."""
-        asked_of_proxy = "proxy" in str(error)
-        part = "proxy" if asked_of_proxy else "observer"
-        seen = self.family.children.get(("Deployment", self.context.name(part)))
+        seen = self.family.children.get(("Deployment", self.context.name(error.part)))
         if seen is None or (not seen.facts["available"] and self.now - seen.created < 6 * PATIENCE):
             return
-        reason = api.REASON_PROXY_AWAY if asked_of_proxy else api.REASON_STORE_AWAY
+        reason = api.REASON_PROXY_AWAY if error.part == "proxy" else api.REASON_STORE_AWAY
         self.troubles.append(api.Trouble(reason, _sentence(str(error))))
 
     # ------------------------------------------------------------ servers
@@ -324,11 +340,9 @@ class _Look:
         return api.ServerState(ready, f"http://{self.context.host('gateway')}/v1", message=message)
 
     async def _servers(self) -> dict[str, api.ServerState]:
-        return {
-            seen.facts["digest"]: await self._server(seen)
-            for seen in self.family.of("InferenceService")
-            if seen.facts["digest"] and not seen.deleting
-        }
+        served = [s for s in self.family.of("InferenceService") if s.facts["digest"] and not s.deleting]
+        states = await asyncio.gather(*(self._server(seen) for seen in served))
+        return {seen.facts["digest"]: state for seen, state in zip(served, states, strict=True)}
 
     async def _server(self, seen: Seen) -> api.ServerState:
         """Ready is what answered with the digest; KServe's condition only says when to ask."""

@@ -1,0 +1,139 @@
+"""One look at a job: what becomes a world, what is a trouble, and by which manifest it goes. No cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+
+from cowest_operator import api, manifest, reconcile, story
+from cowest_operator.doors import DoorError, Doors
+from cowest_operator.kube import Kube
+from cowest_operator.observe import Memory, Observed, Observer
+from cowest_operator.platform import Discovery, Platform
+from cowest_operator.settings import Images, Settings
+from cowest_operator.watched import Family, see
+from tests import world as w
+from tests.manifests import edited, smallest
+
+STORE = {"bucket": "cowest", "credentialsSecretRef": {"name": "s3"}}
+ON_KUBERNETES: Mapping[str, Any] = {
+    "weak.model": "s3://models/base",
+    "data.train": "s3://data/train.jsonl",
+    "data.heldOut": "s3://data/held_out.jsonl",
+    "objectStore": STORE,
+}
+SETTINGS = Settings(Images("serving:1", "training:1", "vllm:1"), "here", "one")
+NOW = 10_000.0
+
+
+class ScriptedDoors(Doors):
+    """Answers as it is told; counts what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shut: set[str] = set()
+        self.words = "does not answer (refused)."
+        self.asked: list[str] = []
+        self.together = 0
+
+    async def _get(self, url: str, part: str) -> Any:
+        self.asked.append(url)
+        before = len(self.asked)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        self.together = max(self.together, len(self.asked) - before + 1)
+        if part in self.shut:
+            raise DoorError(part, self.words)
+        if part == "proxy":
+            return {"calls": 3, "tokens": 4, "money": "0.5"}
+        return {"all": 7, "usable": 5} if url.endswith("/traces") else None
+
+
+class Maps:
+    """The person's ConfigMaps."""
+
+    def __init__(self, **data: Mapping[str, str]) -> None:
+        self.data = data
+
+    async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
+        return {"data": self.data[name]} if name in self.data else None
+
+
+class Desk:
+    """A job, its children and an observer that sees them."""
+
+    def __init__(self, status: api.Status | None = None, **edits: Any) -> None:
+        self.doors, self.maps, self.memory = ScriptedDoors(), Maps(), Memory()
+        self.family = Family()
+        self.declare(**edits)
+        if status is not None:
+            plan = replace(reconcile.plan(w.world()), status=status)
+            written = story.written(status, plan, api.TraceCounts(), 1)
+            assert self.family.job is not None
+            self.family.job["status"] = written
+        self.has("Deployment", "observer", status={"availableReplicas": 1})
+        self.has("Deployment", "proxy", status={"availableReplicas": 1})
+
+    def declare(self, **edits: Any) -> None:
+        text = json.dumps(edited({**ON_KUBERNETES, **edits}, smallest()))
+        document = manifest.loads(text).job
+        metadata = {"name": "claims", "namespace": "desks", "uid": "u", "generation": 1, "resourceVersion": "5"}
+        before = (self.family.job or {}).get("status")
+        self.family.job = {**document, "metadata": metadata, **({"status": before} if before else {})}
+
+    def has(self, kind: str, part: str, **more: Any) -> None:
+        name = f"claims-{part}"
+        metadata = {"name": name, "namespace": "desks", "uid": name, "resourceVersion": "1", **more.pop("metadata", {})}
+        self.family.children[kind, name] = see(kind, {"metadata": metadata, **more})
+
+    def freeze(self, number: int) -> None:
+        """The manifest as it is declared now, prompts resolved."""
+        self.has("ConfigMap", f"r{number}", data={"job.json": json.dumps(self.look().context.document)})
+
+    def look(self) -> Observed:
+        discovery = Discovery(cast(Kube, self.maps))
+        discovery.now = Platform(has_kserve=True, has_argo=True)
+        observer = Observer(cast(Kube, self.maps), self.doors, SETTINGS, discovery)
+        return asyncio.run(observer.world(self.family, self.memory, NOW))
+
+    def troubles(self) -> list[str]:
+        return [trouble.reason for trouble in self.look().world.troubles or ()]
+
+
+# ---------------------------------------------------------------- doors
+@pytest.mark.parametrize(
+    ("part", "reason"), [("observer", api.REASON_STORE_AWAY), ("proxy", api.REASON_PROXY_AWAY)], ids=["store", "proxy"]
+)
+def test_what_is_away_is_said_in_every_look_not_only_in_those_that_ask(part: str, reason: str) -> None:
+    desk = Desk(w.SERVED)
+    desk.doors.shut = {part}
+    assert desk.troubles() == [reason]
+    asked = len(desk.doors.asked)
+    assert desk.troubles() == [reason]
+    assert len(desk.doors.asked) == asked, "an answer that fails is one too, for as long as another is believed"
+
+
+def test_when_the_door_opens_the_trouble_is_over() -> None:
+    desk = Desk(w.SERVED)
+    desk.doors.shut = {"proxy"}
+    assert desk.troubles() == [api.REASON_PROXY_AWAY]
+    desk.doors.shut, desk.memory.asked = set(), {}
+    assert desk.troubles() == []
+
+
+def test_an_observer_that_speaks_of_a_proxy_is_the_observer_all_the_same() -> None:
+    desk = Desk(w.SERVED)
+    desk.doors.shut = {"observer"}
+    desk.doors.words = "answers 503: s3://cowest/desks/proxy-x is not to be had"
+    assert desk.troubles() == [api.REASON_STORE_AWAY]
+
+
+def test_the_doors_of_a_look_are_asked_side_by_side() -> None:
+    desk = Desk(w.SERVED)
+    desk.look()
+    assert len(desk.doors.asked) == desk.doors.together == 2
