@@ -297,18 +297,22 @@ class Estimate:
     currency: str | None
 
 
+JUDGE_TOKENS = 200  # of what a judge is told and says around a request, its reference and its answer
+
+
 def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baseline: bool) -> Estimate:
-    """Strong-model calls of the baseline or of one tuned round: all drafts distinct, no call cached but solo ones."""
+    """Paid calls of the baseline or of one tuned round: all drafts distinct, no call cached but solo ones."""
     spec = job.spec
     queries = 0 if baseline else min(rows, spec.feedback.max_queries)
     with_draft = queries * spec.feedback.drafts_per_query + held_out
     alone = queries + (held_out if baseline else 0)
-    judged = (with_draft + alone) if spec.feedback.evaluator.type == "Judge" else 0
+    # A judge is asked in both orders, and of the weak model's own drafts on the held-out queries too.
+    judged = 2 * (with_draft + alone + held_out) if spec.feedback.evaluator.type == "Judge" else 0
     question = query_chars / 4 + len(job.prompts.refine) / 4
     draft = spec.collaboration.draft_max_tokens
     answer = spec.strong.max_tokens or 256
-    inputs = with_draft * (question + draft) + alone * question
-    outputs = (with_draft + alone) * answer
+    inputs = with_draft * (question + draft) + alone * question + judged * (question + 2 * answer + JUDGE_TOKENS)
+    outputs = (with_draft + alone) * answer + judged * JUDGE_TOKENS
     prices = spec.strong.prices
     money = (
         (inputs * prices.input_per_million_tokens + outputs * prices.output_per_million_tokens) / 1e6

@@ -294,11 +294,16 @@ def query_text(messages: Messages) -> str:
     """Text of the last user message; parts that are not text are left out."""
     for message in reversed(messages):
         if message.get("role") == "user":
-            content = message.get("content") or ""
-            if isinstance(content, str):
-                return content
-            return "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
+            return message_text(message)
     return ""
+
+
+def message_text(message: Message) -> str:
+    """Parts that are not text are left out."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(str(part.get("text", "")) for part in content if part.get("type") == "text")
 
 
 def normalised(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from cowest_serving.contract import Message, Messages
+from cowest_serving.contract import Messages, message_text
 from cowest_serving.model_files import (
     ModelFolderError,
     base_of_adapter,
@@ -82,20 +82,13 @@ OnToken = Callable[[int, Piece], bool | None]
 # ---------------------------------------------------------------- prompts
 def render_prompt(tokenizer: Any, messages: Messages) -> str:
     """What the model reads: its chat template with the generation prompt, else the contents joined by blank lines."""
-    plain = [{**message, "content": _text_of(message)} for message in messages]
+    plain = [{**message, "content": message_text(message)} for message in messages]
     if not tokenizer.chat_template:
         return "\n\n".join(message["content"] for message in plain) + "\n"
     try:
         return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program of the model's maker: it may raise anything
         raise PromptError(f"the model's chat template refuses these messages: {error}") from error
-
-
-def _text_of(message: Message) -> str:
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return "\n".join(str(part.get("text", "")) for part in content if part.get("type") == "text")
 
 
 def prompt_ids(tokenizer: Any, text: str, *, special_tokens: bool | None = None) -> list[int]:

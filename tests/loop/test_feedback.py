@@ -179,6 +179,29 @@ def test_a_refusal_that_is_not_of_the_query_ends_the_step(
     assert told.code == code
 
 
+def test_calls_of_a_judge_are_in_the_book_in_the_bill_and_in_the_budget(tmp_path: Path, strong: ScriptedModel) -> None:
+    with ScriptedModel("ACCEPT").in_thread() as judge:
+        evaluator = {"type": "Judge", "endpoint": judge.url, "model": "judge"}
+        strong_calls = 8 + 8  # solo, and one answer for the one draft of each query
+        step = Step(tmp_path, strong, feedback={"evaluator": evaluator, "draftsPerQuery": 1})
+        metrics = step.run().metrics
+        assert metrics["judge_calls"] == len(judge.paid) > 0
+        assert metrics["strong_calls"] == strong_calls + metrics["judge_calls"]
+        assert metrics["input_tokens"] > sum(len(call.last.split()) for call in judge.calls)
+        asked = len(judge.calls)
+        step.run(out="again")
+        assert len(judge.calls) == asked, "a verdict is remembered"
+
+        budget = {"budget": {"callsPerRound": strong_calls + 2}}
+        sections: dict[str, Any] = {"feedback": {"evaluator": evaluator, "draftsPerQuery": 1}, "strong": budget}
+        step.job = world.write_job(tmp_path / "poor.json", strong.url, **sections)
+        with pytest.raises(ExceptionGroup) as error:
+            step.run(out="poor", calls="poor")
+        told = next(leaves(error.value))
+        assert isinstance(told, StepError) and told.code == EXIT_BUDGET
+        assert len(judge.calls) + len(strong.calls) - asked - strong_calls <= strong_calls + 2
+
+
 def test_why_answers_and_pairs_are_worth_little_is_counted_and_said(
     tmp_path: Path, strong: ScriptedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,16 +22,17 @@ from cowest_serving.book import CODE_BUDGET_SPENT, HEADER_PURPOSE, HEADER_ROUND
 from cowest_serving.collaborate import draft_messages, is_draftable, refine_messages, solo_messages
 from cowest_serving.contract import Messages, Pair, Strong, digest_of, parse
 from cowest_serving.error_bodies import ErrorBody, OutspokenModel, body_of
-from cowest_serving.models import BadRequest, HttpChatModel, is_clients_fault, is_same_origin
+from cowest_serving.models import BadRequest, ChatResult, HttpChatModel, is_clients_fault, is_same_origin
 
 from .contract import EXIT_BAD_INPUT, EXIT_BUDGET, Evaluator, Row, StepError
-from .evaluator import Score, build_evaluator
-from .paid_calls import PaidCalls
+from .evaluator import Score, build_evaluator, check_settings, judge_model
+from .paid_calls import PaidCalls, Spent
 
 if TYPE_CHECKING:
     from cowest_serving.generate import Generator
 
 BATCH_DRAFTS = 64  # drafts drawn at once; part of what makes a ledger reproducible
+JUDGE = "judge"  # in the purpose of a judge's calls
 DEADLINE_OVER_TIMEOUT = 3  # a step can wait out a rate limit for longer than a user would wait for an answer
 
 
@@ -235,6 +236,11 @@ class Asking:
         self._unusual: Counter[str] = Counter()
 
     @property
+    def judged(self) -> Spent:
+        """What the judge's calls cost; nothing for other evaluators."""
+        return self.calls.spent(purpose=f"{self.purpose}:{JUDGE}")
+
+    @property
     def unusual(self) -> dict[str, int]:
         """Answers that are worth little for a reason of their own, by metric."""
         return {name: self._unusual[name] for name in UNUSUAL}
@@ -368,13 +374,43 @@ async def open_asking(
     """`purpose` marks in the book what this step pays for. Keys and the proxy's address come by environment only."""
     proxy_url = os.environ.get("COWEST_STRONG_URL", "").strip()
     async with AsyncExitStack() as stack:
-        scorer = build_evaluator(evaluator, api_key=os.environ.get("COWEST_EVALUATOR_API_KEY") or None)
-        stack.push_async_callback(scorer.aclose)
         models = await stack.enter_async_context(AsyncExitStack())  # closed after the book has let calls come home
         book = await stack.enter_async_context(
             PaidCalls.for_strong(calls, strong, round_number, behind_proxy=bool(proxy_url))
         )
+        scorer = _scorer(evaluator, book, models, purpose)
         yield Asking(strong, book, scorer, purpose, models, proxy_url=proxy_url, round_number=round_number)
+
+
+def _scorer(settings: Evaluator, calls: PaidCalls, models: AsyncExitStack, purpose: str) -> Score:
+    key = os.environ.get("COWEST_EVALUATOR_API_KEY") or None
+    judge = None
+    if settings.type == "Judge":
+        check_settings(settings)
+        model = judge_model(settings, key)
+        models.push_async_callback(model.aclose)
+        judge = PaidJudge(model, calls, f"{purpose}:{JUDGE}")
+    scorer = build_evaluator(settings, api_key=key, judge=judge)
+    models.push_async_callback(scorer.aclose)
+    return scorer
+
+
+class PaidJudge:
+    """The judge's model behind the book: its calls count in budget and bill too, at the strong model's prices."""
+
+    def __init__(self, model: HttpChatModel, calls: PaidCalls, purpose: str) -> None:
+        self._model, self._calls, self._purpose = model, calls, purpose
+
+    async def __call__(self, messages: Messages, *, idempotency_key: str | None = None, **params: Any) -> ChatResult:
+        result, _, _ = await self._calls.ask(
+            self._model,
+            messages,
+            endpoint=self._model.endpoint,
+            name=self._model.model,
+            purpose=self._purpose,
+            params=params,
+        )
+        return result
 
 
 # ---------------------------------------------------------------- drafting and asking at once

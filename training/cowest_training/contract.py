@@ -13,7 +13,7 @@ from typing import Any, Literal
 from cowest_serving.contract import Collaboration, Pair, SecretRef, Strong, digest_of
 
 MANIFEST = "manifest.json"
-EVALUATOR_RULES = 1  # raise it when a rule in evaluator.py changes: scores of different rules must not be compared
+EVALUATOR_RULES = 2  # raise it when a rule in evaluator.py changes: scores of different rules must not be compared
 
 # Exit codes of every step and of `cowest`: retry is worth it only for EXIT_RETRY.
 EXIT_OK = 0

@@ -29,6 +29,7 @@ from cowest_serving.contract import Pair, digest_of
 from . import steps
 from .asking import (
     ALL_ZERO,
+    JUDGE,
     Asking,
     Draft,
     Drafts,
@@ -124,7 +125,7 @@ class Run:
     """All arms over all rows, in the order of the rows, with what was paid for each arm."""
 
     arms: Mapping[str, Sequence[Item]]
-    spent: Mapping[str, Spent]
+    spent: Mapping[str, Spent]  # by arm; what a judge cost besides
     unusual: Mapping[str, int]  # answers that were cut off, filtered or empty
 
 
@@ -180,7 +181,7 @@ async def _ask_all(job: _Job, rows: Sequence[Row], progress: steps.Progress) -> 
                 await each_batch(job.drafts(pair, rows), ask)
         arms = {name: [task.result() for task in found] for name, found in tasks.items()}
         asking.refuse_nothing_but_errors(sum(bool(item.reply.error) for item in arms["candidate"]), len(rows))
-        spent = {name: asking.calls.spent(purpose=f"{job.purpose}:{name}") for name in arms}
+        spent = {name: asking.calls.spent(purpose=f"{job.purpose}:{name}") for name in arms} | {JUDGE: asking.judged}
         # Alone in control, the strong model's answers are the solo ones, paid for once.
         return Run({"control": arms[SOLO]} | arms, {"control": Spent()} | spent, asking.unusual)
 
@@ -298,6 +299,7 @@ def measured(report: EvaluationReport, run: Run) -> dict[str, Any]:
         "p_better": report.against_control.p_better,
         "strong_version": report.strong_version,
         "strong_calls": total.calls,
+        "judge_calls": run.spent[JUDGE].calls,
         "input_tokens": total.input_tokens,
         "output_tokens": total.output_tokens,
         "money": total.money,

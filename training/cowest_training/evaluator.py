@@ -16,6 +16,7 @@ paper, where the strong model itself evaluates: a judge should be of another fam
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import re
@@ -27,15 +28,24 @@ from typing import Any, Protocol, assert_never
 
 import aiohttp
 
-from cowest_serving.contract import digest_of, query_text
-from cowest_serving.models import ChatModel, HttpChatModel
+from cowest_serving.contract import digest_of, message_text, query_text
+from cowest_serving.models import (
+    BadRequest,
+    ChatModel,
+    HttpChatModel,
+    ServerFault,
+    is_clients_fault,
+    next_wait,
+)
 from cowest_serving.outward import proxy_of
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Row, StepError, evaluator_digest
 from cowest_training.data import refuse
 
 DEFAULT_TIMEOUT_SECONDS = 60
 DEFAULT_RELATIVE_TOLERANCE = 1e-6
-TRIES = 3  # of a scorer that is away, of a judge that gives no verdict
+TRIES = 3  # of a judge that gives no verdict
+SCORER_RETRIES = 6  # of a scorer that is away or overloaded, as for models
+SCORER_CONCURRENCY = 8  # a scorer may well have one thread: more at once would only wait in its queue
 MAX_UNDECIDED = 0.1  # a judge that gives no verdict more often than this is no judge
 
 
@@ -54,7 +64,7 @@ def build_evaluator(settings: Evaluator, *, api_key: str | None = None, judge: C
     """The evaluator that the manifest names. `judge` stands in for the model at the Judge's endpoint."""
     check_settings(settings)
     if settings.type == "Judge":
-        return Judge(settings, judge or _judge_model(settings, api_key))
+        return Judge(settings, judge or judge_model(settings, api_key))
     if settings.type == "HTTP":
         return HttpScorer(settings, api_key)
     return RuleScorer(settings)
@@ -286,7 +296,11 @@ def _numeric(settings: Evaluator, answer: str, reference: str) -> float:
 
 # ---------------------------------------------------------------- the user's own scorer
 class HttpScorer:
-    """POST {"query", "reference", "answer", "id"} -> {"score": number in [0, 1]}."""
+    """POST {"query", "messages", "reference", "answer", "id"} -> {"score": number in [0, 1]}.
+
+    `query` is the last user message, `messages` the whole conversation. At most `SCORER_CONCURRENCY` calls at a time;
+    the time-out is of one call, without the wait for a free place.
+    """
 
     needs_reference = False
 
@@ -297,22 +311,26 @@ class HttpScorer:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = aiohttp.ClientTimeout(total=settings.timeout_seconds or DEFAULT_TIMEOUT_SECONDS)
         self._backoff = backoff_seconds
+        self._places = asyncio.Semaphore(SCORER_CONCURRENCY)
         self._session: aiohttp.ClientSession | None = None
 
     async def __call__(self, row: Row, answer: str) -> float:
         body = {
             "id": row.id,
             "query": row.query,
+            "messages": list(row.messages),
             "reference": row.reference or None,
             "answer": extracted(self._extract, answer),
         }
-        for left in reversed(range(TRIES)):
+        for attempt in itertools.count():
             try:
-                return await self._ask(body)
+                async with self._places:
+                    return await self._ask(body)
             except StepError as error:
-                if error.code != EXIT_RETRY or not left:
+                wait = next_wait(ServerFault(""), attempt, SCORER_RETRIES, self._backoff)
+                if error.code != EXIT_RETRY or wait is None:
                     raise
-            await asyncio.sleep(self._backoff * 2 ** (TRIES - 1 - left))
+            await asyncio.sleep(wait)
         raise AssertionError("unreachable: the last try returns or raises")
 
     async def _ask(self, body: Mapping[str, Any]) -> float:
@@ -355,10 +373,7 @@ def _read_score(url: str, status: int, text: str) -> float:
 # ---------------------------------------------------------------- a judge model
 _POINTWISE = """You grade one answer to a request. {standard}
 
-Request:
-<request>
-{query}
-</request>
+{request}
 
 {first}
 
@@ -372,10 +387,7 @@ REJECT when it is wrong, misleading or missing."""
 
 _PAIRWISE = """You compare two answers to a request. {standard}
 
-Request:
-<request>
-{query}
-</request>
+{request}
 {reference}
 {first}
 
@@ -449,10 +461,14 @@ class Judge:
         text = ""
         for seed in range(TRIES):
             key = digest_of([self.digest, prompt, seed]).removeprefix("sha256:")
-            result = await self._model(
-                [{"role": "user", "content": prompt}], temperature=0.0, seed=seed, idempotency_key=key
-            )
-            text = result.text
+            asked = [{"role": "user", "content": prompt}]
+            try:
+                text = (await self._model(asked, temperature=0.0, seed=seed, idempotency_key=key)).text
+            except BadRequest as error:
+                if not is_clients_fault(error):
+                    raise
+                text = str(error)
+                break  # a content filter, or too long: asking again changes nothing
             if found := pattern.findall(text):
                 return words[found[-1]]
         self._undecided += 1
@@ -465,7 +481,7 @@ class Judge:
         return 0.5
 
 
-def _judge_model(settings: Evaluator, api_key: str | None) -> HttpChatModel:
+def judge_model(settings: Evaluator, api_key: str | None) -> HttpChatModel:
     return HttpChatModel(
         settings.endpoint or "",
         settings.model or "",
@@ -480,7 +496,14 @@ def _section(tag: str, text: str) -> str:
     return f"<{tag}>\n{inside}\n</{tag}>"
 
 
+def conversation(row: Row) -> str:
+    """What was asked: the query alone, or all messages where there are more, each under its role."""
+    if len(row.messages) < 2:
+        return row.query or query_text(row.messages)
+    return "\n\n".join(f"{message.get('role')}:\n{message_text(message)}" for message in row.messages)
+
+
 def _filled(template: str, row: Row, standard: str, **parts: str) -> str:
     """One pass, so that braces in the material survive."""
-    values = {"query": row.query or query_text(row.messages), "standard": standard, **parts}
+    values = {"request": _section("request", conversation(row)), "standard": standard, **parts}
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)

@@ -212,6 +212,7 @@ class Asked:
     ledger: Sequence[Entry]
     spent: Spent
     cached: int  # calls that cost nothing
+    judge_calls: int  # of those spent
     unusual: Mapping[str, int]  # answers that were cut off, filtered or empty
     refusal: str = ""  # why there is no entry at all, "" when there is one
 
@@ -246,7 +247,9 @@ async def _ask_all(job: _Job, drafts: Drafts, progress: steps.Progress) -> Asked
             refusal = str(error)
         entries = [entry for found in ledger for entry in found]
         cached = sum(asking.calls.asked.cached.values())
-        return Asked(entries, asking.calls.spent(purpose=job.purpose), cached, asking.unusual, refusal)
+        return Asked(
+            entries, asking.calls.spent(purpose=job.purpose), cached, asking.judged.calls, asking.unusual, refusal
+        )
 
 
 async def _judge_query(asking: Asking, row: Row, drafts: Sequence[Draft], pair: Pair) -> list[Entry]:
@@ -334,7 +337,8 @@ def read_shards(output: steps.Output, of: int, chosen: Sequence[Row], progress: 
     refusals = [part.refusal for part in parts if part.refusal]
     unusual = {name: sum(part.unusual[name] for part in parts) for name in UNUSUAL}
     refusal = refusals[0] if refusals and not ledger else ""
-    return Asked(ledger, spent, sum(part.cached for part in parts), unusual, refusal)
+    cached, judged = sum(part.cached for part in parts), sum(part.judge_calls for part in parts)
+    return Asked(ledger, spent, cached, judged, unusual, refusal)
 
 
 def read_shard(shard: Shard, output: steps.Output, rows: Mapping[str, Row]) -> Asked:
@@ -348,7 +352,7 @@ def read_shard(shard: Shard, output: steps.Output, rows: Mapping[str, Row]) -> A
     records = pq.ParquetFile(BytesIO(store.get(join(uri, LEDGER)))).read().to_pylist()
     ledger = [_entry(record, rows[record["query_id"]]) for record in records]
     unusual = {name: paid[name] for name in UNUSUAL}
-    return Asked(ledger, spent, paid["strong_calls_cached"], unusual, paid["refusal"])
+    return Asked(ledger, spent, paid["strong_calls_cached"], paid["judge_calls"], unusual, paid["refusal"])
 
 
 def _entry(record: Mapping[str, Any], row: Row) -> Entry:
@@ -443,6 +447,7 @@ def measured(asked: Asked, pairs: Sequence[Preference], queries: int, min_margin
         "draft_tokens": sum(entry.draft.tokens for entry in ledger) / n,
         "strong_calls": spent.calls,
         "strong_calls_cached": asked.cached,
+        "judge_calls": asked.judge_calls,
         "input_tokens": spent.input_tokens,
         "output_tokens": spent.output_tokens,
         "money": spent.money,

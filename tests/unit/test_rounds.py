@@ -1,0 +1,23 @@
+"""What a round is said to cost before it begins."""
+
+from dataclasses import replace
+
+from cowest_operator import rounds
+from cowest_training.contract import Evaluator
+from tests import world as w
+
+
+def judged_by(evaluator):
+    job = w.job()
+    feedback = replace(job.spec.feedback, evaluator=evaluator, drafts_per_query=4, max_queries=10)
+    return replace(job, spec=replace(job.spec, feedback=feedback))
+
+
+def test_a_judge_is_paid_for_both_orders_of_every_answer_and_of_the_weak_models_own():
+    sizes = {"rows": 10, "held_out": 5, "query_chars": 40.0, "baseline": False}
+    by_rule = rounds.estimate(judged_by(Evaluator("ExactMatch")), **sizes)
+    by_judge = rounds.estimate(judged_by(Evaluator("Judge", endpoint="http://judge/v1", model="m")), **sizes)
+    answers = 10 * 4 + 10 + 5
+    assert by_rule.calls == answers
+    assert by_judge.calls == answers + 2 * (answers + 5)
+    assert by_judge.tokens > by_rule.tokens
