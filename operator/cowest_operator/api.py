@@ -403,6 +403,8 @@ class Status:
     without_gain: int = 0  # tuned rounds in a row that were not promoted
     last_round_ended: float = 0.0
     traces_seen: int = 0  # usable traces when the last round froze its data
+    traces_since: float = 0.0  # when that was; shells count `TraceCounts.since_last` from here
+    train: str | None = None  # data.train that the last round, or the baseline, learnt from
     paused_by: str | None = None
     vetoed: tuple[str, ...] = ()  # pair digests that a person rolled back: never promoted by the automatic actor
     refused_edit: str | None = None  # digest of the declared pair settings that did not pass
@@ -440,6 +442,7 @@ class TraceCounts:
     all: int = 0
     usable: int = 0
     reason: str = ""  # why the others are not usable
+    since_last: int | None = None  # usable and given since `Status.traces_since`; None: nobody counted them apart
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ def plan(world: World) -> Plan:
     """All that is wanted now. At most one transition of the trial per plan, so one write per transition."""
     before = world.status
     world = replace(world, status=_in_force(world))
+    world = replace(world, status=_data_seen(world))
     move = _decide(world)
     moved = move.status != before
     world = replace(world, status=move.status)
@@ -60,6 +61,14 @@ def _in_force(world: World) -> Status:
                               or f"r{trial.number}-evaluate" in world.steps):  # fmt: skip
         return status
     return replace(status, serving=_mode(world, status.stable, status.standing))
+
+
+def _data_seen(world: World) -> Status:
+    """Never more traces than there still are, and of a status of before the rows that it must have learnt from."""
+    status, traces = world.status, world.traces
+    seen = min(status.traces_seen, traces.usable) if traces.all else status.traces_seen  # not counted yet is not none
+    train = world.trial_job.spec.data.train if status.train is None and status.stable else status.train
+    return replace(status, traces_seen=seen, train=train)
 
 
 def _mode(world: World, pair: Pair, standing: api.Standing) -> Mode:
@@ -175,13 +184,12 @@ def _start(world: World) -> Move:
         return Move(world.status, following.reason, following.message, finished=finished)
     trial = following.trial
     proposals = world.status.proposals[1:] if trial.origin == "Proposal" else world.status.proposals
-    status = replace(
-        world.status,
-        candidate=trial,
-        trials=trial.number + 1,
-        proposals=proposals,
-        traces_seen=world.traces.usable if trial.origin == "Round" else world.status.traces_seen,
-    )
+    status = replace(world.status, candidate=trial, trials=trial.number + 1, proposals=proposals)
+    if trial.origin in ("Baseline", "Round"):
+        status = replace(status, train=world.job.spec.data.train)
+    if trial.origin == "Round":
+        gone_by = 0 if rounds.learns_from_other_rows(world) else status.without_gain
+        status = replace(status, traces_seen=world.traces.usable, traces_since=world.now, without_gain=gone_by)
     message = f"round {trial.number} ({trial.origin.lower()}) begins"
     return Move(status, message=message, events=(Event("Normal", "RoundStarted", message),))
 
@@ -480,6 +488,8 @@ def _end(world: World, trial: Trial, decision: api.Decision, reason: str, messag
             refused_trial=None if trial.origin == "Edit" else status.refused_trial,
             vetoed=tuple(d for d in status.vetoed if d != trial.pair.digest),
         )
+        if trial.origin == "Edit" and trial.model:
+            status = _of_another_base(status, world.now)
     elif trial.origin == "Baseline" and trial.pair is not None and reason != api.REASON_SPEC_CHANGED:
         # The first model is the stable one all the same: rounds tune it, and the gateway says what it answers by.
         status = replace(
@@ -503,6 +513,11 @@ def _end(world: World, trial: Trial, decision: api.Decision, reason: str, messag
     kind: Literal["Normal", "Warning"] = "Normal" if decision == "Promoted" else "Warning"
     sentence = f"round {trial.number} {decision}: {message}"
     return Move(status, reason, sentence, events=(Event(kind, reason, sentence),))
+
+
+def _of_another_base(status: Status, now: float) -> Status:
+    """What was tuned, gained and learnt was of the old base: the rounds of the new one begin."""
+    return replace(status, tuned_rounds=0, without_gain=0, traces_seen=0, traces_since=0.0, last_round_ended=now)
 
 
 def _closed(world: World, trial: Trial, decision: api.Decision, reason: str, message: str, by: str | None) -> Status:
@@ -606,10 +621,8 @@ def _arm(world: World, name: Literal["stable", "candidate"], weight: int, mode: 
 # ---------------------------------------------------------------- the story
 def _with_conditions(world: World, move: Move) -> Status:
     status = world.status
-    ready = world.gateway.ready
     wanted = (
-        (api.READY, "True" if ready else "False", api.REASON_ANSWERING if ready else api.REASON_STARTING,
-         _answers_by(status) if ready else world.gateway.message or "the gateway starts."),
+        (api.READY, *_ready(world)),
         (api.DRAFTS_HELP, *_drafts_help(status)),
         (api.ROUND_PROGRESSING, "False" if move.failure or move.finished or world.blocked else "True",
          _doing(world) if move.reason == api.REASON_PROGRESSING else move.reason, move.message),
@@ -651,12 +664,25 @@ def _degraded(world: World) -> tuple[tuple[str, str, str, str], ...]:
     return ((api.DEGRADED, "True", world.troubles[0].reason, sentences),)
 
 
-def _answers_by(status: Status) -> str:
+def _ready(world: World) -> tuple[str, str, str]:
+    """Whether a request is answered now, and by what."""
+    status, trial = world.status, world.status.candidate
+    if not world.gateway.ready:
+        return "False", api.REASON_STARTING, world.gateway.message or "the gateway starts."
+    if trial is not None and trial.stage == "Watch" and not _missing(world, trial.pair):
+        return "True", api.REASON_ANSWERING, f"the pair of round {trial.number} answers and is watched."
     if status.stable is None:
-        return "the strong model answers alone until there is a weak model."
+        return "True", api.REASON_ANSWERING, "the strong model answers alone until there is a weak model."
     if status.serving == "StrongAlone":
-        return f"the strong model answers alone: {_not_served(status, status.stable)}"
-    return f"the pair of round {status.stable_round} answers."
+        return "True", api.REASON_ANSWERING, f"the strong model answers alone: {_not_served(status, status.stable)}"
+    missing, of = _missing(world, status.stable), f"the server of round {status.stable_round}"
+    if missing is None:
+        return "True", api.REASON_ANSWERING, f"the pair of round {status.stable_round} answers."
+    fails = world.job.spec.collaboration.when_weak_fails == "Fail"
+    if fails and status.stable.weak_digest in world.servers:  # else the routing has no address to fail at
+        message = f"requests fail, as collaboration.whenWeakFails says, while {of} is not ready: {missing}"
+        return "False", api.REASON_WAITING_FOR_SERVER, message
+    return "True", api.REASON_ANSWERING, f"the strong model answers alone while {of} is not ready: {missing}"
 
 
 def _drafts_help(status: Status) -> tuple[str, str, str]:

@@ -105,17 +105,19 @@ def at_declared_address(world: api.World, pair: Pair) -> Pair:
 
 def _tuned_round(world: api.World) -> Next:
     status, rounds = world.status, world.job.spec.rounds
+    other_rows = learns_from_other_rows(world)
     if status.tuned_rounds >= rounds.max:
-        return Next(None, api.REASON_MAX_ROUNDS, f"all {rounds.max} rounds of rounds.max are over.", True)
-    if status.without_gain >= rounds.stop_after_rounds_without_gain > 0:
+        hint = " data.train was edited since: a higher rounds.max learns from it." if other_rows else ""
+        return Next(None, api.REASON_MAX_ROUNDS, f"all {rounds.max} rounds of rounds.max are over.{hint}", True)
+    if status.without_gain >= rounds.stop_after_rounds_without_gain > 0 and not other_rows:
         return Next(None, api.REASON_NO_GAIN, f"{status.without_gain} rounds in a row brought no gain.", True)
     if (left := status.last_round_ended + rounds.cooldown_seconds - world.now) > 0 and status.tuned_rounds:
         when = _clock(world.now + left)
         return Next(None, api.REASON_COOLDOWN, f"the next round may start at {when} (rounds.cooldownSeconds).")
     if rounds.trigger.schedule and (wait := _before_schedule(world, rounds.trigger.schedule)):
         return Next(None, api.REASON_WAITING_FOR_SCHEDULE, wait)
-    new = world.traces.usable - status.traces_seen
-    if new < rounds.trigger.new_traces:
+    new = new_traces(world)
+    if new < rounds.trigger.new_traces and not other_rows:
         note = f"; {world.traces.reason}" if world.traces.reason else ""
         return Next(
             None,
@@ -125,6 +127,21 @@ def _tuned_round(world: api.World) -> Next:
     return Next(_trial(world, "Round"))
 
 
+def learns_from_other_rows(world: api.World) -> bool:
+    """`data.train` was edited since the last round: one is due, and rounds without gain say nothing of it."""
+    return world.status.train is not None and world.status.train != world.job.spec.data.train
+
+
+def new_traces(world: api.World) -> int:
+    """Usable traces since the last round froze its data, as they were counted, or else as they became more.
+
+    Old ones are deleted (traces.retentionDays) as new ones come in, so the difference alone may stay 0 for ever.
+    """
+    if world.traces.since_last is not None:
+        return world.traces.since_last
+    return world.traces.usable - world.status.traces_seen
+
+
 def _before_schedule(world: api.World, expression: str) -> str:
     """Why no round is due by `rounds.trigger.schedule`; "" when one is, and stays so until it starts.
 
@@ -132,7 +149,7 @@ def _before_schedule(world: api.World, expression: str) -> str:
     skipped, times that pass while the job is paused or waits for traces are made up for, once.
     """
     status = world.status
-    since = status.last_round_ended if status.tuned_rounds else min((o.ended_at for o in status.rounds), default=0.0)
+    since = status.last_round_ended or min((o.ended_at for o in status.rounds), default=0.0)
     try:
         due = next_after(expression, since)
     except ValueError as error:  # an API server cannot tell: its rules know no calendar

@@ -677,7 +677,91 @@ def test_instead_of_such_a_baseline_a_proposal_may_become_the_first_pair():
     assert (plan.status.stable, plan.status.base, plan.status.candidate) == (pair, "file:///base", None)
 
 
+# ---------------------------------------------------------------- when a round is due
+TEN_NEW = w.job(rounds={"trigger": api.Trigger(10)})
+
+
+@pytest.mark.parametrize(
+    ("traces", "seen", "due"),
+    [
+        pytest.param(api.TraceCounts(900, 500, "", 10), 500, True, id="as many old ones were deleted as came in"),
+        pytest.param(api.TraceCounts(900, 900, "", 9), 500, False, id="old ones became usable late"),
+        pytest.param(api.TraceCounts(900, 510), 500, True, id="nobody counts them apart, and ten more are there"),
+        pytest.param(api.TraceCounts(900, 509), 500, False, id="nine more"),
+    ],
+)
+def test_new_traces_are_those_since_the_last_round(traces, seen, due):
+    status = replace(w.SERVED, traces_seen=seen)
+    plan = settle(w.world(job=TEN_NEW, status=status, traces=traces))
+    assert (plan.status.candidate is not None) == due
+
+
+def test_deleted_traces_do_not_hide_new_ones():
+    fewer = settle(w.world(job=TEN_NEW, status=replace(w.SERVED, traces_seen=500), traces=api.TraceCounts(90, 80)))
+    assert fewer.status.traces_seen == 80
+    assert settle(w.world(job=TEN_NEW, status=fewer.status, traces=api.TraceCounts(100, 90))).status.candidate
+
+
+def test_traces_that_were_not_counted_yet_are_not_gone():
+    plan = settle(w.world(job=TEN_NEW, status=replace(w.SERVED, traces_seen=500)))
+    assert plan.status.traces_seen == 500
+
+
+def test_a_round_notes_from_when_new_traces_count_and_from_what_it_learns():
+    begun = settle(w.world(traces=api.TraceCounts(90, 80))).status
+    assert (begun.traces_seen, begun.traces_since, begun.train) == (80, w.NOW, "file:///train.jsonl")
+
+
+OTHER_ROWS = w.job(data={"train": "file:///more.jsonl"}, rounds={"trigger": api.Trigger(10)})
+LEARNT = replace(w.SERVED, train="file:///train.jsonl", without_gain=2, tuned_rounds=1)
+
+
+def test_an_edit_of_the_training_rows_makes_a_round_due():
+    assert settle(w.world(job=w.job(rounds={"max": 3}), status=LEARNT)).status.candidate is None
+    begun = settle(w.world(job=OTHER_ROWS, status=LEARNT)).status
+    assert (begun.candidate.origin, begun.without_gain, begun.train) == ("Round", 0, "file:///more.jsonl")
+
+
+def test_all_rounds_over_says_that_the_edited_rows_wait_for_more_of_them():
+    plan = settle(w.world(job=OTHER_ROWS, status=replace(LEARNT, tuned_rounds=2)))
+    assert plan.finished is not None and "data.train was edited since" in plan.finished
+
+
+def test_a_status_of_before_takes_the_declared_rows_for_those_that_it_learnt_from():
+    assert settle(w.world(status=replace(LEARNT, train=None))).status.train == "file:///train.jsonl"
+
+
+def test_a_new_base_begins_its_rounds_anew():
+    job = w.job(weak={"model": "file:///other"})
+    trial = w.trial("Canary", origin="Edit", step=1, model="file:///other", done={"sft": {}, "evaluate": {}})
+    tired = replace(w.SERVED, candidate=trial, tuned_rounds=2, without_gain=2, traces_seen=70, last_round_ended=5.0)
+    after = reconcile.plan(replace(LAST, job=job, status=tired)).status
+    assert (after.stable, after.base) == (w.CANDIDATE, "file:///other")
+    assert (after.tuned_rounds, after.without_gain, after.traces_seen, after.last_round_ended) == (0, 0, 0, w.NOW)
+    assert settle(w.world(job=job, status=after)).status.candidate.origin == "Round"
+
+
 # ---------------------------------------------------------------- what answers, and why
+@pytest.mark.parametrize(
+    ("when_weak_fails", "ready", "words"),
+    [("StrongAlone", "True", "the strong model answers alone while the server of round 0 is not ready: no memory"),
+     ("Fail", "False", "requests fail, as collaboration.whenWeakFails says, while the server of round 0 is not ready")],
+)  # fmt: skip
+def test_ready_looks_at_the_server_of_the_pair(when_weak_fails, ready, words):
+    job = w.job(collaboration={"when_weak_fails": when_weak_fails}, rounds={"max": 0})
+    down = {w.STABLE.weak_digest: api.ServerState(False, "http://weak/v1", message="no memory")}
+    seen = condition(settle(w.world(job=job, servers=down)), api.READY)
+    assert seen.status == ready and seen.message.startswith(words)
+    assert condition(settle(w.world(job=job, servers=UP)), api.READY).message == "the pair of round 0 answers."
+    unknown = condition(settle(w.world(job=job)), api.READY)
+    assert unknown.status == "True", "without an address the gateway asks the strong model alone"
+
+
+def test_in_the_watch_the_candidate_answers():
+    plan = settle(replace(LAST, job=w.job(canary={"watch_seconds": 60})))
+    assert condition(plan, api.READY).message == "the pair of round 1 answers and is watched."
+
+
 ALONE = replace(w.SERVED, serving="StrongAlone", standing="NotPassed")
 SERVE = {"collaboration": {"when_drafts_hurt": "Serve"}, "rounds": {"max": 0}}
 
