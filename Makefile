@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 UV_VERSION = 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test check format docs lock bench bench-kill bench-operator e2e e2e-faults clean \
+.PHONY: help setup demo study test check format docs lock bench bench-kill bench-spool torture-spool bench-operator e2e e2e-faults clean \
   images image-operator image-serving image-training lock-images helm-docs
 
 help:  ## say what there is
@@ -53,6 +53,12 @@ bench-kill: setup  ## kill -9 the run at random moments; the same decision, no p
 
 bench-operator: setup  ## writes, reconcile time and memory of the operator with 1,000 jobs on a real API server; 40 minutes
 	$(BIN)/python tests/benchmarks/operator_bench.py
+
+bench-spool: setup  ## what a durable record costs: CPU of its path and the disk's time
+	$(BIN)/python tests/benchmarks/spool_bench.py
+
+torture-spool: setup  ## kill -9 writers of durable records 200 times; nothing acknowledged lost, nothing twice
+	$(BIN)/python tests/benchmarks/torture_spool.py --kills 200
 
 e2e: setup  ## the cluster tests against the current kubeconfig
 	$(BIN)/python -m pytest tests/e2e -m "e2e and not faults" -ra -s

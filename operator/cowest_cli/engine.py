@@ -315,7 +315,7 @@ class Engine:
     def _start_gateway(self) -> Child:
         command = self._python(
             "cowest_serving.app", "--routing", self.home.routing, "--job", self.home.job,
-            "--store", self.home.store.as_uri(), "--port", self.port,
+            "--store", self.home.store.as_uri(), "--spool", self.home.spool, "--port", self.port,
         )  # fmt: skip
         keys = self.client_keys or os.environ.get(CLIENT_KEYS)
         more = {CLIENT_KEYS: keys, FALLBACK_KEYS: self.fallback_keys}

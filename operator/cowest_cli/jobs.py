@@ -47,6 +47,7 @@ _PLACES = {
     "logs": "logs",
     "progress": "progress",
     "store": "store",
+    "spool": "spool",
     "calls": "calls.sqlite",
 }
 

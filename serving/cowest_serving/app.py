@@ -7,12 +7,16 @@ environment, separated by newlines, or as files in a folder that is followed, so
 COWEST_STRONG_API_KEYS and COWEST_STRONG_API_KEYS_FOLDER for the strong model, COWEST_CLIENT_API_KEYS and
 COWEST_CLIENT_API_KEYS_FOLDER for who may ask (neither given: everybody). COWEST_STRONG_FALLBACK_API_KEYS has a line
 for each of spec.strong.fallbacks, empty for one without a key; its _FOLDER has a folder for each: 00, 01, ...
+
+With --spool a record is on this machine's disk before its answer is complete, and the answer says so: header
+x-cowest-trace: durable, or the comment `: trace durable` before the end of a stream.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import hmac
 import logging
 import os
@@ -28,7 +32,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 import uvicorn
@@ -62,6 +66,7 @@ from cowest_serving.contract import (
     HEADER_REQUEST_ID,
     HEADER_SESSION,
     HEADER_STRONG,
+    HEADER_TRACE,
     HEADER_WEAK,
     KEEP_ALIVE_SECONDS,
     Collaboration,
@@ -72,11 +77,13 @@ from cowest_serving.contract import (
 from cowest_serving.metrics import Metrics
 from cowest_serving.routing import FileRouting, RoutingSource, choose_arm
 from cowest_serving.store import StoreError
-from cowest_serving.traces import TraceSink, TraceWriter, sampled
+from cowest_serving.traces import SpooledTraces, TraceSink, TraceWriter, sampled
 
 log = logging.getLogger(__name__)
 MAX_BODY = 4 * 1024 * 1024
 KEYS_EVERY_SECONDS = 1.0
+DURABLE = "durable"
+DONE = b"data: [DONE]\n\n"
 METRICS = {
     "cowest_answers_total": "Answers by arm, mode and status.",
     "cowest_answer_seconds": "Time from the request to the end of its answer.",
@@ -84,6 +91,8 @@ METRICS = {
     "cowest_feedback_total": "Feedback taken or refused.",
     "cowest_refused_requests_total": "Requests refused before any model was asked, by status.",
     "cowest_trace_rows": "Records by what became of them.",
+    "cowest_trace_spool_bytes": "Records on this machine's disk that the store has not taken yet.",
+    "cowest_trace_spool_trouble": "1 while answers go out without a durable record: the spool is full or fails.",
     "cowest_requests_in_flight": "Answers being made now.",
     "cowest_routing_version": "Version of the routing that holds.",
     "cowest_routing_errors": "Routings that could not be read.",
@@ -94,6 +103,8 @@ METRICS = {
 @dataclass(frozen=True)
 class TraceSettings:
     content_sample_percent: int
+    spool_bytes: int | None = None  # no limit
+    when_spool_full: Literal["Answer", "Refuse"] = "Answer"
 
 
 @dataclass(frozen=True)
@@ -219,6 +230,7 @@ class Gateway:
         self._settings, self._stop = settings, stop
         self._keys, self._client_keys = keys, keys.clients
         self._sample_percent = settings.traces.content_sample_percent if settings.traces else 100
+        self._refuses_when_full = settings.traces is not None and settings.traces.when_spool_full == "Refuse"
         self._models: list[Models] = []
         self.answering = self._answering()
 
@@ -257,12 +269,19 @@ class Gateway:
         routing = self.routing.current
         if routing is None:
             raise Refusal(503, "The gateway has no routing yet.", "api_error", code="not_ready", retry_after=1)
+        self._check_spool()
         arm = choose_arm(routing, request.sticky_key)
         return Record(request, arm, routing.version, arm.mode)
 
-    def finish(self, record: Record) -> None:
-        """Everything that remains of an answer. A fault here must not spoil it."""
-        self.traces.add(sampled(record.row(), self._sample_percent))
+    def _check_spool(self) -> None:
+        """Where the manifest wants no answer without its record."""
+        if self._refuses_when_full and self.traces.is_full:
+            message = "The gateway cannot keep records now, and traces.whenSpoolFull is Refuse."
+            raise Refusal(503, message, "api_error", code="spool_full", retry_after=5)
+
+    def finish(self, record: Record) -> asyncio.Future[bool] | None:
+        """Everything that remains of an answer. A fault here must not spoil it. Await it to know if it is durable."""
+        kept = self.traces.keep(sampled(record.row(), self._sample_percent))
         labels: dict[str, str] = {"arm": record.arm.name, "mode": record.mode}
         self.count.count("cowest_answers_total", **labels, status=record.status)
         seconds = time.monotonic() - record.started
@@ -281,6 +300,7 @@ class Gateway:
             seconds,
             kinds,
         )
+        return kept
 
     # ------------------------------------------------------------ the small endpoints
     async def models(self, request: Request) -> Response:
@@ -292,14 +312,17 @@ class Gateway:
         """A score or a late reference for an answer, by its request id (its record may come later)."""
         self.check_key(request.headers.get("authorization", ""))
         try:
+            self._check_spool()
             row = feedback_row(await _body(request.scope, request.receive), request.headers.get(HEADER_SESSION))
         except Refusal:
             self.count.count("cowest_feedback_total", result="refused")
             raise
-        if not self.traces.add_feedback(row):
+        kept = self.traces.keep_feedback(row)
+        if kept is None:
             raise Refusal(503, "Feedback cannot be kept now.", "api_error", code="store_full", retry_after=5)
+        headers = {HEADER_TRACE: DURABLE} if await kept else None
         self.count.count("cowest_feedback_total", result="taken")
-        return _json({"id": row["feedback_id"]})
+        return _json({"id": row["feedback_id"]}, headers=headers)
 
     async def healthz(self, _: Request) -> Response:
         return _json({"status": "ok"})
@@ -322,6 +345,8 @@ class Gateway:
         text = self.count.text(
             {
                 "cowest_trace_rows": {(("state", state),): float(n) for state, n in rows.items()},
+                "cowest_trace_spool_bytes": {(): float(self.traces.spool_bytes)},
+                "cowest_trace_spool_trouble": {(): float(self.traces.is_full)},
                 "cowest_requests_in_flight": {(): float(self.in_flight)},
                 "cowest_routing_version": {(): float(routing.version if routing else 0)},
                 "cowest_routing_errors": {(): float(self.routing.errors)},
@@ -409,14 +434,18 @@ class Chat:
 
     async def _stream(self, record: Record, response: Reply) -> None:
         events = self._gateway.answering.stream(record)
+        last = b""
         async with aclosing(events):
             async for event in events:
-                await response.part(event)
-        await response.end()
+                if event == DONE:  # nothing comes after it: the record is complete, and is kept first
+                    last = event
+                else:
+                    await response.part(event)
+        await response.end(last)
 
 
 class Reply:
-    """One response. Its record is kept before its last byte goes out: a sink may make it durable by then."""
+    """One response. Its record is kept before its last byte goes out; a client is told where it is durable by then."""
 
     def __init__(self, send: Send, record: Record, gateway: Gateway) -> None:
         self._send, self._record, self._gateway = send, record, gateway
@@ -433,31 +462,40 @@ class Reply:
     async def whole(self, status: int, body: bytes, retry_after: str | None = None) -> None:
         more = [(b"retry-after", retry_after.encode())] if retry_after else []
         length = (b"content-length", str(len(body)).encode())
+        if await self._durable():
+            more.append((HEADER_TRACE.encode(), DURABLE.encode()))
         await self._begin(status, [(b"content-type", b"application/json"), length, *more])
-        await self._finish(body)
+        await self._send({"type": "http.response.body", "body": body})
 
     async def part(self, data: bytes) -> None:
+        await self._begin_stream()
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self, last: bytes = b"") -> None:
+        await self._begin_stream()
+        if await self._durable():
+            last = f": trace {DURABLE}\n\n".encode() + last
+        await self._send({"type": "http.response.body", "body": last})
+
+    def keep_record(self) -> asyncio.Future[bool] | None:
+        if self._is_kept:
+            return None
+        self._is_kept = True
+        return self._gateway.finish(self._record)
+
+    async def _durable(self) -> bool:
+        kept = self.keep_record()
+        return kept is not None and await kept
+
+    async def _begin_stream(self) -> None:
         if not self._is_begun:
             kind = (b"content-type", b"text/event-stream; charset=utf-8")
             await self._begin(200, [kind, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def end(self) -> None:
-        await self._finish(b"")
-
-    def keep_record(self) -> None:
-        if not self._is_kept:
-            self._is_kept = True
-            self._gateway.finish(self._record)
 
     async def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self._is_begun = True
         headers = [*headers, *_own_headers(self._record)]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
-
-    async def _finish(self, body: bytes) -> None:
-        self.keep_record()
-        await self._send({"type": "http.response.body", "body": body})
 
 
 def _own_headers(record: Record) -> list[tuple[bytes, bytes]]:
@@ -555,7 +593,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop = Stop()
     try:
         listener = listen(options.host, options.port)
-        app = app_of(options.routing, options.job, options.store, stop)
+        app = app_of(options.routing, options.job, options.store, stop, options.spool)
     except (SettingsError, StoreError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -581,19 +619,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def app_of(routing: Path, job: Path, store: str, stop: Stop | None = None) -> Starlette:
+def app_of(routing: Path, job: Path, store: str, stop: Stop | None = None, spool: Path | None = None) -> Starlette:
     """The gateway that the files and the environment say. Raises `SettingsError`."""
     settings = load_settings(job)
-    writer_id = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
+    traces = _sink(store, spool, settings.traces)
     return build_app(
         settings,
         FileRouting(routing),
-        TraceWriter(store, writer_id),
+        traces,
         strong_keys=_keys("COWEST_STRONG_API_KEYS"),
         fallback_keys=fallback_keys_of(settings.strong),
         client_keys=_keys("COWEST_CLIENT_API_KEYS"),
         stop=stop,
     )
+
+
+def _sink(store: str, spool: Path | None, settings: TraceSettings | None) -> TraceSink:
+    writer_id = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
+    if spool is None:
+        return TraceWriter(store, writer_id)
+    try:
+        spool.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a disk that is full now answers like one that fills up
+            raise SettingsError(f"--spool {spool}: wanted a folder to write in, saw: {error.strerror}") from None
+    return SpooledTraces(store, writer_id, spool, limit_bytes=settings.spool_bytes if settings else None)
 
 
 class DrainingServer(uvicorn.Server):
@@ -658,6 +708,10 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--routing", type=Path, required=True, help="JSON file of the routing, followed while it runs")
     flags.add_argument("--job", type=Path, required=True, help="defaulted CollaborationJob, YAML or JSON")
     flags.add_argument("--store", required=True, help="URI of the object store for traces and feedback")
+    flags.add_argument(
+        "--spool", type=Path, metavar="FOLDER",
+        help="where records are made durable before the store has them (default: they wait in memory)",
+    )  # fmt: skip
     flags.add_argument("--port", type=int, required=True)
     flags.add_argument("--host", default="127.0.0.1", help="0.0.0.0 or :: in a pod (default: %(default)s)")
     flags.add_argument(

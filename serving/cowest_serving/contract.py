@@ -26,6 +26,7 @@ HEADER_PAIR = "x-cowest-pair"  # digest of the pair
 HEADER_WEAK = "x-cowest-weak"  # digest of the weak model that drafted, absent when none did
 HEADER_STRONG = "x-cowest-strong"  # model name that the strong endpoint gave back
 HEADER_MODEL_DIGEST = "x-cowest-model-digest"  # the weak server: what it serves
+HEADER_TRACE = "x-cowest-trace"  # "durable": the record of this answer survives the gateway
 HEADER_SESSION = "x-session-id"  # sticky routing when the body has no `user`
 HEADER_IDEMPOTENCY = "idempotency-key"
 KEEP_ALIVE_SECONDS = 75  # longer than clients and ingresses keep an idle connection: none is sent into as it closes

@@ -39,6 +39,7 @@ class RaySettings:
     routing: str
     job: str
     store: str
+    spool: str | None = None
     replicas: int = 1
     finish_seconds: int = 30
     log_level: str = "info"
@@ -51,7 +52,8 @@ def app(args: Mapping[str, Any]) -> Any:
 
     def build() -> Starlette:  # in each replica
         gateway.log_to_stderr(settings.log_level)
-        return gateway.app_of(Path(settings.routing), Path(settings.job), settings.store)
+        spool = Path(settings.spool) if settings.spool else None
+        return gateway.app_of(Path(settings.routing), Path(settings.job), settings.store, spool=spool)
 
     deployment = serve.deployment(serve.ingress(build)()).options(
         name="gateway",
@@ -108,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _more(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("replicas", "finish_seconds", "log_level")}
+    spool = {"spool": str(options.spool)} if options.spool else {}
+    return spool | {name: getattr(options, name) for name in ("replicas", "finish_seconds", "log_level")}
 
 
 def _run(options: argparse.Namespace, application: Any) -> None:

@@ -1,8 +1,10 @@
 """Records of answers and feedback, kept as typed zstd Parquet segments in the object store.
 
-The gateway writes through a `TraceSink`; `collect` and `score_live` read. A segment lies at
+The gateway writes through a `TraceSink`: `TraceWriter` keeps rows in memory until the store has them, `SpooledTraces`
+on the gateway's disk. `collect` and `score_live` read. A segment lies at
 `<store>/traces/<YYYY-MM-DD>/<HHMMSS>-<writer>-<n>.parquet` and is never changed. Its name is the time of
-writing, never before the time of any of its rows: a reader of rows since a time skips older segments unread.
+writing, never before the time of any of its rows: a reader of rows since a time skips older segments unread. Of the
+same lane a writer's numbers appear in order, with gaps: a reader's mark is the last number of each writer.
 """
 
 from __future__ import annotations
@@ -12,19 +14,22 @@ import hashlib
 import logging
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import BytesIO
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cowest_serving import store
 from cowest_serving.contract import FEEDBACK_COLUMNS, FEEDBACK_PREFIX, TRACE_COLUMNS, TRACES_PREFIX
+from cowest_serving.spool import PROBE, File, Frames, LogFile, Pace, Spool
 
 log = logging.getLogger(__name__)
 Row = Mapping[str, Any]
@@ -50,14 +55,28 @@ FEEDBACK_SCHEMA = schema(FEEDBACK_COLUMNS)
 
 # ---------------------------------------------------------------- writing
 class TraceSink(Protocol):
-    """Where the gateway puts its records. `add*` never raise and never wait; False: a row was dropped."""
+    """Where the gateway puts its records.
 
-    def add(self, row: Row) -> bool: ...
+    `keep*` never raise, and begin before they are awaited. True: the record is durable, whatever happens to this
+    process. False: it waits in memory, or was not on the disk in time. None: a row was dropped.
+    """
 
-    def add_feedback(self, row: Row) -> bool: ...
+    def keep(self, row: Row) -> asyncio.Future[bool] | None: ...
+
+    def keep_feedback(self, row: Row) -> asyncio.Future[bool] | None: ...
+
+    @property
+    def is_full(self) -> bool:
+        """The next record could not be made durable."""
+        ...
+
+    @property
+    def spool_bytes(self) -> int:
+        """On this machine's disk, for the store to take."""
+        ...
 
     def counts(self) -> Mapping[str, int]:
-        """Rows by what became of them (written, failed_writes, dropped, waiting), for the metrics."""
+        """Rows by what became of them (written, failed_writes, dropped, waiting, ...), for the metrics."""
         ...
 
     async def start(self) -> None: ...
@@ -96,6 +115,20 @@ class TraceWriter:
 
     def add_feedback(self, row: Row) -> bool:
         return self._put(self._feedback, row)
+
+    def keep(self, row: Row) -> asyncio.Future[bool] | None:
+        return _not_durable() if self.add(row) else None
+
+    def keep_feedback(self, row: Row) -> asyncio.Future[bool] | None:
+        return _not_durable() if self.add_feedback(row) else None
+
+    @property
+    def is_full(self) -> bool:
+        return False
+
+    @property
+    def spool_bytes(self) -> int:
+        return 0
 
     def _put(self, lane: _Lane, row: Row) -> bool:
         kept = lane.put(row)
@@ -147,7 +180,7 @@ class _Lane:
 
     def __init__(self, folder: str, writer_id: str, schema: pa.Schema, max_waiting: int) -> None:
         self.folder, self.schema, self.max_waiting = folder, schema, max_waiting
-        self.writer_id = re.sub(r"[^A-Za-z0-9.]+", ".", writer_id)
+        self.writer_id = _safe(writer_id)
         self.waiting: deque[Row] = deque()
         self.written = self.dropped = self.failed_writes = self.segments = 0
         self.failing = False
@@ -187,17 +220,31 @@ class _Lane:
             self.dropped += 1
 
     def _write(self, batch: list[Row]) -> int:
-        """How many rows were written. One that the schema cannot hold would fail for ever: it is left out."""
-        try:
-            data = segment(batch, self.schema)
-        except (TypeError, ValueError):  # Arrow's errors are of these kinds
-            batch = [row for row in batch if _fits(row, self.schema)]
-            data = segment(batch, self.schema)
-        now, number = datetime.now(UTC), self.segments
+        number = self.segments
         self.segments += 1  # whatever comes of it: a number never names two contents
-        name = f"{now:%H%M%S}-{self.writer_id}-{number}.parquet"
-        store.put(store.join(self.folder, f"{now:%Y-%m-%d}", name), data)
-        return len(batch)
+        return _put_segment(self.folder, self.schema, batch, datetime.now(UTC), f"{self.writer_id}-{number}")
+
+
+def _put_segment(folder: str, schema: pa.Schema, rows: list[Row], written: datetime, name: str) -> int:
+    """How many rows were written. One that the schema cannot hold would fail for ever: it is left out."""
+    try:
+        data = segment(rows, schema)
+    except (TypeError, ValueError):  # Arrow's errors are of these kinds
+        rows = [row for row in rows if _fits(row, schema)]
+        data = segment(rows, schema)
+    store.put(store.join(folder, f"{written:%Y-%m-%d}", f"{written:%H%M%S}-{name}.parquet"), data)
+    return len(rows)
+
+
+def _safe(writer_id: str) -> str:
+    """As it may stand between the hyphens of a name."""
+    return re.sub(r"[^A-Za-z0-9.]+", ".", writer_id).strip(".")
+
+
+def _not_durable() -> asyncio.Future[bool]:
+    future = asyncio.get_running_loop().create_future()
+    future.set_result(False)
+    return future
 
 
 def _fits(row: Row, schema: pa.Schema) -> bool:
@@ -215,6 +262,117 @@ def segment(rows: list[Row], schema: pa.Schema) -> bytes:
     buffer = BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
+
+
+# ---------------------------------------------------------------- through the gateway's disk
+_TRACE, _FEEDBACK = b"T", b"F"  # the first byte of a payload in the log
+
+
+class SpooledTraces:
+    """Makes each row durable on this machine's disk, and ships the log to the store file by file.
+
+    What the disk does not take waits in memory as with `TraceWriter`, under a writer of its own. Segments are named
+    after their file of the log alone, so that one shipped again after a crash is the same object.
+    """
+
+    def __init__(
+        self,
+        store_uri: str,
+        writer_id: str,
+        folder: Path,
+        *,
+        limit_bytes: int | None = None,
+        pace: Pace | None = None,
+        open_file: Callable[[Path], File] = LogFile,
+    ) -> None:
+        writer = _safe(writer_id)
+        self._memory = TraceWriter(store_uri, f"{writer}.memory")
+        self._lanes = {
+            _TRACE: (store.join(store_uri, TRACES_PREFIX), TRACE_SCHEMA),
+            _FEEDBACK: (store.join(store_uri, FEEDBACK_PREFIX), FEEDBACK_SCHEMA),
+        }
+        self._spool = Spool(
+            folder, writer, self._ship, self._fall_back, limit_bytes=limit_bytes, pace=pace, open_file=open_file
+        )
+        self._written = self._dropped = 0
+
+    def keep(self, row: Row) -> asyncio.Future[bool] | None:
+        return self._keep(_TRACE, row) or self._memory.keep(row)
+
+    def keep_feedback(self, row: Row) -> asyncio.Future[bool] | None:
+        return self._keep(_FEEDBACK, row) or self._memory.keep_feedback(row)
+
+    def _keep(self, kind: bytes, row: Row) -> asyncio.Future[bool] | None:
+        try:
+            payload = kind + orjson.dumps(row)
+        except TypeError:  # memory has its way with rows that no segment can hold
+            return None
+        return self._spool.append(payload)
+
+    @property
+    def is_full(self) -> bool:
+        return self._spool.is_full
+
+    @property
+    def spool_bytes(self) -> int:
+        return self._spool.bytes
+
+    def counts(self) -> Mapping[str, int]:
+        memory = self._memory.counts()
+        return {
+            "acknowledged": self._spool.acknowledged,
+            "unacknowledged": self._spool.unacknowledged,
+            "written": self._written + memory["written"],
+            "dropped": self._dropped + self._spool.unsure_lost + memory["dropped"],
+            "waiting": self._spool.rows + memory["waiting"],
+            "failed_writes": self._spool.failed_ships + memory["failed_writes"],
+        }
+
+    async def start(self) -> None:
+        await self._spool.start()
+        await self._memory.start()
+
+    async def aclose(self) -> None:
+        await self._spool.aclose()
+        await asyncio.sleep(0)  # what the last group has lost falls back first
+        await self._memory.aclose()
+
+    def _fall_back(self, payloads: list[bytes]) -> None:
+        for payload in payloads:
+            add = self._memory.add if payload[:1] == _TRACE else self._memory.add_feedback
+            add(_row(payload))
+
+    def _ship(self, writer: str, number: int, frames: Frames) -> None:
+        """In the shipping thread. Counts at the end: a file that is not shipped whole is shipped again whole."""
+        rows: dict[bytes, list[Row]] = {kind: [] for kind in self._lanes}
+        dropped = 0
+        for payload in frames.payloads:
+            if payload == PROBE:
+                continue
+            try:
+                rows[payload[:1]].append(_row(payload))
+            except (ValueError, KeyError, TypeError):
+                log.warning("A record of %s that cannot be read is dropped.", writer)
+                dropped += 1
+        written = _latest(frames, [row for of_kind in rows.values() for row in of_kind])
+        done = 0
+        for kind, (folder, schema) in self._lanes.items():
+            if rows[kind]:
+                done += _put_segment(folder, schema, rows[kind], written, f"{writer}-{number}")
+        self._written += done
+        self._dropped += sum(map(len, rows.values())) - done + dropped
+
+
+def _row(payload: bytes) -> Row:
+    row: dict[str, Any] = orjson.loads(payload[1:])
+    row["time"] = datetime.fromisoformat(row["time"])
+    return row
+
+
+def _latest(frames: Frames, rows: Sequence[Row]) -> datetime:
+    """When the last of them was written. Never before a row's own time, though a clock may be set back."""
+    times: list[datetime] = [datetime.fromtimestamp(frames.last_us / 1_000_000, UTC), *(row["time"] for row in rows)]
+    return max(times)
 
 
 def sampled(row: Row, percent: int) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -42,7 +43,8 @@ from cowest_serving.contract import (
 )
 from cowest_serving.ray_app import ray_settings
 from cowest_serving.routing import FileRouting
-from cowest_serving.traces import TraceWriter, read_feedback, read_traces
+from cowest_serving.spool import LogFile
+from cowest_serving.traces import SpooledTraces, TraceWriter, read_feedback, read_traces
 from tests.fakes import Fault, ScriptedModel
 from tests.loop.test_fetch import free_address, minio_server, needs_minio, s3_environment
 
@@ -63,8 +65,11 @@ def settings_of(strong: ScriptedModel, **changes: Any) -> GatewaySettings:
     collaboration = Collaboration("Explanation", "StrongAlone", "Fail", "StrongAlone", draft_max_tokens=99)
     of_strong = {name: changes.pop(name) for name in list(changes) if name in Strong.__dataclass_fields__}
     percent = changes.pop("content_sample_percent", 100)
+    when_full = changes.pop("when_spool_full", "Answer")
     return GatewaySettings(
-        strong_settings(strong.url, **of_strong), replace(collaboration, **changes), TraceSettings(percent)
+        strong_settings(strong.url, **of_strong),
+        replace(collaboration, **changes),
+        TraceSettings(percent, None, when_full),
     )
 
 
@@ -125,7 +130,7 @@ async def gateway(tmp_path: Path, settings: GatewaySettings, routing: Any, **opt
     if isinstance(routing, Routing):
         routing = FixedRouting(routing)
     writer = TraceWriter(str(tmp_path), "test")
-    app = build_app(settings, routing, writer, **options)
+    app = build_app(settings, routing, options.pop("traces", writer), **options)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serving = asyncio.create_task(server._serve([listener]))  # without its signal handlers
@@ -144,6 +149,7 @@ async def world(tmp_path: Path, **changes: Any) -> AsyncIterator[tuple[ScriptedM
     """Weak and strong model and a gateway with one stable arm of both."""
     weak_options, strong_options = changes.pop("weak", {}), changes.pop("strong", {})
     options = {name: Keys(changes.pop(name)) for name in ("client_keys", "strong_keys") if name in changes}
+    options |= {name: changes.pop(name) for name in ("traces",) if name in changes}
     arm = changes.pop("arm", {})
     async with (
         ScriptedModel(**({"answers": "a hint", "headers": {"x-cowest-model-digest": DIGEST}} | weak_options)) as weak,
@@ -947,6 +953,153 @@ async def test_bad_feedback_names_the_field_and_is_not_kept(tmp_path: Path, body
     assert read_feedback(str(tmp_path)).num_rows == 0
 
 
+# ---------------------------------------------------------------- durable records
+class Watched(LogFile):
+    """A file that notes in `done`, which others note in too, what is done to it; or fails."""
+
+    def __init__(self, path: Path, done: list[str], fails: bool = False) -> None:
+        super().__init__(path)
+        self._done, self._fails = done, fails
+
+    def write(self, data: bytes) -> None:
+        if self._fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(data)
+        self._done.append("written")
+
+    def sync(self) -> None:
+        super().sync()
+        self._done.append("synced")
+
+
+def spooled(tmp_path: Path, done: list[str] | None = None, **options: Any) -> SpooledTraces:
+    fails = options.pop("fails", False)
+    return SpooledTraces(
+        str(tmp_path),
+        "spooled",
+        tmp_path / "spool",
+        open_file=lambda path: Watched(path, done if done is not None else [], fails),
+        **options,
+    )
+
+
+async def ask_by_hand(app: Any, body: Any, done: list[str]) -> None:
+    """One request, noting what is sent and when, as the server would see it."""
+    parts = [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+    async def receive() -> Any:
+        return parts.pop() if parts else await asyncio.Event().wait()
+
+    async def send(event: Any) -> None:
+        headers = dict(event.get("headers", []))
+        said = "durable" if headers.get(b"x-cowest-trace") == b"durable" else ""
+        said += event.get("body", b"").decode()[:80]
+        done.append(f"{event['type'].rpartition('.')[2]} {said}".strip())
+
+    path = "/v1/chat/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"", "root_path": ""}
+    await app(scope, receive, send)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_client_hears_that_its_record_is_durable_only_after_the_sync(tmp_path: Path, stream: bool) -> None:
+    done: list[str] = []
+    sink = spooled(tmp_path, done)
+    done.append("asked")
+    async with (
+        ScriptedModel("a hint", headers={"x-cowest-model-digest": DIGEST}) as weak,
+        ScriptedModel("yes") as strong,
+    ):
+        app = build_app(settings_of(strong), FixedRouting(Routing(1, "s", (arm_of(weak, strong),))), sink)
+        await sink.start()
+        await ask_by_hand(app, {"messages": ASKED, "stream": stream}, done)
+        await sink.aclose()
+    assert done[0] == "asked"
+    if stream:
+        assert [event.partition(" ")[0] for event in done[1:3]] == ["start", "body"]
+        assert "durable" not in "".join(done[:-3])
+        assert done[-3:] == ["written", "synced", "body : trace durable\n\ndata: [DONE]"]
+    else:
+        assert [event[:13] for event in done[1:]] == ["written", "synced", "start durable", done[-1][:13]]
+        assert done[-1].startswith("body {")
+
+
+async def test_a_durable_answer_says_so_and_its_record_comes_to_the_store(tmp_path: Path) -> None:
+    async with world(tmp_path, traces=spooled(tmp_path)) as (_, _, door):
+        _, headers = await door.ask()
+        said = {"request_id": headers["x-request-id"], "score": 1}
+        status, _, of_feedback = await door.post("/v1/feedback", said)
+        metrics = await door.metrics()
+    assert (headers["x-cowest-trace"], status, of_feedback["x-cowest-trace"]) == ("durable", 200, "durable")
+    assert read_traces(str(tmp_path))["trace_id"].to_pylist() == [headers["x-request-id"]]
+    assert read_feedback(str(tmp_path))["trace_id"].to_pylist() == [headers["x-request-id"]]
+    assert 'cowest_trace_rows{state="acknowledged"} 2' in metrics
+    assert "cowest_trace_spool_trouble 0" in metrics
+
+
+async def test_the_sdk_reads_past_the_word_in_a_stream_and_the_record_is_complete(tmp_path: Path) -> None:
+    async with world(tmp_path, traces=spooled(tmp_path)) as (_, _, door):
+        chunks = [chunk async for chunk in await door.client.chat.completions.create(
+            model="m", messages=ASKED, stream=True
+        )]  # fmt: skip
+        async with door.http.post(door.url + "/v1/chat/completions", json={"messages": ASKED, "stream": True}) as raw:
+            text = await raw.text()
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "the answer"
+    assert text.endswith("\n\n: trace durable\n\ndata: [DONE]\n\n")
+    rows = read_traces(str(tmp_path)).to_pylist()
+    assert [row["answer"] for row in rows] == ["the answer"] * 2
+    assert all(row["answer_ms"] > 0 for row in rows)
+
+
+async def test_without_a_spool_nothing_is_called_durable(tmp_path: Path) -> None:
+    async with world(tmp_path) as (_, _, door):
+        _, headers = await door.ask()
+        async with door.http.post(door.url + "/v1/chat/completions", json={"messages": ASKED, "stream": True}) as raw:
+            assert "durable" not in await raw.text()
+    assert "x-cowest-trace" not in headers
+
+
+@pytest.mark.parametrize("options", [{"fails": True}, {"limit_bytes": 10}], ids=["a full disk", "a full spool"])
+async def test_a_full_disk_breaks_no_answer_and_is_counted(tmp_path: Path, options: Mapping[str, Any]) -> None:
+    async with world(tmp_path, traces=spooled(tmp_path, **options)) as (_, _, door):
+        completion, headers = await door.ask()
+        async with door.http.post(door.url + "/v1/chat/completions", json={"messages": ASKED, "stream": True}) as raw:
+            text = await raw.text()
+        metrics = await door.metrics()
+    assert completion.choices[0].message.content == "the answer"
+    assert "x-cowest-trace" not in headers
+    assert text.endswith("data: [DONE]\n\n") and "durable" not in text
+    assert 'cowest_trace_rows{state="unacknowledged"} 2' in metrics
+    assert read_traces(str(tmp_path)).num_rows == 2  # by way of memory, as the store is well
+
+
+async def test_where_no_answer_may_go_without_its_record_a_full_disk_refuses_before_any_model(tmp_path: Path) -> None:
+    sink = spooled(tmp_path, fails=True)
+    async with world(tmp_path, traces=sink, when_spool_full="Refuse") as (weak, strong, door):
+        await door.ask()  # is how the trouble is found out
+        status, answer, headers = await door.post("/v1/chat/completions", {"messages": ASKED})
+        of_feedback, _, _ = await door.post("/v1/feedback", {"request_id": "r", "score": 1})
+        assert "cowest_trace_spool_trouble 1" in await door.metrics()
+    assert (status, answer["error"]["code"], of_feedback) == (503, "spool_full", 503)
+    assert int(headers["retry-after"]) > 0
+    assert len(weak.calls) == len(strong.calls) == 1
+
+
+async def test_a_gateway_that_is_killed_loses_no_durable_record(tmp_path: Path) -> None:
+    blocked = tmp_path / "store"
+    blocked.write_text("a file where the folder should be: the store is away")
+    flags = ("--spool", str(tmp_path / "spool"))
+    async with started(tmp_path, *flags) as (url, process), aiohttp.ClientSession() as http:
+        async with http.post(url + "/v1/chat/completions", json={"messages": ASKED}) as response:
+            assert response.headers["x-cowest-trace"] == "durable"
+            request_id = response.headers["x-request-id"]
+        process.kill()
+    blocked.unlink()
+    async with started(tmp_path, *flags), asyncio.timeout(20):
+        while read_traces(str(blocked))["trace_id"].to_pylist() != [request_id]:
+            await asyncio.sleep(0.05)
+
+
 # ---------------------------------------------------------------- metrics
 async def test_metrics_count_answers_by_arm_mode_and_status(tmp_path: Path) -> None:
     async with world(tmp_path, weak={"faults": [None, 401]}) as (_, _, door):
@@ -1153,7 +1306,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("wrong", ["port", "job", "spec"])
+@pytest.mark.parametrize("wrong", ["port", "job", "spec", "spool"])
 def test_a_bad_start_ends_with_one_message(tmp_path: Path, wrong: str) -> None:
     spec = spec_of(ScriptedModel())
     if wrong == "spec":
@@ -1162,8 +1315,10 @@ def test_a_bad_start_ends_with_one_message(tmp_path: Path, wrong: str) -> None:
         (tmp_path / "job.yaml").write_text(json.dumps(spec))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1] if wrong == "port" else free_port()
-        ended = subprocess.run(command(tmp_path, port), capture_output=True, text=True, timeout=30, check=False)
-    words = {"port": "give another with --port", "job": "wanted a CollaborationJob", "spec": "spec.strong.model"}
+        more = ["--spool", str(tmp_path / "job.yaml")] if wrong == "spool" else []
+        ended = subprocess.run(command(tmp_path, port, *more), capture_output=True, text=True, timeout=30, check=False)
+    words = {"port": "give another with --port", "job": "wanted a CollaborationJob", "spec": "spec.strong.model",
+             "spool": "wanted a folder to write in"}  # fmt: skip
     assert ended.returncode == 2
     assert words[wrong] in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1

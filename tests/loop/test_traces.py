@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cowest_serving.contract import FEEDBACK_COLUMNS, TRACE_COLUMNS
-from cowest_serving.traces import TraceWriter, read_feedback, read_traces, sampled
+from cowest_serving.spool import Pace
+from cowest_serving.traces import SpooledTraces, TraceWriter, read_feedback, read_new, read_traces, sampled
+from tests.benchmarks.torture_spool import torture
 
 NOW = datetime.now(UTC)
 
@@ -139,6 +144,117 @@ async def test_two_writers_share_a_store(tmp_path: Path) -> None:
         writer.add(row(i))
         await writer.aclose()
     assert read_traces(str(tmp_path)).num_rows == 2
+
+
+# ---------------------------------------------------------------- through the disk
+@asynccontextmanager
+async def spooled(tmp_path: Path, writer: str = "w", **options: Any) -> AsyncIterator[SpooledTraces]:
+    sink = SpooledTraces(str(tmp_path / "store"), writer, tmp_path / "spool", **({"pace": Pace(soon=0.02)} | options))
+    await sink.start()
+    try:
+        yield sink
+    finally:
+        await sink.aclose()
+
+
+async def kept(sink: SpooledTraces, row: dict[str, Any]) -> bool:
+    future = sink.keep(row)
+    assert future is not None
+    return await future
+
+
+async def test_a_durable_row_comes_back_as_it_went_in(tmp_path: Path) -> None:
+    async with spooled(tmp_path, "host:1") as sink:
+        assert await kept(sink, row(0, strong_input_tokens=7))
+        said = sink.keep_feedback({"feedback_id": "f", "trace_id": "t0", "time": NOW, "score": 0.25})
+        assert said is not None and await said
+        assert sink.counts()["acknowledged"] == 2
+    (trace,) = read_traces(str(tmp_path / "store")).to_pylist()
+    assert {name: value for name, value in trace.items() if value is not None} == row(0, strong_input_tokens=7)
+    assert read_feedback(str(tmp_path / "store"))["score"].to_pylist() == [0.25]
+    assert sink.counts()["written"] == 2 and sink.spool_bytes == 0
+
+
+async def test_a_durable_row_is_seen_by_readers_soon_while_its_writer_runs(tmp_path: Path) -> None:
+    async with spooled(tmp_path) as sink:
+        for i in range(3):
+            await kept(sink, row(i))
+            await until(lambda seen=i + 1: read_traces(str(tmp_path / "store")).num_rows == seen)
+
+
+async def test_a_mark_of_what_was_seen_holds_across_segments(tmp_path: Path) -> None:
+    since, mark, seen = NOW.timestamp() - 1, {}, []
+    async with spooled(tmp_path, pace=Pace(max_rows=1)) as sink:
+        for i in range(5):
+            await kept(sink, row(i))
+            await until(lambda: sink.counts()["waiting"] == 0)
+            table, mark = read_new(str(tmp_path / "store"), "traces", mark, since=since)
+            seen += table["trace_id"].to_pylist()
+    assert seen == [f"t{i}" for i in range(5)]
+
+
+async def test_a_segment_is_never_named_before_the_time_of_its_rows(tmp_path: Path) -> None:
+    """As when the clock was set back after a request came."""
+    ahead = datetime.now(UTC) + timedelta(days=2)
+    async with spooled(tmp_path) as sink:
+        await kept(sink, row(0, time=ahead))
+    assert read_traces(str(tmp_path / "store"), ahead).num_rows == 1
+
+
+async def test_a_segment_shipped_again_after_a_crash_is_the_same_object(tmp_path: Path) -> None:
+    """The process died after the put and before it deleted its file."""
+    (tmp_path / "store").write_text("a file where the folder should be")
+    async with spooled(tmp_path) as sink:
+        for i in range(3):
+            assert await kept(sink, row(i))
+    shutil.copytree(tmp_path / "spool", tmp_path / "as-it-was")
+    (tmp_path / "store").unlink()
+    for _ in range(2):
+        async with spooled(tmp_path, "next") as sink:
+            await until(lambda: sink.counts()["written"] == 3)
+        (name,) = segments(tmp_path / "store")
+        assert name.name[6:] == "-w-0.parquet"
+        shutil.rmtree(tmp_path / "spool")
+        shutil.copytree(tmp_path / "as-it-was", tmp_path / "spool")
+    assert read_traces(str(tmp_path / "store"))["trace_id"].to_pylist() == ["t0", "t1", "t2"]
+
+
+async def test_what_the_disk_does_not_take_waits_in_memory(tmp_path: Path) -> None:
+    (tmp_path / "spool").write_text("a file where the folder should be")
+    async with spooled(tmp_path) as sink:
+        assert not await kept(sink, row(0))
+        assert sink.is_full
+        assert sink.counts()["unacknowledged"] == 1
+    assert read_traces(str(tmp_path / "store"))["trace_id"].to_pylist() == ["t0"]
+
+
+async def test_what_a_full_spool_has_no_room_for_waits_in_memory(tmp_path: Path) -> None:
+    async with spooled(tmp_path, limit_bytes=10) as sink:
+        assert not await kept(sink, row(0))
+    assert read_traces(str(tmp_path / "store"))["trace_id"].to_pylist() == ["t0"]
+
+
+async def test_a_durable_row_that_no_segment_can_hold_costs_no_other(tmp_path: Path) -> None:
+    async with spooled(tmp_path) as sink:
+        await kept(sink, row(0))
+        await kept(sink, row(1, strong_input_tokens="many"))
+        await kept(sink, row(2, draft="\udc00"))  # half a character: no JSON can hold it
+    assert read_traces(str(tmp_path / "store"))["trace_id"].to_pylist() == ["t0"]
+    assert sink.counts()["dropped"] == 2
+
+
+async def test_under_load_a_thousand_rows_cost_at_most_two_puts(tmp_path: Path) -> None:
+    async with spooled(tmp_path, pace=Pace()) as sink:
+        for start in range(0, 6000, 500):
+            await asyncio.gather(*(kept(sink, row(i)) for i in range(start, start + 500)))
+    assert read_traces(str(tmp_path / "store")).num_rows == 6000
+    assert len(segments(tmp_path / "store")) <= 12
+
+
+def test_kill_9_loses_nothing_that_was_called_durable_and_writes_nothing_twice(tmp_path: Path) -> None:
+    seen = torture(tmp_path, kills=20, seed=1)
+    assert seen.acknowledged > 100
+    assert (seen.lost, seen.duplicated) == (0, 0)
 
 
 # ---------------------------------------------------------------- since

@@ -40,7 +40,8 @@ def context(name: str = "claims", **sections: Any) -> Context:
         "apiVersion": "cowest.dev/v1alpha1",
         "kind": "CollaborationJob",
         "metadata": {"name": name},
-        "spec": {name: {} for name in ("weak", "strong", "collaboration", "data", "feedback", "training", "rounds")},
+        "spec": {name: {} for name in ("weak", "strong", "collaboration", "data", "feedback", "training", "rounds")}
+        | {"traces": {"spoolBytes": 1 << 30}},
     }
     return Context(job, "desks", "uid-1", document, Images("serving:1", "training:1", "vllm:1"))
 
@@ -306,6 +307,7 @@ def test_a_gateway_on_ray_is_one_ray_service_behind_the_same_service() -> None:
     (workers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
     assert workers["replicas"] == 3
     (application,) = json.loads(spec["serveConfigV2"])["applications"]
+    assert ray_settings(application["args"]).spool == common.SPOOL
     assert ray_settings(application["args"]).replicas == 4, "one on each node: a node without one has no proxy"
     assert application["import_path"] == "cowest_serving.ray_app:app"
 
@@ -452,6 +454,17 @@ def test_a_pod_that_waits_in_a_queue_is_no_trouble(reason: str, trouble: str) ->
 def test_two_jobs_in_one_bucket_do_not_share_a_folder() -> None:
     assert context("a").store == "s3://cowest/desks/desks/a"
     assert context("b").store != context("a").store
+
+
+def test_a_gateways_spool_outlives_its_container_and_is_full_before_its_volume_is() -> None:
+    """A pod whose volume goes over its limit is evicted."""
+    pod = next(pod for name, pod in pods(everything(context())) if name == "Deployment claims-gateway")
+    (volume,) = [each for each in pod["volumes"] if each["name"] == "spool"]
+    (mount,) = [each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "spool"]
+    arguments = pod["containers"][0]["args"]
+    assert arguments[arguments.index("--spool") + 1] == mount["mountPath"]
+    assert int(volume["emptyDir"]["sizeLimit"]) > 1 << 30
+    assert "medium" not in volume["emptyDir"], "a disk: memory does not outlive a kill for want of memory"
 
 
 def test_an_autoscaled_gateway_leaves_its_replicas_to_the_autoscaler() -> None:

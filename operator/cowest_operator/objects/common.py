@@ -18,6 +18,7 @@ PART_LABEL = "app.kubernetes.io/component"
 USER = 65532  # of all our images
 PORT = 8080  # every server of ours listens there
 ROUTING_FILE = "/run/cowest/routing.json"  # of the gateway and its sidecar
+SPOOL = "/var/lib/cowest/spool"  # of the gateway's records
 JOB_FOLDER, STEP_FOLDER = "/etc/cowest/job", "/etc/cowest/step"
 STRONG_KEYS, CLIENT_KEYS, EVALUATOR_KEY = "/etc/cowest/strong-keys", "/etc/cowest/client-keys", "/etc/cowest/evaluator"
 STORE_KEYS = "/etc/cowest/s3-keys"

@@ -68,6 +68,7 @@ def _serve(context: Context, nodes: int, finish_seconds: int) -> dict[str, Any]:
         "routing": common.ROUTING_FILE,
         "job": f"{common.JOB_FOLDER}/job.json",
         "store": context.store,
+        "spool": common.SPOOL,
         "replicas": nodes,
         "finish_seconds": finish_seconds,
     }

@@ -14,6 +14,9 @@ from cowest_operator.objects.common import Child, Context
 from cowest_operator.objects.steps import step_map, step_name
 
 BOOK = "/var/lib/cowest/book.sqlite"
+SPOOL_ABOVE = (
+    64 * 1024 * 1024
+)  # bytes: a pod above the volume's limit is evicted, so the gateway's own limit comes first
 TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 DRAIN_SECONDS = 5  # endpoints take a moment to leave the Service
 
@@ -46,17 +49,19 @@ def _gateway_pod(context: Context) -> dict[str, Any]:
     other_volumes, other_mounts, other_env = _fallbacks(context)
     client_volumes, client_mounts, client_env = _clients(spec.gateway)
     run_mount = {"name": "run", "mountPath": "/run/cowest"}
+    spool_volume, spool_mount = _spool(context)
     on_ray = spec.gateway.engine == "RayServe"
     answering = common.container(
         context, "gateway", context.images.with_ray if on_ray else context.images.serving,
         "cowest_serving.ray_app" if on_ray else "cowest_serving.app",
         ["--routing", common.ROUTING_FILE, "--job", f"{common.JOB_FOLDER}/job.json", "--store", context.store,
-         "--port", str(common.PORT), "--host", "0.0.0.0", "--drain-seconds", str(DRAIN_SECONDS),
-         "--finish-seconds", str(spec.strong.timeout_seconds)],
+         "--spool", common.SPOOL, "--port", str(common.PORT), "--host", "0.0.0.0",
+         "--drain-seconds", str(DRAIN_SECONDS), "--finish-seconds", str(spec.strong.timeout_seconds)],
         ports=[{"name": "http", "containerPort": common.PORT}],
         env=[*common.store_env(context), *strong_env, *other_env, *client_env],
         resources=common.resources(spec.gateway.resources, *(("500m", "1Gi") if on_ray else ("100m", "256Mi"))),
-        volumeMounts=[job_mount, run_mount, tmp_mount, *store_mounts, *strong_mounts, *other_mounts, *client_mounts],
+        volumeMounts=[job_mount, run_mount, spool_mount, tmp_mount, *store_mounts, *strong_mounts, *other_mounts,
+                      *client_mounts],
         startupProbe=common.probe("/healthz", periodSeconds=1, failureThreshold=120),
         readinessProbe=common.probe("/readyz", periodSeconds=2, timeoutSeconds=3),
         livenessProbe=common.probe("/healthz", periodSeconds=10, timeoutSeconds=5, failureThreshold=6),
@@ -67,8 +72,8 @@ def _gateway_pod(context: Context) -> dict[str, Any]:
         resources={"requests": {"cpu": "10m", "memory": "64Mi"}},
         volumeMounts=[run_mount, {"name": "token", "mountPath": TOKEN_FOLDER, "readOnly": True}],
     )  # fmt: skip
-    volumes = [job_volume, {"name": "run", "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}}, tmp_volume,
-               *store_volumes, *strong_volumes, *other_volumes, *client_volumes, _token()]  # fmt: skip
+    volumes = [job_volume, {"name": "run", "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}}, spool_volume,
+               tmp_volume, *store_volumes, *strong_volumes, *other_volumes, *client_volumes, _token()]  # fmt: skip
     return common.pod(
         context,
         serviceAccountName=context.name("gateway"),
@@ -80,6 +85,13 @@ def _gateway_pod(context: Context) -> dict[str, Any]:
              "labelSelector": {"matchLabels": common.selector(context, "gateway")}},
         ],
     )  # fmt: skip
+
+
+def _spool(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Outlives the container, not the pod."""
+    size = context.document["spec"]["traces"]["spoolBytes"]
+    volume = {"name": "spool", "emptyDir": {"sizeLimit": str(size + SPOOL_ABOVE)}}
+    return volume, {"name": "spool", "mountPath": common.SPOOL}
 
 
 def _routing_reader(context: Context) -> tuple[Child, ...]:

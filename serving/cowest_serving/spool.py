@@ -1,0 +1,550 @@
+"""A log on the gateway's disk: a record is called durable when it is synced, and stays until its file is shipped.
+
+    <folder>/<writer>/lock         held (flock) by the process that writes here, or that ships what a dead one left
+    <folder>/<writer>/<number>.log frames: length, CRC-32, time in microseconds, payload
+
+One thread commits in groups: all that queued up during one fdatasync share the next. A second thread ships closed
+files, in order. Knows nothing of rows or of the object store: `traces` gives payloads and a function that ships.
+See docs/decisions/0007-durable-traces.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import struct
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import NamedTuple, Protocol
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 2.0  # seconds that an answer waits for its record
+PROBE_EVERY = 1.0  # seconds between tries while the disk is in trouble
+ADOPT_EVERY = 30.0  # seconds between looks for what processes left that died meanwhile
+MAX_BACKOFF = 5.0  # seconds between tries while the store is away
+MAX_QUEUED = 64 * 1024 * 1024  # bytes in memory on their way to the disk
+MAX_GROUP = 4 * 1024 * 1024  # bytes of one commit
+PROBE = b"N"  # the payload of a frame that is nobody's record
+
+_HEAD = struct.Struct("<IIq")
+_TIME = struct.Struct("<q")
+
+
+# ---------------------------------------------------------------- frames (pure)
+@dataclass(frozen=True)
+class Frames:
+    """What a file of the log holds. The same file gives the same frames, whoever reads it and whenever."""
+
+    payloads: tuple[bytes, ...]
+    last_us: int  # the latest time of a frame
+    torn_bytes: int  # behind the last whole frame: a write that was cut off, never called durable
+
+
+def frame(payload: bytes, time_us: int) -> bytes:
+    return _HEAD.pack(len(payload), _checksum(payload, time_us), time_us) + payload
+
+
+def read_frames(data: bytes) -> Frames:
+    payloads, last_us, at = [], 0, 0
+    while at + _HEAD.size <= len(data):
+        length, checksum, time_us = _HEAD.unpack_from(data, at)
+        payload = data[at + _HEAD.size : at + _HEAD.size + length]
+        # Zeros are what a file system may leave after a power cut, so a frame without a payload is none.
+        if not length or len(payload) < length or checksum != _checksum(payload, time_us):
+            break
+        payloads.append(payload)
+        last_us = max(last_us, time_us)
+        at += _HEAD.size + length
+    return Frames(tuple(payloads), last_us, len(data) - at)
+
+
+def _checksum(payload: bytes, time_us: int) -> int:
+    return zlib.crc32(payload, zlib.crc32(_TIME.pack(time_us)))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """When a file is closed, so that it can be shipped: soon while little comes, full while much does."""
+
+    max_bytes: int = 8 * 1024 * 1024
+    max_rows: int = 2000
+    soon: float = 0.5  # seconds, for whoever watches live answers
+    late: float = 5.0
+    busy_rate: int = 100  # rows a second: above it, a put for every `soon` would be too many
+
+    def is_due(self, size: int, rows: int, age: float, idle: float) -> bool:
+        if size >= self.max_bytes or rows >= self.max_rows or age >= self.late:
+            return True
+        return age >= self.soon and (rows <= self.busy_rate * age or idle >= self.soon / 2)
+
+
+# ---------------------------------------------------------------- files
+class File(Protocol):
+    """One file of the log: the seam at which a test sees the order of things, or lets a disk fail."""
+
+    def write(self, data: bytes) -> None: ...
+    def sync(self) -> None: ...
+    def cut(self, size: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class LogFile:
+    """A new file; its name is on the disk before its first byte."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        try:
+            _sync_folder(path.parent)
+        except OSError:
+            self.close()
+            raise
+
+    def write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._handle, rest) :]
+
+    def sync(self) -> None:
+        os.fdatasync(self._handle)
+
+    def cut(self, size: int) -> None:
+        """Take back what was written behind `size`."""
+        os.ftruncate(self._handle, size)
+        os.fsync(self._handle)
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Home:
+    """The folder of one writer, held by its lock. Closing gives it free, empty it is removed."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path, self._lock = path, lock
+
+    @staticmethod
+    def create(root: Path, writer: str) -> Home:
+        """It shows under its name only when it is locked: nobody takes it for a dead process's."""
+        fresh = root / f".{writer}.new"
+        fresh.mkdir(parents=True, exist_ok=True)
+        lock = os.open(fresh / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fresh.rename(root / writer)
+            _sync_folder(root)
+        except OSError:
+            os.close(lock)
+            raise
+        return Home(root / writer, lock)
+
+    @staticmethod
+    def take(path: Path) -> Home | None:
+        """The folder of a process that is dead; `None` while somebody holds it."""
+        try:
+            lock = os.open(path / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
+        except FileNotFoundError:  # removed by who took it before
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        return Home(path, lock)
+
+    def logs(self) -> list[Path]:
+        return _logs(self.path)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            if not self.logs():
+                (self.path / "lock").unlink(missing_ok=True)
+                self.path.rmdir()
+        os.close(self._lock)
+
+
+def left_in(root: Path) -> list[Path]:
+    """Folders of writers, dead or alive; whatever else lies there is nobody's to take."""
+    with suppress(FileNotFoundError):
+        return sorted(path for path in root.iterdir() if not path.name.startswith(".") and (path / "lock").exists())
+    return []
+
+
+def _logs(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.log") if path.stem.isdigit())
+
+
+# ---------------------------------------------------------------- the log
+Ship = Callable[[str, int, Frames], None]
+Lost = Callable[[list[bytes]], None]
+
+
+class _Entry(NamedTuple):
+    payload: bytes
+    time_us: int
+    synced: asyncio.Future[bool] | None
+
+    @property
+    def size(self) -> int:
+        return _HEAD.size + len(self.payload)
+
+
+@dataclass
+class _Active:
+    """The file that is written now."""
+
+    file: File
+    path: Path
+    opened: float
+    appended: float
+    size: int = 0  # bytes that are synced
+    rows: int = 0
+
+
+class Spool:
+    """Appends payloads from one event loop, commits and ships them in two threads of its own.
+
+    `ship(writer, number, frames)` is called for each closed file, in order, until it does not raise: it may be called
+    again for the same file after a crash. `lost(payloads)` is called on the loop with what is certainly not in the log.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        writer: str,
+        ship: Ship,
+        lost: Lost,
+        *,
+        limit_bytes: int | None = None,
+        pace: Pace | None = None,
+        patience: float = PATIENCE,
+        open_file: Callable[[Path], File] = LogFile,
+    ) -> None:
+        self._root, self._writer, self._limit, self._patience = folder, writer, limit_bytes, patience
+        self._lost, self._pace, self._open_file = lost, pace or Pace(), open_file
+        self._shipper = _Shipper(folder, writer, ship)
+        self._queue: SimpleQueue[_Entry | None] = SimpleQueue()
+        self._unsure: deque[tuple[float, asyncio.Future[bool]]] = deque()
+        self._queued_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_stalled = self._was_full = False
+        self._home: Home | None = None
+        self._active: _Active | None = None
+        self._number = 0
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.trouble = ""  # why the disk does not take records now
+        self.acknowledged = self.unacknowledged = self.unsure_lost = 0
+
+    # ------------------------------------------------------------ on the event loop
+    async def start(self) -> None:
+        if self._thread is None:
+            self._loop = asyncio.get_running_loop()
+            self._thread = threading.Thread(target=self._keep_committing, name="cowest-spool", daemon=True)
+            self._thread.start()
+            self._shipper.start()
+
+    async def aclose(self) -> None:
+        """Commit what waits and try once to ship it. What the store does not take stays for the next process."""
+        if self._thread is None:
+            return
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join, 30)
+        await self._shipper.aclose()
+        if self._home is not None and not self._thread.is_alive():
+            if left := len(self._home.logs()):
+                log.warning("%d files of records stay in %s: the store did not take them.", left, self._home.path)
+            self._home.close()
+        self._thread = None
+
+    def append(self, payload: bytes) -> asyncio.Future[bool] | None:
+        """Begins at once. True: synced. False: not known to be, in time. None: there is no room for it."""
+        assert self._loop is not None, "start() comes first"
+        entry = _Entry(payload, time.time_ns() // 1000, self._loop.create_future())
+        if not self._has_room(entry.size):
+            self.unacknowledged += 1
+            return None
+        self._queued_bytes += entry.size
+        self._queue.put(entry)
+        assert entry.synced is not None
+        if self._is_stalled:
+            self._resolve(entry.synced, False)  # one answer has waited for nothing: not all of them should
+        else:
+            self._unsure.append((self._loop.time(), entry.synced))
+            if self._timer is None:
+                self._timer = self._loop.call_later(self._patience, self._give_up)
+        return entry.synced
+
+    @property
+    def is_full(self) -> bool:
+        """The next record could not be made durable."""
+        return bool(self.trouble) or self._is_over(0)
+
+    @property
+    def bytes(self) -> int:
+        return self._shipper.bytes + self._queued_bytes
+
+    @property
+    def rows(self) -> int:
+        """Not shipped yet, of this process."""
+        return self._queue.qsize() + self._shipper.rows
+
+    @property
+    def failed_ships(self) -> int:
+        return self._shipper.failures
+
+    def _is_over(self, more: int) -> bool:
+        return self._limit is not None and self.bytes + more > self._limit
+
+    def _has_room(self, size: int) -> bool:
+        is_full = self._is_over(size) or self._queued_bytes + size > MAX_QUEUED
+        if is_full and not self._was_full:
+            log.warning("The spool %s is full (%d bytes): records are not durable now.", self._root, self.bytes)
+        self._was_full = is_full
+        return not is_full
+
+    def _give_up(self) -> None:
+        """Answers have waited long enough; their records may still be written."""
+        assert self._loop is not None
+        now, self._timer = self._loop.time(), None
+        while self._unsure and (self._unsure[0][1].done() or now - self._unsure[0][0] >= self._patience):
+            future = self._unsure.popleft()[1]
+            if not future.done():
+                self._is_stalled = True
+                self._resolve(future, False)
+        if self._unsure:
+            self._timer = self._loop.call_at(self._unsure[0][0] + self._patience, self._give_up)
+
+    def _settle(self, group: list[_Entry], is_synced: bool, is_lost: bool) -> None:
+        for entry in group:
+            if entry.synced is not None:
+                self._queued_bytes -= entry.size
+                self._resolve(entry.synced, is_synced)
+        self._is_stalled = self._is_stalled and not is_synced
+        if payloads := [entry.payload for entry in group if entry.synced is not None and not is_synced]:
+            if is_lost:
+                self._lost(payloads)
+            else:
+                self.unsure_lost += len(payloads)
+
+    def _resolve(self, future: asyncio.Future[bool], is_synced: bool) -> None:
+        if future.done():  # the client left, or its answer did not wait any longer
+            return
+        future.set_result(is_synced)
+        if is_synced:
+            self.acknowledged += 1
+        else:
+            self.unacknowledged += 1
+
+    # ------------------------------------------------------------ in the committing thread
+    def _keep_committing(self) -> None:
+        ended = False
+        while not ended:
+            group, ended = self._next_group()
+            if group:
+                self._commit(group)
+            active, now = self._active, time.monotonic()
+            if active and (
+                ended or self._pace.is_due(active.size, active.rows, now - active.opened, now - active.appended)
+            ):
+                self._close_active()
+
+    def _next_group(self) -> tuple[list[_Entry], bool]:
+        """All that waits, and whether nothing comes after it."""
+        patience = PROBE_EVERY if self.trouble else self._pace.soon / 5 if self._active else None
+        group: list[_Entry] = []
+        size = 0
+        try:
+            entry = self._queue.get(timeout=patience)
+            while entry is not None:
+                group.append(entry)
+                size += entry.size
+                if size >= MAX_GROUP:
+                    return group, False
+                entry = self._queue.get_nowait()
+        except Empty:
+            if not group and self.trouble:
+                group.append(_Entry(PROBE, time.time_ns() // 1000, None))
+            return group, False
+        return group, True
+
+    def _commit(self, group: list[_Entry]) -> None:
+        data = b"".join([frame(entry.payload, entry.time_us) for entry in group])
+        try:
+            active = self._active = self._active or self._open()
+            active.file.write(data)
+            active.file.sync()
+        except Exception as error:  # whatever it is, it must not reach an answer
+            self._fail(group, error)
+            return
+        rows = sum(entry.synced is not None for entry in group)
+        active.size += len(data)
+        active.rows += rows
+        active.appended = time.monotonic()
+        self._shipper.grow(len(data), rows)
+        if self.trouble:
+            log.warning("Records are durable in %s again.", self._root)
+            self.trouble = ""
+        self._tell(group, is_synced=True, is_lost=False)
+
+    def _open(self) -> _Active:
+        self._home = self._home or Home.create(self._root, self._writer)
+        path = self._home.path / f"{self._number:010d}.log"
+        self._number += 1  # whatever comes of it: a number never names two contents
+        now = time.monotonic()
+        return _Active(self._open_file(path), path, now, now)
+
+    def _fail(self, group: list[_Entry], error: Exception) -> None:
+        """Take back what may be half written. A sync that failed once may lie the next time: the file is closed."""
+        if not self.trouble:
+            log.warning("Records cannot be made durable in %s (%s).", self._root, error)
+        self.trouble = str(error) or type(error).__name__
+        is_lost = True
+        if self._active is not None:
+            try:
+                self._active.file.cut(self._active.size)
+            except Exception:
+                is_lost = False  # it may be in the file, and then it will be shipped: not in memory too
+            self._close_active(is_sure=is_lost)
+        self._tell(group, is_synced=False, is_lost=is_lost)
+
+    def _close_active(self, is_sure: bool = True) -> None:
+        assert self._active is not None
+        active, self._active = self._active, None
+        with suppress(Exception):
+            active.file.close()
+        if active.size or not is_sure:
+            self._shipper.add(_Closed(active.path, active.rows))
+        else:
+            with suppress(OSError):
+                active.path.unlink()
+
+    def _tell(self, group: list[_Entry], *, is_synced: bool, is_lost: bool) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._settle, group, is_synced, is_lost)
+
+
+# ---------------------------------------------------------------- shipping
+@dataclass(frozen=True)
+class _Closed:
+    path: Path
+    rows: int
+
+
+class _Shipper:
+    """Ships closed files, oldest first, and what dead processes left; a file is deleted after it is shipped."""
+
+    def __init__(self, root: Path, writer: str, ship: Ship) -> None:
+        self._root, self._writer, self._ship = root, writer, ship
+        self._closed: deque[_Closed] = deque()
+        self._adopted: list[Home] = []
+        self._wake = threading.Event()
+        self._counting = threading.Lock()
+        self._is_stopping = self._is_failing = False
+        self._looked = float("-inf")
+        self._thread: threading.Thread | None = None
+        self.bytes = self.rows = self.failures = 0
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._keep_shipping, name="cowest-ship", daemon=True)
+        self._thread.start()
+
+    async def aclose(self) -> None:
+        if self._thread is not None:
+            self._is_stopping = True
+            self._wake.set()
+            await asyncio.to_thread(self._thread.join, 60)
+
+    def grow(self, size: int, rows: int) -> None:
+        with self._counting:
+            self.bytes += size
+            self.rows += rows
+
+    def add(self, closed: _Closed) -> None:
+        self._closed.append(closed)
+        self._wake.set()
+
+    def _keep_shipping(self) -> None:
+        pause = MAX_BACKOFF / 10
+        while True:
+            self._wake.clear()
+            last = self._is_stopping  # read before the round: what was closed by then is in it
+            try:
+                self._round()
+            except Exception as error:
+                self.failures += 1
+                if not self._is_failing:
+                    log.warning("Records in %s cannot be shipped now (%s); they wait there.", self._root, error)
+                self._is_failing = True
+                if last:
+                    break
+                self._pause(pause)
+                pause = min(2 * pause, MAX_BACKOFF)
+                continue
+            if self._is_failing:
+                log.warning("Records in %s are shipped again.", self._root)
+            self._is_failing, pause = False, MAX_BACKOFF / 10
+            if last:
+                break
+            self._wake.wait(ADOPT_EVERY)
+        for home in self._adopted:
+            home.close()
+
+    def _pause(self, seconds: float) -> None:
+        """Files that are closed meanwhile do not end it."""
+        until = time.monotonic() + seconds
+        while not self._is_stopping and (rest := until - time.monotonic()) > 0:
+            self._wake.wait(rest)
+            self._wake.clear()
+
+    def _round(self) -> None:
+        self._adopt()
+        while self._adopted:
+            home = self._adopted[0]
+            for path in home.logs():
+                self._ship_file(home.path.name, path, 0)
+            self._adopted.pop(0).close()
+        while self._closed:
+            self._ship_file(self._writer, self._closed[0].path, self._closed[0].rows)
+            self._closed.popleft()
+
+    def _adopt(self) -> None:
+        if time.monotonic() - self._looked < ADOPT_EVERY:
+            return
+        self._looked = time.monotonic()
+        held = {home.path for home in self._adopted}
+        for path in left_in(self._root):
+            if path.name != self._writer and path not in held and (home := Home.take(path)):
+                self._adopted.append(home)
+                self.grow(sum(file.stat().st_size for file in home.logs()), 0)
+
+    def _ship_file(self, writer: str, path: Path, rows: int) -> None:
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            log.warning("%s was taken away before it was shipped.", path)
+            return
+        frames = read_frames(data)
+        if frames.torn_bytes:
+            log.warning("%s: the last %d bytes are no whole record.", path, frames.torn_bytes)
+        self._ship(writer, int(path.stem), frames)
+        path.unlink()
+        self.grow(-len(data), -rows)
