@@ -78,6 +78,7 @@ REASON_SPEC_CHANGED = "SpecChanged"
 
 REASON_AS_EXPECTED = "AsExpected"
 REASON_NOT_ON_KUBERNETES = "NotOnKubernetes"
+REASON_MANIFEST_INVALID = "ManifestInvalid"
 REASON_NO_KSERVE = "KServeMissing"
 REASON_NO_ARGO = "ArgoWorkflowsMissing"
 REASON_CONTROLLER_AWAY = "ControllerAway"

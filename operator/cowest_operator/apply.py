@@ -9,7 +9,8 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cowest_operator import api, story
@@ -33,6 +34,26 @@ class JobGoneError(Exception):
     """There is no such job any more, or another of its name."""
 
 
+@dataclass
+class Refused:
+    """What the API server refuses in one look; `error` asks for another look soon."""
+
+    troubles: list[api.Trouble] = field(default_factory=list)
+    error: KubeError | None = None
+
+    @contextmanager
+    def by(self, kind: str, soon: bool = True) -> Iterator[None]:
+        """Goes on after a refusal; `soon`: an error that may pass is a reason to look again soon."""
+        try:
+            yield
+        except KubeError as error:
+            if error.code == 0:
+                raise  # nobody is there
+            self.troubles.append(_refused({"kind": kind}, error))
+            if soon and (error.retryable or kind == "ConfigMap"):
+                self.error = self.error or error
+
+
 class Applier:
     """One for all jobs."""
 
@@ -40,12 +61,20 @@ class Applier:
         self.kube = kube
 
     async def apply(self, seen: Observed, plan: api.Plan, family: Family, memory: Memory) -> None:
-        """Raises `KubeError` when the API server is away; what it refuses becomes a trouble of the next look."""
-        context = seen.context
-        if seen.world.blocked is None:
-            await self._routing(context, plan.routing, family)
-            await self._freeze(context, plan.status.candidate, family)
-            await self._children(seen, plan, family, memory)
+        """Raises `KubeError` when the API server is away or is to be asked again soon.
+
+        What it refuses becomes a trouble of the next look. No transition is written before its routing and its frozen
+        manifest; a child that is refused holds up no other, and none of them what the status says.
+        """
+        context, refused = seen.context, Refused()
+        if not seen.stopped:
+            with refused.by("ConfigMap"):
+                await self._routing(context, plan.routing, family)
+                await self._freeze(context, plan.status.candidate, family, memory)
+            if refused.error is not None:
+                plan = _standing_still(plan, seen)
+            await self._children(seen, plan, family, memory, refused)
+        memory.apply_troubles = tuple(refused.troubles)
         await self.write_status(context, plan, seen.world.traces, family, memory)
         for event in plan.events:
             await self._event(context, event)
@@ -53,7 +82,9 @@ class Applier:
             if note.message not in memory.said:
                 await self._event(context, note)
                 memory.said.add(note.message)
-        if seen.world.blocked is None:
+        if refused.error is not None:
+            raise refused.error
+        if not seen.stopped:
             await self._submit(seen, plan, family, memory)
             await self._prune(seen, plan, family, memory)
 
@@ -67,7 +98,7 @@ class Applier:
         if text and {**before, "version": 0} == {**content, "version": 0}:
             return
         child = builders.routing_map(context, replace(routing, version=int(before["version"]) + 1))
-        self._note(family, await self.kube.apply(child))
+        self._note(family, await self._put(child))
 
     async def _version_before(self, context: Context, family: Family) -> int:
         """Of the routing where the job has none of its own: pods of a job of this name may still follow an older one.
@@ -81,38 +112,35 @@ class Applier:
         is_new = "state" not in ((family.job or {}).get("status") or {})
         return 0 if is_new else int(time.time())
 
-    async def _freeze(self, context: Context, trial: api.Trial | None, family: Family) -> None:
+    async def _freeze(self, context: Context, trial: api.Trial | None, family: Family, memory: Memory) -> None:
         if trial is not None and ("ConfigMap", builders.frozen_name(context, trial)) not in family.children:
             child = builders.frozen_manifest(context, trial)
             await self.kube.create(child)
             if found := await self.kube.get("ConfigMap", context.namespace, child["metadata"]["name"]):
                 self._note(family, found)
 
-    async def _children(self, seen: Observed, plan: api.Plan, family: Family, memory: Memory) -> None:
-        troubles = []
+    async def _children(self, seen: Observed, plan: api.Plan, family: Family, memory: Memory, refused: Refused) -> None:
         for child in builders.desired(seen.context, plan, seen.frozen_document):
-            try:
+            with refused.by(child["kind"], soon=child["kind"] not in ("InferenceService", "WorkflowTemplate")):
                 await self._child(child, family, memory)
-            except KubeError as error:
-                if error.retryable and child["kind"] not in ("InferenceService", "WorkflowTemplate"):
-                    raise
-                troubles.append(_refused(child, error))
-        memory.apply_troubles = tuple(troubles)
 
     async def _child(self, child: Child, family: Family, memory: Memory) -> None:
         key, intent = key_of(child), digest_of(child)
         known = family.children.get(key)
         if known is not None and memory.applied.get(key) == (intent, known.stamp):
             return
+        now = self._note(family, await self._put(child))
+        memory.applied[key] = (intent, now)
+
+    async def _put(self, child: Child) -> dict[str, Any]:
         try:
-            answer = await self.kube.apply(child)
+            return await self.kube.apply(child)
         except KubeError as error:
             if error.code != 422 or "immutable" not in str(error) or child["kind"] == "PersistentVolumeClaim":
                 raise
-            await self.kube.delete(key[0], child["metadata"]["namespace"], key[1])  # a selector or roleRef was edited
-            answer = await self.kube.apply(child)
-        now = self._note(family, answer)
-        memory.applied[key] = (intent, now)
+            kind, name = key_of(child)
+            await self.kube.delete(kind, child["metadata"]["namespace"], name)  # a selector or roleRef was edited
+            return await self.kube.apply(child)
 
     def _note(self, family: Family, answer: Mapping[str, Any]) -> str:
         """What the API server answered is newer than what the watch has shown, unless the answer was overtaken."""
@@ -255,6 +283,11 @@ class Applier:
         parts = (family.children.get(key) for key in keys)
         switching = ray.kept_in(context, other=True) in family.children
         return not switching and all(seen and seen.facts["current"] and seen.facts["updated"] for seen in parts)
+
+
+def _standing_still(plan: api.Plan, seen: Observed) -> api.Plan:
+    """Without its transition, which the next look decides again; what is said of the job is said."""
+    return replace(plan, status=replace(seen.world.status, conditions=plan.status.conditions), events=())
 
 
 def _active(workflow: Seen) -> bool:

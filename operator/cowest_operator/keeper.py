@@ -175,7 +175,7 @@ class Keeper:
         return IDLE if gone else LIVE
 
     async def _hold(self, key: Key, memory: Memory, trouble: api.Trouble) -> None:
-        """Nothing can be decided; say so and leave everything as it is."""
+        """Nothing can be decided, and no manifest before this one is known; say so and leave everything as it is."""
         family = self.watched.families[key]
         assert family.job is not None
         before = story.read(family.job.get("status"))
@@ -191,7 +191,7 @@ class Keeper:
 
         conditions = (*kept, condition(api.ROUND_PROGRESSING, "False"), condition(api.DEGRADED, "True"))
         new = dict(family.job.get("status") or {})
-        new["conditions"] = story.conditions(conditions)
+        new |= {"conditions": story.conditions(conditions), "observedGeneration": generation}
         if story.transition(new) == story.transition(memory.written or family.job.get("status") or {}):
             return
         await self.applier.put_status(*key, new, memory.uid)

@@ -40,7 +40,7 @@ LONGEST_RETRY = 600.0
 
 
 class HoldError(Exception):
-    """The job cannot be followed at all for now; what it serves stays served."""
+    """The manifest cannot be read as one, and none before it is known; nothing is decided."""
 
     def __init__(self, trouble: api.Trouble) -> None:
         super().__init__(trouble.message)
@@ -72,6 +72,7 @@ class Observed:
     submit: Mapping[str, int]  # steps that may be submitted now, and as which attempt
     frozen_document: Mapping[str, Any]  # what the running trial's steps go by
     notes: tuple[api.Event, ...] = ()  # of no decision; each is said once
+    stopped: bool = False  # the manifest cannot be followed here, and none before it is known
 
 
 class Observer:
@@ -95,12 +96,13 @@ class Observer:
         """Raises `HoldError` when the manifest cannot be followed, `KubeError` when the API server is away."""
         assert family.job is not None
         now = time.time() if now is None else now
-        context = await self._context(family, memory)
+        context, trouble, stopped = await self._context(family, memory)
         status = _with_a_known_action(memory.state or story.read(family.job.get("status")), now)
         looked = _Look(self, context, family, memory, status, now)
-        return await looked.world()
+        return await looked.world(trouble, stopped)
 
-    async def _context(self, family: Family, memory: Memory) -> Context:
+    async def _context(self, family: Family, memory: Memory) -> tuple[Context, api.Trouble | None, bool]:
+        """The job as it is followed, what is wrong with its manifest, and whether that stops it altogether."""
         assert family.job is not None
         body, platform = family.job, self.discovery.now
         metadata = body["metadata"]
@@ -110,15 +112,23 @@ class Observer:
             "metadata": {"name": metadata["name"], "generation": metadata["generation"]},
             "spec": body["spec"],
         }
-        form = body["spec"]["collaboration"]["draft"]
+        job: api.Job | None = None
         maps = await self._prompts(body, memory)
         try:
+            form = body["spec"]["collaboration"]["draft"]
             document = manifest.resolve_prompts(document, maps, asdict(DEFAULT_PROMPTS[form]))
             job = api.parse_job(document)
+            trouble = blocked_by(job)
         except (manifest.ManifestError, SettingsError, ValueError) as error:
-            reason = api.REASON_CONFIG_MAP_MISSING if maps is not None else api.REASON_NOT_ON_KUBERNETES
-            raise HoldError(api.Trouble(reason, _sentence(str(error)))) from error
-        return Context(
+            trouble = api.Trouble(_reason_of(body, maps), _sentence(str(error)))
+        known = _last_followed(family) if trouble else None
+        if known is not None:
+            with suppress(SettingsError, ValueError):
+                document, job = (as_before := _as_before(known, document)), api.parse_job(as_before)
+        if job is None:
+            assert trouble is not None
+            raise HoldError(trouble)
+        context = Context(
             job,
             metadata["namespace"],
             metadata["uid"],
@@ -129,6 +139,7 @@ class Observer:
             platform.has_kuberay,
             self.settings.job_env,
         )
+        return context, trouble, blocked_by(job) is not None
 
     async def _prompts(self, body: Mapping[str, Any], memory: Memory) -> dict[str, Mapping[str, str]]:
         """The ConfigMap of prompts belongs to the person: it is asked for, not watched."""
@@ -157,9 +168,10 @@ class _Look:
         self.submit: dict[str, int] = {}
         self.observer_base, self.proxy_base = observer.base(context, "observer"), observer.base(context, "proxy")
 
-    async def world(self) -> Observed:
+    async def world(self, trouble: api.Trouble | None, stopped: bool) -> Observed:
+        """A trial that runs goes on by the manifest that it began with; `trouble` lets no other begin."""
         job, trial = self.context.job, self.status.candidate
-        blocked = blocked_by(job)
+        blocked = trouble if stopped or trial is None else None
         frozen_document, frozen = self._frozen(trial)
         # Side by side: where packets are dropped each of them takes seconds, and other jobs wait for this look.
         found = (
@@ -171,7 +183,7 @@ class _Look:
                 self._traces(trial),
                 self._budget(trial),
             )
-            if blocked is None
+            if not stopped
             else ({}, {}, None, None, api.TraceCounts(), self.status.budget)
         )
         self.troubles.sort(key=lambda trouble: (trouble.reason, trouble.message))  # not by who answered first
@@ -179,7 +191,7 @@ class _Look:
             now=self.now,
             job=job,
             status=self.status,
-            store="" if blocked else self.context.store,
+            store="" if stopped else self.context.store,
             calls=steps.CALLS,
             has_explanations=None,
             evaluator=evaluator_digest(job.spec.feedback.evaluator),
@@ -197,13 +209,13 @@ class _Look:
         self._look_at_pods()
         self._look_at_controllers()
         self.troubles += troubles(self.observer.discovery.now, job, self.context.document["spec"].get("training", {}))
-        known = {t.message: t for t in (*([blocked] if blocked else []), *self.memory.apply_troubles, *self.troubles)}
+        known = {t.message: t for t in (*([trouble] if trouble else []), *self.memory.apply_troubles, *self.troubles)}
         notes = tuple(
             api.Event("Warning", api.REASON_ACTION_NOT_UNDERSTOOD, sentence)
             for sentence in not_understood(self.family.job or {})
         )
         world = replace(world, troubles=tuple(known.values()))
-        return Observed(self.context, world, self.submit, frozen_document, notes)
+        return Observed(self.context, world, self.submit, frozen_document, notes, stopped)
 
     # ------------------------------------------------------------ the trial
     def _frozen(self, trial: api.Trial | None) -> tuple[Mapping[str, Any], api.Job | None]:
@@ -407,6 +419,31 @@ class _Look:
             others = [fallback.api_key_secret_ref for fallback in spec.strong.fallbacks]
             names += [f"Secret {ref.name}" for ref in (*others, spec.gateway.client_keys_secret_ref) if ref]
         return " or ".join(names) or "each of its ConfigMaps, Secrets and volumes"
+
+
+def _reason_of(body: Mapping[str, Any], maps: Mapping[str, Any]) -> str:
+    """Of a manifest that cannot be read as one."""
+    reference = body["spec"].get("collaboration", {}).get("promptsConfigMapRef")
+    missing = reference is not None and reference["name"] not in maps
+    return api.REASON_CONFIG_MAP_MISSING if missing else api.REASON_MANIFEST_INVALID
+
+
+def _last_followed(family: Family) -> Mapping[str, Any] | None:
+    """The manifest of the last trial, as it was frozen when that began."""
+    assert family.job is not None
+    head = f"{family.job['metadata']['name']}-r"
+    frozen = {
+        int(number): seen.facts["frozen"]
+        for seen in family.of("ConfigMap")
+        if seen.name.startswith(head) and (number := seen.name.removeprefix(head)).isdigit() and "frozen" in seen.facts
+    }
+    return json.loads(frozen[max(frozen)]) if frozen else None
+
+
+def _as_before(known: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trial goes by, and the store, as they were; the rest as it is declared."""
+    document = followed(known, declared)
+    return {**document, "spec": {**document["spec"], "objectStore": known["spec"].get("objectStore")}}
 
 
 def blocked_by(job: api.Job) -> api.Trouble | None:

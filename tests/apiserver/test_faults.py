@@ -20,6 +20,7 @@ from tests.apiserver.playground import (
     MAPS,
     PODS,
     SERVING,
+    TEMPLATES,
     WORKFLOWS,
     Playground,
     apply,
@@ -96,10 +97,11 @@ def policy(server: ApiServer) -> Iterator[None]:
 
 
 @contextmanager
-def webhook(server: ApiServer) -> Iterator[None]:
-    """KServe's own check of InferenceServices, while KServe is away."""
-    rule = {"apiGroups": ["serving.kserve.io"], "apiVersions": ["*"], "operations": ["CREATE"],
-            "resources": ["inferenceservices"]}  # fmt: skip
+def webhook(
+    server: ApiServer, group: str = "serving.kserve.io", resource: str = "inferenceservices", path: str = SERVING
+) -> Iterator[None]:
+    """Somebody's own check of new objects, while they are away: KServe's of InferenceServices."""
+    rule = {"apiGroups": [group], "apiVersions": ["*"], "operations": ["CREATE"], "resources": [resource]}
     hook = {
         "name": "inferenceservice.kserve.io",
         "clientConfig": {"url": "https://127.0.0.1:9/validate"},  # nobody listens there
@@ -109,29 +111,34 @@ def webhook(server: ApiServer) -> Iterator[None]:
         "admissionReviewVersions": ["v1"],
         "timeoutSeconds": 2,
     }
-    path = f"{ADMISSION}/validatingwebhookconfigurations"
-    with existing(server, {path: {"webhooks": [hook]}}, "kserve"):
+    hooks = f"{ADMISSION}/validatingwebhookconfigurations"
+    with existing(server, {hooks: {"webhooks": [hook]}}, "kserve", path):
         yield
 
 
 @contextmanager
-def existing(server: ApiServer, bodies: Mapping[str, Mapping[str, Any]], name: str) -> Iterator[None]:
+def existing(
+    server: ApiServer, bodies: Mapping[str, Mapping[str, Any]], name: str, tried: str = SERVING
+) -> Iterator[None]:
     """From when it works until it works no more."""
     for path, body in bodies.items():
         status, answer = server.request("POST", path, {"metadata": {"name": name}, **body})
         assert status == 201, answer
     try:
-        wait_until(lambda: _try(server) >= 400, f"{name} to refuse", 60)
+        wait_until(lambda: _try(server, tried) >= 400, f"{name} to refuse", 60)
         yield
     finally:
         for path in reversed(list(bodies)):
             server.request("DELETE", f"{path}/{name}")
-    wait_until(lambda: _try(server) == 201, f"{name} to be gone", 60)
+    wait_until(lambda: _try(server, tried) == 201, f"{name} to be gone", 60)
 
 
-def _try(server: ApiServer) -> int:
-    body = {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": {"name": "try"}}
-    return server.request("POST", f"{SERVING}?dryRun=All", body)[0]
+def _try(server: ApiServer, path: str) -> int:
+    body: dict[str, Any] = {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService"}
+    if path == DEPLOYMENTS:
+        pod = {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "main", "image": "x"}]}}
+        body = {"spec": {"selector": {"matchLabels": {"a": "b"}}, "template": pod}}
+    return server.request("POST", f"{path}?dryRun=All", {**body, "metadata": {"name": "try"}})[0]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +168,53 @@ def test_a_model_server_that_is_refused_is_said_stable_goes_on_and_it_heals(
         wait_for_end(playground)
         assert decisions(playground, "claims") == PROMOTED
         assert playground.condition("claims", api.DEGRADED)["status"] == "False"
+
+
+def test_while_deployments_are_refused_the_status_says_so_the_rest_is_made_and_it_heals(playground: Playground) -> None:
+    with playground.operator(), webhook(playground.server, "apps", "deployments", DEPLOYMENTS):
+        apply(playground, manifest_of("claims", **ONLY_BASELINE))
+        wait_for_reason(playground, "claims", api.DEGRADED, api.REASON_API_REFUSED, 90)
+        assert "failed calling webhook" in playground.condition("claims", api.DEGRADED)["message"]
+        assert playground.status("claims")["observedGeneration"] == 1
+        playground.wait(lambda: playground.get(f"{TEMPLATES}/{steps_template(playground)}") is not None, "the rest")
+        playground.server.request("DELETE", f"{ADMISSION}/validatingwebhookconfigurations/kserve")
+        wait_for_reason(playground, "claims", api.DEGRADED, api.REASON_AS_EXPECTED, 90)
+
+
+def steps_template(playground: Playground) -> str:
+    return next((each["metadata"]["name"] for each in playground.items(TEMPLATES)), "")
+
+
+def test_a_routing_that_somebody_made_immutable_is_made_anew(playground: Playground) -> None:
+    with playground.operator():
+        hold_in_canary(playground)
+        before = routing(playground)
+        playground.server.request("PATCH", f"{MAPS}/claims-routing", {"immutable": True})
+        said = {"verb": "rollback", "by": "ann", "why": "complaints", "at": time.time()}
+        note = {f"cowest.dev/action.{time.time_ns():020d}-rollback": json.dumps(said)}
+        playground.server.request("PATCH", f"{JOBS}/claims", {"metadata": {"annotations": note}})
+        playground.wait(lambda: [arm["name"] for arm in routing(playground)["arms"]] == ["stable"], "the rollback")
+        assert routing(playground)["version"] > before["version"]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        pytest.param({"data": {"train": "file:///rows.jsonl"}}, id="a file of one machine"),
+        pytest.param({"objectStore": None}, id="no object store"),
+    ],
+)
+def test_a_rollback_is_heard_while_the_manifest_cannot_be_followed(playground: Playground, edit: Any) -> None:
+    with playground.operator():
+        hold_in_canary(playground)
+        playground.server.request("PATCH", f"{JOBS}/claims", {"spec": edit})
+        wait_for_reason(playground, "claims", api.DEGRADED, api.REASON_NOT_ON_KUBERNETES)
+        said = {"verb": "rollback", "by": "ann", "why": "complaints", "at": time.time()}
+        note = {f"cowest.dev/action.{time.time_ns():020d}-rollback": json.dumps(said)}
+        playground.server.request("PATCH", f"{JOBS}/claims", {"metadata": {"annotations": note}})
+        playground.wait(lambda: [arm["name"] for arm in routing(playground)["arms"]] == ["stable"], "the rollback")
+        wait_for_reason(playground, "claims", api.ROUND_PROGRESSING, api.REASON_NOT_ON_KUBERNETES)
+        assert decisions(playground, "claims")[1] == (1, "RolledBack", api.REASON_ROLLED_BACK_BY_PERSON)
 
 
 def test_without_kserve_the_status_says_so_and_it_heals_when_kserve_comes(playground: Playground) -> None:

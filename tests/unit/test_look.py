@@ -13,12 +13,12 @@ import pytest
 from cowest_operator import api, manifest, reconcile, story
 from cowest_operator.doors import DoorError, Doors
 from cowest_operator.kube import Kube
-from cowest_operator.observe import Memory, Observed, Observer
+from cowest_operator.observe import HoldError, Memory, Observed, Observer
 from cowest_operator.platform import Discovery, Platform
 from cowest_operator.settings import Images, Settings
 from cowest_operator.watched import Family, see
 from tests import world as w
-from tests.manifests import edited, smallest
+from tests.manifests import REMOVED, edited, smallest
 
 STORE = {"bucket": "cowest", "credentialsSecretRef": {"name": "s3"}}
 ON_KUBERNETES: Mapping[str, Any] = {
@@ -57,7 +57,7 @@ class ScriptedDoors(Doors):
 class Maps:
     """The person's ConfigMaps."""
 
-    def __init__(self, **data: Mapping[str, str]) -> None:
+    def __init__(self, data: dict[str, Mapping[str, str]]) -> None:
         self.data = data
 
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
@@ -68,7 +68,7 @@ class Desk:
     """A job, its children and an observer that sees them."""
 
     def __init__(self, status: api.Status | None = None, **edits: Any) -> None:
-        self.doors, self.maps, self.memory = ScriptedDoors(), Maps(), Memory()
+        self.doors, self.maps, self.memory = ScriptedDoors(), Maps({}), Memory()
         self.family = Family()
         self.declare(**edits)
         if status is not None:
@@ -80,7 +80,7 @@ class Desk:
         self.has("Deployment", "proxy", status={"availableReplicas": 1})
 
     def declare(self, **edits: Any) -> None:
-        text = json.dumps(edited({**ON_KUBERNETES, **edits}, smallest()))
+        text = json.dumps(edited(edits, edited(ON_KUBERNETES, smallest())))
         document = manifest.loads(text).job
         metadata = {"name": "claims", "namespace": "desks", "uid": "u", "generation": 1, "resourceVersion": "5"}
         before = (self.family.job or {}).get("status")
@@ -137,3 +137,70 @@ def test_the_doors_of_a_look_are_asked_side_by_side() -> None:
     desk = Desk(w.SERVED)
     desk.look()
     assert len(desk.doors.asked) == desk.doors.together == 2
+
+
+# ---------------------------------------------------------------- a manifest that cannot be followed
+PROMPTS_ELSEWHERE = {"collaboration.promptsConfigMapRef": {"name": "words"}}
+BROKEN = [
+    pytest.param({"data.train": "file:///rows.jsonl"}, api.REASON_NOT_ON_KUBERNETES, id="a file of one machine"),
+    pytest.param({"objectStore": REMOVED}, api.REASON_NOT_ON_KUBERNETES, id="the store was taken out"),
+    pytest.param(PROMPTS_ELSEWHERE, api.REASON_CONFIG_MAP_MISSING, id="the prompts were deleted"),
+]
+
+
+@pytest.mark.parametrize(("edits", "reason"), BROKEN)
+def test_a_trial_that_runs_goes_on_by_the_manifest_that_it_began_with(edits: Mapping[str, Any], reason: str) -> None:
+    desk = Desk(w.on_trial(stage="Canary", number=1))
+    desk.freeze(1)
+    before = desk.look()
+    desk.declare(**edits)
+    seen = desk.look()
+    assert not seen.stopped and seen.world.blocked is None
+    assert desk.troubles() == [reason]
+    assert seen.context.store == before.context.store and seen.world.job.spec.data == before.world.job.spec.data
+    assert reconcile.plan(seen.world).routing == reconcile.plan(before.world).routing
+
+
+@pytest.mark.parametrize(("edits", "reason"), BROKEN)
+def test_no_trial_begins_and_what_is_served_stays_in_sight(edits: Mapping[str, Any], reason: str) -> None:
+    desk = Desk(w.SERVED)
+    desk.freeze(0)
+    desk.declare(**edits)
+    seen = desk.look()
+    assert not seen.stopped and seen.world.blocked is not None
+    plan = reconcile.plan(seen.world)
+    assert plan.steps == () and plan.status.candidate is None
+    assert [server.digest for server in plan.servers] == [w.STABLE.weak_digest]
+
+
+def test_the_edit_of_what_no_trial_is_frozen_with_applies_at_once() -> None:
+    desk = Desk(w.SERVED)
+    desk.freeze(0)
+    desk.declare(**{"data.train": "file:///rows.jsonl", "gateway": {"replicas": 7}})
+    assert desk.look().world.job.spec.gateway.replicas == 7
+
+
+def test_of_several_frozen_manifests_the_last_one_counts() -> None:
+    desk = Desk(w.SERVED)
+    for number, train in ((2, "s3://data/old.jsonl"), (11, "s3://data/new.jsonl")):
+        desk.declare(**{"data.train": train})
+        desk.freeze(number)
+    desk.declare(**{"data.train": "file:///rows.jsonl"})
+    assert desk.look().world.job.spec.data.train == "s3://data/new.jsonl"
+
+
+def test_a_job_of_which_no_manifest_is_known_is_stopped_and_says_why() -> None:
+    desk = Desk(**{"weak.model": "file:///models/weak"})
+    seen = desk.look()
+    assert seen.stopped and seen.world.blocked is not None
+    assert "spec.weak.model: wanted an s3:// address" in seen.world.blocked.message
+    with pytest.raises(HoldError, match="there is no ConfigMap 'words'"):
+        Desk(**PROMPTS_ELSEWHERE).look()
+
+
+def test_prompts_that_are_there_and_of_no_use_are_not_called_missing() -> None:
+    desk = Desk(**PROMPTS_ELSEWHERE)
+    desk.maps.data["words"] = {"draft": "no place for the query"}
+    with pytest.raises(HoldError) as caught:
+        desk.look()
+    assert caught.value.trouble.reason == api.REASON_MANIFEST_INVALID
