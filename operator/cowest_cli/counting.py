@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 from cowest_operator import api
 from cowest_training.contract import Evaluator
@@ -15,6 +16,7 @@ from cowest_training.contract import Evaluator
 AGAIN_FROM_SCRATCH = 3600.0  # seconds: retention takes segments away, and a count forgets none by itself
 
 Clock = Callable[[], float]
+_Counted = tuple[api.TraceCounts, Callable[[float], int]]  # and how many were given since a time
 
 
 class Counting:
@@ -26,30 +28,34 @@ class Counting:
         self.counted = False  # `counts` is a count; before the first one nothing is known
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, "count")
-        self._flight: Future[api.TraceCounts] | None = None
+        self._flight: Future[_Counted] | None = None
         self._ended = 0.0
-        self._count: Callable[[], api.TraceCounts] | None = None
+        self._count: Callable[[], _Counted] | None = None
+        self._since: Callable[[float], int] = lambda _: 0
         self._fresh = 0.0
 
-    def look(self, every: float) -> api.TraceCounts:
-        """At most `every` seconds old, plus the time that a count takes. Never waits."""
+    def look(self, every: float, since: float = 0.0) -> api.TraceCounts:
+        """At most `every` seconds old, plus the time that a count takes. Never waits.
+
+        `since`: of the usable ones, those given after that are counted apart.
+        """
         if self._flight is not None and self._flight.done():
             self._land(self._flight)
             self._flight = None
         if self._flight is None and (not self._ended or self._clock() - self._ended >= every):
             self._flight = self._thread.submit(self._now)
-        return self.counts
+        return replace(self.counts, since_last=self._since(since) if since and self.counted else None)
 
-    def _land(self, flight: Future[api.TraceCounts]) -> None:
+    def _land(self, flight: Future[_Counted]) -> None:
         self._ended = self._clock()
         if (error := flight.exception()) is None:
-            self.counts, self.counted = flight.result(), True
+            (self.counts, self._since), self.counted = flight.result(), True
         else:  # whatever it is, the next count may succeed
             self.counts = api.TraceCounts(
                 self.counts.all, self.counts.usable, f"they cannot be counted: {error or type(error).__name__}"
             )
 
-    def _now(self) -> api.TraceCounts:
+    def _now(self) -> _Counted:
         if self._count is None or self._clock() - self._fresh > AGAIN_FROM_SCRATCH:
             self._count, self._fresh = _counter(*self.what), self._clock()
         return self._count()
@@ -59,7 +65,7 @@ class Counting:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _counter(store: str, days: int, evaluator: Evaluator, held_out: str) -> Callable[[], api.TraceCounts]:
+def _counter(store: str, days: int, evaluator: Evaluator, held_out: str) -> Callable[[], _Counted]:
     """Old traces go first, so that they are not counted."""
     from cowest_training.observer import TraceCounter
     from cowest_training.retention import expire
@@ -67,8 +73,8 @@ def _counter(store: str, days: int, evaluator: Evaluator, held_out: str) -> Call
     expire(store, days)
     counter = TraceCounter(store, evaluator, held_out)
 
-    def count() -> api.TraceCounts:
+    def count() -> _Counted:
         seen = counter.count()
-        return api.TraceCounts(seen.all, seen.usable, seen.reason)
+        return api.TraceCounts(seen.all, seen.usable, seen.reason), seen.since
 
     return count

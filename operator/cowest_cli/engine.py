@@ -240,7 +240,7 @@ class Engine:
     def _traces(self, trial: api.Trial | None) -> api.TraceCounts:
         """Often only while a round may wait for them."""
         waiting = trial is None and self.job.spec.rounds.trigger.new_traces > 0
-        return self.counting.look(COUNT_OFTEN if waiting else COUNT_SELDOM)
+        return self.counting.look(COUNT_OFTEN if waiting else COUNT_SELDOM, self.status.traces_since)
 
     def _new_counting(self) -> Counting:
         spec = self.job.spec

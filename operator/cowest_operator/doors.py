@@ -31,8 +31,9 @@ class Doors:
     async def artifact(self, observer: str, uri: str) -> Any:
         return await self._get(f"{observer}/v1/artifact?uri={quote(uri, safe='')}", "observer")
 
-    async def traces(self, observer: str) -> Any:
-        return await self._get(f"{observer}/v1/traces", "observer")
+    async def traces(self, observer: str, since: float = 0.0) -> Any:
+        """`since`: of the usable ones, those given after that are counted apart."""
+        return await self._get(f"{observer}/v1/traces" + (f"?since={since!r}" if since else ""), "observer")
 
     async def spent(self, proxy: str, round_number: int) -> Any:
         return await self._get(f"{proxy}/v1/spent?round={round_number}", "proxy")

@@ -297,10 +297,12 @@ class _Look:
     async def _traces(self, trial: api.Trial | None) -> api.TraceCounts:
         waiting = trial is None and self.status.stable is not None and self.context.job.spec.rounds.trigger.new_traces
         every = COUNT_EVERY if waiting else 6 * COUNT_EVERY
-        data = await self._asked("traces", every, self.observer.doors.traces(self.observer_base))
+        since = self.status.traces_since
+        data = await self._asked(f"traces {since}", every, self.observer.doors.traces(self.observer_base, since))
         if not data:
             return api.TraceCounts()
-        return api.TraceCounts(int(data["all"]), int(data["usable"]), str(data.get("reason") or ""))
+        counts = api.TraceCounts(int(data["all"]), int(data["usable"]), str(data.get("reason") or ""))
+        return replace(counts, since_last=data.get("since_last"))
 
     async def _budget(self, trial: api.Trial | None) -> api.Budget:
         number = trial.number if trial else max(0, self.status.trials - 1)

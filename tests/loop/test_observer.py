@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -25,7 +25,7 @@ import pytest
 from cowest_serving import store, traces
 from cowest_training import observer
 from cowest_training.contract import Evaluator
-from tests.loop.test_collect import Desk
+from tests.loop.test_collect import START, Desk
 
 EXACT = Evaluator("ExactMatch")
 AWAY = {"COWEST_S3_PATH_STYLE": "true", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "x"}
@@ -59,6 +59,15 @@ def test_it_counts_as_collect_does_whatever_comes_in_which_order(desk: Desk, kin
     final = counts.count(date(2026, 1, 5))
     assert final == desk.count(evaluator)
     assert 0 < final.usable < final.all == 40
+
+
+def test_what_is_usable_is_counted_since_any_time_by_when_it_was_asked_last(desk: Desk) -> None:
+    for number, query in enumerate(["a question", "another question", "a question"]):
+        desk.answer(number, query)
+    counted = counter(desk, Evaluator("Judge")).count(date(2026, 1, 5))
+    times = [(START + timedelta(minutes=number)).timestamp() for number in range(3)]
+    assert counted.usable == 2
+    assert [counted.since(at) for at in (0.0, *times)] == [2, 2, 1, 0]
 
 
 def test_a_segment_is_read_once(desk: Desk) -> None:
@@ -207,6 +216,9 @@ def test_traces_are_counted_while_it_runs_and_shown_in_the_metrics(desk: Desk) -
         answer_now(desk, 2, "another question")
         counts = served.counts(all_=2)
         assert counts["usable"] == 0 and "without a late reference" in counts["reason"]
+        assert "since_last" not in counts
+        assert json.loads(served.get(f"/v1/traces?since={before}")[1])["since_last"] == 0
+        assert served.get("/v1/traces?since=yesterday")[0] == 400
         assert before - 60 < counts["counted_at"] <= time.time()
         assert served.get("/readyz")[0] == 200
         text = served.get("/metrics")[1].decode()

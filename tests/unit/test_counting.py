@@ -60,6 +60,16 @@ def test_what_comes_in_is_counted_by_a_later_look(store):
     counting.close()
 
 
+def test_those_given_since_a_time_are_counted_apart(store):
+    add(store, 1)
+    between = time.time()
+    add(store, 2)
+    counting = make(store)
+    until(counting, lambda seen: seen.usable == 2)
+    assert [counting.look(60.0, since).since_last for since in (0.0, 1.0, between, time.time())] == [None, 2, 1, 0]
+    counting.close()
+
+
 def test_between_two_counts_nothing_is_read(store):
     now = 1.0
     counting = make(store, lambda: now)

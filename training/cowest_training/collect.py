@@ -13,9 +13,10 @@ Writes dataset.jsonl, README.md (the card) and manifest.json. The engine counts 
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -66,6 +67,11 @@ class TraceCounts:
     all: int
     usable: int
     reason: str  # why the others are not usable, as a sentence; "" when all are
+    times: Sequence[float] = field(default=(), compare=False, repr=False)  # when the usable ones were given, in order
+
+    def since(self, epoch: float) -> int:
+        """How many of the usable ones were given after that."""
+        return len(self.times) - bisect_right(self.times, epoch)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Small facts out of a job's object store over HTTP, so that the operator needs neither its keys nor its records.
 
     GET /v1/artifact?uri=...   a manifest, report, decision or live score below --store, as it lies there
-    GET /v1/traces             {"all", "usable", "reason", "counted_at"}: how many traces a round could learn from
+    GET /v1/traces             {"all", "usable", "reason", "counted_at"}: how many traces a round could learn from;
+                               with ?since=EPOCH also "since_last": how many of the usable ones were given after that
     GET /healthz /readyz /metrics
 
 404: no such artifact. 403: nothing that is given out. 503: the store is away, or hangs.
@@ -21,11 +22,12 @@ import signal
 import socket
 import sys
 import time
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from fnmatch import fnmatch
 from io import BytesIO
@@ -100,8 +102,8 @@ class ObserverSettings:
 class TraceCounter:
     """What `collect.count_usable` counts, kept up to date by reading each segment once.
 
-    Of a trace only what its reference may still change is kept: its id and a digest of what was asked. Blocks; for one
-    thread at a time.
+    Of a trace only what its reference may still change is kept: its id, its time and a digest of what was asked.
+    Blocks; for one thread at a time.
     """
 
     def __init__(self, store_uri: str, evaluator: Evaluator, held_out_uri: str) -> None:
@@ -115,7 +117,7 @@ class TraceCounter:
         self._since: date | None = None  # the day of the last look; None: nothing was looked at
         self._seen: dict[str, set[str]] = {}  # the segments that were read, by folder of a day
         self._excluded: Counter[str] = Counter()  # by a reason that no reference changes
-        self._asked: dict[str, list[bytes]] = defaultdict(list)  # trace id -> what was asked
+        self._asked: dict[str, list[tuple[bytes, float]]] = defaultdict(list)  # trace id -> what was asked, when
         self._said: dict[str, tuple[datetime, str | None]] = {}  # trace id -> latest reference: time, what is wrong
         self._counts: TraceCounts | None = None  # None: something came in since
 
@@ -124,7 +126,7 @@ class TraceCounter:
         if (held_out := held_out_keys(self._held_out_uri)) is not self._held_out:
             self._restart(held_out)
         today = today or datetime.now(UTC).date()
-        self._read(TRACES_PREFIX, ["trace_id", "status", "shadow", "messages"], self._take, today)
+        self._read(TRACES_PREFIX, ["trace_id", "time", "status", "shadow", "messages"], self._take, today)
         self._read(FEEDBACK_PREFIX, ["trace_id", "reference", "time"], self._hear, today)
         self._since = today
         still = {place for prefix in (TRACES_PREFIX, FEEDBACK_PREFIX) for place in self._places(prefix, today)}
@@ -156,7 +158,8 @@ class TraceCounter:
         row = as_row(trace, "", _NO_REFERENCE_NEEDED, self._held_out)
         if isinstance(row, Row):
             key = "\n".join(conversation_key(row.messages)).encode()
-            self._asked[trace["trace_id"]].append(hashlib.blake2b(key, digest_size=16).digest())
+            when = trace["time"].timestamp() if trace["time"] else 0.0
+            self._asked[trace["trace_id"]].append((hashlib.blake2b(key, digest_size=16).digest(), when))
         else:
             self._excluded[row] += 1
 
@@ -170,17 +173,19 @@ class TraceCounter:
 
     def _count(self) -> TraceCounts:
         excluded = self._excluded.copy()
-        needed, usable, ok = needs_reference(self._evaluator), set(), 0
+        needed, ok = needs_reference(self._evaluator), 0
+        usable: dict[bytes, float] = {}  # what was asked -> when it was asked last
         for trace_id, asked in self._asked.items():
             said = self._said.get(trace_id)
             if needed and (said is None or said[1]):
                 excluded[WRONG_REFERENCE if said else NO_REFERENCE] += len(asked)
             else:
-                usable.update(asked)
+                usable.update((query, max(when, usable.get(query, when))) for query, when in asked)
                 ok += len(asked)
         excluded[DUPLICATE] += ok - len(usable)
         left_out = {reason: count for reason, count in excluded.items() if count}
-        return TraceCounts(len(usable) + sum(left_out.values()), len(usable), reason_of(left_out))
+        times = array("d", sorted(usable.values()))
+        return TraceCounts(len(usable) + sum(left_out.values()), len(usable), reason_of(left_out), times)
 
 
 _NO_REFERENCE_NEEDED = Evaluator("Judge")  # with it `as_row` says only what no reference changes
@@ -270,16 +275,6 @@ def _get(uri: str) -> bytes | None:
 
 
 # ---------------------------------------------------------------- the service
-@dataclass(frozen=True)
-class Counted:
-    """The answer to /v1/traces."""
-
-    all: int
-    usable: int
-    reason: str
-    counted_at: float  # epoch seconds
-
-
 class Observer:
     """What the routes share."""
 
@@ -288,7 +283,7 @@ class Observer:
     ) -> None:
         self.desk = desk
         self.metrics = metrics
-        self.counted: Counted | None = None
+        self.counted: tuple[TraceCounts, float] | None = None  # and when, in epoch seconds
         self.trouble = "the first count is under way."
         self._make_counter = make_counter
         self._every = every
@@ -311,7 +306,7 @@ class Observer:
             except Exception as error:  # whatever it is, the next count may succeed
                 self._metrics_of_failure(error)
             else:
-                self.counted, self.trouble = Counted(seen.all, seen.usable, seen.reason, at), ""
+                self.counted, self.trouble = (seen, at), ""
             self.metrics.observe("cowest_observer_count_seconds", time.monotonic() - began)
             await asyncio.sleep(self._every)
 
@@ -335,10 +330,17 @@ class Observer:
             return _error(404, f"there is nothing at {uri}.")
         return Response(data, media_type="application/json")
 
-    async def traces(self, _: Request) -> Response:
+    async def traces(self, request: Request) -> Response:
         if self.counted is None:
             return _error(503, f"the traces were not counted yet: {self.trouble}")
-        return JSONResponse(asdict(self.counted))
+        seen, at = self.counted
+        answer = {"all": seen.all, "usable": seen.usable, "reason": seen.reason, "counted_at": at}
+        if (since := request.query_params.get("since")) is not None:
+            try:
+                answer["since_last"] = seen.since(float(since))
+            except ValueError:
+                return _error(400, f"since: wanted seconds since 1970, saw {since!r}.")
+        return JSONResponse(answer)
 
     async def healthz(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -354,10 +356,10 @@ class Observer:
         gauges: dict[str, Mapping[tuple[tuple[str, str], ...], float]] = {}
         if self.counted:
             gauges["cowest_observer_traces"] = {
-                (("kind", "all"),): self.counted.all,
-                (("kind", "usable"),): self.counted.usable,
+                (("kind", "all"),): self.counted[0].all,
+                (("kind", "usable"),): self.counted[0].usable,
             }
-            gauges["cowest_observer_counted_timestamp_seconds"] = {(): self.counted.counted_at}
+            gauges["cowest_observer_counted_timestamp_seconds"] = {(): self.counted[1]}
         return PlainTextResponse(self.metrics.text(gauges), media_type="text/plain; version=0.0.4")
 
 
