@@ -12,12 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cowest_cli import jobs, processes
 from cowest_cli.engine import MAX_RESTARTS, Engine, Facts, _Server
 from cowest_operator import api, reconcile
 from cowest_training.contract import StepError
 from tests import world as w
+from tests.manifests import edited
 
 
 @contextmanager
@@ -123,12 +125,14 @@ def starts():
 
 @pytest.fixture
 def engine(tmp_path, starts):
-    return make(tmp_path, starts, w.JOB)
+    return make(tmp_path, starts)
 
 
-def make(folder, starts, job):
-    home = jobs.Home(folder)
-    return Engine(jobs.Declared({"spec": {}}, job, folder), home, Facts(1, 1, False, 1.0), None, start=starts)
+def make(folder, starts, **edits):
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(edited(edits)))
+    home = jobs.Home(folder / "home")
+    return Engine(jobs.load(path), home, Facts(1, 1, False, 1.0), None, start=starts)
 
 
 def test_a_server_that_dies_while_it_starts_is_started_again_with_patience(engine, starts):
@@ -234,7 +238,7 @@ def test_a_step_gets_the_threads_that_the_servers_leave(engine, starts, monkeypa
 
 
 def test_vllm_samples_as_it_is_told_and_not_as_the_model_folder_says(tmp_path, starts):
-    engine = make(tmp_path, starts, w.job(weak={"engine": "vLLM"}))
+    engine = make(tmp_path, starts, **{"weak.engine": "vLLM"})
     engine._start_weak(api.ServerSpec("sha256:a", "file:///my%20model"), 7, 1)
     assert starts.commands[0][:3] == ["vllm", "serve", "/my model"]
     assert starts.commands[0][-2:] == ["--generation-config", "vllm"]
