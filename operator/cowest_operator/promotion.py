@@ -308,7 +308,7 @@ def _look_in_watch(canary: api.Canary, alpha: float, trial: api.Trial, live: Liv
 
 def _level(canary: api.Canary, alpha: float) -> float:
     """Of one look at live answers: all looks of all steps, and of the watch where there is one, share the level."""
-    return alpha / (LOOKS_PER_STEP * (len(canary.steps) + (canary.watch_seconds > 0)))
+    return alpha / (LOOKS_PER_STEP * max(1, len(canary.steps) + (canary.watch_seconds > 0)))
 
 
 def _worse(live: LiveReport, level: float) -> Verdict:

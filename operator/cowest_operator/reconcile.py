@@ -1,8 +1,8 @@
 """World -> Plan, in the order of the loop. Pure: no I/O, no clock. Both engines run this.
 
 Preparing --gate--> Canary --steps--> Watch --> Promoted
-    |  (no canary steps: straight on)   |
-    +--> Refused      +--> RolledBack <-+
+    |           (no steps: when its server answers)  |
+    +--> Refused      +--> RolledBack <--------------+
 """
 
 from __future__ import annotations
