@@ -206,7 +206,7 @@ class Applier:
         try:
             await self.kube.create(body)
         except KubeError as error:  # an event is never worth a decision
-            log.warning("event not written: %s", error, extra={"job": context.job.name})
+            log.warning("event not written: %s", error, extra=_of(context))
 
     # ------------------------------------------------------------ steps
     async def _submit(self, seen: Observed, plan: api.Plan, family: Family, memory: Memory) -> None:
@@ -220,6 +220,8 @@ class Applier:
             orders = steps.step_map(context, step, dict(seen.frozen_document))
             try:
                 await self._child(orders, family, memory)
+                if step.name in seen.instead:
+                    await self._give_up(context, seen.instead[step.name], family)
                 workflow = steps.workflow(context, step, attempt)
                 await self.kube.create(workflow)
             except KubeError as error:
@@ -229,6 +231,14 @@ class Applier:
                 continue
             if found := await self.kube.get("Workflow", context.namespace, workflow["metadata"]["name"]):
                 self._note(family, found)
+
+    async def _give_up(self, context: Context, name: str, family: Family) -> None:
+        """It has not begun, and holds the mutex that the next attempt needs."""
+        log.info(
+            "Workflow %s has not started; the edited manifest may let another", name, extra={"job": context.job.name}
+        )
+        await self.kube.delete("Workflow", context.namespace, name)
+        family.children.pop(("Workflow", name), None)
 
     def _unknown(self, step: api.StepSpec, family: Family) -> bool:
         return not any(seen.facts["step"] == step.name for seen in family.of("Workflow"))
@@ -288,6 +298,11 @@ class Applier:
 def _standing_still(plan: api.Plan, seen: Observed) -> api.Plan:
     """Without its transition, which the next look decides again; what is said of the job is said."""
     return replace(plan, status=replace(seen.world.status, conditions=plan.status.conditions), events=())
+
+
+def _of(context: Context) -> dict[str, str]:
+    """What a line of the log carries, to be found by."""
+    return {"job": f"{context.namespace}/{context.job.name}"}
 
 
 def _active(workflow: Seen) -> bool:

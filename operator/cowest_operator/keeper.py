@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from contextvars import Context
+from typing import Any
 
 from cowest_operator import api, farewell, reconcile, story
 from cowest_operator.apply import Applier, JobGoneError
@@ -81,12 +82,12 @@ class Keeper:
                 failures += 1
                 again = min(2.0 ** min(failures, 10), LONGEST_BACKOFF)
                 self.metrics.failed("api_server")
-                log.warning("%s/%s: %s; again in %.0f s", *key, error, again)
+                log.warning("%s/%s: %s; again in %.0f s", *key, error, again, extra=_of(key))
             except Exception:  # a bug in one job must not end the others
                 failures += 1
                 again = min(2.0 ** min(failures, 10), LONGEST_BACKOFF)
                 self.metrics.failed("bug")
-                log.exception("%s/%s: reconciling failed; again in %.0f s", *key, again)
+                log.exception("%s/%s: reconciling failed; again in %.0f s", *key, again, extra=_of(key))
             if again:
                 try:
                     await asyncio.wait_for(wake.wait(), again * random.uniform(0.9, 1.1))
@@ -115,7 +116,8 @@ class Keeper:
         await self.applier.apply(seen, plan, family, memory)
         self.metrics.reconciled(key, time.monotonic() - begun, plan.status)
         for event in plan.events:
-            log.info("%s/%s: %s", *key, event.message, extra={"reason": event.reason})
+            said = _of(key, reason=event.reason, round=_round(plan.status))
+            log.info("%s/%s: %s", *key, event.message, extra=said)
         return _pace(plan)
 
     async def _look_around(self) -> None:
@@ -142,7 +144,7 @@ class Keeper:
         """After a gap in a watch kopf lists anew, and is told of no delete. Names only: it is cheap at 1,000 jobs."""
         for namespace in self.observer.settings.namespaces or ("",):
             for key in self.watched.jobs_gone(namespace, *await self.applier.kube.names(api.KIND, namespace)):
-                log.info("%s/%s is gone", *key)
+                log.info("%s/%s is gone", *key, extra=_of(key))
                 self.forget(key)
             for kind in self._kinds():
                 try:
@@ -196,6 +198,16 @@ class Keeper:
             return
         await self.applier.put_status(*key, new, memory.uid)
         memory.written = new
+
+
+def _of(key: Key, **more: Any) -> dict[str, Any]:
+    """What a line of the log carries, to be found by."""
+    return {"job": "/".join(key), **more}
+
+
+def _round(status: api.Status) -> int:
+    """The trial that runs, else the last one."""
+    return status.candidate.number if status.candidate else max(0, status.trials - 1)
 
 
 def _pace(plan: api.Plan) -> float:

@@ -35,6 +35,7 @@ from cowest_training.contract import (
 ACTION = "cowest.dev/action."  # annotation: what a person said
 ACTION_ID = re.compile(r"(\d{20})-([a-z]+)")  # nanoseconds, so that ids sort by time, and the verb
 LIVE_EVERY, COUNT_EVERY, SPENT_EVERY, PROBE_EVERY, PROMPTS_EVERY = 2.0, 10.0, 10.0, 20.0, 30.0
+ARGO_SLOW, ARGO_RETRIES = 60.0, 240.0  # seconds until Argo must have seen a pod end; until it must have made another
 PATIENCE = 20.0  # seconds before a pod that is not there yet is called a trouble
 LONGEST_RETRY = 600.0
 
@@ -72,6 +73,7 @@ class Observed:
     submit: Mapping[str, int]  # steps that may be submitted now, and as which attempt
     frozen_document: Mapping[str, Any]  # what the running trial's steps go by
     notes: tuple[api.Event, ...] = ()  # of no decision; each is said once
+    instead: Mapping[str, str] = field(default_factory=dict)  # step -> the Workflow that goes before it is submitted
     stopped: bool = False  # the manifest cannot be followed here, and none before it is known
 
 
@@ -166,6 +168,7 @@ class _Look:
         self.status, self.now = status, now
         self.troubles: list[api.Trouble] = []
         self.submit: dict[str, int] = {}
+        self.instead: dict[str, str] = {}
         self.observer_base, self.proxy_base = observer.base(context, "observer"), observer.base(context, "proxy")
 
     async def world(self, trouble: api.Trouble | None, stopped: bool) -> Observed:
@@ -215,7 +218,7 @@ class _Look:
             for sentence in not_understood(self.family.job or {})
         )
         world = replace(world, troubles=tuple(known.values()))
-        return Observed(self.context, world, self.submit, frozen_document, notes, stopped)
+        return Observed(self.context, world, self.submit, frozen_document, notes, self.instead, stopped)
 
     # ------------------------------------------------------------ the trial
     def _frozen(self, trial: api.Trial | None) -> tuple[Mapping[str, Any], api.Job | None]:
@@ -249,6 +252,9 @@ class _Look:
         """`None` when it is due to be submitted again."""
         facts = seen.facts
         if facts["phase"] in ("Pending", "Running"):
+            if self._waits_for_what_was_edited(seen):
+                self.submit[name], self.instead[name] = facts["attempt"] + 1, seen.name
+                return None
             return api.StepState("Running", attempts=1, message=facts["message"])
         if name.removeprefix(f"r{trial.number}-") in trial.done:
             return None
@@ -261,6 +267,18 @@ class _Look:
             self.submit[name] = facts["attempt"] + 1
             return None
         return api.StepState("Failed", code, 1, _sentence(words))
+
+    def _waits_for_what_was_edited(self, seen: Seen) -> bool:
+        """A pod that wants a node, an image or a Secret in vain waits for ever: no edit reaches its Workflow."""
+        facts = seen.facts
+        if not facts["waits"] or facts["generation"] == self.context.job.generation:
+            return False
+        if any(pod.facts["phase"] != "Pending" for pod in self._pods_of(seen)):
+            return False
+        return bool(facts["template"] != steps.workflow_template(self.context)["metadata"]["name"])
+
+    def _pods_of(self, workflow: Seen) -> list[Seen]:
+        return [pod for pod in self.family.of("Pod") if pod.facts["workflow"] == workflow.name]
 
     async def _succeeded(self, trial: api.Trial, name: str) -> api.StepState:
         out = f"{self.context.store}/runs/r{trial.number}/{name.removeprefix(f'r{trial.number}-')}/manifest.json"
@@ -397,7 +415,14 @@ class _Look:
                 self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(message)))
 
     def _look_at_controllers(self) -> None:
-        """What no controller has taken up is nobody's fault but its own."""
+        """What no controller has taken up, or has left where it was, is nobody's fault but its own."""
+        for workflow in self.family.of("Workflow"):
+            if workflow.facts["phase"] == "Running" and (ended := self._ended(workflow)):
+                message = (
+                    f"Workflow {workflow.name} is Running, but its pod ended at {_clock(ended)}: does the controller of"
+                    " Argo Workflows run, and may it watch this namespace?"
+                )
+                self.troubles.append(api.Trouble(api.REASON_CONTROLLER_AWAY, message))
         for kind, controller in (("InferenceService", "KServe"), ("Workflow", "Argo Workflows")):
             for seen in self.family.of(kind):
                 if not seen.facts["taken"] and not seen.deleting and self.now - seen.created > PATIENCE:
@@ -407,6 +432,15 @@ class _Look:
                     )
                     self.troubles.append(api.Trouble(api.REASON_CONTROLLER_AWAY, message))
                     break
+
+    def _ended(self, workflow: Seen) -> float:
+        """When its last pod ended, if that is so long ago that Argo must have noticed; else 0."""
+        pods = self._pods_of(workflow)
+        if not pods or not all(pod.facts["ended"] for pod in pods):
+            return 0.0
+        last = max(pods, key=lambda pod: pod.facts["ended"])
+        patience = ARGO_SLOW if last.facts["phase"] == "Succeeded" else ARGO_RETRIES
+        return float(last.facts["ended"]) if self.now - last.facts["ended"] > patience else 0.0
 
     def _mounted(self, part: str) -> str:
         spec = self.context.job.spec

@@ -232,6 +232,8 @@ def _workflow(body: Mapping[str, Any]) -> dict[str, Any]:
         "step": labels.get(STEP_LABEL, ""),
         "attempt": int(labels.get(ATTEMPT_LABEL, "1")),
         "generation": int(labels.get(GENERATION_LABEL, "0")),
+        "template": ((body.get("spec") or {}).get("workflowTemplateRef") or {}).get("name", ""),
+        "waits": _waits(status),
     }
 
 
@@ -245,6 +247,13 @@ def _exit(status: Mapping[str, Any]) -> tuple[int | None, str]:
         if code.lstrip("-").isdigit() and (code != "0" or status.get("phase") == "Succeeded"):
             return int(code), str(node.get("message", ""))
     return None, str(pods[-1].get("message", "")) if pods else ""
+
+
+def _waits(status: Mapping[str, Any]) -> bool:
+    """No pod of it has run a single command so far."""
+    pods = [node for node in (status.get("nodes") or {}).values() if node.get("type") == "Pod"]
+    packed = status.get("compressedNodes") or status.get("offloadNodeStatusVersion")
+    return not packed and all(node.get("phase", "Pending") == "Pending" for node in pods)
 
 
 def _weight(node: Mapping[str, Any]) -> int:
@@ -273,6 +282,8 @@ def _pod(body: Mapping[str, Any]) -> dict[str, Any]:
         "phase": status.get("phase", ""),
         "trouble": _pod_trouble(status),
         "waits_for_volumes": _waits_for_volumes(status),
+        "workflow": labels.get("workflows.argoproj.io/workflow", ""),
+        "ended": _ended(status),
     }
 
 
@@ -292,6 +303,14 @@ def _pod_trouble(status: Mapping[str, Any]) -> str:
             words = last.get("message") or waiting.get("message") or last.get("reason") or ""
             return f"container {each.get('name')}: {waiting['reason']}: {str(words).strip()[-500:]}"
     return ""
+
+
+def _ended(status: Mapping[str, Any]) -> float:
+    """When the last container of a pod that is over ended; 0 while one runs."""
+    if status.get("phase") not in ("Succeeded", "Failed"):
+        return 0.0
+    states = [(each.get("state") or {}).get("terminated") or {} for each in status.get("containerStatuses") or []]
+    return max((epoch(state.get("finishedAt")) for state in states), default=0.0)
 
 
 def _waits_for_volumes(status: Mapping[str, Any]) -> bool:

@@ -298,6 +298,20 @@ def test_a_step_with_bad_input_is_not_run_again_until_the_manifest_changes(playg
         playground.wait(lambda: decisions(playground, "claims") == PROMOTED[:1], "the baseline", 120)
 
 
+def test_a_step_that_no_node_can_take_is_healed_by_an_edit(playground: Playground) -> None:
+    waits = {"phase": "Running", "nodes": {"a": {"type": "Pod", "phase": "Pending", "message": "Unschedulable"}}}
+    playground.script.endings = {"check": [waits]}
+    with playground.operator():
+        apply(playground, manifest_of("claims", **ONLY_BASELINE))
+        playground.wait(lambda: attempts(playground, "r0-check") == ["claims-r0-check"], "the first step")
+        orders = playground.get(f"{MAPS}/claims-r0-check")["data"]
+        edit = {"spec": {"training": {"resources": {"requests": {"cpu": "1"}}}}}
+        playground.server.request("PATCH", f"{JOBS}/claims", edit)
+        playground.wait(lambda: attempts(playground, "r0-check") == ["claims-r0-check-2"], "another one instead")
+        assert playground.get(f"{MAPS}/claims-r0-check")["data"]["step.json"] == orders["step.json"]
+        playground.wait(lambda: decisions(playground, "claims") == PROMOTED[:1], "the baseline", 120)
+
+
 # ---------------------------------------------------------------- pods
 def pod(playground: Playground, job: str, part: str, status: Mapping[str, Any]) -> None:
     """A pod as the kubelet reports it."""

@@ -63,6 +63,9 @@ def test_one_manifest_goes_through_baseline_round_and_canary(playground: Playgro
     assert len(made) == len(set(made)) == 2, (
         "what KServe makes of an InferenceService is KServe's, whatever it is labelled"
     )
+    lines = [json.loads(line) for line in playground.log().splitlines() if line.startswith("{")]
+    begun = [(line["job"], line["round"]) for line in lines if line.get("reason") == "RoundStarted"]
+    assert begun == [("default/claims", 0), ("default/claims", 1)], "a log can be asked for a job and a round"
 
 
 def test_a_candidate_that_is_worse_on_live_traffic_is_rolled_back_and_stable_stays(playground: Playground) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any, cast
 
 import pytest
@@ -204,3 +205,66 @@ def test_prompts_that_are_there_and_of_no_use_are_not_called_missing() -> None:
     with pytest.raises(HoldError) as caught:
         desk.look()
     assert caught.value.trouble.reason == api.REASON_MANIFEST_INVALID
+
+
+# ---------------------------------------------------------------- steps that do not go on
+def waiting(desk: Desk, generation: str = "0", **node: Any) -> None:
+    """The first step of round 1, submitted as of an earlier manifest."""
+    labels = {"cowest.dev/step": "r1-collect", "cowest.dev/attempt": "1", "cowest.dev/generation": generation}
+    status = {"phase": "Running", "nodes": {"a": {"type": "Pod", "phase": "Pending", **node}}}
+    spec = {"workflowTemplateRef": {"name": "claims-steps-of-before"}}
+    desk.has("Workflow", "r1-collect", metadata={"labels": labels}, spec=spec, status=status)
+
+
+def pod_of(desk: Desk, phase: str, ended: float | None = None) -> None:
+    labels = {"workflows.argoproj.io/workflow": "claims-r1-collect", "app.kubernetes.io/component": "step"}
+    states = []
+    if ended is not None:
+        finished = datetime.fromtimestamp(ended, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        states = [{"name": "main", "state": {"terminated": {"finishedAt": finished}}}]
+    created = {"creationTimestamp": "1970-01-01T02:46:39Z"}
+    desk.has("Pod", "x", metadata={"labels": labels, **created}, status={"phase": phase, "containerStatuses": states})
+
+
+def test_a_step_that_never_started_is_submitted_again_when_an_edit_may_let_it() -> None:
+    desk = Desk(w.on_trial(number=1))
+    waiting(desk)
+    pod_of(desk, "Pending")
+    seen = desk.look()
+    assert seen.submit == {"r1-collect": 2} and seen.instead == {"r1-collect": "claims-r1-collect"}
+    assert [step.name for step in reconcile.plan(seen.world).steps] == ["r1-collect"]
+
+
+@pytest.mark.parametrize(
+    ("generation", "node", "phase"),
+    [
+        pytest.param("1", {}, "Pending", id="of this very manifest"),
+        pytest.param("0", {"phase": "Running"}, "Running", id="it runs"),
+        pytest.param("0", {}, "Running", id="it runs, and Argo has not said so yet"),
+        pytest.param("0", {"phase": "Failed"}, "Pending", id="a second try after one that ran"),
+    ],
+)
+def test_what_has_started_or_is_of_this_manifest_is_left_alone(generation: str, node: Any, phase: str) -> None:
+    desk = Desk(w.on_trial(number=1))
+    waiting(desk, generation, **node)
+    pod_of(desk, phase)
+    seen = desk.look()
+    assert not seen.submit and not seen.instead
+    assert seen.world.steps["r1-collect"].phase == "Running"
+
+
+@pytest.mark.parametrize(
+    ("phase", "ago", "said"),
+    [
+        pytest.param("Succeeded", 61.0, True, id="a minute ago"),
+        pytest.param("Succeeded", 30.0, False, id="just now"),
+        pytest.param("Failed", 61.0, False, id="it failed: Argo waits before it tries again"),
+        pytest.param("Failed", 300.0, True, id="it failed, and Argo tries no more"),
+        pytest.param("Running", None, False, id="it runs"),
+    ],
+)
+def test_a_workflow_whose_pod_has_ended_long_ago_waits_for_argo(phase: str, ago: float | None, said: bool) -> None:
+    desk = Desk(w.on_trial(number=1))
+    waiting(desk, "1")
+    pod_of(desk, phase, None if ago is None else NOW - ago)
+    assert desk.troubles() == ([api.REASON_CONTROLLER_AWAY] if said else [])
