@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from cowest_serving.model_files import (
     has_tokenizer,
     is_adapter,
     model_digest,
+    read_json,
 )
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -81,12 +83,16 @@ OnToken = Callable[[int, Piece], bool | None]
 
 # ---------------------------------------------------------------- prompts
 def render_prompt(tokenizer: Any, messages: Messages) -> str:
-    """What the model reads: its chat template with the generation prompt, else the contents joined by blank lines."""
+    """What the model reads: its chat template with the generation prompt, else the contents joined by blank lines.
+
+    A model that can think aloud is told not to: a draft would be the beginning of its thoughts.
+    """
     plain = [{**message, "content": message_text(message)} for message in messages]
     if not tokenizer.chat_template:
         return "\n\n".join(message["content"] for message in plain) + "\n"
+    options = {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
     try:
-        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **options))
     except Exception as error:  # a template is a program of the model's maker: it may raise anything
         raise PromptError(f"the model's chat template refuses these messages: {error}") from error
 
@@ -135,7 +141,8 @@ class Generator:
         if threads is not None:
             torch.set_num_threads(threads)
         where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        tokenizer, model = _load(folder, where)
+        # Half precision is slow and coarse on CPUs; a GPU keeps what the weights were saved in.
+        tokenizer, model = load_model(folder, torch.float32 if where == "cpu" else "auto")
         return cls(model.to(where), tokenizer, model_digest(folder))
 
     def generate(
@@ -223,7 +230,8 @@ def _ids(value: int | Sequence[int] | None) -> frozenset[int]:
     return frozenset([value] if isinstance(value, int) else value)
 
 
-def _load(folder: Path, device: str) -> tuple[Any, Any]:
+def load_model(folder: Path, dtype: Any) -> tuple[Any, Any]:
+    """(tokenizer, causal LM) of a model folder, an adapter merged into its base. Raises `ModelFolderError`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -231,8 +239,6 @@ def _load(folder: Path, device: str) -> tuple[Any, Any]:
     adapter = is_adapter(folder)
     base = base_of_adapter(folder) if adapter else folder
     safe = {"trust_remote_code": False, "local_files_only": True}
-    # Half precision is slow and coarse on CPUs; a GPU keeps what the weights were saved in.
-    dtype = torch.float32 if device == "cpu" else "auto"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer(folder) else base, **safe)
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -243,14 +249,31 @@ def _load(folder: Path, device: str) -> tuple[Any, Any]:
 
             model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except Exception as error:  # whatever the library makes of a broken folder
-        message = f"{folder}: wanted a causal LM that transformers can load, saw {type(error).__name__}: {error}"
-        raise ModelFolderError(message) from error
+        raise ModelFolderError(_unloadable(base, error)) from error
     if missing := sorted(info["missing_keys"]):
         raise ModelFolderError(
             f"{base}: wanted all weights of {type(model).__name__}, saw {len(missing)} missing ({missing[0]}, ...), "
             "which would be random; save the whole model again"
         )
+    highest, known = max(tokenizer.get_vocab().values(), default=0), model.get_input_embeddings().num_embeddings
+    if highest >= known:
+        raise ModelFolderError(
+            f"{folder}: wanted embeddings for all ids of the tokenizer, saw {known} for ids up to {highest}; take the "
+            "tokens that were added out of the tokenizer, or save the model after `resize_token_embeddings`"
+        )
     return tokenizer, model
+
+
+def _unloadable(folder: Path, error: Exception) -> str:
+    """In one sentence what transformers says in a paragraph."""
+    said = " ".join(str(error).split())
+    wanted = f"{folder}: wanted a causal LM that transformers {metadata.version('transformers')} can load, saw"
+    if "trust_remote_code" in said:
+        return f"{wanted} one that needs code of its own (auto_map), which is never run; choose another model"
+    if "does not recognize this architecture" in said:
+        kind = read_json(folder / "config.json").get("model_type")
+        return f"{wanted} the unknown architecture {kind} (model_type in config.json); choose another model"
+    return f"{wanted} {type(error).__name__}: {said[:300]}"
 
 
 # ---------------------------------------------------------------- one batch

@@ -40,6 +40,7 @@ _VOCABULARIES = (
 _CONFIGURATIONS = ("config.json", "generation_config.json", "adapter_config.json")
 # What decides the output: everything else in the folder (cards, logs, optimizer states) does not count.
 _DIGESTED = (*_CONFIGURATIONS, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
+CARD = "README.md"  # no part of the digest, but it says the licence
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # What trainers leave behind and nothing ever loads.
 _LEFTOVERS = ("training_args.bin", "optimizer.*", "scheduler.*", "scaler.*", "rng_state*")
@@ -64,7 +65,7 @@ def check_model_folder(folder: str | Path) -> None:
             f"{parts[-1]}: wanted config.json (or adapter_config.json), saw none; "
             "name the folder that `model.save_pretrained` wrote"
         )
-    _read_json(parts[-1] / "config.json")
+    read_json(parts[-1] / "config.json")
     if not any(has_tokenizer(part) for part in parts):
         raise ModelFolderError(
             f"{folder}: wanted a tokenizer ({', '.join(_VOCABULARIES[:4])}), saw none; "
@@ -99,7 +100,7 @@ def _check_safetensors(folder: Path) -> None:
     for name in files:
         _check_length(folder / name)
     for index in _matching(folder, ("*.safetensors.index.json",)):
-        missing = set(_read_json(folder / index).get("weight_map", {}).values()) - set(files)
+        missing = set(read_json(folder / index).get("weight_map", {}).values()) - set(files)
         if missing:
             raise ModelFolderError(f"{folder}: {index} wants {min(missing)}, saw no such file; copy the folder again")
 
@@ -119,7 +120,7 @@ def _check_length(path: Path) -> None:
         raise ModelFolderError(f"{path}: wanted {wanted} bytes, saw {size}; the copy was cut short, make it again")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -146,7 +147,7 @@ def model_digest(folder: str | Path) -> str:
     files = {name: _file_digest(folder / name) for name in _matching(folder, _DIGESTED)}
     if not is_adapter(folder):
         return digest_of(files)
-    adapter = {**_read_json(folder / "adapter_config.json"), "base_model_name_or_path": None}
+    adapter = {**read_json(folder / "adapter_config.json"), "base_model_name_or_path": None}
     return digest_of({**files, "adapter_config.json": adapter, "base": model_digest(base_of_adapter(folder))})
 
 
@@ -184,7 +185,7 @@ def resolve_model(uri: str | Path) -> Path:
 def base_of_adapter(folder: str | Path) -> Path:
     """The folder of the model that an adapter goes on: a path (also relative to the adapter), a URI or a Hub name."""
     folder = Path(folder)
-    name = _read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
+    name = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
     if not name:
         raise ModelFolderError(
             f"{folder}/adapter_config.json: wanted base_model_name_or_path, saw none; name the adapter's base model"
@@ -229,7 +230,7 @@ def _from_hub(uri: str) -> Path:
 
     name, _, revision = uri.removeprefix("hf://").partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_DIGESTED)))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*_DIGESTED, CARD]))
     except GatedRepoError as error:
         raise ModelFolderError(f"{uri}: the Hub wants its terms accepted; accept them and set HF_TOKEN") from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:

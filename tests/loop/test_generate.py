@@ -202,6 +202,12 @@ def test_without_a_template_contents_are_joined_by_blank_lines(weak: Generator) 
     assert render_prompt(weak.tokenizer, messages) == "a {b}\n\nc\n"
 
 
+def test_a_model_that_can_think_aloud_is_told_not_to(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(make_model(tmp_path / "chat", WORDS))
+    tokenizer.chat_template += "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+    assert render_prompt(tokenizer, [{"role": "user", "content": "w1"}]) == "<s><user> w1 <end> <assistant> "
+
+
 def test_a_template_is_used_and_its_special_tokens_are_not_doubled(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(make_model(tmp_path / "chat", WORDS))
     text = render_prompt(tokenizer, [{"role": "user", "content": "w1"}])
@@ -268,7 +274,26 @@ def test_a_folder_that_wants_code_run_is_refused(tmp_path: Path) -> None:
     config |= {"model_type": "strange", "auto_map": {"AutoModelForCausalLM": "code.Strange", "AutoConfig": "code.C"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text("raise SystemExit('this code must never run')")
-    with pytest.raises(ModelFolderError):
+    with pytest.raises(ModelFolderError, match=r"needs code of its own .* is never run") as error:
+        Generator.load(folder, device="cpu")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_an_architecture_that_nobody_knows_is_named_in_one_sentence(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "strange"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelFolderError, match="the unknown architecture strange") as error:
+        Generator.load(folder, device="cpu")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_embeddings_is_refused(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<added>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelFolderError, match="wanted embeddings for all ids"):
         Generator.load(folder, device="cpu")
 
 

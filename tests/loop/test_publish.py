@@ -61,6 +61,14 @@ def test_an_adapter_is_merged_into_its_base(base: Path, tmp_path: Path, capsys: 
     assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
+def test_an_adapter_whose_base_has_a_generation_configuration_that_cannot_be_written_is_merged(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", world.TEXTS)
+    (base / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
+    adapter_of(base, tmp_path / "adapter")
+    assert publish.main(["--model", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]) == EXIT_OK
+    assert (tmp_path / "out/generation_config.json").read_text() == '{"temperature": 0.6, "top_p": 0.9}'
+
+
 def test_what_is_no_part_of_a_model_stays_behind(base: Path, tmp_path: Path) -> None:
     source = make_model(tmp_path / "source", world.TEXTS)
     (source / "train.py").write_text("import os")

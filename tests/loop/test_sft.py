@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cowest_serving.contract import Prompts
 from cowest_serving.generate import Generator
@@ -155,6 +156,28 @@ def test_the_step_writes_a_model_with_card_and_manifest_once(base: Path, tmp_pat
     assert (out / "manifest.json").stat().st_mtime_ns == written, "the same work is not done again"
     assert run(base, tmp_path, supervised={"epochs": 2}) == EXIT_OK
     assert json.loads((out / "manifest.json").read_text())["metrics"]["steps"] == 4, "other settings are other work"
+
+
+UNWRITABLE = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 3}  # transformers reads it and refuses to write it
+
+
+@pytest.mark.parametrize("stage", [{"tuning": "Full"}, {"tuning": "LoRA"}])
+def test_the_bases_generation_configuration_goes_along_byte_for_byte(tmp_path: Path, stage: dict[str, Any]) -> None:
+    base = make_model(tmp_path / "base", world.TEXTS)
+    (base / "generation_config.json").write_text(json.dumps(UNWRITABLE))
+    settings = world.training(supervised={"epochs": 1, **stage})
+    sft.fine_tune(base, rows(), PROMPTS, settings, world.work(tmp_path, checkpoint_seconds=0))
+    written = (tmp_path / "model" / "generation_config.json").read_bytes()
+    assert written == (base / "generation_config.json").read_bytes()
+
+
+def test_a_base_with_missing_weights_is_not_tuned(base: Path, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "base", world.TEXTS)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelFolderError, match=r"1 missing .*up_proj"):
+        weak(folder)
 
 
 def test_pickled_weights_are_refused(base: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cowest_serving import store
-from cowest_serving.model_files import check_model_folder, is_adapter, model_digest
+from cowest_serving.model_files import CARD, check_model_folder, is_adapter, model_digest
 from cowest_training import tuning
 from cowest_training.cards import ModelCard, model_card
 from cowest_training.contract import EXIT_OK, Manifest
@@ -25,7 +25,6 @@ from cowest_training.steps import Progress, code_version, open_output, parser, r
 
 # What a published folder holds besides the tokenizer. Everything else (code, logs, optimizer states) stays behind.
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
-CARD = "README.md"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +63,7 @@ def self_contained(source: Path, scratch: Path) -> Path:
     merged = scratch / "merged"
     tuning.quiet()
     model = tuning.load_merged(source, "auto")
-    model.save_pretrained(merged)
+    tuning.save_model(model, source, merged)
     tuning.copy_tokenizer(tuning.tokenizer_folder(source), merged)
     check_model_folder(merged)
     return merged

@@ -22,12 +22,13 @@ import huggingface_hub.constants
 import torch
 import transformers
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Collaboration, Prompts, digest_of
-from cowest_serving.generate import free_threads
+from cowest_serving.generate import free_threads, load_model
 from cowest_serving.model_files import (
+    CARD,
     TOKENIZER_FILES,
     base_of_adapter,
     check_model_folder,
@@ -40,6 +41,7 @@ from cowest_training.cards import UNKNOWN_LICENSE, license_of
 from cowest_training.contract import Lora, Stage, StepError
 from cowest_training.steps import Progress, inputs_digest, local_path
 
+GENERATION = "generation_config.json"
 CHECKPOINT_SECONDS = 60.0
 # Tokens of one forward and backward pass; a batch of more is split (gradient accumulation): memory stays bounded.
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}
@@ -55,7 +57,7 @@ class Weak:
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
     device: str  # cpu | cuda
     limit: int
-    pad_ids: tuple[int | None, int | None]  # of the configuration and of the generation configuration, as they came
+    pad_id: int | None  # of the configuration, as it came
 
 
 def weak_folder(uri: str) -> Path:
@@ -73,34 +75,26 @@ def load_weak(folder: Path, *, tuning: str, max_length: int, seed: int) -> Weak:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # A frozen base may keep its own precision; weights that are tuned need the small steps of float32.
     dtype = "auto" if device == "cuda" and tuning == "LoRA" else torch.float32
-    model = load_merged(folder, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder), local_files_only=True)
+    tokenizer, model = load_model(folder, dtype)
+    model.generation_config = GenerationConfig()  # a checkpoint must not fail by one that cannot be written
     if tokenizer.eos_token_id is None:
         raise StepError(
             f"wanted a tokenizer with an end-of-sequence token in {folder}, saw none; "
             "set eos_token in tokenizer_config.json, or drafts never end"
         )
     places = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
-    pads = (model.config.get_text_config().pad_token_id, model.generation_config.pad_token_id)
-    return Weak(folder, model, tokenizer, device, min(max_length, places), pads)
+    pad_id = model.config.get_text_config().pad_token_id
+    return Weak(folder, model, tokenizer, device, min(max_length, places), pad_id)
 
 
 def load_merged(folder: Path, dtype: Any) -> Any:
     """A plain causal LM; an adapter folder is loaded on its base and merged."""
-    if not is_adapter(folder):
-        return _load(folder, dtype)
-    return PeftModel.from_pretrained(_load(base_of_adapter(folder), dtype), str(folder)).merge_and_unload()
+    return load_model(folder, dtype)[1]
 
 
 def tokenizer_folder(folder: Path) -> Path:
     """Where a model's tokenizer lies: an adapter may leave it to its base."""
     return folder if has_tokenizer(folder) else base_of_adapter(folder)
-
-
-def _load(folder: Path, dtype: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
-    )
 
 
 def save_whole(model: Any, weak: Weak, target: Path) -> None:
@@ -111,11 +105,24 @@ def save_whole(model: Any, weak: Weak, target: Path) -> None:
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise not_finite(f"weight {name}", "the end")
-    model.config.get_text_config().pad_token_id = weak.pad_ids[0]  # the trainer had set its own
-    model.generation_config.pad_token_id = weak.pad_ids[1]
-    model.save_pretrained(target)
+    model.config.get_text_config().pad_token_id = weak.pad_id  # the trainer had set its own
+    save_model(model, weak.folder, target)
     copy_tokenizer(tokenizer_folder(weak.folder), target)
     make_readable(target)
+
+
+def save_model(model: Any, source: Path, target: Path) -> None:
+    """Weights and configuration, with the generation configuration of the folder that the model was loaded from.
+
+    That one goes byte for byte: transformers reads some that it then refuses to write (`temperature` without
+    `do_sample`).
+    """
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(target)
+    (target / GENERATION).unlink(missing_ok=True)
+    own = (base_of_adapter(source) if is_adapter(source) else source) / GENERATION
+    if own.is_file():
+        shutil.copyfile(own, target / GENERATION)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -135,7 +142,7 @@ def resolved_prompts(collaboration: Collaboration) -> Prompts:
 
 def inherited_license(folder: Path) -> str:
     """What the base model's own card says."""
-    card = folder / "README.md"
+    card = folder / CARD
     return license_of(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else UNKNOWN_LICENSE
 
 
