@@ -11,15 +11,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from cowest_operator import api
-from cowest_operator.kube import Kube
-from cowest_operator.objects import steps
+from cowest_operator.kube import Kube, KubeError
+from cowest_operator.objects import ray, steps
 from cowest_operator.objects.common import Context
-from cowest_operator.watched import Family, epoch
+from cowest_operator.watched import Family, Seen, epoch
 
 log = logging.getLogger("cowest.farewell")
 
 FINALIZER, MANAGER = "cowest.dev/artifacts", "cowest-finalizer"
 LIMIT = 600.0  # seconds after the delete; then the job goes and its artifacts stay, and the log says so
+PODS_LIMIT, LONGEST_WAIT = 120.0, 60.0  # seconds for writers to end; between two attempts
+ERASE, WRITE = "erase", ("gateway", ray.HEAD, "score-live", "step")  # the step; parts whose pods write
 
 
 def wanted(spec: Mapping[str, Any]) -> str | None:
@@ -38,26 +40,66 @@ async def hold(kube: Kube, body: Mapping[str, Any]) -> None:
 
 async def goodbye(kube: Kube, context: Context | None, family: Family, now: float | None = None) -> bool:
     """One look at a job that is being deleted; True when it is let go. `context` is `None` when it cannot be read."""
-    body = family.job
+    body, now = family.job, time.time() if now is None else now
     assert body is not None
     if FINALIZER not in (body["metadata"].get("finalizers") or []):
         return True
-    what = wanted(body["spec"])
-    late = (time.time() if now is None else now) - epoch(body["metadata"]["deletionTimestamp"]) > LIMIT
-    if what is None or context is None or context.job.spec.object_store is None or late:
-        if what is not None:
-            log.warning("%s: its artifacts were not erased", body["metadata"]["name"])
-        await _finalizer(kube, body, False)
-        return True
-    step = api.StepSpec("erase", "cowest_training.erase", "", (("--store", context.store), ("--what", what)))
-    known = family.children.get(("Workflow", steps.workflow_name(context, step, 1)))
-    if known is None:
+    what, since = wanted(body["spec"]), now - epoch(body["metadata"]["deletionTimestamp"])
+    if what is None:
+        return await _let_go(kube, body)
+    if context is None or context.job.spec.object_store is None:
+        return await _let_go(kube, body, "its manifest does not say where they are")
+    if since > LIMIT:
+        return await _let_go(kube, body, f"not within {LIMIT:.0f} s")
+    step = api.StepSpec(ERASE, "cowest_training.erase", "", (("--store", context.store), ("--what", what)))
+    try:
         await kube.apply(steps.step_map(context, step))
-        await kube.create(steps.workflow(context, step))
-    elif known.facts["phase"] == "Succeeded":
-        await _finalizer(kube, body, False)
-        return True
+        if await _stopped(kube, context, family, since) and await _erased(kube, context, step, family, now):
+            return await _let_go(kube, body)
+    except KubeError as error:
+        if error.code != 403 or "being terminated" not in str(error):
+            raise
+        return await _let_go(kube, body, "its namespace is being deleted, and nothing can be started there")
     return False
+
+
+async def _stopped(kube: Kube, context: Context, family: Family, since: float) -> bool:
+    """What writes goes before what it wrote: steps, gateway, live scores. No pod is waited for without end."""
+    writers = {("Deployment", context.name(part)) for part in ("gateway", "live")}
+    for (kind, name), seen in list(family.children.items()):
+        is_step = kind == "Workflow" and seen.facts["step"] != ERASE
+        if not seen.deleting and (is_step or kind == "RayService" or (kind, name) in writers):
+            await kube.delete(kind, context.namespace, name)
+            family.children.pop((kind, name), None)
+    erasing = {workflow.name for workflow in _erasing(family)}
+    pods = [p for p in family.of("Pod") if p.facts["part"] in WRITE and p.facts["workflow"] not in erasing]
+    return since > PODS_LIMIT or all(pod.facts["ended"] for pod in pods)
+
+
+async def _erased(kube: Kube, context: Context, step: api.StepSpec, family: Family, now: float) -> bool:
+    """One attempt after the other, until one succeeds."""
+    attempts = _erasing(family)
+    if not attempts:
+        await kube.create(steps.unshared(context, step))
+        return False
+    last = attempts[-1].facts
+    if last["phase"] in ("Failed", "Error") and now > last["finished"] + min(5.0 * 2 ** last["attempt"], LONGEST_WAIT):
+        log.warning("%s: erasing failed: %s; again", context.job.name, last["words"] or last["message"])
+        await kube.create(steps.unshared(context, step, last["attempt"] + 1))
+    return bool(last["phase"] == "Succeeded")
+
+
+def _erasing(family: Family) -> list[Seen]:
+    return sorted((w for w in family.of("Workflow") if w.facts["step"] == ERASE), key=lambda w: w.facts["attempt"])
+
+
+async def _let_go(kube: Kube, body: Mapping[str, Any], why: str = "") -> bool:
+    if why:
+        metadata = body["metadata"]
+        job = f"{metadata['namespace']}/{metadata['name']}"
+        log.warning("%s: its artifacts were not erased: %s", job, why, extra={"job": job})
+    await _finalizer(kube, body, False)
+    return True
 
 
 async def _finalizer(kube: Kube, body: Mapping[str, Any], there: bool) -> None:

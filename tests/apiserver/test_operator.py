@@ -281,6 +281,52 @@ def test_with_delete_the_artifacts_are_erased_before_the_job_goes(playground: Pl
     assert '["--what","all"]' in orders and "cowest_training.erase" in orders
 
 
+DELETED = {"models": "Delete", "traces": "Delete"}
+
+
+def test_what_writes_ends_before_its_artifacts_are_erased_and_no_step_is_waited_for(playground: Playground) -> None:
+    playground.script.endings = {"check": [{"phase": "Running"}], "erase": [{"phase": "Running"}]}
+    with playground.operator():
+        apply(playground, manifest_of("claims", deletionPolicy=DELETED))
+        playground.wait(lambda: playground.get(f"{WORKFLOWS}/claims-r0-check") is not None, "a step that runs")
+        playground.wait(lambda: playground.get(f"{DEPLOYMENTS}/claims-gateway") is not None, "the gateway")
+        playground.server.request("DELETE", f"{JOBS}/claims")
+        playground.wait(lambda: playground.get(f"{WORKFLOWS}/claims-erase") is not None, "the erasing", 60)
+        assert playground.get(f"{WORKFLOWS}/claims-r0-check") is None
+        assert playground.get(f"{DEPLOYMENTS}/claims-gateway") is None
+        spec = playground.get(f"{WORKFLOWS}/claims-erase")["spec"]
+        assert "synchronization" not in spec and spec["entrypoint"] == "step" and "workflowTemplateRef" not in spec
+        playground.script.endings = {}
+        playground.wait(lambda: playground.get(f"{JOBS}/claims") is None, "the job to go", 60)
+
+
+def test_an_erasing_that_failed_is_tried_again(playground: Playground) -> None:
+    playground.script.exit_codes = {"erase": [1]}
+    with playground.operator():
+        apply(playground, manifest_of("claims", deletionPolicy=DELETED))
+        playground.wait(lambda: bool(playground.job("claims")["metadata"].get("finalizers")), "the finalizer")
+        playground.server.request("DELETE", f"{JOBS}/claims")
+        playground.wait(lambda: playground.get(f"{JOBS}/claims") is None, "the job to go", 60)
+        assert playground.get(f"{WORKFLOWS}/claims-erase-2") is not None
+
+
+def test_in_a_namespace_that_is_being_deleted_a_job_goes_at_once(playground: Playground) -> None:
+    space, jobs = "/api/v1/namespaces/going", JOBS.replace("/default/", "/going/")
+    playground.told["COWEST_NAMESPACES"] = "going"
+    assert playground.server.request("POST", "/api/v1/namespaces", {"metadata": {"name": "going"}})[0] == 201
+    with playground.operator():
+        job = manifest_of("claims", deletionPolicy=DELETED)
+        job["metadata"]["namespace"] = "going"
+        assert playground.server.request("POST", jobs, job)[0] == 201
+        finalizers = lambda: (playground.get(f"{jobs}/claims") or {"metadata": {}})["metadata"].get("finalizers")  # noqa: E731
+        playground.wait(lambda: bool(finalizers()), "the finalizer")
+        playground.server.request("DELETE", space)
+        playground.wait(lambda: playground.get(space)["status"]["phase"] == "Terminating", "the namespace to go")
+        playground.server.request("DELETE", f"{jobs}/claims")
+        playground.wait(lambda: playground.get(f"{jobs}/claims") is None, "the job to go", 30)
+        assert "its namespace is being deleted" in playground.log()
+
+
 def test_a_delete_policy_that_is_taken_back_takes_the_finalizer_with_it(playground: Playground) -> None:
     with playground.operator():
         apply(playground, manifest_of("claims", deletionPolicy={"models": "Delete"}))

@@ -72,6 +72,13 @@ def workflow(context: Context, step: api.StepSpec, attempt: int = 1) -> Child:
     return built
 
 
+def unshared(context: Context, step: api.StepSpec, attempt: int = 1) -> Child:
+    """The same without mutex and template: it waits for no other, and needs nothing that may be gone."""
+    built, content = workflow(context, step, attempt), _template_spec(context)
+    del content["synchronization"]
+    return {**built, "spec": {**content, "arguments": built["spec"]["arguments"]}}
+
+
 def shards(context: Context) -> int:
     """Of no digest: as many as there are, the output is the same."""
     return int(context.document["spec"].get("feedback", {}).get("shards", 1))
