@@ -11,13 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cowest_cli import jobs
 from cowest_cli.counting import Counting
+from cowest_cli.following import Following
+from cowest_cli.preflight import Facts, facts_of
 from cowest_cli.processes import Child, free_port, get_json, port_is_free
 from cowest_cli.replay import decision_of
 from cowest_operator import api, reconcile, rounds
@@ -48,6 +50,7 @@ FALLBACK_KEYS = "COWEST_STRONG_FALLBACK_API_KEYS"  # of the strong model's fallb
 EVALUATOR_KEY = "COWEST_EVALUATOR_API_KEY"  # for the steps that score: the gateway never does
 MAX_RESTARTS = 4  # of a gateway that never became ready
 LONGEST_WAIT = 60.0  # seconds before a server that ended is started again
+FIRST_HOLD, LONGEST_HOLD = 30.0, 600.0  # seconds before what failed for good is tried again, with --serve
 STEADY = 60.0  # seconds that a server has to run for its earlier ends to be forgotten
 
 Start = Callable[..., Child]
@@ -74,16 +77,47 @@ class _Server:
     again_at: float | None = None  # the next start of one that ended
     look_at: float = 0.0  # the next question whether it is ready
     since: float = 0.0  # when it became ready
+    replaced: bool = False  # it is to end, and another starts in its place
+
+
+@dataclass
+class _Hold:
+    """A step failed for good while the gateway serves on: it is begun anew after a wait that grows."""
+
+    steps: tuple[str, ...]
+    until: float  # epoch seconds
+    times: int = 0
+    begun_anew: bool = False
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of the data before anything runs."""
+class Order:
+    """What a person wants run: the manifest, what is known of its data, and all keys that it names."""
 
-    rows: int
-    held_out: int
-    has_explanations: bool
-    query_chars: float
+    declared: jobs.Declared
+    facts: Facts
+    keys: Mapping[str, str] = field(default_factory=dict)
+    client_keys: str | None = None
+    fallback_keys: str | None = None
+
+    @property
+    def of_gateway(self) -> tuple[Any, ...]:
+        """All that the gateway reads as it starts."""
+        spec = self.declared.document["spec"]
+        read = tuple(spec.get(name) for name in ("strong", "collaboration", "traces", "gateway"))
+        return (*read, self.keys, self.client_keys, self.fallback_keys)
+
+
+def read_order(file: Path, secrets: Path | None) -> Order:
+    """Raises `ManifestError` or `StepError` with all that is wrong."""
+    declared = jobs.load(file)
+    return Order(
+        declared,
+        facts_of(declared.document, str(file)),
+        jobs.keys_environment(declared.job, secrets),
+        jobs.client_keys(declared.job, secrets),
+        jobs.fallback_keys(declared.job, secrets),
+    )
 
 
 class Engine:
@@ -91,25 +125,18 @@ class Engine:
 
     def __init__(
         self,
-        declared: jobs.Declared,
+        order: Order,
         home: jobs.Home,
-        facts: Facts,
-        secrets: Path | None,
         port: int | None = None,
         start: Start = Child,
+        following: Following[Order] | None = None,
     ) -> None:
         self.home = home
-        self._start = start
-        self.document = declared.document
-        self.job = declared.job
-        self.facts = facts
+        self._start, self._following, self._port_given = start, following, port
+        self._order = order
         self.port = port or self.job.spec.gateway.port
-        self.keys = jobs.keys_environment(self.job, secrets)
-        self.client_keys = jobs.client_keys(self.job, secrets)
-        self.fallback_keys = jobs.fallback_keys(self.job, secrets)
         self.status = jobs.read_status(home)
         self._cores = len(os.sched_getaffinity(0))
-        self._evaluator = evaluator_digest(self.job.spec.feedback.evaluator)
         self.steps: dict[str, _Step] = {}
         self.servers: dict[str, _Server] = {}
         self.gateway: _Server | None = None
@@ -119,29 +146,94 @@ class Engine:
         self.budget = self.status.budget
         self._spent_at = 0.0
         self._routing: Any = None
-        self._said = ""
+        self._serves = False  # for ever, whatever fails
+        self._held: _Hold | None = None
+        self._anew = False  # a person said resume, or the manifest changed: no wait
+        self._told: frozenset[str] = frozenset()  # troubles that an event has said
+        self._news: tuple[api.Event, ...] = ()
         self._frozen: tuple[int, Path, Mapping[str, Any], api.Job] | None = None  # what the running trial goes by
+
+    @property
+    def document(self) -> Mapping[str, Any]:
+        return self._order.declared.document
+
+    @property
+    def job(self) -> api.Job:
+        return self._order.declared.job
 
     # ------------------------------------------------------------ the loop
     def run(self, on_look: Callable[[Engine, api.Plan], None], serve: bool, stop: Callable[[], bool]) -> api.Plan:
-        """Until the loop is over (or for ever with `serve`), a step fails for good, or `stop` says so."""
+        """Until the loop is over or a step fails for good (with `serve` for ever), or `stop` says so."""
+        self._serves = serve
         self._leave_out_the_time_away()
         jobs.write_json(self.home.job, self.document)
-        jobs.write_json(self.home.run, {"pid": os.getpid(), "gateway": f"http://127.0.0.1:{self.port}/v1"})
+        self._say_where()
         try:
             while True:
                 os.utime(self.home.run)
+                self._follow()
                 world = self.observe()
-                plan = reconcile.plan(world)
+                plan = self._with_news(world, reconcile.plan(world))
                 self._keep_decision(world, plan)
                 self.apply(plan)
                 on_look(self, plan)
-                if stop() or plan.failure or (plan.finished and not serve and self._quiet()):
+                if stop() or (not serve and (plan.failure or (plan.finished and self._quiet()))):
                     return plan
                 if plan.again_after:
                     time.sleep(TICK)
         finally:
             self.close()
+
+    def _say_where(self) -> None:
+        jobs.write_json(self.home.run, {"pid": os.getpid(), "gateway": f"http://127.0.0.1:{self.port}/v1"})
+
+    def _follow(self) -> None:
+        """Take up an edit of the manifest: what runs goes on as a job in a cluster does."""
+        order = self._following.look() if self._following else None
+        if order is None or order.declared.document["spec"] == self.document["spec"]:
+            return
+        before, self._order = self._order, replace(order, declared=jobs.with_generation(order.declared, self.home))
+        jobs.write_json(self.home.job, self.document)
+        self._anew = True
+        self._news = (
+            api.Event("Normal", "ManifestChanged", f"the manifest was edited; generation {self.job.generation} holds."),
+        )
+        if self._frozen and self.status.candidate:
+            self._follow_frozen(*self._frozen[:3])
+        if order.of_gateway != before.of_gateway:
+            self.port = self._port_given or self.job.spec.gateway.port
+            self._say_where()
+            if self.gateway is not None:
+                self._replace(self.gateway)
+        if self.job.spec.weak.engine != before.declared.job.spec.weak.engine:
+            for server in self.servers.values():
+                self._replace(server)
+        if self._new_counting().what != self.counting.what:
+            self.counting.close()
+            self.counting = self._new_counting()
+
+    def _follow_frozen(self, number: int, path: Path, kept: Mapping[str, Any]) -> None:
+        """The running trial goes by its own manifest; a watcher that reads another part of it begins anew."""
+        document = followed(kept, self.document)
+        if document["spec"] != kept["spec"]:
+            for name in [name for name, step in self.steps.items() if step.spec.keeps_running]:
+                self.steps.pop(name).child.stop(PATIENCE)
+        jobs.write_json(path, document)
+        self._frozen = (number, path, document, api.parse_job(document))
+
+    def _replace(self, server: _Server) -> None:
+        """By one that reads the manifest anew; it finishes its answers first."""
+        server.child.ask_to_stop()
+        server.ready, server.replaced, server.message = False, True, "it starts anew after an edit of the manifest."
+
+    def _with_news(self, world: api.World, plan: api.Plan) -> api.Plan:
+        """Each trouble is said once, when it comes; a failure that is waited out is one of them."""
+        troubles = frozenset(trouble.message for trouble in world.troubles or ())
+        new = [t for t in world.troubles or () if t.message not in self._told]
+        events = (*self._news, *plan.events, *(api.Event("Warning", t.reason, t.message) for t in new))
+        self._told, self._news = troubles, ()
+        self._anew = self._anew or any(action.verb == "resume" for action in world.actions)
+        return replace(plan, events=events)
 
     def _leave_out_the_time_away(self) -> None:
         """While no engine ran nobody was answered: no part of the deadline of a canary step, nor of the watch."""
@@ -167,8 +259,8 @@ class Engine:
             status=self.status,
             store=self.home.store.as_uri(),
             calls=str(self.home.calls),
-            has_explanations=self.facts.has_explanations,
-            evaluator=self._evaluator,
+            has_explanations=self._order.facts.has_explanations,
+            evaluator=evaluator_digest(self.job.spec.feedback.evaluator),
             steps={name: self._step_state(step) for name, step in self.steps.items()},
             servers={digest: self._server_state(server) for digest, server in self.servers.items()},
             gateway=self._server_state(self.gateway) if self.gateway else api.ServerState(False),
@@ -185,6 +277,11 @@ class Engine:
         for server in self.servers.values():
             if server.trouble:
                 yield api.Trouble(api.REASON_SERVER_FAILS, server.trouble)
+        if self._following and self._following.problem:
+            message = f"the edited manifest cannot be followed, the one before it holds: {self._following.problem}"
+            yield api.Trouble(api.REASON_MANIFEST_INVALID, message)
+        if self._held and not self._held.begun_anew:
+            yield api.Trouble(api.REASON_STEP_FAILED, self._held_message(self._held))
 
     def _freeze(self, trial: api.Trial | None) -> None:
         """The manifest of a trial that begins is kept; one that runs goes by its own after an edit and a restart."""
@@ -317,9 +414,9 @@ class Engine:
             "cowest_serving.app", "--routing", self.home.routing, "--job", self.home.job,
             "--store", self.home.store.as_uri(), "--spool", self.home.spool, "--port", self.port,
         )  # fmt: skip
-        keys = self.client_keys or os.environ.get(CLIENT_KEYS)
-        more = {CLIENT_KEYS: keys, FALLBACK_KEYS: self.fallback_keys}
-        strong = {name: key for name, key in self.keys.items() if name != EVALUATOR_KEY}
+        keys = self._order.client_keys or os.environ.get(CLIENT_KEYS)
+        more = {CLIENT_KEYS: keys, FALLBACK_KEYS: self._order.fallback_keys}
+        strong = {name: key for name, key in self._order.keys.items() if name != EVALUATOR_KEY}
         environment = {**self._environment(), **strong, **{name: value for name, value in more.items() if value}}
         return self._start("gateway", command, environment, self.home.logs / "gateway.log")
 
@@ -350,6 +447,11 @@ class Engine:
                 "--served-model-name", "weak", "--generation-config", "vllm"]  # fmt: skip
 
     def _apply_steps(self, plan: api.Plan) -> None:
+        if plan.failure and self._serves:
+            self._hold_on()
+            return
+        if self._held and self._held.steps != tuple(spec.name for spec in plan.steps):
+            self._held = None  # it went well, or its trial is over
         wanted = {spec.name: spec for spec in plan.steps}
         for name in [n for n, step in self.steps.items() if wanted.get(n) != step.spec]:
             self.steps.pop(name).child.stop(PATIENCE)
@@ -360,6 +462,28 @@ class Engine:
                 self.steps[name] = _Step(spec, self._start_step(spec))
             elif known.child.code() is not None and (spec.keeps_running or self._worth_another(known)):
                 self._retry(known)
+
+    def _hold_on(self) -> None:
+        """What has failed stays as it is, so that each look says why nothing goes on; then it is begun anew."""
+        now, names = time.time(), tuple(self.steps)
+        if self._held is None or self._held.steps != names:
+            self._held = _Hold(names, now + FIRST_HOLD)
+            self._anew = False
+        elif self._held.begun_anew:
+            times = self._held.times + 1
+            self._held = _Hold(names, now + min(FIRST_HOLD * 2.0**times, LONGEST_HOLD), times)
+            self._anew = False
+        elif now >= self._held.until or self._anew:
+            self._held.begun_anew, self._anew = True, False
+            for name in names:
+                self.steps.pop(name).child.stop(PATIENCE)
+
+    def _held_message(self, held: _Hold) -> str:
+        said = "; ".join(
+            f"step {name}: {self._step_state(self.steps[name]).message}" for name in held.steps if name in self.steps
+        )
+        when = time.strftime("%H:%M:%S", time.localtime(held.until))
+        return f"{said.rstrip('.')}. Again at {when}, after an edit of the manifest, or with `cowest resume`."
 
     def _worth_another(self, step: _Step) -> bool:
         state = self._step_state(step)
@@ -384,7 +508,7 @@ class Engine:
             command += [flag, str(path)]
         command += ["--progress", str(self.home.progress / f"{spec.name}.json")]
         log = self.home.logs / f"{spec.name}.log"
-        environment = {**self._environment(self._free_threads()), **(self.keys if spec.calls_strong else {})}
+        environment = {**self._environment(self._free_threads()), **(self._order.keys if spec.calls_strong else {})}
         return self._start(spec.name, command, environment, log, nice=5)
 
     # ------------------------------------------------------------ servers
@@ -407,7 +531,12 @@ class Engine:
 
     def _look_at(self, server: _Server, what: str, start: Callable[[], Child]) -> None:
         code = server.child.code()
-        if code is not None:
+        if code is not None and server.replaced:
+            server.port = self.port if what == "gateway" else server.port
+            server.child, server.replaced = start(), False
+        elif server.replaced:
+            return
+        elif code is not None:
             self._restart(server, what, code, start)
         elif not server.ready and time.monotonic() >= server.look_at:
             server.look_at = time.monotonic() + 0.25
@@ -464,6 +593,8 @@ class Engine:
         A disk that is full keeps nobody from draining: the gateway still has records to write, and room may come.
         """
         self.counting.close()
+        if self._following:
+            self._following.close()
         with ExitStack() as last:
             last.callback(jobs.write_status, self.home, self.status)
             children = [s.child for s in self.steps.values()]
@@ -477,19 +608,6 @@ class Engine:
                 server.child.ask_to_stop()
             for server in self.servers.values():
                 server.child.stop(PATIENCE)
-
-
-def facts_of(job: api.Job) -> Facts:
-    """Read both data sets strictly, before anything is started or spent. Raises `StepError`."""
-    from cowest_training.data import check_split, read_rows
-    from cowest_training.evaluator import check_references
-
-    train, held_out = read_rows(job.spec.data.train), read_rows(job.spec.data.held_out)
-    check_split(train, held_out)
-    check_references(train, job.spec.feedback.evaluator)
-    check_references(held_out, job.spec.feedback.evaluator)
-    queries = [len(row.query) for row in held_out]
-    return Facts(len(train), len(held_out), any(row.explanation for row in train), sum(queries) / max(1, len(queries)))
 
 
 def estimates(job: api.Job, facts: Facts) -> tuple[rounds.Estimate, ...]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from cowest_cli import preflight
 from cowest_cli.options import File
 from cowest_operator import manifest
-from cowest_operator.schema import Problem
-from cowest_serving.contract import parse
-from cowest_training.contract import EXIT_BAD_INPUT, Evaluator, StepError
+from cowest_training.contract import StepError
 
 Format = Annotated[Literal["text", "json"], typer.Option("--output", "-o", help="text or json.")]
 TEMPLATE = "minimal.yaml"
@@ -78,62 +76,14 @@ def crd(output: Format = "text") -> None:
         typer.echo(manifest.crd_path().read_text(encoding="utf-8"), nl=False)
 
 
-# ---------------------------------------------------------------- the files a manifest names
+# ---------------------------------------------------------------- what a manifest names
 def _check_files(job: Mapping[str, Any], source: str) -> dict[str, int]:
     """Number of rows by file, where they could be read. Raises `ManifestError` or `StepError`."""
-    problems = list(_missing(job["spec"]))
-    if problems:
-        raise manifest.ManifestError(source, problems)
-    _check_weak_model(job["spec"]["weak"]["model"])
-    if not _can_read(job["spec"]["data"].values()):
+    preflight.check_files(job["spec"], source)
+    if not preflight.can_read_here(job["spec"]):
         return {}
-    from cowest_training.data import check_split, read_rows
-    from cowest_training.evaluator import check_references
-
-    train, held_out = read_rows(job["spec"]["data"]["train"]), read_rows(job["spec"]["data"]["heldOut"])
-    check_split(train, held_out)
-    evaluator = parse(Evaluator, job["spec"]["feedback"]["evaluator"])
-    check_references(train, evaluator)
-    check_references(held_out, evaluator)
-    least = job["spec"]["gate"]["minHeldOut"]
-    if len(held_out) < least:
-        reason = f"wanted at least gate.minHeldOut = {least} rows, saw {len(held_out)}"
-        remedy = "No candidate could ever pass. Add held-out rows, or lower gate.minHeldOut"
-        raise manifest.ManifestError(source, [Problem("spec.data.heldOut", reason, remedy)])
-    explained = sum(row.explanation is not None for row in train)
-    return {"training": len(train), "held-out": len(held_out), "explained training": explained}
-
-
-def _missing(spec: Mapping[str, Any]) -> Iterator[Problem]:
-    for field, uri in (
-        ("weak.model", spec["weak"]["model"]),
-        ("data.train", spec["data"]["train"]),
-        ("data.heldOut", spec["data"]["heldOut"]),
-    ):
-        if uri.startswith(manifest.FILE) and not manifest.local_path(uri).exists():
-            yield Problem(
-                f"spec.{field}",
-                f"there is nothing at {uri}",
-                "Put it there, or change the path; a relative one starts at the manifest's folder",
-            )
-
-
-def _check_weak_model(uri: str) -> None:
-    """A local folder is looked at: safetensors, config and tokenizer must be there, pickles must not."""
-    if not uri.startswith(manifest.FILE):
-        return
-    from cowest_serving.model_files import ModelFolderError, check_model_folder
-
-    try:
-        check_model_folder(manifest.local_path(uri))
-    except ModelFolderError as error:
-        raise StepError(f"spec.weak.model: {error}", EXIT_BAD_INPUT) from error
-
-
-def _can_read(uris: Sequence[str] | Any) -> bool:
-    """Rows are read where they are at hand: local files, with the packages that read them."""
-    local = all(uri.startswith(manifest.FILE) for uri in uris)
-    return local and all(importlib.util.find_spec(name) for name in ("pyarrow", "numpy", "aiohttp"))
+    facts = preflight.check_data(job["spec"], source)
+    return {"training": facts.rows, "held-out": facts.held_out, "explained training": facts.explained}
 
 
 def _check_config_map(loaded: manifest.Loaded) -> None:

@@ -9,7 +9,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +18,10 @@ from rich.console import Console
 
 from cowest_cli import engine as engines
 from cowest_cli import jobs
+from cowest_cli.following import Following
 from cowest_cli.options import File, HomeFolder, Output
+from cowest_cli.preflight import Facts, facts_of
+from cowest_cli.processes import port_is_free
 from cowest_cli.view import View, rounds_table
 from cowest_operator import rounds
 from cowest_serving.contract import dump
@@ -36,24 +39,30 @@ def run(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, whatever the plan says it may cost.")] = False,
     output: Output = "text",
 ) -> None:
-    """Run the whole loop of one job on this machine. Interrupt it at any point; the same command goes on."""
-    declared = jobs.load(file)
+    """Run the whole loop of one job on this machine. Interrupt it at any point; the same command goes on.
+
+    An edit of the manifest is taken up while it runs; a wrong one is said, and the manifest before it holds. A step
+    that fails for good ends the run; with --serve the gateway answers on and the step is tried again, after 30 seconds
+    at first and ten minutes at most, after an edit, or when a person says `cowest resume`.
+    """
+    following = Following(file, lambda: _another_order(file, place, secrets, port))
+    jobs.load(file)  # what is wrong with the manifest is said first
     place = jobs.home_of(file, home)
     console = Console(stderr=True, highlight=False, markup=False)
     with jobs.locked(place):
-        declared = jobs.with_generation(declared, place)
-        for path in jobs.without_effect_here(declared.document):
+        order = engines.read_order(file, secrets)
+        order = replace(order, declared=jobs.with_generation(order.declared, place))
+        for path in jobs.without_effect_here(order.declared.document):
             console.print(f"note: {path} has no effect on one machine", soft_wrap=True)
-        facts = engines.facts_of(declared.job)
         if not yes and not place.status.exists():
-            _ask(declared, facts, console)
+            _ask(order.declared, order.facts, console)
         if not jobs.read_status(place).rounds:
-            _reach_strong(declared, jobs.keys_environment(declared.job, secrets))
+            _reach_strong(order.declared, order.keys)
         stopped: list[int] = []
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda received, _: stopped.append(received))
         view = View(console)
-        engine = engines.Engine(declared, place, facts, secrets, port)
+        engine = engines.Engine(order, place, port, following=following)
         try:
             plan = engine.run(view, serve, lambda: bool(stopped))
         finally:
@@ -67,6 +76,19 @@ def run(
     if output == "json":
         typer.echo(json.dumps({"finished": plan.finished, "home": str(place.root), "status": dump(plan.status)}))
     console.print(f"the loop is over: {plan.finished} State and models: {place.root}", soft_wrap=True)
+
+
+def _another_order(file: Path, place: jobs.Home, secrets: Path | None, port: int | None) -> engines.Order:
+    """An edit of the manifest while it runs, checked as at the start. Raises `ManifestError` or `StepError`."""
+    order = engines.read_order(file, secrets)
+    known = jobs.read_json(place.job)
+    name, wanted = order.declared.job.name, known["metadata"]["name"]
+    if name != wanted:
+        raise StepError(f"{file}: wanted the job {wanted}, saw {name}. Another job is another `cowest run`.")
+    new = order.declared.job.spec.gateway.port
+    if port is None and new != known["spec"]["gateway"]["port"] and not port_is_free(new):
+        raise StepError(f"spec.gateway.port: port {new} is in use. Give another.")
+    return order
 
 
 def _reach_strong(declared: jobs.Declared, keys: Mapping[str, str]) -> None:
@@ -95,7 +117,7 @@ def _reach_strong(declared: jobs.Declared, keys: Mapping[str, str]) -> None:
         return  # slow or odd: the first real call will tell, with its own retries
 
 
-def _ask(declared: jobs.Declared, facts: engines.Facts, console: Console) -> None:
+def _ask(declared: jobs.Declared, facts: Facts, console: Console) -> None:
     """Above a limit a person says yes, before the first paid call."""
     costs = engines.estimates(declared.job, facts)
     calls = costs[0].calls + costs[1].calls * declared.job.spec.rounds.max
@@ -111,7 +133,7 @@ def _ask(declared: jobs.Declared, facts: engines.Facts, console: Console) -> Non
 def plan(file: File, output: Output = "text") -> None:
     """Say what the job may cost at most: strong-model calls, tokens and money. Spends and starts nothing."""
     declared = jobs.load(file)
-    facts = engines.facts_of(declared.job)
+    facts = facts_of(declared.document, str(file))
     costs = engines.estimates(declared.job, facts)
     spec = declared.job.spec
     smallest = rounds.smallest_gain_points(min(facts.held_out, 10**9))

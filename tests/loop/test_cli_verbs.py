@@ -361,12 +361,23 @@ def write_rows(path: Path, prefix: str, count: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
+def write_weak_model(folder: Path) -> None:
+    """As much of one as is looked at before anything runs."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    (folder / "tokenizer.json").write_text("{}")
+    header = json.dumps({"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+
+
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
     write_rows(tmp_path / "train.jsonl", "train", 50)
     write_rows(tmp_path / "held_out.jsonl", "held", 200)
     prices = {"inputPerMillionTokens": "1", "outputPerMillionTokens": "10"}
+    write_weak_model(tmp_path / "weak")
     return write_manifest(tmp_path, **{
+        "weak.model": "file://weak",
         "data.train": "file://train.jsonl", "data.heldOut": "file://held_out.jsonl", "strong.prices": prices,
         "rounds.max": 1000, "feedback.draftsPerQuery": 4, "feedback.minPairs": 1,
     })  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 
 from cowest_cli import engine as engines
 from cowest_cli import jobs
+from cowest_cli.preflight import Facts
 from cowest_operator import api
 from cowest_operator.manifest import loads, resolve_prompts
 from cowest_serving.contract import Fallback, SecretRef
@@ -22,7 +23,7 @@ PROMPTS = {"draft": "{query}", "refine": "{query} {draft}", "solo": "{query}"}
 def make(tmp_path) -> engines.Engine:
     document = {"metadata": {"name": "desk"}, "spec": {}}
     declared = jobs.Declared(document, w.JOB, tmp_path)
-    return engines.Engine(declared, jobs.Home(tmp_path / "home"), engines.Facts(1, 1, True, 1.0), None)
+    return engines.Engine(engines.Order(declared, Facts(1, 1, True, 1.0)), jobs.Home(tmp_path / "home"))
 
 
 def saying(message: str, **changes) -> api.Status:
@@ -52,7 +53,7 @@ def started(home, **edits) -> engines.Engine:
     loaded = loads(json.dumps(edited({"collaboration.prompts": PROMPTS, **edits})))
     document = resolve_prompts(loaded.job, {}, PROMPTS)
     declared = jobs.Declared(document, api.parse_job(document), home.root)
-    return engines.Engine(declared, home, engines.Facts(1, 1, True, 1.0), None)
+    return engines.Engine(engines.Order(declared, Facts(1, 1, True, 1.0)), home)
 
 
 def begin(engine: engines.Engine, number: int) -> None:

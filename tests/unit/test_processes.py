@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from cowest_cli import jobs, processes
-from cowest_cli.engine import MAX_RESTARTS, Engine, Facts, _Server
+from cowest_cli.engine import MAX_RESTARTS, Engine, Order, _Server
+from cowest_cli.preflight import Facts
 from cowest_operator import api, reconcile
 from cowest_training.contract import StepError
 from tests import world as w
@@ -132,7 +133,8 @@ def make(folder, starts, **edits):
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(edited(edits)))
     home = jobs.Home(folder / "home")
-    return Engine(jobs.load(path), home, Facts(1, 1, False, 1.0), None, start=starts)
+    keys = {"COWEST_STRONG_API_KEYS": "strong", "COWEST_EVALUATOR_API_KEY": "judge"}
+    return Engine(Order(jobs.load(path), Facts(1, 1, False, 1.0), keys), home, start=starts)
 
 
 def test_a_server_that_dies_while_it_starts_is_started_again_with_patience(engine, starts):
@@ -215,7 +217,6 @@ def test_the_time_without_an_engine_is_no_part_of_a_canary(engine):
 def test_each_child_gets_the_keys_that_it_needs_and_no_other(engine, starts, monkeypatch):
     for name in ("COWEST_CLIENT_API_KEYS", "COWEST_STRONG_API_KEYS", "COWEST_EVALUATOR_API_KEY"):
         monkeypatch.setenv(name, "secret")
-    engine.keys = {"COWEST_STRONG_API_KEYS": "strong", "COWEST_EVALUATOR_API_KEY": "judge"}
     engine._start_gateway()
     engine._start_weak(api.ServerSpec("sha256:a", "file:///m"), 1, 1)
     for asks in (True, False):

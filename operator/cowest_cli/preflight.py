@@ -1,0 +1,98 @@
+"""What `validate`, `plan` and `run` look at before anything is started or paid: the data and the weak model.
+
+The manifest itself was checked when it was read (`jobs.load`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cowest_operator import manifest
+from cowest_operator.schema import Problem
+from cowest_serving.contract import parse
+from cowest_training.contract import EXIT_BAD_INPUT, Evaluator, StepError
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the data before anything runs."""
+
+    rows: int
+    held_out: int
+    has_explanations: bool
+    query_chars: float
+    explained: int = 0  # training rows with an explanation
+
+
+def facts_of(document: Mapping[str, Any], source: str) -> Facts:
+    """Read both data sets strictly, wherever they lie. Raises `ManifestError` or `StepError`."""
+    spec = document["spec"]
+    check_files(spec, source)
+    if spec["weak"]["engine"] == "vLLM" and shutil.which("vllm") is None:
+        raise StepError("spec.weak.engine vLLM: wanted the program `vllm` on PATH, saw none: pip install vllm")
+    return check_data(spec, source)
+
+
+def check_files(spec: Mapping[str, Any], source: str) -> None:
+    """What is named must be there, and the weak model must be one that may be loaded."""
+    if problems := list(_missing(spec)):
+        raise manifest.ManifestError(source, problems)
+    _check_weak_model(spec["weak"]["model"])
+
+
+def check_data(spec: Mapping[str, Any], source: str) -> Facts:
+    from cowest_training.data import check_split, read_rows
+    from cowest_training.evaluator import check_references
+
+    train, held_out = read_rows(spec["data"]["train"]), read_rows(spec["data"]["heldOut"])
+    check_split(train, held_out)
+    evaluator = parse(Evaluator, spec["feedback"]["evaluator"])
+    check_references(train, evaluator)
+    check_references(held_out, evaluator)
+    _check_held_out(len(held_out), spec["gate"]["minHeldOut"], source)
+    explained = sum(row.explanation is not None for row in train)
+    characters = sum(len(row.query) for row in held_out) / max(1, len(held_out))
+    return Facts(len(train), len(held_out), explained > 0, characters, explained)
+
+
+def can_read_here(spec: Mapping[str, Any]) -> bool:
+    """Local files, with the packages that read them at hand."""
+    local = all(uri.startswith(manifest.FILE) for uri in spec["data"].values())
+    return local and all(importlib.util.find_spec(name) for name in ("pyarrow", "numpy", "aiohttp"))
+
+
+def _check_held_out(seen: int, least: int, source: str) -> None:
+    if seen < least:
+        reason = f"wanted at least gate.minHeldOut = {least} rows, saw {seen}"
+        remedy = "No candidate could ever pass. Add held-out rows, or lower gate.minHeldOut"
+        raise manifest.ManifestError(source, [Problem("spec.data.heldOut", reason, remedy)])
+
+
+def _missing(spec: Mapping[str, Any]) -> Iterator[Problem]:
+    for field, uri in (
+        ("weak.model", spec["weak"]["model"]),
+        ("data.train", spec["data"]["train"]),
+        ("data.heldOut", spec["data"]["heldOut"]),
+    ):
+        if uri.startswith(manifest.FILE) and not manifest.local_path(uri).exists():
+            yield Problem(
+                f"spec.{field}",
+                f"there is nothing at {uri}",
+                "Put it there, or change the path; a relative one starts at the manifest's folder",
+            )
+
+
+def _check_weak_model(uri: str) -> None:
+    """A local folder is looked at: safetensors, config and tokenizer must be there, pickles must not."""
+    if not uri.startswith(manifest.FILE):
+        return
+    from cowest_serving.model_files import ModelFolderError, check_model_folder
+
+    try:
+        check_model_folder(manifest.local_path(uri))
+    except ModelFolderError as error:
+        raise StepError(f"spec.weak.model: {error}", EXIT_BAD_INPUT) from error
