@@ -7,7 +7,7 @@ UV_VERSION = 0.13.9
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo study test check format docs lock bench bench-kill bench-spool torture-spool bench-operator e2e e2e-faults clean \
-  images image-operator image-serving image-training lock-images helm-docs
+  images image-operator image-serving image-serving-ray image-training image-sizes lock-images helm-docs
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,12 +73,26 @@ lock: setup  ## resolve requirements.lock anew
 IMAGE_REGISTRY ?= docker.io
 IMAGE_TAG ?= $(or $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml),dev)
 IMAGE_OPTIONS ?= $(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_TRUSTED_HOST PIP_CERT,--build-arg $(name))
-# Called with DOCKERFILE CONTEXT TAG.
-IMAGE_BUILD ?= sh -c 'docker build $(IMAGE_OPTIONS) --file "$$0" --tag "$$2" "$$1"'
+# Called with DOCKERFILE CONTEXT TAG, and more of the builder's options.
+IMAGE_BUILD ?= sh -c 'file=$$0 context=$$1 tag=$$2; shift 2; docker build $(IMAGE_OPTIONS) --file "$$file" --tag "$$tag" "$$@" "$$context"'
+# serving-ray is needed for gateway.engine RayServe only.
+IMAGES ?= operator serving serving-ray training
+IMAGE_BASE ?= $(shell sed -n 's/^ARG BASE=//p' operator/Dockerfile)
+# Called with TAG: its size in MB.
+IMAGE_SIZE ?= .ci/image-size
 
-images: image-operator image-serving image-training  ## build the images $(IMAGE_REGISTRY)/cowest/{operator,serving,training}:$(IMAGE_TAG)
+images: $(IMAGES:%=image-%)  ## build the images $(IMAGE_REGISTRY)/cowest/{operator,serving,training}:$(IMAGE_TAG)
 image-operator image-serving image-training: image-%:
 	$(IMAGE_BUILD) $*/Dockerfile . $(IMAGE_REGISTRY)/cowest/$*:$(IMAGE_TAG)
+image-serving-ray:
+	$(IMAGE_BUILD) serving/Dockerfile . $(IMAGE_REGISTRY)/cowest/serving:$(IMAGE_TAG)-ray --build-arg EXTRAS=ray
+
+image-sizes:  ## how large the images are, and what each adds to its base
+	@base=$$($(IMAGE_SIZE) $(IMAGE_BASE)) && for image in $(IMAGES); do \
+	  tag=$(IMAGE_REGISTRY)/cowest/$${image%-ray}:$(IMAGE_TAG)$${image#$${image%-ray}}; \
+	  size=$$($(IMAGE_SIZE) $$tag) || exit 1; \
+	  echo "$$tag: $$size MB, $$((size - base)) MB on top of $(IMAGE_BASE)"; \
+	done
 
 lock-images: setup  ## the part of requirements.lock that each image installs
 	for image in operator serving training; do \

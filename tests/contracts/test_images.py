@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -121,7 +122,58 @@ def test_torch_is_a_layer_of_its_own_and_nothing_is_lost() -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make on PATH")
 def test_make_images_calls_the_builder_for_each_image() -> None:
-    command = ["make", "--silent", "images", "IMAGE_BUILD=echo", "IMAGE_REGISTRY=registry.example.com", "IMAGE_TAG=t"]
+    lines = {image: f"{image}/Dockerfile . registry.example.com/cowest/{image}:t" for image in IMAGES}
+    ray = "serving/Dockerfile . registry.example.com/cowest/serving:t-ray --build-arg EXTRAS=ray"
+    assert made("images") == [lines["operator"], lines["serving"], ray, lines["training"]]
+    assert made("images", "IMAGES=operator training") == [lines["operator"], lines["training"]]
+
+
+def made(target: str, *settings: str) -> list[str]:
+    """The lines of the builder's calls, which `echo` is instead of it."""
+    named = ["IMAGE_REGISTRY=registry.example.com", "IMAGE_TAG=t", "IMAGE_BUILD=echo"]
+    command = ["make", "--silent", target, *named, *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
-    tags = [f"{image}/Dockerfile . registry.example.com/cowest/{image}:t" for image in IMAGES]
-    assert done.stdout.splitlines() == tags, done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on PATH")
+def test_the_builder_is_given_file_context_tag_and_what_ray_needs(tmp_path: Path) -> None:
+    (tmp_path / "docker").write_text('#!/bin/sh\nfor each; do printf "[%s]" "$each"; done; echo\n')
+    (tmp_path / "docker").chmod(0o755)
+    command = ["make", "--silent", "image-serving-ray", "IMAGE_TAG=t", "IMAGE_OPTIONS=--quiet"]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, env=environment)
+    assert done.stdout == (
+        "[build][--quiet][--file][serving/Dockerfile][--tag][docker.io/cowest/serving:t-ray]"
+        "[--build-arg][EXTRAS=ray][.]\n"
+    ), done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on PATH")
+def test_sizes_are_told_above_the_base() -> None:
+    sizes = {"python": 200, "operator:t": 307, "serving:t": 511, "serving:t-ray": 900, "training:t": 2000}
+    size = "; ".join(f"*{name}*) echo {mb};" for name, mb in sorted(sizes.items(), reverse=True))
+    told = made("image-sizes", f"IMAGE_SIZE=sh -c 'case $$0 in {size} esac'")
+    tags = ("operator:t", "serving:t", "serving:t-ray", "training:t")
+    base = "docker.io/library/python:3.11-slim-bookworm"
+    assert told == [f"registry.example.com/cowest/{tag}: {sizes[tag]} MB, {sizes[tag] - 200} MB on top of {base}"
+                    for tag in tags]  # fmt: skip
+
+
+BUILDERS = [
+    pytest.param("docker", "echo 307100000", id="docker, in bytes"),
+    pytest.param("podman", "echo 307100000", id="podman, in bytes"),
+    pytest.param("buildah", 'echo "307 MB"', id="buildah, in words"),
+    pytest.param("buildah", 'echo "0.307 GB"', id="buildah, in other words"),
+]
+
+
+@pytest.mark.parametrize(("builder", "says"), BUILDERS)
+def test_the_builder_at_hand_says_how_large_an_image_is(builder: str, says: str, tmp_path: Path) -> None:
+    for name in ("docker", "podman", "buildah"):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{says if name == builder else 'exit 1'}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([ROOT / ".ci" / "image-size", "a:b"], capture_output=True, text=True, env=environment)
+    assert done.stdout == "307\n", done.stderr
