@@ -129,6 +129,8 @@ class Applier:
         known = family.children.get(key)
         if known is not None and memory.applied.get(key) == (intent, known.stamp):
             return
+        if known is not None and child["kind"] == "PersistentVolumeClaim":
+            return  # a claim cannot be changed, but for its size by a person
         now = self._note(family, await self._put(child))
         memory.applied[key] = (intent, now)
 

@@ -140,6 +140,8 @@ class Observer:
             {seen.name: seen.facts["mode"] for seen in family.of("InferenceService") if seen.facts["mode"]},
             platform.has_kuberay,
             self.settings.job_env,
+            self.settings.book,
+            _gateways(family.children.get(("Deployment", f"{metadata['name']}-gateway"))),
         )
         return context, trouble, blocked_by(job) is not None
 
@@ -550,6 +552,11 @@ def _with_a_known_action(status: api.Status, now: float) -> api.Status:
     if not status.last_action or ACTION_ID.fullmatch(status.last_action):
         return status
     return replace(status, last_action=f"{int(now * 1e9):020d}-resume")
+
+
+def _gateways(seen: Seen | None) -> int | None:
+    """None once an autoscaler has said how many there should be."""
+    return seen.facts["replicas"] if seen is not None else 0
 
 
 def _clock(epoch: float) -> str:

@@ -62,12 +62,26 @@ def troubles(platform: Platform, job: api.Job, training: Mapping[str, Any]) -> I
             " steps run without a quota. Install it, or remove the label.",
         )
     gateway = job.spec.gateway
-    if gateway.engine == "RayServe" and platform.has_kuberay and gateway.max_replicas is not None:
+    on_ray = gateway.engine == "RayServe" and platform.has_kuberay
+    if gateway.max_replicas is not None and not on_ray and not _asks_for_cpu(gateway.resources):
+        yield api.Trouble(
+            api.REASON_CANNOT_SCALE,
+            "spec.gateway.maxReplicas: wanted a gateway that grows with its load, but its autoscaler measures CPU"
+            " against what was requested, and spec.gateway.resources requests none. Add requests.cpu.",
+        )
+    if on_ray and gateway.max_replicas is not None:
         yield api.Trouble(
             api.REASON_NOT_ON_RAY,
             "spec.gateway.maxReplicas: wanted a gateway that grows with its load, but a RayService keeps to"
             f" gateway.replicas, {gateway.replicas}. Raise replicas and remove maxReplicas, or set engine: ASGI.",
         )
+
+
+def _asks_for_cpu(resources: api.Resources | None) -> bool:
+    """Without resources of its own the gateway has ours; a limit is a request too where no other is said."""
+    if resources is None or not (resources.requests or resources.limits):
+        return True
+    return "cpu" in resources.requests or "cpu" in resources.limits
 
 
 class Discovery:

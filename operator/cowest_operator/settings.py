@@ -31,6 +31,14 @@ class Images:
 
 
 @dataclass(frozen=True)
+class Book:
+    """The volume of a job's book of paid calls. What is there already stays as it is."""
+
+    size: str = "1Gi"
+    storage_class: str = ""  # empty: the cluster's default
+
+
+@dataclass(frozen=True)
 class Settings:
     images: Images
     namespace: str  # the operator's own: where its lease lies
@@ -42,6 +50,7 @@ class Settings:
     kserve_mode: str | None = None  # else what is found
     rayservices: bool = True  # may it make them?
     job_env: tuple[Mapping[str, Any], ...] = ()  # environment of all containers of jobs, as Kubernetes writes it
+    book: Book = Book()
     service_url: str = "http://{service}.{namespace}.svc"  # how the operator reaches a Service: else for outside of it
 
 
@@ -65,6 +74,7 @@ def read(environment: Mapping[str, str]) -> Settings:
         _one_of(environment, "COWEST_KSERVE_MODE", ("RawDeployment", "Standard")),
         _one_of(environment, "COWEST_RAYSERVICES", ("true", "false")) != "false",
         in_cluster(_env(environment.get("COWEST_JOB_ENV") or "[]")),
+        Book(environment.get("COWEST_BOOK_SIZE") or Book.size, environment.get("COWEST_BOOK_STORAGE_CLASS", "")),
         environment.get("COWEST_SERVICE_URL") or Settings.service_url,
     )
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from cowest_operator.api import KIND
+from cowest_operator.kube import CHILDREN
 from cowest_operator.objects.common import JOB_LABEL
 from cowest_operator.objects.steps import ATTEMPT_LABEL, GENERATION_LABEL, RETRY_CODES, STEP_LABEL
 from cowest_operator.objects.weak import DIGEST_ANNOTATION
@@ -178,7 +179,17 @@ def _deployment(body: Mapping[str, Any]) -> dict[str, Any]:
         "updated": int(status.get("updatedReplicas") or 0),
         "current": int(status.get("observedGeneration") or 0) >= int(body["metadata"].get("generation") or 0),
         "message": _failing(status, ("ReplicaFailure",)),
+        "replicas": _our_replicas(body),
     }
+
+
+def _our_replicas(body: Mapping[str, Any]) -> int | None:
+    """None once somebody else has set their number: an autoscaler, by its update."""
+    for entry in body["metadata"].get("managedFields") or []:
+        said = ((entry.get("fieldsV1") or {}).get("f:spec")) or {}
+        if entry.get("manager") == CHILDREN and entry.get("operation") == "Apply" and "f:replicas" in said:
+            return int(body["spec"]["replicas"])
+    return None
 
 
 def _ray_service(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Helm is looked for in HELM, on PATH and in ~/.cache/cowest-cluster/bin; without 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import http.server
 import json
@@ -14,6 +15,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -65,12 +68,23 @@ def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
 @functools.cache
 def rendered(chart: Path, values: str | None, *sets: str) -> tuple[Object, ...]:
     """The objects of a release `r` in namespace `here`; `values` names a file of the chart's ci folder."""
-    folder = chart if chart.is_dir() else CHARTS / re.sub(r"-[0-9.]+$", "", chart.stem)
+    folder = chart if chart.is_dir() else unpacked(chart)
     files = ["--values", str(folder / "ci" / f"{values}-values.yaml")] if values else []
     more = [word for text in sets for word in ("--set", text)]
     done = helm("template", "r", str(chart), "--namespace", "here", "--kube-version", "1.34.0", *files, *more)
     assert done.returncode == 0, done.stderr
     return tuple(each for each in yaml.safe_load_all(done.stdout) if each)
+
+
+@functools.cache
+def unpacked(archive: Path) -> Path:
+    """Of a packed chart, which has values of its own time in it."""
+    folder = Path(tempfile.mkdtemp(prefix="cowest-chart-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    (chart,) = folder.iterdir()
+    return chart
 
 
 def refusal(chart: Path, values: str | None, *sets: str) -> str:
@@ -251,6 +265,7 @@ def test_the_operator_can_read_what_the_chart_tells_it() -> None:
     assert told.images.training == f"{mirror}/cowest/training:1.2.3"
     assert told.images.vllm.startswith(f"{mirror}/vllm/vllm-openai:")
     assert told.images.pull_secrets == ("mirror", "other")
+    assert told.book == settings.Book("5Gi", "fast")
     assert [each["name"] for each in told.job_env] == ["HTTPS_PROXY", "PROXY_PASSWORD", "NO_PROXY"]
     assert told.namespaces == ("pharmacy", "freight")
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}

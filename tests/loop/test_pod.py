@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -167,3 +169,32 @@ def test_a_node_that_goes_away_asks_for_another_run(container: Container) -> Non
                 process.kill()
     assert container.last_words.startswith("interrupted: nothing half-written is left")
     assert read_manifest(f"{container.out}/shard-0-of-1") is None
+
+
+# ---------------------------------------------------------------- certificates
+def test_certificates_of_ones_own_stand_beside_the_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.setenv(name, "/nowhere")
+    pod.trust(make_certificate(tmp_path, "own"), tmp_path / "work")
+    assert os.environ["SSL_CERT_FILE"] == os.environ["REQUESTS_CA_BUNDLE"] == str(tmp_path / "work" / "ca.pem")
+    only = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    only.load_default_certs()
+    known = {dict(pair[0] for pair in each["subject"]).get("commonName") for each in only.get_ca_certs()}
+    assert "own" in known and len(known) > 1
+
+
+def make_certificate(folder: Path, name: str) -> Path:
+    path = folder / f"{name}.pem"
+    made = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN={name} -keyout key -out"
+    subprocess.run([*made.split(), str(path)], check=True, capture_output=True, cwd=folder)
+    return path
+
+
+def test_what_are_no_certificates_is_said_before_anything_is_paid(
+    container: Container, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (container.desk.folder / "ca.crt").write_text("none")
+    monkeypatch.setenv("COWEST_MORE_CA", str(container.desk.folder / "ca.crt"))
+    container.step("cowest_training.check")
+    assert container.run() == EXIT_BAD_INPUT
+    assert "strong.caBundleRef" in container.last_words and read_manifest(container.out) is None

@@ -15,7 +15,8 @@ from cowest_operator.manifest import load, resolve_prompts
 from cowest_operator.objects import common, steps, weak
 from cowest_operator.objects.common import Child, Context
 from cowest_operator.objects.desired import desired, followed, frozen_manifest
-from cowest_operator.settings import Images
+from cowest_operator.platform import Platform, troubles
+from cowest_operator.settings import Book, Images
 from cowest_operator.watched import see
 from cowest_serving.app import GatewaySettings
 from cowest_serving.contract import Fallback, SecretRef, parse
@@ -90,7 +91,7 @@ def test_every_container_passes_the_restricted_profile_with_a_read_only_root() -
             assert not safe["allowPrivilegeEscalation"] and safe["capabilities"] == {"drop": ["ALL"]}, name
             assert safe["seccompProfile"] == {"type": "RuntimeDefault"}, name
             seen += 1
-    assert seen == 10
+    assert seen == 11
 
 
 def test_strong_keys_are_mounted_in_gateway_and_proxy_alone() -> None:
@@ -467,9 +468,141 @@ def test_a_gateways_spool_outlives_its_container_and_is_full_before_its_volume_i
     assert "medium" not in volume["emptyDir"], "a disk: memory does not outlive a kill for want of memory"
 
 
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        pytest.param(0, 2, id="a new gateway"),
+        pytest.param(3, 3, id="it was three before maxReplicas came: it stays three"),
+        pytest.param(1, 2, id="fewer than replicas"),
+        pytest.param(9, 5, id="more than maxReplicas"),
+        pytest.param(None, None, id="the autoscaler has said how many"),
+    ],
+)
+def test_their_number_is_said_until_the_autoscaler_says_it(there: int | None, said: int | None) -> None:
+    seen = replace(context(gateway={"replicas": 2, "max_replicas": 5}), gateways=there)
+    children = {common.key_of(c): c for c in everything(seen)}
+    assert children["Deployment", "claims-gateway"]["spec"].get("replicas") == said
+
+
+@pytest.mark.parametrize(
+    ("entries", "ours"),
+    [
+        pytest.param([("cowest-operator", "Apply", {"f:replicas": {}})], 3, id="ours"),
+        pytest.param([("kube-controller-manager", "Update", {"f:replicas": {}})], None, id="the autoscaler's"),
+        pytest.param([("cowest-operator", "Apply", {"f:template": {}})], None, id="nobody's"),
+        pytest.param([], None, id="nothing known"),
+    ],
+)
+def test_whose_number_of_gateways_it_is_stands_in_the_record_of_who_set_what(entries: Any, ours: int | None) -> None:
+    fields = [{"manager": m, "operation": o, "fieldsV1": {"f:spec": spec}} for m, o, spec in entries]
+    metadata = {"name": "claims-gateway", "uid": "u", "resourceVersion": "1", "generation": 1, "managedFields": fields}
+    assert see("Deployment", {"metadata": metadata, "spec": {"replicas": 3}}).facts["replicas"] == ours
+
+
 def test_an_autoscaled_gateway_leaves_its_replicas_to_the_autoscaler() -> None:
-    children = {common.key_of(c): c for c in everything(context(gateway={"replicas": 2, "max_replicas": 5}))}
+    seen = replace(context(gateway={"replicas": 2, "max_replicas": 5}), gateways=None)
+    children = {common.key_of(c): c for c in everything(seen)}
     assert "replicas" not in children["Deployment", "claims-gateway"]["spec"]
     scaler = children["HorizontalPodAutoscaler", "claims-gateway"]["spec"]
     assert (scaler["minReplicas"], scaler["maxReplicas"]) == (2, 5)
     assert ("PodDisruptionBudget", "claims-gateway") in children
+
+
+# ---------------------------------------------------------------- quotas, accelerators, certificates
+def templates_of(seen: Context) -> dict[str, dict[str, Any]]:
+    return {each["name"]: each for each in steps.workflow_template(seen)["spec"]["templates"]}
+
+
+def test_a_quota_finds_what_it_asks_for_in_every_container_of_a_step() -> None:
+    for name, template in templates_of(with_shards(2)).items():
+        if "container" not in template:
+            continue
+        patch = json.loads(template["podSpecPatch"])
+        assert template["container"]["resources"]["requests"].keys() >= {"cpu", "memory"}, name
+        for each in (*patch["initContainers"], *patch["containers"]):
+            for kind in ("requests", "limits"):
+                assert each["resources"][kind].keys() == {"cpu", "memory"}, f"{name} {each['name']}"
+
+
+def test_a_step_has_no_token_where_argos_executor_has_one() -> None:
+    for name, template in templates_of(with_shards(2)).items():
+        if "container" in template:
+            (mount,) = [m for m in template["container"]["volumeMounts"] if m["mountPath"] == steps.TOKEN_FOLDER]
+            (volume,) = [v for v in template["volumes"] if v["name"] == mount["name"]]
+            assert "emptyDir" in volume and mount["readOnly"], name
+
+
+GPU = {"requests": {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "1"}, "limits": {"nvidia.com/gpu": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("module", "has_gpu"),
+    [("check", False), ("collect", False), ("publish", False), ("erase", False),
+     ("sft", True), ("feedback", True), ("dpo", True), ("evaluate", True)],
+)  # fmt: skip
+def test_an_accelerator_is_held_only_by_steps_that_load_a_model(module: str, has_gpu: bool) -> None:
+    seen = edited(context(), "training", resources=GPU)
+    workflow = steps.workflow(seen, replace(FEEDBACK, module=f"cowest_training.{module}"))
+    entrypoint = workflow["spec"].get("entrypoint", steps.workflow_template(seen)["spec"]["entrypoint"])
+    resources = templates_of(seen)[entrypoint]["container"]["resources"]
+    assert resources == (GPU if has_gpu else {"requests": {"cpu": "4", "memory": "16Gi"}})
+
+
+def test_shards_draft_and_their_merge_does_not() -> None:
+    templates = templates_of(edited(with_shards(2), "training", resources=GPU))
+    assert "nvidia.com/gpu" in templates["shard"]["container"]["resources"]["limits"]
+    assert "limits" not in templates["merge"]["container"]["resources"]
+
+
+def test_a_step_of_which_only_an_accelerator_is_said_still_asks_for_room() -> None:
+    light = templates_of(edited(context(), "training", resources={"limits": {"nvidia.com/gpu": "1"}}))["light"]
+    assert light["container"]["resources"] == {"requests": {"cpu": "250m", "memory": "512Mi"}}
+
+
+def test_certificates_of_ones_own_reach_whatever_asks_a_model_or_a_judge() -> None:
+    seen = edited(context(), "strong", caBundleRef={"name": "authority", "key": "ca.crt"})
+    found: dict[str, set[str]] = {}
+    for _, pod in pods(everything(seen)):
+        for each in containers(pod):
+            told = {e["name"] for e in each.get("env", []) if e.get("value") == "/etc/cowest/strong-ca/ca.crt"}
+            if told:
+                assert "strong-ca" in {mount["name"] for mount in each["volumeMounts"]}
+                found[each.get("name", "step")] = told
+    own, more = {"SSL_CERT_FILE"}, {"COWEST_MORE_CA"}
+    assert found == {"gateway": own, "proxy": own, "step": more, "score-live": more}
+
+
+def test_vllm_needs_no_entry_in_the_images_passwd() -> None:
+    seen = context(weak={"engine": "vLLM"})
+    (server,) = weak.inference_service(seen, api.ServerSpec("sha256:abc", "s3://b/m"))["spec"]["predictor"][
+        "containers"
+    ]
+    env = {each["name"]: each["value"] for each in server["env"]}
+    assert env["USER"], "getpass asks for it before it looks into passwd"
+    written = [env[name] for name in ("HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR")]
+    assert all(path == "/tmp" or path.startswith("/tmp/") for path in written), "the rest is read-only"
+
+
+def test_the_book_lies_where_the_operator_was_told() -> None:
+    told = replace(context(), book=Book("5Gi", "fast"))
+    for seen, size, storage_class in ((context(), "1Gi", None), (told, "5Gi", "fast")):
+        (claim,) = [c for c in everything(seen) if c["kind"] == "PersistentVolumeClaim"]
+        assert claim["spec"]["resources"]["requests"]["storage"] == size
+        assert claim["spec"].get("storageClassName") == storage_class
+
+
+@pytest.mark.parametrize(
+    ("gateway", "reasons"),
+    [
+        pytest.param({"max_replicas": 5}, [], id="our own request"),
+        pytest.param({"max_replicas": 5, "resources": api.Resources({"cpu": "1"})}, [], id="a request"),
+        pytest.param({"max_replicas": 5, "resources": api.Resources({}, {"cpu": "1"})}, [], id="a limit is a request"),
+        pytest.param(
+            {"max_replicas": 5, "resources": api.Resources({"memory": "1Gi"})}, [api.REASON_CANNOT_SCALE], id="none"
+        ),
+        pytest.param({"resources": api.Resources({"memory": "1Gi"})}, [], id="nothing is to be scaled"),
+    ],
+)
+def test_an_autoscaler_that_has_nothing_to_measure_is_a_trouble(gateway: dict[str, Any], reasons: list[str]) -> None:
+    platform = Platform(has_kserve=True, has_argo=True)
+    assert [trouble.reason for trouble in troubles(platform, context(gateway=gateway).job, {})] == reasons

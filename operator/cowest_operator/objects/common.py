@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cowest_operator import api
-from cowest_operator.settings import Images
+from cowest_operator.settings import Book, Images
 from cowest_serving.contract import canonical_json, digest_of
 
 Child = dict[str, Any]
@@ -43,6 +43,8 @@ class Context:
     kserve_modes: Mapping[str, str] = field(default_factory=dict)  # of those that are there, by name
     has_kuberay: bool = False
     job_env: tuple[Mapping[str, Any], ...] = ()  # of every container, as the operator was told
+    book: Book = field(default_factory=Book)  # of a new job
+    gateways: int | None = 0  # how many there are; None: their number is an autoscaler's
 
     @property
     def store(self) -> str:

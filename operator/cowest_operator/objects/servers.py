@@ -17,6 +17,7 @@ BOOK = "/var/lib/cowest/book.sqlite"
 SPOOL_ABOVE = (
     64 * 1024 * 1024
 )  # bytes: a pod above the volume's limit is evicted, so the gateway's own limit comes first
+STRONG_CERTIFICATES = "/etc/cowest/strong-ca"
 TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 DRAIN_SECONDS = 5  # endpoints take a moment to leave the Service
 
@@ -35,9 +36,15 @@ def gateway(context: Context) -> tuple[Child, ...]:
 
 
 def _gateway_deployment(context: Context) -> Child:
-    gateway = context.job.spec.gateway
-    replicas = None if gateway.max_replicas is not None else gateway.replicas
-    return _deployment(context, "gateway", _gateway_pod(context), replicas=replicas)
+    return _deployment(context, "gateway", _gateway_pod(context), replicas=_gateways(context))
+
+
+def _gateways(context: Context) -> int | None:
+    """With an autoscaler their number is said until it has said another: left out earlier, it would fall to one."""
+    spec = context.job.spec.gateway
+    if spec.max_replicas is None:
+        return spec.replicas
+    return None if context.gateways is None else max(spec.replicas, min(context.gateways, spec.max_replicas))
 
 
 def _gateway_pod(context: Context) -> dict[str, Any]:
@@ -129,7 +136,8 @@ def _token() -> dict[str, Any]:
 def _strong(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """(volumes, mounts, environment) of the strong model's keys and certificates: for gateway and proxy only."""
     strong = context.job.spec.strong
-    volumes, mounts, environment = [], [], []
+    volumes, mounts = strong_certificates(context)
+    environment = [common.env("SSL_CERT_FILE", file)] if (file := strong_certificates_file(context)) else []
     if strong.api_key_secret_refs:
         sources = [
             {"secret": {"name": ref.name, "items": [{"key": ref.key, "path": f"{number:02d}"}]}}
@@ -138,11 +146,6 @@ def _strong(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]
         volumes.append({"name": "strong-keys", "projected": {"sources": sources, "defaultMode": 0o440}})
         mounts.append({"name": "strong-keys", "mountPath": common.STRONG_KEYS, "readOnly": True})
         environment.append(common.env("COWEST_STRONG_API_KEYS_FOLDER", common.STRONG_KEYS))
-    bundle = context.document["spec"]["strong"].get("caBundleRef")
-    if bundle:
-        volumes.append({"name": "strong-ca", "configMap": {"name": bundle["name"]}})
-        mounts.append({"name": "strong-ca", "mountPath": "/etc/cowest/strong-ca", "readOnly": True})
-        environment.append(common.env("SSL_CERT_FILE", f"/etc/cowest/strong-ca/{bundle['key']}"))
     return volumes, mounts, environment
 
 
@@ -160,6 +163,22 @@ def _fallbacks(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, A
         [{"name": "fallback-keys", "mountPath": common.FALLBACK_KEYS, "readOnly": True}],
         [common.env("COWEST_STRONG_FALLBACK_API_KEYS_FOLDER", common.FALLBACK_KEYS)],
     )
+
+
+def strong_certificates(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(volumes, mounts) of `strong.caBundleRef`."""
+    bundle = context.document["spec"]["strong"].get("caBundleRef")
+    if not bundle:
+        return [], []
+    return (
+        [{"name": "strong-ca", "configMap": {"name": bundle["name"]}}],
+        [{"name": "strong-ca", "mountPath": STRONG_CERTIFICATES, "readOnly": True}],
+    )
+
+
+def strong_certificates_file(context: Context) -> str | None:
+    bundle = context.document["spec"]["strong"].get("caBundleRef")
+    return f"{STRONG_CERTIFICATES}/{bundle['key']}" if bundle else None
 
 
 def _clients(spec: api.Gateway) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
@@ -240,7 +259,12 @@ def proxy(context: Context) -> tuple[Child, ...]:
         containers=[container],
         volumes=[job_volume, tmp_volume, book, *volumes],
     )
-    claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    claim: dict[str, Any] = {
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": context.book.size}},
+    }
+    if context.book.storage_class:
+        claim["storageClassName"] = context.book.storage_class
     return (
         common.child(context, "v1", "PersistentVolumeClaim", name, "proxy", spec=claim),
         _deployment(context, "proxy", pod, strategy={"type": "Recreate"}),
@@ -273,7 +297,7 @@ def live_score(context: Context, step: api.StepSpec, frozen: Mapping[str, Any] |
     name = step_name(context, step)
     tmp_volume, tmp_mount = common.tmp()
     volumes, mounts = common.store_volumes(context)
-    evaluator_volumes, evaluator_mounts, evaluator_env = evaluator_key(context)
+    evaluator_volumes, evaluator_mounts, evaluator_env = evaluator_access(context)
     container = common.container(
         context, "score-live", context.images.training, "cowest_training.pod", ["--step", common.STEP_FOLDER],
         env=[*common.store_env(context), common.env("COWEST_STRONG_URL", f"http://{context.host('proxy')}/v1"),
@@ -292,13 +316,17 @@ def live_score(context: Context, step: api.StepSpec, frozen: Mapping[str, Any] |
     )
 
 
-def evaluator_key(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """A judge's or scorer's own key; the strong model's keys never come here."""
-    reference = context.job.spec.feedback.evaluator.api_key_secret_ref
-    if reference is None:
-        return [], [], []
-    source = {"secretKeyRef": {"name": reference.name, "key": reference.key}}
-    return [], [], [{"name": "COWEST_EVALUATOR_API_KEY", "valueFrom": source}]
+def evaluator_access(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """A judge's or scorer's own key, and the certificates that it may be checked against, beside the system's.
+
+    The strong model's keys never come here.
+    """
+    volumes, mounts = strong_certificates(context)
+    environment = [common.env("COWEST_MORE_CA", file)] if (file := strong_certificates_file(context)) else []
+    if reference := context.job.spec.feedback.evaluator.api_key_secret_ref:
+        source = {"secretKeyRef": {"name": reference.name, "key": reference.key}}
+        environment.append({"name": "COWEST_EVALUATOR_API_KEY", "valueFrom": source})
+    return volumes, mounts, environment
 
 
 def _deployment(

@@ -1,6 +1,7 @@
 """Training on Argo Workflows: one WorkflowTemplate of how steps run, one Workflow a step. Pure.
 
-step      one pod
+step      one pod, for what tunes or drafts
+light     the same without accelerators, for what loads no model
 sharded   feedback.shards pods side by side, then one that merges what they found: for the step `feedback`
 """
 
@@ -19,6 +20,13 @@ CALLS = "/tmp/cowest/calls.sqlite"  # of one pod; what counts is the proxy's boo
 RETRY_CODES = ("75", "130", "137", "143", "-1", "64")  # of EXIT_RETRY, of an ended or evicted pod, of Argo's executor
 KEPT_SECONDS = 86400
 SHARDED = "cowest_training.feedback"
+WITH_MODEL = tuple(
+    f"cowest_training.{name}" for name in ("sft", "dpo", "feedback", "evaluate")
+)  # `publish` merges on CPU
+TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
+ASKED = ("250m", "512Mi")  # CPU and memory of a step where the manifest says none
+# A quota on requests or limits refuses a pod of which one container says none.
+EXECUTOR = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"cpu": "500m", "memory": "256Mi"}}
 
 
 def step_name(context: Context, step: api.StepSpec) -> str:
@@ -64,6 +72,8 @@ def workflow(context: Context, step: api.StepSpec, attempt: int = 1) -> Child:
     )  # fmt: skip
     if step.module == SHARDED and shards(context) > 1:
         built["spec"]["entrypoint"] = "sharded"
+    elif step.module not in WITH_MODEL:
+        built["spec"]["entrypoint"] = "light"
     built["metadata"]["labels"] |= {
         STEP_LABEL: step.name,
         ATTEMPT_LABEL: str(attempt),
@@ -101,8 +111,18 @@ def _sharded(step: dict[str, Any], number: int) -> list[dict[str, Any]]:
             **_with(step, "shard", "--shard", f"{{{{inputs.parameters.shard}}}}/{number}"),
             "inputs": {"parameters": [{"name": "shard"}]},
         },
-        _with(step, "merge", "--merge", str(number)),
+        _with(_light(step), "merge", "--merge", str(number)),
     ]
+
+
+def _light(step: dict[str, Any]) -> dict[str, Any]:
+    """Extended resources, such as nvidia.com/gpu, have a domain in their name."""
+    wanted = {
+        kind: {name: value for name, value in quantities.items() if "/" not in name}
+        for kind, quantities in step["container"]["resources"].items()
+    }
+    kept = {kind: quantities for kind, quantities in wanted.items() if quantities} or common.resources(None, *ASKED)
+    return {**step, "name": "light", "container": {**step["container"], "resources": kept}}
 
 
 def _with(step: dict[str, Any], name: str, *arguments: str) -> dict[str, Any]:
@@ -111,20 +131,20 @@ def _with(step: dict[str, Any], name: str, *arguments: str) -> dict[str, Any]:
 
 
 def _template_spec(context: Context) -> dict[str, Any]:
-    from cowest_operator.objects.servers import evaluator_key
+    from cowest_operator.objects.servers import evaluator_access
 
     document = context.document["spec"].get("training", {})
     pods = api.parse_pods(document)
     tmp_volume, tmp_mount = common.tmp()
     volumes, mounts = common.store_volumes(context)
-    evaluator_volumes, evaluator_mounts, evaluator_env = evaluator_key(context)
+    evaluator_volumes, evaluator_mounts, evaluator_env = evaluator_access(context)
     container = common.container(
         context, "main", context.images.training, "cowest_training.pod", ["--step", common.STEP_FOLDER],
         env=[*common.store_env(context), common.env("COWEST_STRONG_URL", f"http://{context.host('proxy')}/v1"),
              common.env("TOKENIZERS_PARALLELISM", "false"), *evaluator_env],
-        resources=common.resources(pods.resources, "250m", "512Mi"),
+        resources=common.resources(pods.resources, *ASKED),
         volumeMounts=[{"name": "step", "mountPath": common.STEP_FOLDER, "readOnly": True}, tmp_mount, *mounts,
-                      *evaluator_mounts],
+                      *evaluator_mounts, {"name": "no-token", "mountPath": TOKEN_FOLDER, "readOnly": True}],
     )  # fmt: skip
     container.pop("name")
     over = pods.pod_template or api.PodTemplate()
@@ -134,10 +154,10 @@ def _template_spec(context: Context) -> dict[str, Any]:
             "labels": {**over.metadata.labels, **common.labels(context, "step")},
             **({"annotations": dict(over.metadata.annotations)} if over.metadata.annotations else {}),
         },
-        "automountServiceAccountToken": True,  # for Argo's executor
+        "automountServiceAccountToken": True,  # for Argo's executor; over it lies `no-token` where the step runs
         "container": container,
         "volumes": [{"name": "step", "configMap": {"name": "{{workflow.parameters.step}}"}}, tmp_volume, *volumes,
-                    *evaluator_volumes],
+                    *evaluator_volumes, {"name": "no-token", "emptyDir": {"sizeLimit": "1Mi"}}],
         "retryStrategy": {
             "limit": "5",
             "retryPolicy": "Always",
@@ -145,10 +165,10 @@ def _template_spec(context: Context) -> dict[str, Any]:
             "backoff": {"duration": "5s", "factor": "2", "maxDuration": "30m"},
         },
     }  # fmt: skip
-    # Argo's own containers know nothing of the restricted profile; podTemplate is laid over by the same patch.
+    # Argo's own containers know nothing of the restricted profile, nor of quotas; podTemplate is laid over them too.
     executor: dict[str, Any] = {
-        "initContainers": [{"name": "init", "securityContext": common.restricted()}],
-        "containers": [{"name": "wait", "securityContext": common.restricted()}],
+        "initContainers": [{"name": "init", "securityContext": common.restricted(), "resources": EXECUTOR}],
+        "containers": [{"name": "wait", "securityContext": common.restricted(), "resources": EXECUTOR}],
     }
     step["podSpecPatch"] = common.canonical(common.laid_over(executor, over.spec))
     base = common.pod(context)
@@ -162,5 +182,5 @@ def _template_spec(context: Context) -> dict[str, Any]:
         "synchronization": {"mutexes": [{"name": context.name("steps")}]},
         "ttlStrategy": {"secondsAfterCompletion": KEPT_SECONDS},
         "podGC": {"strategy": "OnWorkflowSuccess", "deleteDelayDuration": "60s"},
-        "templates": [step, *_sharded(step, shards(context))],
+        "templates": [step, _light(step), *_sharded(step, shards(context))],
     }

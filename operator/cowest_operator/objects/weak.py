@@ -16,6 +16,14 @@ KSERVE = "serving.kserve.io/v1beta1"
 DIGEST_ANNOTATION = "cowest.dev/model-digest"
 MODEL_FOLDER = "/mnt/models"
 NAME = "weak"  # of the model in the OpenAI API
+# The image knows no user of our number: what /etc/passwd would say is said here, and all that is written goes to /tmp.
+VLLM_ENV = {
+    "HOME": "/tmp",
+    "USER": "cowest",
+    "XDG_CACHE_HOME": "/tmp/cache",
+    "TORCHINDUCTOR_CACHE_DIR": "/tmp/cache/torchinductor",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 def server_name(context: Context, digest: str) -> str:
@@ -80,7 +88,7 @@ def _server(context: Context, server: api.ServerSpec, weak: api.Weak, tmp_mount:
             context, "kserve-container", context.images.vllm, "", 
             ["serve", MODEL_FOLDER, "--port", str(common.PORT), "--served-model-name", NAME, server.digest,
              "--generation-config", "vllm"],
-            env=[common.env("HOME", "/tmp"), common.env("VLLM_NO_USAGE_STATS", "1")], **shared,
+            env=[*(common.env(name, value) for name, value in VLLM_ENV.items())], **shared,
             **_probes("/health"),
         )  # fmt: skip
         return {**built, "command": ["vllm"]}
