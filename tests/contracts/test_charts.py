@@ -438,6 +438,21 @@ def test_on_ray_the_gateways_nodes_reach_each_other_and_only_kuberay_reaches_the
 
 
 @needs_helm
+def test_the_proxy_is_asked_by_those_that_the_values_name_too() -> None:
+    def asking(values: str) -> str:
+        return json.dumps(policies(values)["proxy"]["ingress"])
+
+    assert "score-live" in asking("minimal") and "notebook" not in asking("minimal")
+    assert "score-live" in asking("full") and "notebook" in asking("full")
+
+
+@needs_helm
+def test_the_charts_own_store_is_of_a_named_release() -> None:
+    (store,) = of_kind(rendered(DOMAIN, "full"), "StatefulSet")
+    assert re.search(r":RELEASE\.\d{4}-", store["spec"]["template"]["spec"]["containers"][0]["image"])
+
+
+@needs_helm
 def test_without_policies_there_are_none() -> None:
     assert policies("full", "networkPolicy.enabled=false") == {}
 

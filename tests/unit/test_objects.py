@@ -18,7 +18,7 @@ from cowest_operator.objects.desired import desired, followed, frozen_manifest
 from cowest_operator.platform import Platform, troubles
 from cowest_operator.settings import Book, Images
 from cowest_operator.watched import see
-from cowest_serving.app import GatewaySettings
+from cowest_serving.app import MAX_BODY, GatewaySettings
 from cowest_serving.contract import Fallback, SecretRef, parse
 from cowest_serving.proxy import ProxySettings
 from cowest_serving.ray_app import ray_settings
@@ -606,3 +606,10 @@ def test_the_book_lies_where_the_operator_was_told() -> None:
 def test_an_autoscaler_that_has_nothing_to_measure_is_a_trouble(gateway: dict[str, Any], reasons: list[str]) -> None:
     platform = Platform(has_kserve=True, has_argo=True)
     assert [trouble.reason for trouble in troubles(platform, context(gateway=gateway).job, {})] == reasons
+
+
+def test_an_ingress_lets_through_what_the_gateway_takes() -> None:
+    seen = context(gateway={"ingress": api.Ingress("answers.example.com")})
+    (ingress,) = [child for child in everything(seen) if child["kind"] == "Ingress"]
+    size = ingress["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-body-size"]
+    assert int(size.removesuffix("m")) * 1024 * 1024 >= MAX_BODY

@@ -231,6 +231,7 @@ def _ingress(context: Context, spec: api.Gateway) -> tuple[Child, ...]:
     built["metadata"]["annotations"] = {
         "nginx.ingress.kubernetes.io/proxy-read-timeout": "3600",
         "nginx.ingress.kubernetes.io/proxy-buffering": "off",
+        "nginx.ingress.kubernetes.io/proxy-body-size": "4m",  # what the gateway takes; nginx's own limit is 1m
     }
     return (built,)
 
