@@ -17,7 +17,7 @@ import pytest
 
 from cowest_serving.contract import Pair
 from cowest_training import evaluate
-from cowest_training.contract import EXIT_INTERRUPTED, EXIT_RETRY, EvaluationReport, load_report
+from cowest_training.contract import EXIT_INTERRUPTED, EXIT_RETRY, EvaluationReport, Row, load_report
 from cowest_training.steps import read_manifest
 from tests.fakes import Call, ScriptedModel
 from tests.loop import asking_world as world
@@ -87,6 +87,54 @@ def test_when_all_arms_score_nothing_what_to_look_at_is_said(
     strong.answers = "The number is 1, I think."
     Step(tmp_path, strong, feedback={"evaluator": {"type": "ExactMatch"}}).run()
     assert "spec.feedback.evaluator.extract" in capsys.readouterr().err
+
+
+def test_the_report_counts_the_versions_of_the_strong_model_by_arm(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong)
+    assert step.run().strong_versions == {"candidate": {"fp_1": 8}, "control": {"fp_1": 8}, "solo": {"fp_1": 8}}
+    strong.version = "fp_2"
+    step.candidate = world.make_pair(tmp_path / "other", strong, seed=5)  # solo answers come from the book
+    report = step.run(out="again")
+    assert report.strong_versions["solo"] == report.strong_versions["control"] == {"fp_1": 8}
+    assert report.strong_versions["candidate"].get("fp_2", 0) > 0
+    assert report.strong_version == "mixed: fp_1, fp_2"
+
+
+def chat(*texts: str) -> tuple[dict[str, str], ...]:
+    return tuple({"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts))
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        pytest.param([chat("one"), chat("two")], None, id="questions of their own"),
+        pytest.param([chat("One?"), chat("one"), chat("two")], [0, 0, 1], id="the same question twice"),
+        pytest.param(
+            [chat("hi", "hello", "a"), chat("hi", "hello", "a", "b", "c"), chat("hi")],
+            [0, 0, 1],
+            id="turns of one chat",
+        ),
+        pytest.param([chat("hi", "hello", "a"), chat("hi", "yes?", "a")], None, id="chats that only begin alike"),
+    ],
+)
+def test_rows_that_belong_together_are_a_cluster(asked: Any, expected: list[int] | None) -> None:
+    found = evaluate.clusters([Row(str(i), "", messages, "x") for i, messages in enumerate(asked)])
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(found or ()))}
+    assert (found and [numbers[name] for name in found]) == expected
+
+
+def test_turns_of_one_conversation_are_resampled_together(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong)
+    alone = step.run().arm("candidate")
+    opening = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    chats = [
+        {**row, "query": None, "messages": [*opening, {"role": "user", "content": row["query"]}]}
+        for row in world.rows()
+    ]
+    step.data = world.write_rows(tmp_path / "chats.jsonl", [{k: v for k, v in row.items() if v} for row in chats])
+    together = step.run(out="chats").arm("candidate")
+    assert 0 < alone.low < alone.high < 1
+    assert (together.low, together.high) == (0, 1), "one conversation says nothing about others"
 
 
 def test_the_weak_alone_is_scored_by_its_draft(tmp_path: Path, strong: ScriptedModel) -> None:

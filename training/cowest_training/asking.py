@@ -422,7 +422,12 @@ async def each_batch(drafts: Drafts, then: Callable[[Row, list[Draft]], None]) -
             then(row, found[row.id])
 
 
+def version_counts(replies: Sequence[Reply]) -> Counter[str]:
+    """Answers by version of the strong model; "" where it named none."""
+    return Counter(reply.version for reply in replies if not reply.error)
+
+
 def versions(replies: Sequence[Reply]) -> str:
     """The strong model's version, or "mixed: a, b" where it changed in between."""
-    seen = sorted({reply.version for reply in replies if not reply.error})
+    seen = sorted(version_counts(replies))
     return f"mixed: {', '.join(version or 'unnamed' for version in seen)}" if len(seen) > 1 else "".join(seen)

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cowest_serving.contract import Pair, digest_of
+from cowest_serving.contract import Pair, digest_of, message_text, normalised
 
 from . import steps
 from .asking import (
@@ -40,6 +40,7 @@ from .asking import (
     open_asking,
     read_pair,
     unusual_words,
+    version_counts,
     versions,
 )
 from .contract import (
@@ -205,24 +206,44 @@ async def _weak_alone(asking: Asking, row: Row, draft: str) -> Item:
 def make_report(run: Run, job: _Job, rows: Sequence[Row]) -> EvaluationReport:
     evaluator = job.settings.feedback.evaluator
     seed = job.settings.training.seed
-    asked = [item.reply for name in ("candidate", "control", SOLO) for item in run.arms[name]]
+    replies = {name: [item.reply for item in run.arms[name]] for name in ("candidate", "control", SOLO)}
+    together = clusters(rows)
     return EvaluationReport(
         candidate=job.candidate.digest,
         control=job.control.digest if job.control else SOLO,
         held_out_digest=rows_digest(rows),
         evaluator_digest=evaluator_digest(evaluator),
         strong_model=job.candidate.strong_model,
-        strong_version=versions(asked),
-        arms=tuple(arm_report(name, run, rows, evaluator, seed) for name in ("candidate", "control", SOLO, "weak")),
-        against_control=_compare(run, "control", seed),
-        against_solo=_compare(run, SOLO, seed),
-        slices=slices(rows, _scores(run, "candidate"), _scores(run, "control"), seed),
+        strong_version=versions([reply for arm in replies.values() for reply in arm]),
+        strong_versions={name: dict(version_counts(arm)) for name, arm in replies.items()},
+        arms=tuple(
+            arm_report(name, run, rows, evaluator, seed, together) for name in ("candidate", "control", SOLO, "weak")
+        ),
+        against_control=_compare(run, "control", seed, together),
+        against_solo=_compare(run, SOLO, seed, together),
+        slices=slices(rows, _scores(run, "candidate"), _scores(run, "control"), seed, together),
     )
 
 
-def arm_report(name: str, run: Run, rows: Sequence[Row], evaluator: Evaluator, seed: int) -> ArmReport:
+def clusters(rows: Sequence[Row]) -> list[str] | None:
+    """For each row what it has in common with others, so that their scores are no independent evidence.
+
+    Turns of one conversation share its first exchange; of single questions only the same one counts. `None` where every
+    row stands alone. A `group` is a slice, not a cluster.
+    """
+    found = []
+    for row in rows:
+        first = next((i for i, message in enumerate(row.messages) if message.get("role") == "assistant"), None)
+        opening = row.messages if first is None else row.messages[: first + 1]
+        found.append(normalised(" ".join(message_text(message) for message in opening)))
+    return found if len(set(found)) < len(found) else None
+
+
+def arm_report(
+    name: str, run: Run, rows: Sequence[Row], evaluator: Evaluator, seed: int, together: Sequence[str] | None
+) -> ArmReport:
     scores, solo = _scores(run, name), _scores(run, SOLO)
-    mean, low, high = mean_interval(scores, seed=seed)
+    mean, low, high = mean_interval(scores, together, seed)
     return ArmReport(
         name=name,
         n=len(scores),
@@ -237,19 +258,24 @@ def arm_report(name: str, run: Run, rows: Sequence[Row], evaluator: Evaluator, s
 
 
 def slices(
-    rows: Sequence[Row], candidate: Sequence[float], control: Sequence[float], seed: int
+    rows: Sequence[Row],
+    candidate: Sequence[float],
+    control: Sequence[float],
+    seed: int,
+    together: Sequence[str] | None = None,
 ) -> tuple[SliceReport, ...]:
     """Candidate against control within each `group`; rows without one are in no slice."""
     reports = []
     for group in sorted({row.group for row in rows if row.group is not None}):
         inside = [i for i, row in enumerate(rows) if row.group == group]
-        seen = compare_paired([candidate[i] for i in inside], [control[i] for i in inside], seed=seed)
+        of_slice = [together[i] for i in inside] if together else None
+        seen = compare_paired([candidate[i] for i in inside], [control[i] for i in inside], of_slice, seed)
         reports.append(SliceReport(group, seen.n, seen.difference, seen.low, seen.high))
     return tuple(reports)
 
 
-def _compare(run: Run, control: str, seed: int) -> Comparison:
-    return compare_paired(_scores(run, "candidate"), _scores(run, control), seed=seed)
+def _compare(run: Run, control: str, seed: int, together: Sequence[str] | None) -> Comparison:
+    return compare_paired(_scores(run, "candidate"), _scores(run, control), together, seed)
 
 
 def _scores(run: Run, name: str) -> list[float]:
