@@ -1,4 +1,4 @@
-"""The HTTP doors of a job's own pods: observer, strong-model proxy and weak-model servers. Small facts, short waits."""
+"""The HTTP doors of a job's own pods: observer, proxy, gateway and weak-model servers. Small facts, short waits."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ class Doors:
 
     async def spent(self, proxy: str, round_number: int) -> Any:
         return await self._get(f"{proxy}/v1/spent?round={round_number}", "proxy")
+
+    async def readiness(self, gateway: str) -> Any:
+        return await self._get(f"{gateway}/readyz", "the gateway")
 
     async def served(self, endpoint: str) -> list[str]:
         """Digests (and names) that a weak-model server says it serves, because it was asked."""

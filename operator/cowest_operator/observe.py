@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
-from cowest_operator import api, manifest, story
+from cowest_operator import api, manifest, story, strong
 from cowest_operator.doors import DoorError, Doors
 from cowest_operator.kube import Kube, KubeError
 from cowest_operator.objects import ray, steps, weak
@@ -36,6 +36,7 @@ ACTION = "cowest.dev/action."  # annotation: what a person said
 ACTION_ID = re.compile(r"(\d{20})-([a-z]+)")  # nanoseconds, so that ids sort by time, and the verb
 LIVE_EVERY, COUNT_EVERY, SPENT_EVERY, PROBE_EVERY, PROMPTS_EVERY = 2.0, 10.0, 10.0, 20.0, 30.0
 ARGO_SLOW, ARGO_RETRIES = 60.0, 240.0  # seconds until Argo must have seen a pod end; until it must have made another
+READINESS_EVERY = 10.0
 PATIENCE = 20.0  # seconds before a pod that is not there yet is called a trouble
 LONGEST_RETRY = 600.0
 
@@ -62,6 +63,7 @@ class Memory:
     shut: dict[str, DoorError] = field(default_factory=dict)  # why the last answer is an older one
     state: api.Status | None = None  # after our own write, until the watch shows it
     said: set[str] = field(default_factory=set)  # notes that were made known
+    failing: dict[str, strong.Failing] = field(default_factory=dict)  # the strong endpoint, by who asks it
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,8 @@ class _Look:
         blocked = trouble if stopped or trial is None else None
         frozen_document, frozen = self._frozen(trial)
         # Side by side: where packets are dropped each of them takes seconds, and other jobs wait for this look.
+        gateway = self._gateway()
+        asking = asyncio.ensure_future(self._ask_gateway(gateway))
         found = (
             await asyncio.gather(
                 self._steps(trial),
@@ -191,6 +195,7 @@ class _Look:
             if not stopped
             else ({}, {}, None, None, api.TraceCounts(), self.status.budget)
         )
+        await asking
         self.troubles.sort(key=lambda trouble: (trouble.reason, trouble.message))  # not by who answered first
         world = api.World(
             now=self.now,
@@ -202,7 +207,7 @@ class _Look:
             evaluator=evaluator_digest(job.spec.feedback.evaluator),
             steps=found[0],
             servers=found[1],
-            gateway=self._gateway(),
+            gateway=gateway,
             report=found[2],
             live=found[3],
             traces=found[4],
@@ -211,6 +216,8 @@ class _Look:
             frozen=frozen,
             blocked=blocked,
         )
+        if strong_fails := strong.trouble(job, self.memory.failing):
+            self.troubles.append(strong_fails)
         self._look_at_pods()
         self._look_at_controllers()
         self.troubles += troubles(self.observer.discovery.now, job, self.context.document["spec"].get("training", {}))
@@ -326,10 +333,11 @@ class _Look:
 
     async def _budget(self, trial: api.Trial | None) -> api.Budget:
         number = trial.number if trial else max(0, self.status.trials - 1)
-        every = SPENT_EVERY if trial else 30 * SPENT_EVERY
+        every = SPENT_EVERY if trial or strong.STEPS in self.memory.failing else 30 * SPENT_EVERY
         data = await self._asked(f"spent {number}", every, self.observer.doors.spent(self.proxy_base, number))
         if not data:
             return self.status.budget
+        self._note_strong(strong.STEPS, data.get("strong"))
         part = data.get("round") or {}
         current = api.Spent(int(part.get("calls", 0)), int(part.get("tokens", 0)), float(part.get("money", 0)))
         return api.Budget(int(data["calls"]), int(data["tokens"]), float(data["money"]), current)
@@ -358,6 +366,26 @@ class _Look:
             return
         reason = api.REASON_PROXY_AWAY if error.part == "proxy" else api.REASON_STORE_AWAY
         self.troubles.append(api.Trouble(reason, _sentence(str(error))))
+
+    # ------------------------------------------------------------ the strong endpoint
+    async def _ask_gateway(self, gateway: api.ServerState) -> None:
+        """How the strong endpoint does for users; the proxy's word comes with what was spent."""
+        known = self.memory.asked.get("readiness")
+        if not gateway.ready or (known and time.monotonic() - known[0] < READINESS_EVERY):
+            return
+        answer = None
+        with suppress(DoorError):  # a gateway that does not answer is what Ready tells
+            answer = await self.observer.doors.readiness(self.observer.base(self.context, "gateway"))
+        self.memory.asked["readiness"] = (time.monotonic(), None)
+        self._note_strong(strong.USERS, (answer or {}).get("strong"))
+
+    def _note_strong(self, who: str, word: Mapping[str, Any] | None) -> None:
+        endpoint, failing = self.context.job.spec.strong.endpoint, self.memory.failing
+        now = strong.seen(endpoint, word, failing.get(who))
+        if now is not None:
+            failing[who] = now
+        else:
+            failing.pop(who, None)
 
     # ------------------------------------------------------------ servers
     def _gateway(self) -> api.ServerState:

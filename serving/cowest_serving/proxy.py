@@ -55,6 +55,7 @@ from cowest_serving.book import (
 )
 from cowest_serving.contract import HEADER_IDEMPOTENCY, KEEP_ALIVE_SECONDS, SettingsError, Strong, digest_of, parse
 from cowest_serving.error_bodies import OutspokenModel, body_of
+from cowest_serving.health import Watched
 from cowest_serving.metrics import Labels, Metrics
 from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, content_text, count
 
@@ -149,7 +150,7 @@ def _lines(text: str) -> list[str]:
 
 
 # ---------------------------------------------------------------- upstream
-class Upstream(OutspokenModel):
+class Upstream(Watched, OutspokenModel):
     """The strong model. Keys are read for each attempt; what each call took goes into the metrics."""
 
     def __init__(self, strong: Strong, read_keys: Callable[[], Sequence[str]], metrics: Metrics) -> None:
@@ -368,7 +369,8 @@ class Proxy:
         asked = _round(request.query_params.get("round", ""), "round")
         number = self._book.round if asked is None else asked
         of_round = self._book.spent(round_number=number)
-        return _json({**_spent(self._book.spent()), "round": _spent(of_round)})
+        whole = _spent(self._book.spent())
+        return _json({**whole, "round": _spent(of_round), "strong": self.upstream.health.word()})
 
     async def healthz(self, _: Request) -> Response:
         return _json({"status": "ok"})

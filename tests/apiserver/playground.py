@@ -127,6 +127,7 @@ class Script:
     store_away: bool = False
     traces: dict[str, Any] = field(default_factory=lambda: {"all": 0, "usable": 0, "reason": ""})
     strong_version: str = "v1"
+    strong: dict[str, Any] | None = None  # what the gateway says of the strong endpoint
     predictors: list[str] = field(default_factory=list)  # what KServe made a Deployment for, each time
 
 
@@ -299,6 +300,8 @@ class Playground:
             if path == "/v1/traces":
                 return 200, self.script.traces
             return self._artifact(service.removesuffix("-observer"), query["uri"][0])
+        if service.endswith("-gateway"):
+            return 200, {"ready": True, "routing_version": 1, "strong": self.script.strong}
         if service.endswith("-proxy"):
             return 200, {
                 "calls": 10,

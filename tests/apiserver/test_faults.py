@@ -341,7 +341,7 @@ def test_the_kubelets_words_for_a_missing_secret_or_image_stand_in_the_status_un
         wake(playground)
         wait_for_reason(playground, "claims", api.DEGRADED, api.REASON_PODS_FAIL)
         message = playground.condition("claims", api.DEGRADED)["message"]
-        assert "claims-gateway-x (gateway) waits for its volumes: is Secret strong there?" in message
+        assert "claims-gateway-x (gateway) waits for its volumes: is Secret strong or Secret s3 with AWS_" in message
         assert (
             'claims-step-x (step) container main: ImagePullBackOff: Back-off pulling image "training:test"' in message
         )
@@ -350,6 +350,49 @@ def test_the_kubelets_words_for_a_missing_secret_or_image_stand_in_the_status_un
         playground.server.request("PATCH", f"{PODS}/claims-gateway-x/status", healed)
         playground.server.request("DELETE", f"{PODS}/claims-step-x", {"gracePeriodSeconds": 0})
         wait_for_reason(playground, "claims", api.DEGRADED, api.REASON_AS_EXPECTED)
+
+
+# ---------------------------------------------------------------- the strong model is away
+def word(failing: bool, answered: float | None, **more: Any) -> dict[str, Any]:
+    """Of a gateway's readiness."""
+    now = time.time()
+    seen = {"failures": 9, "since": now - 60, "last_failure": now, "error": "EndpointUnreachable"} if failing else {
+        "failures": 0, "since": None, "last_failure": None, "error": None}  # fmt: skip
+    return {"failing": failing, "last_answer": answered, **seen, **more}
+
+
+def test_a_strong_endpoint_that_fails_is_said_once_with_what_to_do_and_heals_with_an_answer(
+    playground: Playground,
+) -> None:
+    with playground.operator():
+        apply(playground, manifest_of("claims", **ONLY_BASELINE))
+        playground.wait(lambda: decisions(playground, "claims") == PROMOTED[:1], "the baseline", 120)
+        playground.wait(lambda: reason(playground, "claims", api.DEGRADED) == api.REASON_AS_EXPECTED, "rest")
+        playground.script.strong = word(True, None)
+
+        def wait_for(wanted: str) -> None:
+            def said() -> bool:
+                wake(playground)
+                return reason(playground, "claims", api.DEGRADED) == wanted
+
+            playground.wait(said, wanted, 60)
+
+        wait_for(api.REASON_STRONG_FAILS)
+        told = playground.condition("claims", api.DEGRADED)
+        assert "cannot be reached: does it run" in told["message"]
+        assert "whenStrongFails: Fail" in told["message"]
+        assert playground.condition("claims", api.READY)["status"] == "True"
+
+        # Other failures, more of them, and a replica that knows of none: nothing is written.
+        version = playground.job("claims")["status"]
+        for seen in (word(True, None, error="ServerFault", failures=99), None, word(False, None)):
+            playground.script.strong = seen
+            for _ in range(6):
+                time.sleep(2)
+                wake(playground)
+        assert playground.job("claims")["status"] == version
+        playground.script.strong = word(False, time.time())
+        wait_for(api.REASON_AS_EXPECTED)
 
 
 # ---------------------------------------------------------------- jobs beside and after each other

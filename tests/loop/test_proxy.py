@@ -195,6 +195,7 @@ async def test_without_a_key_a_call_is_passed_on_and_counted_but_not_remembered(
             assert (answer.status, answer.text) == (200, "two words")
         spent = await door.get("/v1/spent")
     assert [call.body for call in strong.calls] == [question("x y z", seed=3)] * 2
+    assert spent.body.pop("strong")["failures"] == 0
     assert spent.body == {"calls": 2, "tokens": 10, "money": "14", "round": {"calls": 2, "tokens": 10, "money": "14"}}
 
 
@@ -317,6 +318,16 @@ async def test_a_strong_model_that_is_away_is_a_502_and_one_that_hangs_a_504(tmp
         (504, "strong_unavailable"),
         (502, "strong_unavailable"),
     ]
+
+
+async def test_what_was_spent_comes_with_how_the_strong_endpoint_does(tmp_path: Path) -> None:
+    async with ScriptedModel(faults=[None, 500, 401]) as strong, proxy(tmp_path, strong_settings(strong.url)) as door:
+        seen = []
+        for text in ("one", "two", "three"):
+            await door.ask(text)
+            told = (await door.get("/v1/spent")).body["strong"]
+            seen.append((told["failures"], told["error"], told["last_answer"] is not None))
+    assert seen == [(0, None, True), (1, "ServerFault", True), (2, "Unauthorized", True)]
 
 
 async def test_a_fault_that_passes_is_tried_again_under_the_same_key(tmp_path: Path) -> None:

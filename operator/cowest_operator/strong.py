@@ -1,0 +1,87 @@
+"""What gateway and proxy say of the strong endpoint, as one trouble that comes once and goes with an answer. Pure.
+
+Each word is one pod's: replicas meet different calls, and one that has just started has met none. So a trouble stays
+until an answer is told that is newer than the failures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from cowest_operator import api
+
+USERS, STEPS = "users", "steps"  # who asks: by the gateway, by the proxy
+
+# Error of the word -> what is wrong, and what to do. Those of one group may come in turn: the first one stays said.
+_AWAY = {
+    "EndpointUnreachable": "it cannot be reached: does it run, and may pods of this namespace reach it (network"
+    " policies, HTTPS_PROXY, strong.caBundleRef)?",
+    "DeadlineExceeded": "it gives no answer in time: is it overloaded, or strong.timeoutSeconds too short?",
+    "ServerFault": "it answers with faults of its own (5xx): its operator has to mend it.",
+    "BadAnswer": "what it answers is no chat completion: is strong.endpoint its base address?",
+}
+_LIMITED = "it answers 429: raise its quota, lower strong.maxConcurrency, or give more keys."
+_NOT_TAKEN = "it takes none of the keys: put a valid one into {secrets}."
+_REFUSED = (
+    "it refuses the calls: is strong.endpoint its base address (it normally ends in /v1), and strong.model its name?"
+)
+
+
+@dataclass(frozen=True)
+class Failing:
+    """Since when the endpoint fails, in epoch seconds, and how."""
+
+    endpoint: str
+    since: float
+    last: float
+    error: str
+
+
+def seen(endpoint: str, word: Mapping[str, Any] | None, before: Failing | None) -> Failing | None:
+    """What is known after another word; `None`: the endpoint answers, or nothing is known of it."""
+    if before is not None and before.endpoint != endpoint:
+        before = None
+    if not word:
+        return before
+    if word["failing"]:
+        since, error = float(word["since"]), str(word["error"])
+        if before is None:
+            return Failing(endpoint, since, float(word["last_failure"]), error)
+        kept = before.error if before.error in _AWAY and error in _AWAY else error
+        return Failing(endpoint, before.since, max(before.last, float(word["last_failure"])), kept)
+    answered = word["last_answer"]
+    return before if before is not None and (answered is None or answered < before.last) else None
+
+
+def trouble(job: api.Job, failing: Mapping[str, Failing]) -> api.Trouble | None:
+    """`failing` by who asks."""
+    if not failing:
+        return None
+    first = min(failing.values(), key=lambda each: each.since)
+    who = " and ".join(sorted(failing, reverse=True))
+    since = datetime.fromtimestamp(first.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    message = f"the strong endpoint {first.endpoint} has failed for {who} since {since}: {_what(job, first.error)}"
+    if USERS in failing:
+        others = "strong.fallbacks answer" if job.spec.strong.fallbacks else _meanwhile(job)
+        message += f" Meanwhile {others}."
+    return api.Trouble(api.REASON_STRONG_FAILS, message)
+
+
+def _what(job: api.Job, error: str) -> str:
+    if error in _AWAY:
+        return _AWAY[error]
+    if error == "RateLimited":
+        return _LIMITED
+    if error == "Unauthorized":
+        names = dict.fromkeys(f"Secret {ref.name}" for ref in job.spec.strong.api_key_secret_refs)
+        return _NOT_TAKEN.format(secrets=" or ".join(names) or "a Secret that strong.apiKeySecretRefs names")
+    return _REFUSED
+
+
+def _meanwhile(job: api.Job) -> str:
+    declared = job.spec.collaboration.when_strong_fails
+    what = "the draft alone where there is one" if declared == "WeakAlone" else "an error"
+    return f"they get {what} (collaboration.whenStrongFails: {declared})"

@@ -1,0 +1,86 @@
+"""What pods say of the strong endpoint, word by word, and what the status says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cowest_operator import api, strong
+from cowest_serving.contract import Fallback, SecretRef
+from tests import world as w
+
+HERE = "https://s/v1"
+WELL: Mapping[str, Any] = {"failing": False, "since": None, "error": None, "last_failure": None, "last_answer": None}
+
+
+def bad(error: str = "ServerFault", since: float = 100.0, last: float = 200.0) -> Mapping[str, Any]:
+    return {**WELL, "failing": True, "since": since, "error": error, "last_failure": last}
+
+
+def after(*words: Mapping[str, Any] | None) -> strong.Failing | None:
+    known = None
+    for word in words:
+        known = strong.seen(HERE, word, known)
+    return known
+
+
+FAILING = strong.Failing(HERE, 100.0, 200.0, "ServerFault")
+
+
+@pytest.mark.parametrize(
+    ("words", "known"),
+    [
+        pytest.param([None, WELL], None, id="nothing was seen yet"),
+        pytest.param([bad()], FAILING, id="it fails"),
+        pytest.param([bad(), None, WELL], FAILING, id="a replica that knows nothing changes nothing"),
+        pytest.param([bad(), {**WELL, "last_answer": 150.0}], FAILING, id="nor does an answer before the failures"),
+        pytest.param([bad(), {**WELL, "last_answer": 201.0}], None, id="an answer after them ends it"),
+        pytest.param([bad(), bad("DeadlineExceeded", 150.0, 300.0)], replace(FAILING, last=300.0),
+                     id="faults of one kind that come in turn are one"),
+        pytest.param([bad(), bad("Unauthorized", 250.0, 300.0)],
+                     replace(FAILING, last=300.0, error="Unauthorized"), id="a refused key is another fault"),
+    ],
+)  # fmt: skip
+def test_a_trouble_comes_once_and_goes_with_an_answer(words: list[Any], known: strong.Failing | None) -> None:
+    assert after(*words) == known
+
+
+def test_an_endpoint_that_was_edited_starts_anew() -> None:
+    assert strong.seen("https://other/v1", None, after(bad())) is None
+
+
+def job(**changes: Any) -> api.Job:
+    asked = replace(w.JOB.spec.strong, api_key_secret_refs=(SecretRef("openai", "key"),), **changes)
+    return replace(w.JOB, spec=replace(w.JOB.spec, strong=asked))
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("EndpointUnreachable", "network policies"),
+        ("DeadlineExceeded", "strong.timeoutSeconds"),
+        ("ServerFault", "5xx"),
+        ("BadAnswer", "base address"),
+        ("RateLimited", "lower strong.maxConcurrency"),
+        ("Unauthorized", "put a valid one into Secret openai."),
+        ("BadRequest", "strong.model"),
+    ],
+)
+def test_the_sentence_says_what_to_do(error: str, says: str) -> None:
+    told = strong.trouble(job(), {strong.STEPS: replace(FAILING, error=error)})
+    assert told is not None and told.reason == api.REASON_STRONG_FAILS
+    assert "https://s/v1 has failed for steps since 1970-01-01 00:01:40 UTC: " in told.message
+    assert says in told.message and "Meanwhile" not in told.message
+
+
+def test_the_sentence_says_what_users_get_meanwhile() -> None:
+    both = {strong.USERS: replace(FAILING, since=50.0), strong.STEPS: FAILING}
+    told = strong.trouble(job(), both)
+    assert told is not None and "for users and steps since 1970-01-01 00:00:50 UTC" in told.message
+    assert f"whenStrongFails: {w.JOB.spec.collaboration.when_strong_fails}" in told.message
+    told = strong.trouble(job(fallbacks=(Fallback("https://b/v1", "b"),)), both)
+    assert told is not None and told.message.endswith("Meanwhile strong.fallbacks answer.")
+    assert strong.trouble(job(), {}) is None
