@@ -149,6 +149,22 @@ def test_the_decision_table_and_the_crd_have_the_same_defaults() -> None:
     assert compared >= 50
 
 
+def test_each_rule_of_the_crd_refuses_a_manifest_of_the_table() -> None:
+    """At each of its places. A rule on a change has no bad manifest, but a bad edit: tests/unit/test_manifest.py."""
+    refused: set[tuple[str, str]] = set()
+    for case in BROKEN:
+        problems = manifest.validate(default(manifest.job_schema(), edited(case.edits)))
+        refused |= {(re.sub(r"\[\d+\]", "[]", problem.field), problem.reason) for problem in problems}
+    rules = [
+        ((path + rule.get("fieldPath", "")).removeprefix("."), rule["message"])
+        for path, field in [("", manifest.job_schema()), *ALL]
+        for rule in field.get("x-kubernetes-validations", ())
+        if "oldSelf" not in rule["rule"]
+    ]
+    assert len(rules) > 70
+    assert [rule for rule in rules if rule not in refused] == []
+
+
 def test_the_tables_of_good_and_bad_manifests_are_long_enough_and_hold_none_twice() -> None:
     """Our validator and a real API server judge both tables."""
     for least, edits in ((60, [case.edits for case in BROKEN]), (20, list(VALID.values()))):
