@@ -70,7 +70,7 @@ class Applier:
         if not seen.stopped:
             with refused.by("ConfigMap"):
                 await self._routing(context, plan.routing, family)
-                await self._freeze(context, plan.status.candidate, family, memory)
+                await self._freeze(context, plan.status.candidate, family)
             if refused.error is not None:
                 plan = _standing_still(plan, seen)
             await self._children(seen, plan, family, memory, refused)
@@ -112,7 +112,7 @@ class Applier:
         is_new = "state" not in ((family.job or {}).get("status") or {})
         return 0 if is_new else int(time.time())
 
-    async def _freeze(self, context: Context, trial: api.Trial | None, family: Family, memory: Memory) -> None:
+    async def _freeze(self, context: Context, trial: api.Trial | None, family: Family) -> None:
         if trial is not None and ("ConfigMap", builders.frozen_name(context, trial)) not in family.children:
             child = builders.frozen_manifest(context, trial)
             await self.kube.create(child)
