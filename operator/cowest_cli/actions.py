@@ -15,7 +15,7 @@ from rich.console import Console
 from cowest_cli import jobs
 from cowest_cli.options import Output, Saying, Where, spread
 from cowest_cli.view import printable, rounds_table, spent
-from cowest_operator import api
+from cowest_operator import api, people
 from cowest_operator.manifest import FILE, absolute_uri, local_path
 from cowest_serving import store
 from cowest_serving.contract import dump
@@ -136,13 +136,31 @@ def _say(verb: api.Verb, where: Where, saying: Saying, output: str, model: str |
     if job := _in_cluster(where):
         _say_in_cluster(job, verb, saying, output, model)
         return
-    action = jobs.record_action(_home(where), verb, saying.why, saying.by, model)
+    place = _addressed(where)
+    _refuse_what_changes_nothing(place, verb)
+    action = jobs.record_action(place, verb, saying.why, saying.by, model)
     if output == "json":
         typer.echo(json.dumps(asdict(action)))
         return
     typer.echo(
         f"{verb} by {printable(action.by)} is recorded; the running or next `cowest run` of this job takes it in."
     )
+
+
+def _addressed(where: Where) -> jobs.Home:
+    """Of a manifest the folder may still have to be made; one that is named has to be there."""
+    place = _home(where)
+    if where.home is not None and not place.status.exists():
+        raise StepError(f"--home {where.home}: wanted the state of a job, saw none. Check the path.")
+    return place
+
+
+def _refuse_what_changes_nothing(place: jobs.Home, verb: api.Verb) -> None:
+    """Judged by what is not taken in yet, too: what was said before it comes first."""
+    seen = jobs.read_status(place)
+    waiting = jobs.read_actions(place, seen.last_action)
+    if not waiting and (no := people.refusal(seen, verb)):
+        raise StepError(f"{verb}: {no} Nothing was recorded.")
 
 
 def _say_in_cluster(job: cluster.Job, verb: api.Verb, saying: Saying, output: str, model: str | None) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import json
+import math
 import signal
-import socket
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,14 +18,16 @@ from cowest_cli import engine as engines
 from cowest_cli import jobs
 from cowest_cli.following import Following
 from cowest_cli.options import File, HomeFolder, Output
-from cowest_cli.preflight import Facts, facts_of
+from cowest_cli.preflight import facts_of
 from cowest_cli.processes import port_is_free
 from cowest_cli.view import View, rounds_table
-from cowest_operator import rounds
-from cowest_serving.contract import dump
-from cowest_training.contract import EXIT_INTERRUPTED, EXIT_RETRY, StepError
+from cowest_operator import api, rounds
+from cowest_serving.contract import Strong, dump
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RETRY, StepError
 
 ASK_ABOVE_CALLS = 20_000
+ASK_ABOVE_MONEY = 20.0  # in the currency of strong.prices
+PROBE_SECONDS = 30.0
 
 
 def run(
@@ -45,37 +45,71 @@ def run(
     that fails for good ends the run; with --serve the gateway answers on and the step is tried again, after 30 seconds
     at first and ten minutes at most, after an edit, or when a person says `cowest resume`.
     """
+    try:
+        _run(Wanted(file, home, secrets, port, serve, yes), output)
+    except typer.Exit:
+        raise
+    except Exception as error:
+        from cowest_cli.main import exit_code, message
+
+        _as_json(output, error=message(error), code=exit_code(error))
+        raise
+
+
+def _as_json(output: str, **said: Any) -> None:
+    """What a program reads of a run, however it ends: one line."""
+    if output == "json":
+        typer.echo(json.dumps(said))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    file: Path
+    home: Path | None
+    secrets: Path | None
+    port: int | None
+    serve: bool
+    yes: bool
+
+
+def _run(wanted: Wanted, output: str) -> None:
+    file, secrets, port = wanted.file, wanted.secrets, wanted.port
     following = Following(file, lambda: _another_order(file, place, secrets, port))
     jobs.load(file)  # what is wrong with the manifest is said first
-    place = jobs.home_of(file, home)
+    place = jobs.home_of(file, wanted.home)
     console = Console(stderr=True, highlight=False, markup=False)
     with jobs.locked(place):
         order = engines.read_order(file, secrets)
         order = replace(order, declared=jobs.with_generation(order.declared, place))
-        for path in jobs.without_effect_here(order.declared.document):
-            console.print(f"note: {path} has no effect on one machine", soft_wrap=True)
-        if not yes and not place.status.exists():
-            _ask(order.declared, order.facts, console)
-        if not jobs.read_status(place).rounds:
-            _reach_strong(order.declared, order.keys)
+        _before_it_pays(order, place, wanted.yes, console)
         stopped: list[int] = []
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda received, _: stopped.append(received))
         view = View(console)
         engine = engines.Engine(order, place, port, following=following)
         try:
-            plan = engine.run(view, serve, lambda: bool(stopped))
+            plan = engine.run(view, wanted.serve, lambda: bool(stopped))
         finally:
             view.close()
     console.print(rounds_table(plan.status))
+    ended = {"finished": plan.finished, "home": str(place.root), "status": dump(plan.status)}
     if stopped:
         console.print("interrupted: all that is finished is kept; run the same command again to go on.")
+        _as_json(output, error="interrupted", code=EXIT_INTERRUPTED, **ended)
         raise typer.Exit(EXIT_INTERRUPTED)
     if plan.failure:
         raise StepError(f"{plan.failure.message}\nRun the same command again to go on from here.", plan.failure.code)
-    if output == "json":
-        typer.echo(json.dumps({"finished": plan.finished, "home": str(place.root), "status": dump(plan.status)}))
+    _as_json(output, **ended)
     console.print(f"the loop is over: {plan.finished} State and models: {place.root}", soft_wrap=True)
+
+
+def _before_it_pays(order: engines.Order, place: jobs.Home, yes: bool, console: Console) -> None:
+    for path in jobs.without_effect_here(order.declared.document):
+        console.print(f"note: {path} has no effect on one machine", soft_wrap=True)
+    if not yes and not place.status.exists():
+        _ask(order, console)
+    if not jobs.read_status(place).rounds:
+        probe(order.declared.job.spec.strong, order.keys)
 
 
 def _another_order(file: Path, place: jobs.Home, secrets: Path | None, port: int | None) -> engines.Order:
@@ -91,43 +125,81 @@ def _another_order(file: Path, place: jobs.Home, secrets: Path | None, port: int
     return order
 
 
-def _reach_strong(declared: jobs.Declared, keys: Mapping[str, str]) -> None:
-    """Before the first minutes of tuning: is the endpoint there, and does it take the key? Costs no tokens.
+def probe(strong: Strong, keys: Mapping[str, str]) -> None:
+    """Before the first minutes of tuning: does the endpoint answer by that key and name? Costs one token.
 
-    Only a refused connection or a refused key ends the run: not every endpoint lists its models.
+    Raises `StepError` in the words that the steps would have for it, minutes later.
     """
-    strong = declared.job.spec.strong
-    key = keys.get("COWEST_STRONG_API_KEYS", "").partition("\n")[0]
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    request = urllib.request.Request(strong.endpoint.rstrip("/") + "/models", headers=headers)
+    from cowest_serving.models import HttpChatModel, ModelError
+
+    async def ask() -> None:
+        given = keys.get("COWEST_STRONG_API_KEYS", "").split("\n")
+        patience = min(float(strong.timeout_seconds), PROBE_SECONDS)
+        async with HttpChatModel(
+            strong.endpoint,
+            strong.model,
+            api_keys=given,
+            timeout_seconds=patience,
+            max_retries=min(2, strong.max_retries),
+        ) as model:
+            await model([{"role": "user", "content": "Say yes."}], max_tokens=1)
+
     try:
-        urllib.request.urlopen(request, timeout=5).close()
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            wanted = "another key" if key else "a key: declare strong.apiKeySecretRefs"
-            raise StepError(f"{strong.endpoint} answers {error.code} to GET /models: it wants {wanted}.") from None
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, ConnectionRefusedError | socket.gaierror):
-            raise StepError(
-                f"{strong.endpoint} cannot be reached ({error.reason}). Check that it runs and its address is right,"
-                " then run the same command again.",
-                EXIT_RETRY,
-            ) from None
-    except (OSError, ValueError, http.client.HTTPException):
-        return  # slow or odd: the first real call will tell, with its own retries
+        asyncio.run(ask())
+    except ModelError as error:
+        if error.status == 400:  # it is there and takes the key; a question of one token is not to its taste
+            return
+        unasked = error.status in (401, 403) and not any(keys.values())
+        missing = " No key was sent: declare strong.apiKeySecretRefs." if unasked else ""
+        raise StepError(
+            f"spec.strong was asked for one token before anything is started. {error}{missing}",
+            EXIT_RETRY if error.retryable else EXIT_BAD_INPUT,
+        ) from None
 
 
-def _ask(declared: jobs.Declared, facts: Facts, console: Console) -> None:
+def _ask(order: engines.Order, console: Console) -> None:
     """Above a limit a person says yes, before the first paid call."""
-    costs = engines.estimates(declared.job, facts)
-    calls = costs[0].calls + costs[1].calls * declared.job.spec.rounds.max
-    if calls <= ASK_ABOVE_CALLS:
+    whole = whole_job(order)
+    if whole.calls <= ASK_ABOVE_CALLS and (whole.money or 0.0) <= ASK_ABOVE_MONEY:
         return
-    console.print(f"The whole job may ask the strong model up to {calls} times (`cowest plan` has the parts).")
+    costs = f"{whole.calls} strong-model calls" + (f" and {whole.money:.2f} {whole.currency}" if whole.money else "")
+    console.print(f"The whole job may cost up to {costs} (`cowest plan` has the parts).", soft_wrap=True)
     if not console.is_terminal:
-        raise StepError(f"up to {calls} strong-model calls: wanted --yes to go on without a question, saw none.")
+        raise StepError(f"up to {costs}: wanted --yes to go on without a question, saw none.")
     if not typer.confirm("Go on?", err=True):
         raise typer.Exit(1)
+
+
+def whole_job(order: engines.Order) -> rounds.Estimate:
+    """The baseline and all rounds that there can be."""
+    first, tuned = engines.estimates(order.declared.job, order.facts)
+    times = order.declared.job.spec.rounds.max
+    calls, tokens = first.calls + tuned.calls * times, first.tokens + tuned.tokens * times
+    money = first.money + tuned.money * times if first.money is not None and tuned.money is not None else None
+    return rounds.Estimate("whole job", calls, tokens, money, first.currency)
+
+
+def limits_met(spec: api.Spec, costs: Sequence[rounds.Estimate]) -> Iterator[str]:
+    """Which limit of strong.budget would stop which part where; bounds are compared, so it may well not come to it."""
+    budget = spec.strong.budget
+    if budget is None:
+        return
+    for cost in costs:
+        for name, limit, bound in (
+            ("callsPerRound", budget.calls_per_round, cost.calls),
+            ("moneyPerRound", budget.money_per_round, cost.money),
+            ("tokensPerDay", budget.tokens_per_day, cost.tokens),
+            ("moneyPerDay", budget.money_per_day, cost.money),
+        ):
+            if limit is not None and bound is not None and bound > limit:
+                share = f"{100 * limit / bound:.0f} % of its bound of {bound:.10g}"
+                goes_on = "a rerun on the next day goes on" if "Day" in name else "a higher limit goes on from there"
+                yield f"budget.{name} = {limit:.10g} stops the {cost.name} at {share}; {goes_on}."
+
+
+def longest_hours(spec: api.Spec, cost: rounds.Estimate) -> float:
+    """If every call took all of strong.timeoutSeconds."""
+    return math.ceil(cost.calls / spec.strong.max_concurrency) * spec.strong.timeout_seconds / 3600
 
 
 def plan(file: File, output: Output = "text") -> None:
@@ -139,13 +211,22 @@ def plan(file: File, output: Output = "text") -> None:
     smallest = rounds.smallest_gain_points(min(facts.held_out, 10**9))
     if output == "json":
         typer.echo(json.dumps({"data": asdict(facts), "smallestGainPoints": smallest,
-                               "parts": [asdict(c) for c in costs], "maxRounds": spec.rounds.max}))  # fmt: skip
+                               "parts": [asdict(c) for c in costs], "maxRounds": spec.rounds.max,
+                               "limits": list(limits_met(spec, costs)),
+                               "longestHours": [longest_hours(spec, c) for c in costs]}))  # fmt: skip
         return
     typer.echo(f"{facts.rows} training rows, {facts.held_out} held-out rows; upper bounds:")
     for cost in costs:
         money = f", {cost.money:.2f} {cost.currency}" if cost.money is not None else ""
         times = f" (at most {spec.rounds.max} times)" if cost is costs[1] else ""
         typer.echo(f"  {cost.name:12} {cost.calls:8} calls, {cost.tokens:10} tokens{money}{times}")
+    for limit in limits_met(spec, costs):
+        typer.echo(limit)
+    hours = ", ".join(f"{longest_hours(spec, cost):.1f} h for the {cost.name}" for cost in costs)
+    typer.echo(
+        f"Time of the calls is not measured beforehand; if each took all of strong.timeoutSeconds ="
+        f" {spec.strong.timeout_seconds}, {spec.strong.max_concurrency} at a time: {hours}. Tuning comes on top."
+    )
     typer.echo(
         f"With {facts.held_out} held-out queries a gain under {smallest:.1f} points will most likely not be seen."
     )

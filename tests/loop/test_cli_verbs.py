@@ -30,7 +30,7 @@ from cowest_serving.traces import TraceWriter, read_feedback, read_traces
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_RETRY, ArmReport, Manifest
 from cowest_training.steps import manifest_json
 from tests import world as w
-from tests.fakes import ScriptedModel
+from tests.fakes import Fault, ScriptedModel
 from tests.manifests import edited
 
 # What a model, a log or a person may say: steers a terminal, breaks console markup, is markup in a page.
@@ -217,12 +217,43 @@ def test_explain_as_json_has_the_events_and_leaves_out_a_torn_line(cowest: Any, 
 # ---------------------------------------------------------------- what people say
 @pytest.mark.parametrize("verb", ["pause", "resume", "approve", "promote", "rollback"])
 def test_what_a_person_says_is_recorded_with_who_and_why(cowest: Any, place: jobs.Home, verb: str) -> None:
+    jobs.write_status(place, replace(STATUS, candidate=w.trial("Canary")))
     said = cowest(verb, "--home", place.root, "--why", "because", "--by", "ann", "-o", "json")
     assert said.code == EXIT_OK
     (action,) = jobs.read_actions(place, "")
     assert (action.verb, action.by, action.why, action.model) == (verb, "ann", "because", None)
     assert json.loads(said.out)["id"] == action.id
     assert jobs.read_actions(place, action.id) == (), "taken in once"
+
+
+@pytest.mark.parametrize(
+    ("verb", "says"),
+    [
+        pytest.param("approve", "there is no candidate to approve", id="nothing to approve"),
+        pytest.param("promote", "there is no candidate and no refused edit", id="nothing to promote"),
+        pytest.param("rollback", "there is no earlier pair to go back to", id="nothing to go back to"),
+    ],
+)
+def test_what_would_change_nothing_is_refused_and_not_recorded(
+    cowest: Any, place: jobs.Home, verb: str, says: str
+) -> None:
+    jobs.write_status(place, replace(STATUS, previous=None, serving="StrongAlone"))
+    said = cowest(verb, "--home", place.root)
+    assert said.code == EXIT_BAD_INPUT and says in said.err and said.out == ""
+    assert jobs.read_actions(place, "") == ()
+
+
+@pytest.mark.parametrize("verb", ["pause", "propose", "rollback"])
+def test_a_mistyped_home_makes_no_folder(cowest: Any, tmp_path: Path, verb: str) -> None:
+    more = ("--model", "hf://org/name@main") if verb == "propose" else ()
+    said = cowest(verb, "--home", tmp_path / "typo", *more)
+    assert said.code == EXIT_BAD_INPUT and "wanted the state of a job, saw none" in said.err
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_job_can_be_paused_before_its_first_run(cowest: Any, tmp_path: Path) -> None:
+    assert cowest("pause", "-f", write_manifest(tmp_path)).code == EXIT_OK
+    assert [a.verb for a in jobs.read_actions(jobs.Home(tmp_path / ".cowest" / "desk"), "")] == ["pause"]
 
 
 def test_actions_are_in_the_order_in_which_they_were_said(cowest: Any, place: jobs.Home) -> None:
@@ -397,6 +428,60 @@ def test_run_asks_before_it_spends_much_and_nobody_there_is_no(cowest: Any, job:
     said = cowest("run", "-f", job)
     assert said.code == EXIT_BAD_INPUT and "wanted --yes" in said.err
     assert not (job.parent / ".cowest" / "desk" / "status.json").exists()
+
+
+def test_run_says_as_json_why_it_ended(cowest: Any, job: Path) -> None:
+    said = cowest("run", "-f", job, "-o", "json")
+    ended = json.loads(said.out)
+    assert ended["code"] == said.code == EXIT_BAD_INPUT and "wanted --yes" in ended["error"]
+
+
+def test_run_asks_above_an_amount_of_money_too(cowest: Any, job: Path) -> None:
+    edits = {"strong.prices.outputPerMillionTokens": "1000", "rounds.max": 1}
+    job.write_text(yaml.safe_dump(edited(edits, yaml.safe_load(job.read_text()))))
+    said = cowest("run", "-f", job)
+    assert said.code == EXIT_BAD_INPUT and "USD: wanted --yes" in said.err
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "says"),
+    [
+        pytest.param(401, EXIT_BAD_INPUT, "No key was sent: declare strong.apiKeySecretRefs", id="no key"),
+        pytest.param(404, EXIT_BAD_INPUT, "and the name of the model.", id="no model"),
+        pytest.param(Fault(429, {"retry-after": "600"}), EXIT_RETRY, "Wait 600 s", id="too many requests"),
+        pytest.param(500, EXIT_RETRY, "a fault on its side. Try again", id="a fault"),
+        pytest.param("garbage", EXIT_RETRY, "instead of a chat completion", id="no chat endpoint"),
+        pytest.param("hang", EXIT_RETRY, "gave no answer within 1.0 s", id="it hangs"),
+        pytest.param("drop", EXIT_RETRY, "cannot be reached or broke off", id="it breaks off"),
+    ],
+)
+def test_a_strong_endpoint_that_fails_is_told_before_anything_is_started(
+    cowest: Any, job: Path, fault: Any, code: int, says: str
+) -> None:
+    with ScriptedModel("yes", faults=[fault] * 9).in_thread() as strong:
+        edits = {"strong.endpoint": strong.url, "strong.timeoutSeconds": 1, "strong.maxRetries": 0}
+        job.write_text(yaml.safe_dump(edited(edits, yaml.safe_load(job.read_text()))))
+        said = cowest("run", "-f", job, "--yes")
+        assert said.code == code and says in said.err
+        assert [call.body["max_tokens"] for call in strong.calls] == [1]
+    assert not (job.parent / ".cowest" / "desk" / "status.json").exists()
+
+
+def test_plan_says_which_limit_would_stop_the_round_and_how_long_calls_may_take(cowest: Any, job: Path) -> None:
+    edits = {"strong.budget": {"callsPerRound": 225, "moneyPerDay": "1000"}, "strong.maxConcurrency": 10}
+    job.write_text(yaml.safe_dump(edited(edits, yaml.safe_load(job.read_text()))))
+    said = cowest("plan", "-f", job).out
+    assert "budget.callsPerRound = 225 stops the tuned round at 50 % of its bound of 450" in said
+    assert "moneyPerDay" not in said
+    seen = json.loads(cowest("plan", "-f", job, "-o", "json").out)
+    assert len(seen["limits"]) == 2 and seen["longestHours"][0] == pytest.approx(40 * 60 / 3600)
+
+
+def test_plan_refuses_what_validate_refuses(cowest: Any, job: Path) -> None:
+    job.write_text(yaml.safe_dump(edited({"gate.minHeldOut": 201}, yaml.safe_load(job.read_text()))))
+    for verb in ("validate", "plan", "run"):
+        said = cowest(verb, "-f", job)
+        assert said.code == EXIT_BAD_INPUT and "gate.minHeldOut = 201 rows, saw 200" in said.err
 
 
 # ---------------------------------------------------------------- send

@@ -103,6 +103,11 @@ def until(wanted: Any, child: subprocess.Popen[bytes], seconds: float = 120) -> 
         time.sleep(0.05)
 
 
+def paid(endpoint: ScriptedModel) -> int:
+    """Without the one token that a first run asks for, to see whether somebody is there."""
+    return sum(call.body.get("max_tokens") != 1 for call in endpoint.calls)
+
+
 @pytest.fixture
 def endpoint() -> Iterator[ScriptedModel]:
     with ScriptedModel(answers=strong).in_thread() as server:
@@ -117,12 +122,12 @@ def test_the_baseline_runs_to_a_decision_and_a_rerun_repeats_nothing(tmp_path, e
     assert [r["number"] for r in first["rounds"]] == [0]
     assert {c["type"]: c["reason"] for c in first["conditions"]}["RoundProgressing"] == "MaxRoundsReached"
     assert first["stable"]["weakDigest"].startswith("sha256:")
-    calls = len(endpoint.calls)
+    calls = paid(endpoint)
     assert first["budget"]["calls"] == first["budget"]["round"]["calls"] == calls
     code, log = run(job)
     assert code == 0, log
     assert status(job)["rounds"] == first["rounds"]
-    assert len(endpoint.calls) == calls, "a rerun asks nothing that was answered"
+    assert paid(endpoint) == calls, "a rerun asks nothing that was answered"
 
 
 def test_an_interrupted_run_says_so_and_goes_on(tmp_path, endpoint):
@@ -161,3 +166,24 @@ def test_a_strong_endpoint_that_is_down_ends_the_run_and_a_rerun_goes_on(tmp_pat
     write_job(tmp_path, endpoint.url, gateway={"port": free_port()})
     code, log = run(job)
     assert code == 0, log
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "says"),
+    [
+        pytest.param(401, 2, "Check that the API key given for this endpoint is right", id="the key is refused"),
+        pytest.param("garbage", 75, "instead of a chat completion", id="something else answers"),
+    ],
+)
+def test_a_strong_endpoint_that_fails_half_way_ends_the_run_and_a_rerun_goes_on(tmp_path, endpoint, fault, code, says):
+    job = write_job(tmp_path, endpoint.url, training={"sft": "Never"}, strong={"maxRetries": 0})
+    endpoint.faults += [None] * 21 + [fault] * 1000
+    seen, log = run(job)
+    assert seen == code and says in log, log
+    assert status(job)["candidate"]["done"]["publish"], "what was done is kept"
+    endpoint.faults.clear()
+    before = paid(endpoint)
+    seen, log = run(job)
+    assert seen == 0, log
+    assert status(job)["budget"]["calls"] < before + paid(endpoint), "the 20 answers are not paid again"
+    assert status(job)["budget"]["calls"] == 20 + paid(endpoint) - before
