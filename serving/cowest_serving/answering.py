@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,6 +30,7 @@ from cowest_serving.contract import (
 )
 from cowest_serving.door import StrongDoor
 from cowest_serving.health import CircuitOpen, Guarded, Health
+from cowest_serving.metrics import ModelCall
 from cowest_serving.models import (
     BadAnswer,
     ChatResult,
@@ -198,6 +199,31 @@ class Record:
     def failed(self, status: str, error: object) -> None:
         self.status = status
         self.errors.append(str(error) if isinstance(error, str) else f"{type(error).__name__}: {error}")
+
+    def model_calls(self) -> Iterator[ModelCall]:
+        """The calls behind this answer, for metrics."""
+        kinds = [error.partition(":")[0] for error in self.errors]
+        if self.draft_ms is not None and self.arm.weak_endpoint is not None:
+            error = "" if self.weak_digest else next(iter(kinds), "client_gone")
+            served, endpoint = self.weak_digest, self.arm.weak_endpoint
+            yield ModelCall(
+                "cowest", endpoint, WEAK_MODEL, served, self.draft_ms / 1000, *self.weak_tokens, error=error
+            )
+        if self.answer_ms is not None:
+            pair, error = self.arm.pair, ""
+            if self.status in ("strong_failed", "refused"):
+                error = kinds[-1]
+            elif self.status == "client_gone":
+                error = self.status
+            yield ModelCall(
+                "openai",
+                pair.strong_endpoint,
+                pair.strong_model,
+                self.strong_model,
+                self.answer_ms / 1000,
+                *self.strong_tokens,
+                error=error,
+            )
 
     def row(self) -> dict[str, Any]:
         """By TRACE_COLUMNS."""

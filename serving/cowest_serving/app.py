@@ -74,7 +74,7 @@ from cowest_serving.contract import (
     Strong,
     parse,
 )
-from cowest_serving.metrics import Metrics
+from cowest_serving.metrics import GEN_AI, Metrics
 from cowest_serving.routing import FileRouting, RoutingSource, choose_arm
 from cowest_serving.store import StoreError
 from cowest_serving.traces import SpooledTraces, TraceSink, TraceWriter, sampled
@@ -85,6 +85,7 @@ KEYS_EVERY_SECONDS = 1.0
 DURABLE = "durable"
 DONE = b"data: [DONE]\n\n"
 METRICS = {
+    **GEN_AI,
     "cowest_answers_total": "Answers by arm, mode and status.",
     "cowest_answer_seconds": "Time from the request to the end of its answer.",
     "cowest_draft_seconds": "Time of the draft.",
@@ -288,6 +289,8 @@ class Gateway:
         self.count.observe("cowest_answer_seconds", seconds, **labels)
         if record.draft_ms is not None:
             self.count.observe("cowest_draft_seconds", record.draft_ms / 1000, arm=record.arm.name)
+        for call in record.model_calls():
+            self.count.observe_call(call)
         level = logging.DEBUG if record.status == "ok" else logging.WARNING
         kinds = ", ".join(error.partition(":")[0] for error in record.errors)  # a message may quote content
         log.log(

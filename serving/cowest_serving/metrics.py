@@ -1,13 +1,42 @@
-"""Counters and latency histograms in Prometheus' text format: the little that a gateway needs of a client."""
+"""Counters and histograms in Prometheus' text format: the little that a gateway needs of a client.
+
+Calls of models are named as OpenTelemetry's semantic conventions for generative AI have them, in the form that
+OpenTelemetry gives to Prometheus: gen_ai.client.operation.duration (s) and gen_ai.client.token.usage ({token}).
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+DURATION, TOKEN_USAGE = "gen_ai_client_operation_duration_seconds", "gen_ai_client_token_usage"
+GEN_AI = {
+    DURATION: "Time of a call of a model with its retries, by error type where it failed.",
+    TOKEN_USAGE: "Tokens of a call of a model, by direction.",
+}
+BUCKETS: Mapping[str, tuple[float, ...]] = {  # those that the conventions name
+    DURATION: (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92),
+    TOKEN_USAGE: tuple(4**n for n in range(14)),
+}
 Labels = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of a model, for `Metrics.observe_call`. `provider`: whose protocol it speaks."""
+
+    provider: str
+    endpoint: str
+    model: str  # as it was asked for
+    answered_by: str  # as the endpoint named it, "" without an answer
+    seconds: float
+    input_tokens: int = 0
+    output_tokens: int = 0
+    error: str = ""
 
 
 class Metrics:
@@ -16,13 +45,31 @@ class Metrics:
     def __init__(self, help_texts: Mapping[str, str]) -> None:
         self._help = help_texts
         self._counts: dict[str, dict[Labels, float]] = defaultdict(lambda: defaultdict(float))
-        self._observed: dict[str, dict[Labels, _Histogram]] = defaultdict(lambda: defaultdict(_Histogram))
+        self._observed: dict[str, dict[Labels, _Histogram]] = defaultdict(dict)
 
     def count(self, name: str, **labels: str) -> None:
         self._counts[name][_labels(labels)] += 1
 
-    def observe(self, name: str, seconds: float, **labels: str) -> None:
-        self._observed[name][_labels(labels)].add(seconds)
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        histograms, key = self._observed[name], _labels(labels)
+        if key not in histograms:
+            histograms[key] = _Histogram(BUCKETS.get(name, SECONDS))
+        histograms[key].add(value)
+
+    def observe_call(self, call: ModelCall) -> None:
+        labels = {
+            "gen_ai_operation_name": "chat",
+            "gen_ai_provider_name": call.provider,
+            "gen_ai_request_model": call.model,
+            "server_address": urlsplit(call.endpoint).hostname or "",
+        }
+        if call.answered_by:
+            labels["gen_ai_response_model"] = call.answered_by
+        error = {"error_type": call.error} if call.error else {}
+        self.observe(DURATION, call.seconds, **labels, **error)
+        for kind, tokens in (("input", call.input_tokens), ("output", call.output_tokens)):
+            if tokens:
+                self.observe(TOKEN_USAGE, tokens, **labels, gen_ai_token_type=kind)
 
     def text(self, gauges: Mapping[str, Mapping[Labels, float]] | None = None) -> str:
         """Everything, with `gauges` that are read now rather than counted."""
@@ -42,17 +89,18 @@ class Metrics:
 
 
 class _Histogram:
-    def __init__(self) -> None:
-        self.buckets = [0] * (len(SECONDS) + 1)
+    def __init__(self, limits: tuple[float, ...]) -> None:
+        self._limits = limits
+        self.buckets = [0] * (len(limits) + 1)
         self.total = 0.0
 
-    def add(self, seconds: float) -> None:
-        self.buckets[bisect_left(SECONDS, seconds)] += 1
-        self.total += seconds
+    def add(self, value: float) -> None:
+        self.buckets[bisect_left(self._limits, value)] += 1
+        self.total += value
 
     def lines(self, name: str, labels: Labels) -> Iterable[str]:
         seen = 0
-        for limit, n in zip((*SECONDS, "+Inf"), self.buckets, strict=True):
+        for limit, n in zip((*self._limits, "+Inf"), self.buckets, strict=True):
             seen += n
             yield _sample(f"{name}_bucket", (*labels, ("le", str(limit))), seen)
         yield _sample(f"{name}_sum", labels, self.total)

@@ -56,7 +56,7 @@ from cowest_serving.book import (
 from cowest_serving.contract import HEADER_IDEMPOTENCY, KEEP_ALIVE_SECONDS, SettingsError, Strong, digest_of, parse
 from cowest_serving.error_bodies import OutspokenModel, body_of
 from cowest_serving.health import Watched
-from cowest_serving.metrics import Labels, Metrics
+from cowest_serving.metrics import GEN_AI, Labels, Metrics, ModelCall
 from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, content_text, count
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,6 @@ MAX_BODY = 16 * 1024 * 1024
 DEADLINE_OVER_TIMEOUT = 3  # no user waits here: a rate limit may be waited out for longer than in the gateway
 MODELS_SECONDS = 5.0  # how long the upstream may take to list its models
 
-DURATION = "gen_ai_client_operation_duration_seconds"
 PAID = "cowest_proxy_calls_paid_total"
 REPLAYED = "cowest_proxy_calls_replayed_total"
 REFUSED_BY_BUDGET = "cowest_proxy_calls_refused_by_budget_total"
@@ -72,7 +71,7 @@ FAILED = "cowest_proxy_calls_failed_total"
 IN_FLIGHT = "cowest_proxy_calls_in_flight"
 SPENT_CALLS, SPENT_TOKENS, SPENT_MONEY = (f"cowest_proxy_spent_{what}" for what in ("calls", "tokens", "money"))
 METRICS = {
-    DURATION: "Time of a call of the strong model with its retries, by error type where it failed.",
+    **GEN_AI,
     PAID: "Calls that were sent and paid, by purpose.",
     REPLAYED: "Answers that cost nothing: from the book, or shared with a call on its way.",
     REFUSED_BY_BUDGET: "Calls that were not made since the budget has no room.",
@@ -166,20 +165,20 @@ class Upstream(Watched, OutspokenModel):
         self._read_keys, self._metrics = read_keys, metrics
 
     async def __call__(self, messages: Any, **options: Any) -> ChatResult:
-        with_error = ""
         started = time.monotonic()
         try:
-            return await super().__call__(messages, **options)
+            result = await super().__call__(messages, **options)
         except ModelError as error:
-            with_error = type(error).__name__
+            self.observe(started, error=type(error).__name__)
             raise
-        finally:
-            self.observe(started, with_error)
+        self.observe(started, result.model, (result.input_tokens, result.output_tokens))
+        return result
 
-    def observe(self, started: float, error: str = "") -> None:
-        labels = {"gen_ai_operation_name": "chat", "gen_ai_request_model": self.model}
-        more = {"error_type": error} if error else {}
-        self._metrics.observe(DURATION, time.monotonic() - started, **labels, **more)
+    def observe(self, started: float, answered_by: str = "", tokens: tuple[int, int] = (0, 0), error: str = "") -> None:
+        seconds = time.monotonic() - started
+        self._metrics.observe_call(
+            ModelCall("openai", self.endpoint, self.model, answered_by, seconds, *tokens, error=error)
+        )
 
     async def listed(self) -> Mapping[str, Any] | None:
         """How the endpoint lists this model; None where it does not."""
@@ -356,7 +355,8 @@ class Proxy:
                 self._note_refusal(refusal)
                 yield _event(refusal.body())
             finally:
-                self.upstream.observe(started, with_error)
+                tokens = (meter.input_tokens or 0, meter.output_tokens or 0)
+                self.upstream.observe(started, meter.model, tokens, with_error)
                 if meter.has_begun:
                     self._count_answer(asked.call, is_free=False)
 

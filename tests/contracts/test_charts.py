@@ -327,7 +327,11 @@ def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
     asked += [t["expr"] for panel in json.loads(board["data"]["cowest.json"])["panels"] for t in panel["targets"]]
     operators = re.findall(r"^# TYPE (\S+)", Metrics().text(), re.MULTILINE)
     known = {*app.METRICS, *proxy.METRICS, *operators}
-    names = {re.sub("_bucket$", "", name) for text in asked for name in re.findall(r"\bcowest_[a-z_]+", text)}
+    names = {
+        re.sub("_(bucket|sum|count)$", "", name)
+        for text in asked
+        for name in re.findall(r"\b(?:cowest|gen_ai_client)_[a-z_]+", text)
+    }
     assert names - {"cowest_dev_job"} <= known
     assert len(names) > 5
 

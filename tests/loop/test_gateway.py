@@ -1114,6 +1114,25 @@ async def test_metrics_count_answers_by_arm_mode_and_status(tmp_path: Path) -> N
 
 
 # ---------------------------------------------------------------- the process
+async def test_metrics_of_calls_have_the_names_of_the_semantic_conventions(tmp_path: Path) -> None:
+    async with world(tmp_path, strong={"faults": [None, 503]}) as (_, _, door):
+        await door.ask()
+        await door.post("/v1/chat/completions", {"messages": ASKED})
+        text = await door.metrics()
+    weak = (
+        'gen_ai_operation_name="chat",gen_ai_provider_name="cowest",gen_ai_request_model="weak",'
+        f'gen_ai_response_model="{DIGEST}"'
+    )
+    strong = 'gen_ai_operation_name="chat",gen_ai_provider_name="openai",gen_ai_request_model="big"'
+    answered, here = f'{strong},gen_ai_response_model="big-2026"', 'server_address="127.0.0.1"'
+    duration, tokens = "gen_ai_client_operation_duration_seconds", "gen_ai_client_token_usage"
+    assert f"{duration}_count{{{weak},{here}}} 2\n" in text
+    assert f"{duration}_count{{{answered},{here}}} 1\n" in text
+    assert f'{duration}_count{{error_type="ServerFault",{strong},{here}}} 1\n' in text
+    assert f'{tokens}_sum{{{answered},gen_ai_token_type="output",{here}}} 2\n' in text
+    assert f'{tokens}_bucket{{{answered},gen_ai_token_type="output",{here},le="4"}} 1\n' in text
+
+
 def spec_of(strong: ScriptedModel) -> dict[str, Any]:
     settings = settings_of(strong)
     return {

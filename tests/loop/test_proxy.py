@@ -430,8 +430,13 @@ async def test_metrics_tell_paid_from_replayed_calls_and_what_was_spent(tmp_path
     assert 'cowest_proxy_calls_failed_total{status="502"} 1\n' in text
     assert "cowest_proxy_calls_in_flight 0\n" in text
     assert 'cowest_proxy_spent_tokens{gen_ai_token_type="output"} 4\n' in text
-    duration = 'gen_ai_client_operation_duration_seconds_count{error_type="ServerFault",gen_ai_operation_name="chat"'
-    assert f'{duration},gen_ai_request_model="big"}} 1\n' in text
+    call = 'gen_ai_operation_name="chat",gen_ai_provider_name="openai",gen_ai_request_model="big"'
+    failed = f'error_type="ServerFault",{call},server_address="127.0.0.1"'
+    assert f"gen_ai_client_operation_duration_seconds_count{{{failed}}} 1\n" in text
+    answered = f'{call},gen_ai_response_model="scripted"'
+    assert (
+        f'gen_ai_client_token_usage_sum{{{answered},gen_ai_token_type="output",server_address="127.0.0.1"}} 4\n' in text
+    )
 
 
 async def test_a_book_that_cannot_be_written_makes_the_proxy_unready(tmp_path: Path) -> None:
