@@ -299,15 +299,23 @@ class Models:
         )
 
     def _door(self, endpoint: str, model: str) -> StrongDoor:
-        # After an edit the pair of the old endpoint answers for a while; the keys are those of the new one.
-        own_keys = self._keys if is_same_origin(endpoint, self._settings.endpoint) else ()
         fallbacks = zip(self._settings.fallbacks, self._fallback_keys, strict=False)
         return StrongDoor(
             [
-                self._guarded(endpoint, model, own_keys),
+                self._guarded(endpoint, model, self._keys_for(endpoint)),
                 *(self._guarded(other.endpoint, other.model, keys) for other, keys in fallbacks),
             ]
         )
+
+    def _keys_for(self, endpoint: str) -> Sequence[str]:
+        """Those that the manifest gives for its origin: as the strong model's, or as a fallback's.
+
+        After an edit the pair of the old endpoint answers for a while, and the keys are of the new one.
+        """
+        if is_same_origin(endpoint, self._settings.endpoint):
+            return self._keys
+        others = zip(self._settings.fallbacks, self._fallback_keys, strict=False)
+        return next((keys for other, keys in others if is_same_origin(endpoint, other.endpoint)), ())
 
     def _guarded(self, endpoint: str, model: str, keys: Sequence[str]) -> Guarded:
         return Guarded(

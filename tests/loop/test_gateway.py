@@ -239,6 +239,15 @@ async def test_a_key_is_never_sent_to_another_endpoint_than_the_manifests(tmp_pa
     assert "authorization" not in old.calls[0].headers and not new.calls
 
 
+async def test_a_pair_of_the_old_endpoint_is_asked_with_the_key_of_the_fallback_that_names_it(tmp_path: Path) -> None:
+    async with ScriptedModel() as weak, ScriptedModel() as old, ScriptedModel() as new:
+        settings = settings_of(new, fallbacks=(Fallback(old.url, "big"),))
+        keys = {"strong_keys": Keys(["of-the-new"]), "fallback_keys": [Keys(["of-the-old"])]}
+        async with gateway(tmp_path, settings, arm_of(weak, old), **keys) as door:
+            await door.ask()
+    assert old.calls[0].headers["authorization"] == "Bearer of-the-old" and not new.calls
+
+
 @pytest.mark.parametrize("given", ["mine-1", None])
 async def test_the_idempotency_key_is_the_clients_or_the_request_id(tmp_path: Path, given: str | None) -> None:
     async with world(tmp_path) as (_, strong, door):
