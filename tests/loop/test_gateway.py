@@ -1236,15 +1236,17 @@ async def test_a_second_signal_ends_the_drain(tmp_path: Path) -> None:
 
 
 @needs_minio
+@pytest.mark.parametrize("keeps", ["in memory", "on the disk"])
 async def test_a_store_that_is_away_at_the_start_gets_all_records_when_it_comes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: str
 ) -> None:
     address = free_address()
     for name, value in s3_environment(address).items():
         monkeypatch.setenv(name, value)
     store = "s3://models/shop/desk"
+    spool = ("--spool", str(tmp_path / "spool")) if keeps == "on the disk" else ()
     async with (
-        started(tmp_path, "--host", "0.0.0.0", store=store) as (url, process),
+        started(tmp_path, "--host", "0.0.0.0", *spool, store=store) as (url, process),
         aiohttp.ClientSession() as http,
     ):
 
