@@ -1,6 +1,7 @@
-"""Store, step outputs and traces against a real MinIO server process.
+"""Store, step outputs and traces against real S3 servers, each a process: MinIO and SeaweedFS.
 
-Its binary is `minio` on PATH, or COWEST_TEST_MINIO; without it these tests are reported as not run.
+MinIO's binary is `minio` on PATH, or COWEST_TEST_MINIO; SeaweedFS comes with the development packages. Without a binary
+its tests are reported as not run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.client import HTTPConnection
 from pathlib import Path
@@ -35,28 +37,70 @@ from cowest_training.contract import Manifest
 from cowest_training.data import read_rows
 from tests.unit.test_store import rotate
 
-BINARY = os.environ.get("COWEST_TEST_MINIO") or shutil.which("minio")
-pytestmark = pytest.mark.skipif(not BINARY, reason="no minio binary: put it on PATH or name it in COWEST_TEST_MINIO")
+ACCESS, SECRET = "cowest-test", "cowest-test-secret"
+MINIO = os.environ.get("COWEST_TEST_MINIO") or shutil.which("minio")
+WEED = os.environ.get("COWEST_TEST_SEAWEEDFS") or shutil.which("weed", path=str(Path(sys.executable).parent))
 
 
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@dataclass(frozen=True)
+class Server:
+    """A command, where it says that it is ready, and what it is told by its environment."""
+
+    command: list[str]
+    ready: str
+    environment: dict[str, str]
+
+
+def minio(folder: Path, address: str) -> Server:
+    keys = {"MINIO_ROOT_USER": ACCESS, "MINIO_ROOT_PASSWORD": SECRET}
+    command = [str(MINIO), "server", "--quiet", "--address", address, str(folder / "data")]
+    return Server(command, "/minio/health/ready", keys)
+
+
+def seaweedfs(folder: Path, address: str) -> Server:
+    """Master, volumes, filer and S3 in one process."""
+    (folder / "data").mkdir()
+    person = {"name": "test", "credentials": [{"accessKey": ACCESS, "secretKey": SECRET}], "actions": ["Admin"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [person]}))
+    parts = ("master.port", "volume.port", "filer.port")
+    ports = [f"-{part}={free_port()}" for name in parts for part in (name, f"{name}.grpc")]
+    command = [str(WEED), "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3",
+               f"-s3.config={folder / 's3.json'}", f"-s3.port={address.rpartition(':')[2]}",
+               f"-s3.port.grpc={free_port()}", *ports, f"-filer.localSocket={folder / 'filer'}",
+               "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=64", "-volume.max=20"]  # fmt: skip
+    return Server(command, "/healthz", {"HOME": str(folder)})
+
+
+def needs(binary: str | None, what: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not binary, reason=f"no {what}")
+
+
+SERVERS = [
+    pytest.param(minio, id="MinIO", marks=needs(MINIO, "minio binary: put it on PATH or name it in COWEST_TEST_MINIO")),
+    pytest.param(seaweedfs, id="SeaweedFS", marks=needs(WEED, "weed binary: `make setup` brings it")),
+]
+
+
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    keys = {"MINIO_ROOT_USER": "cowest-test", "MINIO_ROOT_PASSWORD": "cowest-test-secret"}
-    data = tmp_path_factory.mktemp("minio")
-    log = (data / "log").open("wb")
-    command = [str(BINARY), "server", "--quiet", "--address", address, str(data / "data")]
-    with subprocess.Popen(command, env={**os.environ, **keys}, stdout=log, stderr=log) as server:
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def endpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    address, folder = f"127.0.0.1:{free_port()}", tmp_path_factory.mktemp("store")
+    server = request.param(folder, address)
+    log = (folder / "log").open("wb")
+    with subprocess.Popen(server.command, env={**os.environ, **server.environment}, stdout=log, stderr=log) as running:
         try:
             end = time.monotonic() + 60
-            while not is_up(f"http://{address}/minio/health/ready"):
-                assert server.poll() is None and time.monotonic() < end, (data / "log").read_text()
+            while not is_up(f"http://{address}{server.ready}"):
+                assert running.poll() is None and time.monotonic() < end, (folder / "log").read_text()
                 time.sleep(0.05)
-            Minio(address, "cowest-test", "cowest-test-secret", secure=False).make_bucket("models")
+            Minio(address, ACCESS, SECRET, secure=False).make_bucket("models")
             yield f"http://{address}"
         finally:
-            server.kill()
+            running.kill()
             log.close()
 
 
