@@ -317,7 +317,8 @@ class Engine:
             return ""
         left = seen.get("eta_seconds")
         eta = f", {left:.0f} s left" if left is not None else ""
-        return f"{seen['done']} of {seen['total']} {seen['unit']}{eta} {seen.get('message', '')}".strip()
+        rate = f", {seen['rate']:.3g} {seen['unit']}/s" if seen.get("rate") else ""
+        return f"{seen['done']} of {seen['total']} {seen['unit']}{rate}{eta} {seen.get('message', '')}".strip()
 
     def _server_state(self, server: _Server) -> api.ServerState:
         return api.ServerState(server.ready, f"http://127.0.0.1:{server.port}/v1", server.digest, server.message)

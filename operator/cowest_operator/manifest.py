@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -241,6 +242,16 @@ def _beyond_cel(job: Mapping[str, Any]) -> Iterator[Problem]:
     if expression and (why := schedule.problem(expression)):
         remedy = 'Write minute, hour, day, month and weekday (UTC), such as "0 3 * * *"'
         yield Problem("spec.rounds.trigger.schedule", f"is no cron expression ({why}), saw {expression!r}", remedy)
+
+    pattern = job["spec"]["feedback"]["evaluator"].get("extract")
+    if pattern is not None:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            remedy = 'Write one that Python\'s `re` takes, such as "answer: (.*)"'
+            yield Problem(
+                "spec.feedback.evaluator.extract", f"is no regular expression ({error}), saw {pattern!r}", remedy
+            )
 
 
 def _placed(problem: Problem) -> Problem:

@@ -144,6 +144,26 @@ def test_validate_shows_each_problem_with_its_line(cowest: Any, desk: Path) -> N
     assert len(said.err.splitlines()) == 2 and all("job.yaml:" in line for line in said.err.splitlines())
 
 
+def test_validate_refuses_a_pattern_that_is_no_regular_expression(cowest: Any, desk: Path) -> None:
+    job = yaml.safe_load((desk / "job.yaml").read_text())
+    job["spec"]["feedback"]["evaluator"]["extract"] = "answer: ("
+    (desk / "job.yaml").write_text(yaml.safe_dump(job))
+    said = cowest("validate", "-f", str(desk / "job.yaml"))
+    assert said.code == EXIT_BAD_INPUT
+    assert "spec.feedback.evaluator.extract: is no regular expression" in said.err and "job.yaml:" in said.err
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["10.1.2.3", "172.16.0.9:8000", "172.31.255.1", "192.168.1.5", "gpu", "llm.lan.internal", "a.b.svc", "x.local"],
+)
+def test_a_strong_model_in_ones_own_network_may_be_plain_http(cowest: Any, desk: Path, host: str) -> None:
+    job = yaml.safe_load((desk / "job.yaml").read_text())
+    job["spec"]["strong"]["endpoint"] = f"http://{host}/v1"
+    (desk / "job.yaml").write_text(yaml.safe_dump(job))
+    assert cowest("validate", "-f", str(desk / "job.yaml")).code == EXIT_OK
+
+
 def test_crd_prints_what_kubectl_applies(cowest: Any) -> None:
     as_yaml, as_json = cowest("crd"), cowest("crd", "-o", "json")
     assert yaml.safe_load(as_yaml.out) == json.loads(as_json.out) == manifest.crd()
