@@ -74,6 +74,7 @@ from cowest_serving.contract import (
     Strong,
     parse,
 )
+from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Metrics
 from cowest_serving.routing import FileRouting, RoutingSource, choose_arm
 from cowest_serving.store import StoreError
@@ -675,12 +676,6 @@ class DrainingServer(uvicorn.Server):
         if self._stop.is_asked and close not in self.server_state.default_headers:
             self.server_state.default_headers = [*self.server_state.default_headers, close]
         return is_over
-
-
-def log_to_stderr(level: str) -> None:
-    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=level.upper(), format=form, stream=sys.stderr)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # a store that is away is told once, by the trace writer
 
 
 def port_trouble(options: argparse.Namespace, error: OSError) -> str:

@@ -56,6 +56,7 @@ from cowest_serving.book import (
 from cowest_serving.contract import HEADER_IDEMPOTENCY, KEEP_ALIVE_SECONDS, SettingsError, Strong, digest_of, parse
 from cowest_serving.error_bodies import OutspokenModel, body_of
 from cowest_serving.health import Watched
+from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Labels, Metrics, ModelCall
 from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, content_text, count
 
@@ -598,11 +599,7 @@ class Server(uvicorn.Server):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=options.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    log_to_stderr(options.log_level)
     try:
         strong = load_strong(options.job)
         listener = socket.create_server((options.host, options.port), backlog=2048)

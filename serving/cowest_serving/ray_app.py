@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from cowest_serving import app as gateway
 from cowest_serving.contract import SettingsError
+from cowest_serving.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -51,7 +52,7 @@ def app(args: Mapping[str, Any]) -> Any:
     settings = ray_settings(args)
 
     def build() -> Starlette:  # in each replica
-        gateway.log_to_stderr(settings.log_level)
+        log_to_stderr(settings.log_level)
         spool = Path(settings.spool) if settings.spool else None
         return gateway.app_of(Path(settings.routing), Path(settings.job), settings.store, spool=spool)
 
@@ -92,7 +93,7 @@ def _module(name: str) -> Any:
 # ---------------------------------------------------------------- the process
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    gateway.log_to_stderr(options.log_level)
+    log_to_stderr(options.log_level)
     try:
         gateway.load_settings(options.job)  # Ray would start the replicas again and again
         gateway.listen(options.host, options.port).close()
