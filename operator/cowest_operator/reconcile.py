@@ -588,7 +588,9 @@ def _routing(world: World) -> Routing:
     """Weights that the gateway follows; a candidate gets traffic only once its server answers with its digest."""
     status, trial = world.status, world.status.candidate
     pair = status.stable or rounds.declared_pair(world, "", "")
-    arms: tuple[Arm, ...] = (_arm(world, "stable", 100, status.serving if status.stable else "StrongAlone", pair),)
+    # What a person takes back answers no more, also while the server of the pair before is still on its way.
+    alone = status.stable is None or status.going_back is not None
+    arms: tuple[Arm, ...] = (_arm(world, "stable", 100, "StrongAlone" if alone else status.serving, pair),)
     salt = f"{world.job.name}-stable"
     if trial is not None and trial.pair is not None and trial.stage in ("Canary", "Watch"):
         salt = f"{world.job.name}-r{trial.number}"
@@ -675,6 +677,9 @@ def _ready(world: World) -> tuple[str, str, str]:
         return "True", api.REASON_ANSWERING, "the strong model answers alone until there is a weak model."
     if status.serving == "StrongAlone":
         return "True", api.REASON_ANSWERING, f"the strong model answers alone: {_not_served(status, status.stable)}"
+    if status.going_back:
+        waits = f"the server of round {status.previous_round}, to which {status.going_back.by} rolled back, starts."
+        return "True", api.REASON_ANSWERING, f"the strong model answers alone while {waits}"
     missing, of = _missing(world, status.stable), f"the server of round {status.stable_round}"
     if missing is None:
         return "True", api.REASON_ANSWERING, f"the pair of round {status.stable_round} answers."

@@ -73,6 +73,7 @@ from cowest_serving.contract import (
     SettingsError,
     Strong,
     parse,
+    reference_text,
 )
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Metrics
@@ -370,7 +371,9 @@ def feedback_row(data: bytes, session: str | None) -> dict[str, Any]:
     is_number = isinstance(score, int | float) and not isinstance(score, bool)
     if score is not None and not (is_number and 0 <= score <= 1):
         raise bad_field("score", "a number from 0 to 1", score)
-    reference = optional(body, "reference", str, "text")
+    reference = reference_text(body.get("reference"))
+    if reference is None:
+        raise bad_field("reference", "text, a number or a list of texts, as in data files", body["reference"])
     comment = optional(body, "comment", str, "text")
     if score is None and not reference and not comment:
         raise Refusal(400, "Wanted at least one of score, reference and comment, saw none.", code="no_feedback")
@@ -379,7 +382,7 @@ def feedback_row(data: bytes, session: str | None) -> dict[str, Any]:
         "trace_id": trace_id.strip(),
         "time": datetime.now(UTC),
         "score": None if score is None else float(score),
-        "reference": reference,
+        "reference": reference or None,
         "comment": comment,
         "source": user_hash(optional(body, "user", str, "text") or session),
     }

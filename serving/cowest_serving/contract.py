@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 import types
 import typing
@@ -305,6 +306,18 @@ def message_text(message: Message) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(str(part.get("text", "")) for part in content if part.get("type") == "text")
+
+
+def reference_text(value: Any) -> str | None:
+    """A right answer as data and feedback may give it: text; a number becomes its text, a list of texts its JSON,
+    none (rows for a judge) "". `None`: it is none of these."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return json.dumps(value, ensure_ascii=False)
+    return None
 
 
 def normalised(text: str) -> str:

@@ -27,7 +27,7 @@ from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_RETRY, Manife
 from cowest_training.steps import manifest_json
 from tests.apiserver.conftest import JOBS
 from tests.apiserver.playground import NAMESPACE, Playground, apply, decisions, manifest_of
-from tests.contracts.test_store_s3 import BINARY, endpoint  # noqa: F401  (a fixture)
+from tests.contracts.test_store_s3 import endpoint  # noqa: F401  (a fixture)
 
 RESTING = {"rounds": {"max": 1, "trigger": {"newTraces": 5}}}  # after its baseline the job waits for traces
 RBAC = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{NAMESPACE}"
@@ -269,7 +269,6 @@ def test_each_way_not_to_get_there_is_one_sentence(playground: Playground, cowes
 
 
 # ---------------------------------------------------------------- lineage
-@pytest.mark.skipif(not BINARY, reason="no minio binary: put it on PATH or name it in COWEST_TEST_MINIO")
 def test_lineage_is_read_from_the_jobs_store_with_keys_of_ones_own(
     playground: Playground,
     endpoint: str,  # noqa: F811

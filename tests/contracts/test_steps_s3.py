@@ -22,11 +22,10 @@ from cowest_training import steps
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_RETRY, Manifest, StepSettings, load_live_report
 from cowest_training.data import read_rows
 from tests import world
-from tests.contracts.test_store_s3 import BINARY, endpoint, s3
+from tests.contracts.test_store_s3 import endpoint, s3
 
 __all__ = ["endpoint", "s3"]  # fixtures
 
-pytestmark = pytest.mark.skipif(not BINARY, reason="no minio binary: put it on PATH or name it in COWEST_TEST_MINIO")
 NOW = datetime.now(UTC)
 
 

@@ -950,7 +950,7 @@ async def test_feedback_for_an_unknown_answer_is_taken(tmp_path: Path) -> None:
         pytest.param({"request_id": "r", "score": True}, "score", id="a score as true"),
         pytest.param({"request_id": "r", "score": 1.01}, "score", id="a score above 1"),
         pytest.param({"request_id": "r", "score": -0.1}, "score", id="a score below 0"),
-        pytest.param({"request_id": "r", "reference": 3}, "reference", id="a reference that is a number"),
+        pytest.param({"request_id": "r", "reference": {"a": 3}}, "reference", id="a reference that is an object"),
         pytest.param({"request_id": "r", "comment": []}, "comment", id="a comment that is a list"),
         pytest.param(b"nothing", None, id="no JSON"),
     ],
@@ -960,6 +960,16 @@ async def test_bad_feedback_names_the_field_and_is_not_kept(tmp_path: Path, body
         status, answer, _ = await door.post("/v1/feedback", body)
     assert (status, answer["error"]["param"]) == (400, param)
     assert read_feedback(str(tmp_path)).num_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [(3, "3"), (2.5, "2.5"), (["a", "b"], '["a", "b"]')], ids=["a number", "a fraction", "a list"]
+)
+async def test_a_late_reference_may_be_all_that_a_data_file_may_hold(tmp_path: Path, given: Any, kept: str) -> None:
+    async with world(tmp_path) as (_, _, door):
+        status, _, _ = await door.post("/v1/feedback", {"request_id": "r", "reference": given})
+    assert status == 200
+    assert read_feedback(str(tmp_path))["reference"].to_pylist() == [kept]
 
 
 # ---------------------------------------------------------------- durable records

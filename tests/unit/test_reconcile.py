@@ -313,7 +313,10 @@ def test_a_rollback_waits_for_the_server_of_the_pair_before():
     job = w.job(rounds={"max": 0})
     down = {w.CANDIDATE.weak_digest: UP[w.CANDIDATE.weak_digest]}
     held = settle(w.world(status=PROMOTED, actions=(action("rollback"),), servers=down, job=job))
-    assert held.status.stable == w.CANDIDATE, "no request fails meanwhile"
+    assert [(arm.weight_percent, arm.mode) for arm in held.routing.arms] == [(100, "StrongAlone")], (
+        "nor answers it more"
+    )
+    assert "the strong model answers alone" in condition(held, api.READY).message
     assert condition(held, api.ROUND_PROGRESSING).reason == api.REASON_WAITING_FOR_SERVER
     assert {s.digest for s in held.servers} == {w.STABLE.weak_digest, w.CANDIDATE.weak_digest}
     back = settle(w.world(status=held.status, servers=UP, job=job))

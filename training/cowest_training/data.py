@@ -7,7 +7,6 @@ wrong is refused before anything is spent, with file, line, reason and remedy.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cowest_serving import store
-from cowest_serving.contract import Messages, digest_of, query_text
+from cowest_serving.contract import Messages, digest_of, query_text, reference_text
 from cowest_training.contract import Row, StepError
 
 SHOWN = 5  # problems that one message lists
@@ -166,16 +165,10 @@ def _id(value: Any) -> str:
 
 
 def _reference(value: Any) -> str:
-    """Text; a number becomes its text, a list of right answers its JSON, none (rows for a judge) ""."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(value)
-    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        return json.dumps(value, ensure_ascii=False)
-    raise ValueError(f"reference: wanted text, a number or a list of texts, saw {_seen(value)}")
+    text = reference_text(value)
+    if text is None:
+        raise ValueError(f"reference: wanted text, a number or a list of texts, saw {_seen(value)}")
+    return text
 
 
 def _text(record: Mapping[str, Any], name: str) -> str | None:
