@@ -113,4 +113,4 @@ def test_a_group_of_options_is_seen_as_its_fields() -> None:
     [("kubernetes", "operator"), ("urllib3.exceptions", "operator"), ("minio", "serving"), ("torch", "embedded")],
 )
 def test_a_package_that_is_missing_is_named_with_the_extra_that_has_it(package: str, extra: str) -> None:
-    assert main.message(ModuleNotFoundError("x", name=package)).endswith(f"pip install 'cowest[{extra}]'")
+    assert main.message(ModuleNotFoundError("x", name=package)).endswith(f"pip install '.[{extra}]'")

@@ -76,11 +76,13 @@ def test_the_rules_differ_where_solo_is_right() -> None:
 
 def test_metrics_count_hurt_drafts_ties_and_skipped_queries() -> None:
     ledger = entries([1.0, 0.0], solo=0.5, query="a") + entries([0.0, 0.0], solo=0.0, query="b")
-    seen = measured(Asked(ledger, Spent(5, 10, 4, 0.25), 1), make_pairs(ledger, settings("BestVersusWorst")), 3)
+    asked = Asked(ledger, Spent(5, 10, 4, 0.25), 1, 2, {"cut_answers": 1})
+    seen = measured(asked, make_pairs(ledger, settings("BestVersusWorst")), 3)
     assert (seen["queries"], seen["skipped"], seen["drafts"], seen["pairs"], seen["ties"]) == (2, 1, 4, 1, 1)
     assert seen["hurt_rate"] == 0.25
     assert seen["mean_gain"] == pytest.approx(0.0)
     assert (seen["strong_calls"], seen["strong_calls_cached"], seen["money"]) == (5, 1, 0.25)
+    assert (seen["judge_calls"], seen["cut_answers"]) == (2, 1)
 
 
 def test_the_queries_of_a_round_depend_on_seed_and_round_alone() -> None:
