@@ -77,7 +77,7 @@ def test_the_rules_differ_where_solo_is_right() -> None:
 def test_metrics_count_hurt_drafts_ties_and_skipped_queries() -> None:
     ledger = entries([1.0, 0.0], solo=0.5, query="a") + entries([0.0, 0.0], solo=0.0, query="b")
     asked = Asked(ledger, Spent(5, 10, 4, 0.25), 1, 2, {"cut_answers": 1})
-    seen = measured(asked, make_pairs(ledger, settings("BestVersusWorst")), 3)
+    seen = measured(asked, make_pairs(ledger, settings("BestVersusWorst")), 3, 0.5)
     assert (seen["queries"], seen["skipped"], seen["drafts"], seen["pairs"], seen["ties"]) == (2, 1, 4, 1, 1)
     assert seen["hurt_rate"] == 0.25
     assert seen["mean_gain"] == pytest.approx(0.0)
