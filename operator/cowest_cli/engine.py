@@ -317,7 +317,8 @@ class Engine:
             return ""
         left = seen.get("eta_seconds")
         eta = f", {left:.0f} s left" if left is not None else ""
-        rate = f", {seen['rate']:.3g} {seen['unit']}/s" if seen.get("rate") else ""
+        pace = seen.get("rate")
+        rate = f", {pace:{'.3g' if pace < 999.5 else '.0f'}} {seen['unit']}/s" if pace else ""
         return f"{seen['done']} of {seen['total']} {seen['unit']}{rate}{eta} {seen.get('message', '')}".strip()
 
     def _server_state(self, server: _Server) -> api.ServerState:

@@ -299,7 +299,8 @@ def _strong_follows(
 ) -> tuple[Status, tuple[Event, ...]]:
     """While the strong model answers alone, an edit of it is no question of drafts: it holds once it has answered.
 
-    Otherwise the old one would go on, and be tuned for, until drafts beat the new one.
+    Otherwise the old one would go on, and be tuned for, until drafts beat the new one. Its solo prompt comes with it;
+    an edit of prompts alone has to pass as any candidate.
     """
     old, pair = status.stable, trial.pair
     if trial.origin != "Edit" or status.serving != "StrongAlone" or old is None or pair is None:
@@ -313,7 +314,8 @@ def _strong_follows(
         prompts=replace(old.prompts, solo=pair.prompts.solo),
     )
     solo = case.judged.arm("solo")
-    if new == old or 100 * solo.errors > case.max_error_percent * solo.n:
+    same_model = (new.strong_endpoint, new.strong_model) == (old.strong_endpoint, old.strong_model)
+    if same_model or 100 * solo.errors > case.max_error_percent * solo.n:
         return status, ()
     message = f"{new.strong_model} answers alone from now on, as the manifest declares"
     vetoed = (*status.vetoed, new.digest) if old.digest in status.vetoed else status.vetoed

@@ -129,6 +129,8 @@ def bad_field(name: str, wanted: str, value: Any) -> Refusal:
 
 def kind_of(value: Any) -> str:
     """What a JSON value is, without its content."""
+    if value == []:
+        return "an empty list"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "nothing"}
     return names.get(type(value), f"the number {value}" if isinstance(value, int | float) else "something else")
 

@@ -844,6 +844,15 @@ def test_an_edit_of_the_strong_model_that_a_served_pair_asks_stays_a_candidate()
     assert settle(replace(world, status=served, report=seen)).status.stable == w.STABLE
 
 
+def test_an_edit_of_the_solo_prompt_alone_answers_nobody_before_it_has_passed():
+    other = replace(w.STABLE, prompts=replace(w.STABLE.prompts, solo="{query} Be brief."))
+    job = w.job(rounds={"max": 0}, collaboration={"prompts": other.prompts})
+    status = replace(ALONE, candidate=w.trial(origin="Edit", pair=other, done={"evaluate": {}}), trials=2)
+    worse = w.report(candidate=other.digest, control="solo", against_control=w.comparison(-0.1, 1.0))
+    plan = settle(w.world(job=job, status=status, report=worse))
+    assert (plan.status.stable, plan.status.rounds[-1].reason) == (w.STABLE, api.REASON_NO_GAIN_OFFLINE)
+
+
 def test_who_proposed_did_not_decide():
     status = evaluated("Proposal", by="ada")
     refused = reconcile.plan(w.world(status=status, report=w.report(against_control=w.comparison(0.0, 0.6))))

@@ -60,6 +60,7 @@ from cowest_training.contract import (
 
 FILE_SECONDS = 0.2  # the progress file is rewritten at most this often
 LINE_SECONDS = 3.0  # and a line goes to stderr at most this often
+RATE_AFTER = 2.0  # seconds: before that a rate is a guess
 
 
 # ---------------------------------------------------------------- flags and settings
@@ -297,7 +298,7 @@ class Progress:
 
     def _state(self, now: float, done: float, total: float | None, unit: str, message: str) -> dict[str, Any]:
         start, done_before = self._first or (now, done)
-        rate = (done - done_before) / (now - start) if now > start else None
+        rate = (done - done_before) / (now - start) if now - start >= RATE_AFTER else None
         eta = (total - done) / rate if rate and total is not None else None
         return {
             "step": self._step,
@@ -321,7 +322,8 @@ def write_progress(path: Path, state: Mapping[str, Any]) -> None:
 
 def progress_line(state: Mapping[str, Any]) -> str:
     of_total = f"/{state['total']:g}" if state["total"] is not None else ""
-    rate = f", {state['rate']:.3g} {state['unit']}/s" if state["rate"] else ""
+    pace = state["rate"]
+    rate = f", {pace:{'.3g' if pace < 999.5 else '.0f'}} {state['unit']}/s" if pace else ""
     eta = f", {state['eta_seconds']:.0f} s left" if state["eta_seconds"] else ""
     message = f": {state['message']}" if state["message"] else ""
     return f"{state['step']}: {state['done']:g}{of_total} {state['unit']}{rate}{eta}{message}"
