@@ -26,6 +26,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import NamedTuple, Protocol
 
+from cowest_serving.store import sync
+
 log = logging.getLogger(__name__)
 
 PATIENCE = 2.0  # seconds that an answer waits for its record
@@ -105,7 +107,7 @@ class LogFile:
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         try:
-            _sync_folder(path.parent)
+            sync(path.parent)
         except OSError:
             self.close()
             raise
@@ -127,14 +129,6 @@ class LogFile:
         os.close(self._handle)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 class Home:
     """The folder of one writer, held by its lock. Closing gives it free, empty it is removed."""
 
@@ -150,7 +144,7 @@ class Home:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             fresh.rename(root / writer)
-            _sync_folder(root)
+            sync(root)
         except OSError:
             os.close(lock)
             raise

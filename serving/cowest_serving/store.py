@@ -187,12 +187,12 @@ class _Disk:
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
-            _sync_folder(self.path.parent)
+            sync(self.path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Without it a power cut may take back the rename."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """A file's bytes, or a folder's names, to the disk: without the latter a power cut may take back a rename."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -22,6 +22,7 @@ import errno
 import gc
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -232,22 +233,14 @@ def _swap(folder: Path, target: Path) -> None:
     """Put the finished folder at its place. A crash between the renames leaves none, never half of one."""
     for path in folder.rglob("*"):
         if path.is_file():
-            _sync(path)
+            store.sync(path)
     old = target.parent / f".{target.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     folder.rename(target)
-    _sync(target.parent)
+    store.sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _is_whole(uri: str, manifest: Manifest) -> bool:
@@ -349,11 +342,12 @@ def run(
         code = main() or EXIT_OK
     except (KeyboardInterrupt, asyncio.CancelledError):
         # The second is what `asyncio.run` makes of a signal that comes just after it has taken the handler over.
-        tell("interrupted: nothing half-written is left, run the same command again to go on.")
-        code = interrupted
-        # What the signal cut short (an event loop, a coroutine) complains when it is collected: not our last word.
+        # What the signal cut short (a task, a coroutine) complains when it is collected: no word of ours.
         warnings.simplefilter("ignore")
         sys.unraisablehook = lambda _: None
+        logging.getLogger("asyncio").disabled = True
+        tell("interrupted: nothing half-written is left, run the same command again to go on.")
+        code = interrupted
     except Exception as error:
         code = _told(error, tell)
     gc.collect()
