@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+# A number, or auto: a worker more than there are processors, since these tests mostly wait. 0: all in one process.
+APISERVER_WORKERS ?= auto
 UV_VERSION = 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test check format docs lock bench bench-kill bench-spool torture-spool bench-operator e2e e2e-faults clean \
+.PHONY: help setup demo study test test-apiserver check format docs lock bench bench-kill bench-spool torture-spool bench-operator e2e e2e-faults clean \
   images image-operator image-serving image-serving-ray image-training image-sizes lock-images helm-docs
 
 help:  ## say what there is
@@ -27,7 +29,11 @@ study: setup  ## the long comparison of methods and stand-ins; writes docs/study
 	$(BIN)/python tests/benchmarks/study.py --out docs/study.md
 
 test: setup  ## unit, contract, embedded-loop and API-server tests
-	$(BIN)/python -m pytest tests -m "not e2e and not gpu and not faults" -ra
+	$(BIN)/python -m pytest tests --ignore tests/apiserver -m "not e2e and not gpu and not faults" -ra
+	$(MAKE) --no-print-directory test-apiserver
+
+test-apiserver: setup  ## of these the API-server tests: workers side by side, each with an API server of its own
+	$(BIN)/python -m pytest tests/apiserver -m "not faults" -n $(APISERVER_WORKERS) --dist loadgroup -ra
 
 check: setup  ## format, lint, types, import rules, generated docs
 	$(BIN)/ruff format --check .

@@ -38,7 +38,13 @@ AUDIT_POLICY = {
     "omitStages": ["RequestReceived"],
     "rules": [{"level": "Metadata", "userGroups": ["system:serviceaccounts"]}, {"level": "None"}],
 }
+MOST_WORKERS = 6  # each has an etcd and a kube-apiserver: half a gigabyte
 CACHE = Path.home() / ".cache" / "cowest-cluster" / "bin"
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: one more than there are processors, because these tests wait for most of their time."""
+    return min(len(os.sched_getaffinity(0)) + 1, MOST_WORKERS)
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def find_binary(name: str) -> Path | None:
 
 @pytest.fixture(scope="session")
 def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    """One API server for the whole test run."""
+    """One API server for the whole test run; where workers share the run, one for each of them."""
     etcd, kube_apiserver = find_binary("etcd"), find_binary("kube-apiserver")
     if etcd is None or kube_apiserver is None:
         missing = "etcd" if etcd is None else "kube-apiserver"

@@ -32,6 +32,7 @@ import pytest
 from tests.apiserver.conftest import JOBS, ApiServer, wait_until
 from tests.apiserver.playground import CHILDREN, EVENTS, SERVING, WORKFLOWS, Playground, apply, decisions, manifest_of
 
+pytestmark = pytest.mark.xdist_group("kills")  # one worker, for the life that all are compared with
 SWEEP = int(os.environ.get("COWEST_KILL_SWEEP", "0"))
 When = Literal["before the answer", "after the answer"]
 # Starts operators by fork: a fresh interpreter takes longer than the life between two kills.
