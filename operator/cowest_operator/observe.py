@@ -219,6 +219,7 @@ class _Look:
         if strong_fails := strong.trouble(job, self.memory.failing):
             self.troubles.append(strong_fails)
         self._look_at_pods()
+        self._look_at_steps()
         self._look_at_controllers()
         self.troubles += troubles(self.observer.discovery.now, job, self.context.document["spec"].get("training", {}))
         known = {t.message: t for t in (*([trouble] if trouble else []), *self.memory.apply_troubles, *self.troubles)}
@@ -278,11 +279,14 @@ class _Look:
         return api.StepState("Failed", code, 1, _sentence(words))
 
     def _waits_for_what_was_edited(self, seen: Seen) -> bool:
-        """A pod that wants a node, an image or a Secret in vain waits for ever: no edit reaches its Workflow."""
-        facts = seen.facts
-        if not facts["waits"] or facts["generation"] == self.context.job.generation:
+        """A pod that wants a node, an image or a Secret in vain waits for ever, and one that gets too little memory
+        dies again and again: no edit reaches its Workflow."""
+        facts, pods = seen.facts, self._pods_of(seen)
+        if facts["generation"] == self.context.job.generation:
             return False
-        if any(pod.facts["phase"] != "Pending" for pod in self._pods_of(seen)):
+        if not facts["waits"] and not any(pod.facts["died"] for pod in pods):
+            return False
+        if any(pod.facts["phase"] != "Pending" and not pod.facts["died"] for pod in pods):
             return False
         return bool(facts["template"] != steps.workflow_template(self.context)["metadata"]["name"])
 
@@ -442,6 +446,17 @@ class _Look:
             if trouble and late and part not in said and not pod.deleting:
                 said.add(part)
                 message = f"pod {pod.name} ({part}) {trouble}"
+                self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(message)))
+
+    def _look_at_steps(self) -> None:
+        """Argo tries what died again for minutes before the Workflow fails; the first death may be an accident."""
+        for workflow in self.family.of("Workflow"):
+            pods = self._pods_of(workflow) if workflow.facts["phase"] == "Running" else []
+            died = [pod for pod in pods if pod.facts["died"]]
+            if died and (len(died) > 1 or not any(pod.facts["phase"] == "Running" for pod in pods)):
+                pod = max(died, key=lambda each: each.created)
+                message = f"pod {pod.name} (step) {pod.facts['died'].rstrip('. ')}. It is tried again; if it needs"
+                message += " more, raise training.resources: that applies at once."
                 self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(message)))
 
     def _look_at_controllers(self) -> None:

@@ -295,6 +295,7 @@ def _pod(body: Mapping[str, Any]) -> dict[str, Any]:
         "waits_for_volumes": _waits_for_volumes(status),
         "workflow": labels.get("workflows.argoproj.io/workflow", ""),
         "ended": _ended(status),
+        "died": _died(status),
     }
 
 
@@ -313,6 +314,16 @@ def _pod_trouble(status: Mapping[str, Any]) -> str:
             last = ((each.get("lastState") or {}).get("terminated")) or {}
             words = last.get("message") or waiting.get("message") or last.get("reason") or ""
             return f"container {each.get('name')}: {waiting['reason']}: {str(words).strip()[-500:]}"
+    return ""
+
+
+def _died(status: Mapping[str, Any]) -> str:
+    """What ended a pod that did not end by itself, where somebody has to give it more: memory, or room on a disk."""
+    if status.get("reason") == "Evicted":
+        return f"was evicted: {status.get('message', '')}"
+    for each in status.get("containerStatuses") or []:
+        if ((each.get("state") or {}).get("terminated") or {}).get("reason") == "OOMKilled":
+            return f"was killed for want of memory: container {each.get('name')}: OOMKilled"
     return ""
 
 

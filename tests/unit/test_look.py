@@ -216,14 +216,19 @@ def waiting(desk: Desk, generation: str = "0", **node: Any) -> None:
     desk.has("Workflow", "r1-collect", metadata={"labels": labels}, spec=spec, status=status)
 
 
-def pod_of(desk: Desk, phase: str, ended: float | None = None) -> None:
+def pod_of(desk: Desk, phase: str, ended: float | None = None, reason: str = "Error", name: str = "x") -> None:
     labels = {"workflows.argoproj.io/workflow": "claims-r1-collect", "app.kubernetes.io/component": "step"}
     states = []
     if ended is not None:
         finished = datetime.fromtimestamp(ended, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        states = [{"name": "main", "state": {"terminated": {"finishedAt": finished}}}]
+        states = [{"name": "main", "state": {"terminated": {"finishedAt": finished, "reason": reason}}}]
     created = {"creationTimestamp": "1970-01-01T02:46:39Z"}
-    desk.has("Pod", "x", metadata={"labels": labels, **created}, status={"phase": phase, "containerStatuses": states})
+    desk.has("Pod", name, metadata={"labels": labels, **created}, status={"phase": phase, "containerStatuses": states})
+
+
+def died(desk: Desk, name: str = "x") -> None:
+    """A pod of the step that the kubelet killed."""
+    pod_of(desk, "Failed", NOW - 1, "OOMKilled", name)
 
 
 def test_a_step_that_never_started_is_submitted_again_when_an_edit_may_let_it() -> None:
@@ -251,6 +256,36 @@ def test_what_has_started_or_is_of_this_manifest_is_left_alone(generation: str, 
     seen = desk.look()
     assert not seen.submit and not seen.instead
     assert seen.world.steps["r1-collect"].phase == "Running"
+
+
+def test_a_step_that_dies_for_want_of_memory_is_submitted_again_when_an_edit_may_give_it_more() -> None:
+    desk = Desk(w.on_trial(number=1))
+    waiting(desk, phase="Failed")
+    died(desk)
+    pod_of(desk, "Pending", name="y")
+    seen = desk.look()
+    assert seen.submit == {"r1-collect": 2} and seen.instead == {"r1-collect": "claims-r1-collect"}
+
+
+def test_a_step_that_died_and_runs_again_is_left_alone() -> None:
+    desk = Desk(w.on_trial(number=1))
+    waiting(desk, phase="Failed")
+    died(desk)
+    pod_of(desk, "Running", name="y")
+    assert not desk.look().submit
+
+
+def test_that_a_step_dies_is_said_while_argo_tries_it_again() -> None:
+    desk = Desk(w.on_trial(number=1))
+    waiting(desk, "1", phase="Failed")
+    died(desk)
+    (trouble,) = desk.look().world.troubles or ()
+    assert trouble.reason == api.REASON_PODS_FAIL
+    assert "OOMKilled" in trouble.message and "raise training.resources" in trouble.message
+    pod_of(desk, "Running", name="y")
+    assert desk.troubles() == [], "the first death may be an accident"
+    died(desk, "z")
+    assert desk.troubles() == [api.REASON_PODS_FAIL], "the second is none"
 
 
 @pytest.mark.parametrize(

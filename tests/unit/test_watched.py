@@ -104,6 +104,24 @@ def test_why_a_pod_does_not_run_is_said_in_the_kubelets_words(status: dict[str, 
     assert see("Pod", body("Pod", status=status)).facts["trouble"] == trouble
 
 
+@pytest.mark.parametrize(
+    ("status", "died"),
+    [
+        pytest.param({"phase": "Failed", "containerStatuses": [
+            {"name": "main", "state": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}}]},
+            "was killed for want of memory: container main: OOMKilled", id="too little memory"),
+        pytest.param({"phase": "Failed", "reason": "Evicted", "message": "Pod usage exceeds x."},
+            "was evicted: Pod usage exceeds x.", id="too little room"),
+        pytest.param({"phase": "Failed", "containerStatuses": [
+            {"name": "main", "state": {"terminated": {"reason": "Error", "exitCode": 2}}}]},
+            "", id="it failed by itself"),
+        pytest.param({"phase": "Running"}, "", id="it runs"),
+    ],
+)  # fmt: skip
+def test_what_ended_a_pod_that_did_not_end_by_itself_is_known(status: dict[str, Any], died: str) -> None:
+    assert see("Pod", body("Pod", status=status)).facts["died"] == died
+
+
 def test_texts_that_are_equal_are_held_once() -> None:
     """Built at run time, or the compiler would make them one already."""
     one, other = ({"".join(("re", "ason")): ["".join(("As", "Expected")), 3, True, None]} for _ in range(2))
