@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cowest_cli import jobs
 from cowest_cli.options import Output, Saying, Where, spread
-from cowest_cli.view import printable, rounds_table, spent
+from cowest_cli.view import printable, rounds_table, spent, traces
 from cowest_operator import api, people
 from cowest_operator.manifest import FILE, absolute_uri, local_path
 from cowest_serving import store
@@ -47,13 +47,23 @@ def _story(where: Where) -> Story:
     shown = {
         "gateway": (jobs.read_json(place.run) or {}).get("gateway"),
         "routing": jobs.read_json(place.routing) or {},
+        "traces": jobs.read_json(place.traces),
         "running": running,
     }
     note = "Nothing runs now, so nothing answers: this is how the last `cowest run` left it."
     return Story(
-        jobs.read_status(place), jobs.read_json(place.job), shown, () if running else (note,),
+        _with_what_was_paid(place), jobs.read_json(place.job), shown, () if running else (note,),
         lambda: jobs.read_events(place),
     )  # fmt: skip
+
+
+def _with_what_was_paid(place: jobs.Home) -> api.Status:
+    """The status with the spending of the book itself: a kill leaves the one that was written a little behind."""
+    status = jobs.read_status(place)
+    try:
+        return replace(status, budget=jobs.read_budget(place, status))
+    except StepError:  # it is written just now, or is not ours to open
+        return status
 
 
 def _in_cluster(where: Where) -> cluster.Job | None:
@@ -99,6 +109,8 @@ def status(where: Where, output: Output = "text") -> None:
         line = f"{condition.type:18} {condition.status:8} {condition.reason}: {condition.message}"
         console.print(printable(line), soft_wrap=True)
     console.print(f"{'Spent':18} {spent(story.status, story.document)}", soft_wrap=True)
+    if counts := story.shown.get("traces"):
+        console.print(f"{'Traces':18} {printable(traces(api.TraceCounts(**counts)))}", soft_wrap=True)
     console.print(rounds_table(story.status))
     _note(story)
 
@@ -118,7 +130,7 @@ def explain(where: Where, output: Output = "text") -> None:
     for outcome in seen.rounds:
         by = f" by {outcome.by}" if outcome.by else ""
         head = f"Round {outcome.number} ({outcome.origin}): {outcome.decision}{by}, {outcome.reason}"
-        typer.echo(printable(f"{head}: {outcome.message}"))
+        typer.echo(printable(f"{head}: {outcome.message} {outcome.note}".rstrip()))
     if seen.vetoed:
         typer.echo(f"{len(seen.vetoed)} pair(s) rolled back by a person are never promoted automatically.")
     for event in events[-SHOWN_EVENTS:]:

@@ -22,7 +22,7 @@ from cowest_cli.following import Following
 from cowest_cli.preflight import Facts, facts_of
 from cowest_cli.processes import Child, free_port, get_json, port_is_free
 from cowest_cli.replay import decision_of
-from cowest_operator import api, reconcile, rounds
+from cowest_operator import api, reconcile, rounds, story, strong
 from cowest_operator.manifest import local_path
 from cowest_operator.objects.desired import followed
 from cowest_serving.contract import Routing, dump
@@ -43,6 +43,7 @@ TICK = 0.1  # seconds between looks at the world
 PATIENCE = 10.0  # seconds that a child has to end by itself
 GATEWAY_PATIENCE = 40.0  # it finishes its answers (30 s at most), then writes their records
 STATUS_EVERY = 1.0  # seconds between writes of a status that only says something else
+READINESS_EVERY = 5.0  # seconds between questions to a gateway that is ready
 COUNT_OFTEN, COUNT_SELDOM = 2.0, 60.0  # seconds between counts of the traces
 DRAIN = 3.0  # seconds that a weak model outlives its last traffic
 CLIENT_KEYS = "COWEST_CLIENT_API_KEYS"  # who may ask the gateway: for no other child
@@ -146,9 +147,12 @@ class Engine:
         self.budget = self.status.budget
         self._spent_at = 0.0
         self._routing: Any = None
+        self._counts: api.TraceCounts | None = None  # as written down
         self._serves = False  # for ever, whatever fails
         self._held: _Hold | None = None
         self._anew = False  # a person said resume, or the manifest changed: no wait
+        self._strong: strong.Failing | None = None  # the strong endpoint, as the gateway meets it
+        self._strong_at = 0.0  # when the gateway was asked last
         self._told: frozenset[str] = frozenset()  # troubles that an event has said
         self._news: tuple[api.Event, ...] = ()
         self._frozen: tuple[int, Path, Mapping[str, Any], api.Job] | None = None  # what the running trial goes by
@@ -251,6 +255,7 @@ class Engine:
     # ------------------------------------------------------------ observe
     def observe(self) -> api.World:
         self._look_at_servers()
+        self._look_at_strong()
         trial = self.status.candidate
         self._freeze(trial)
         return api.World(
@@ -267,7 +272,7 @@ class Engine:
             report=self._report(trial),
             live=self._live(trial),
             traces=self._traces(trial),
-            budget=self._budget(trial),
+            budget=self._budget(),
             actions=jobs.read_actions(self.home, self.status.last_action),
             frozen=self._frozen[3] if trial and self._frozen else None,
             troubles=tuple(self._troubles()),
@@ -277,6 +282,8 @@ class Engine:
         for server in self.servers.values():
             if server.trouble:
                 yield api.Trouble(api.REASON_SERVER_FAILS, server.trouble)
+        if fails := strong.trouble(self.job, {strong.USERS: self._strong} if self._strong else {}, here=True):
+            yield fails
         if self._following and self._following.problem:
             message = f"the edited manifest cannot be followed, the one before it holds: {self._following.problem}"
             yield api.Trouble(api.REASON_MANIFEST_INVALID, message)
@@ -347,17 +354,12 @@ class Engine:
             self.home.store.as_uri(), spec.traces.retention_days, spec.feedback.evaluator, spec.data.held_out
         )
 
-    def _budget(self, trial: api.Trial | None) -> api.Budget:
+    def _budget(self) -> api.Budget:
         """From the book of paid calls, read every other second."""
         if time.monotonic() - self._spent_at < 2.0 and self._spent_at:
             return self.budget
-        from cowest_training.paid_calls import read_spent
-
-        number = trial.number if trial else max(0, self.status.trials - 1)
         with suppress(StepError):  # another process writes it just now: the next look sees it
-            whole, part = read_spent(self.home.calls), read_spent(self.home.calls, round_number=number)
-            current = api.Spent(part.calls, part.tokens, part.money)
-            self.budget = api.Budget(whole.calls, whole.tokens, whole.money, current)
+            self.budget = jobs.read_budget(self.home, self.status)
         self._spent_at = time.monotonic()
         return self.budget
 
@@ -369,6 +371,7 @@ class Engine:
         self._apply_servers(plan)
         self._freeze(plan.status.candidate)
         self._apply_status(plan.status)
+        self._apply_counts()
         for event in plan.events:
             jobs.append_event(self.home, event, time.time())
         self._apply_steps(plan)
@@ -387,6 +390,13 @@ class Engine:
         if moved or (waited and status != self._written):
             jobs.write_status(self.home, status)
             self._written, self._written_at = status, time.monotonic()
+
+    def _apply_counts(self) -> None:
+        """For `cowest status`, as the status of a job in a cluster has them; nothing before the first count."""
+        counts = self.counting.counts
+        if counts != self._counts and (self.counting.counted or counts.reason):
+            jobs.write_json(self.home.traces, story.trace_counts(counts))
+            self._counts = counts
 
     def _apply_routing(self, routing: Routing) -> None:
         content = dump(routing)
@@ -418,8 +428,8 @@ class Engine:
         )  # fmt: skip
         keys = self._order.client_keys or os.environ.get(CLIENT_KEYS)
         more = {CLIENT_KEYS: keys, FALLBACK_KEYS: self._order.fallback_keys}
-        strong = {name: key for name, key in self._order.keys.items() if name != EVALUATOR_KEY}
-        environment = {**self._environment(), **strong, **{name: value for name, value in more.items() if value}}
+        of_strong = {name: key for name, key in self._order.keys.items() if name != EVALUATOR_KEY}
+        environment = {**self._environment(), **of_strong, **{name: value for name, value in more.items() if value}}
         return self._start("gateway", command, environment, self.home.logs / "gateway.log")
 
     def _apply_servers(self, plan: api.Plan) -> None:
@@ -508,7 +518,9 @@ class Engine:
             path = self.home.files / f"{spec.name}{flag}.json"
             jobs.write_json(path, content)
             command += [flag, str(path)]
-        command += ["--progress", str(self.home.progress / f"{spec.name}.json")]
+        progress = self.home.progress / f"{spec.name}.json"
+        progress.unlink(missing_ok=True)  # that of a start before: this one begins, or goes on, further back
+        command += ["--progress", str(progress)]
         log = self.home.logs / f"{spec.name}.log"
         environment = {**self._environment(self._free_threads()), **(self._order.keys if spec.calls_strong else {})}
         return self._start(spec.name, command, environment, log, nice=5)
@@ -525,6 +537,14 @@ class Engine:
                 self._look_at(server, "weak-model server", again)
                 if server.ready and server.digest and server.digest != digest:
                     server.ready, server.message = False, f"it serves {server.digest}, wanted {digest}"
+
+    def _look_at_strong(self) -> None:
+        """How the strong endpoint does for users, in the gateway's own word; a step that it fails ends with its own."""
+        if self.gateway is None or not self.gateway.ready or time.monotonic() - self._strong_at < READINESS_EVERY:
+            return
+        answer = get_json(f"http://127.0.0.1:{self.gateway.port}/readyz") or {}
+        self._strong = strong.seen(self.job.spec.strong.endpoint, answer.get("strong"), self._strong)
+        self._strong_at = time.monotonic()
 
     def _known_models(self) -> tuple[api.ServerSpec, ...]:
         trial = self.status.candidate

@@ -43,6 +43,7 @@ _PLACES = {
     "events": "events.jsonl",
     "routing": "routing.json",
     "run": "run.json",
+    "traces": "traces.json",
     "files": "files",
     "logs": "logs",
     "progress": "progress",
@@ -115,6 +116,20 @@ def read_status(home: Home) -> api.Status:
 
 def write_status(home: Home, status: api.Status) -> None:
     write_json(home.status, dump(status))
+
+
+def read_budget(home: Home, status: api.Status) -> api.Budget:
+    """What the book of paid calls says now; the status is a little older, more so after a kill.
+
+    Raises `StepError` where another process writes the book just now.
+    """
+    if not home.calls.exists():
+        return status.budget
+    from cowest_training.paid_calls import read_spent
+
+    number = status.candidate.number if status.candidate else max(0, status.trials - 1)
+    whole, part = read_spent(home.calls), read_spent(home.calls, round_number=number)
+    return api.Budget(whole.calls, whole.tokens, whole.money, api.Spent(part.calls, part.tokens, part.money))
 
 
 def append_event(home: Home, event: api.Event, now: float) -> None:

@@ -99,6 +99,8 @@ class View:
         progressing = next(c for c in plan.status.conditions if c.type == api.ROUND_PROGRESSING)
         if self._live:
             self._live.update(self._picture(engine, plan, progressing))
+        elif progressing.message in (event.message for event in plan.events):
+            self._message = progressing.message  # it has its line already
         elif progressing.message != self._message and time.monotonic() - self._at > HEARTBEAT:
             self._console.print(
                 Text(f"{time.strftime('%H:%M:%S')}  ... {printable(progressing.message)}"), soft_wrap=True

@@ -311,6 +311,7 @@ class Outcome:
     live_difference: float | None = None
     live_answers: int | None = None
     dataset: str | None = None  # digest of the frozen data set
+    note: str = ""  # what the evaluation showed besides, as a sentence
 
 
 @dataclass(frozen=True)
@@ -345,6 +346,7 @@ class Trial:
     difference: float | None = None
     p_value: float | None = None
     score: float | None = None
+    note: str = ""  # what the evaluation showed besides, as a sentence
     evaluator: str | None = None  # digest of the evaluator that the evaluation went by
     live_difference: float | None = None
     live_answers: int | None = None

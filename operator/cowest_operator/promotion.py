@@ -118,6 +118,24 @@ def versions_note(report: EvaluationReport) -> str:
     return f"; the strong model answered in {len(seen)} versions: {', '.join(seen)}" if len(seen) > 1 else ""
 
 
+def weak_alone(report: EvaluationReport) -> str:
+    """Said where the weak model without the strong one may be all that is needed, whatever the gate decides; else "".
+
+    Scores are far apart when their 95 % intervals do not meet.
+    """
+    arms = {arm.name: arm for arm in report.arms}
+    weak, pair, solo = arms.get("weak"), arms.get("candidate"), arms.get(SOLO)
+    if weak is None or pair is None or solo is None:
+        return ""
+    others = f"the pair {100 * pair.score:.1f} %, the strong model alone {100 * solo.score:.1f} %"
+    shown = f"On the held-out queries the weak model alone scores {100 * weak.score:.1f} %, {others}"
+    if weak.low > pair.high:
+        return f"{shown}: its drafts are better answers than the pair's, and cost no call of the strong model."
+    if weak.low > solo.high and pair.low <= weak.high:
+        return f"{shown}: the strong model adds nothing that is seen to what the weak one answers by itself."
+    return ""
+
+
 def few_enough_errors(case: Offline) -> Refusal | None:
     arm = case.judged.arm("candidate")
     percent = 100 * arm.errors / max(1, arm.n)

@@ -89,8 +89,9 @@ def _decide(world: World) -> Move:
     if trial is None:
         return _go_back(world) if world.status.going_back else _start(world)
     if trial.stage != "Watch" and _is_of_another_spec(world, trial):
+        again = ", then this model again" if trial.origin == "Proposal" else ""
         return _end(world, trial, "Refused" if trial.stage == "Preparing" else "RolledBack", api.REASON_SPEC_CHANGED,
-                    "the manifest declares another pair since it began; that one is tried next.")  # fmt: skip
+                    f"the manifest declares another pair since it began; that one is tried next{again}.")  # fmt: skip
     if trial.origin == "Edit" and rounds.tried_edit(world, trial) != rounds.declared_edit(world):
         return _end(world, trial, "Refused" if trial.stage == "Preparing" else "RolledBack",
                     api.REASON_EDIT_WITHDRAWN, "the manifest declares something else by now.")  # fmt: skip
@@ -334,6 +335,7 @@ def _measured(trial: Trial, report: EvaluationReport) -> Trial:
         difference=seen.difference,
         p_value=seen.p_better,
         score=report.arm("candidate").score,
+        note=promotion.weak_alone(report),
     )
 
 
@@ -370,8 +372,8 @@ def _canary(world: World, trial: Trial) -> Move:
     trial = _seen_live(trial, world.live)
     if verdict.action == "RollBack":
         message = verdict.message
-        if verdict.reason == api.REASON_TOO_FEW_ANSWERS and (missing := _missing(world, trial.pair)):
-            message = f"{message.rstrip('.')}; the candidate's server is not ready: {missing}"
+        if verdict.reason == api.REASON_TOO_FEW_ANSWERS:
+            message = f"{message.rstrip('.')}{_for_want_of(world, trial)}"
         return _end(replace(world, status=replace(world.status, candidate=trial)), trial, "RolledBack",
                     verdict.reason, message)  # fmt: skip
     where = f"canary step {min(trial.step + 1, len(spec.canary.steps))} of {len(spec.canary.steps)}"
@@ -387,6 +389,16 @@ def _canary(world: World, trial: Trial) -> Move:
         trial = replace(trial, looks=trial.looks + 1)
         return Move(replace(world.status, candidate=trial), verdict.reason, f"{where}: {verdict.message}")
     return _next_step(world, trial, where, verdict)
+
+
+def _for_want_of(world: World, trial: Trial) -> str:
+    """What a canary that saw too few answers lacked: a server, or else more questions or time."""
+    if missing := _missing(world, trial.pair):
+        return f"; the candidate's server is not ready: {missing}"
+    return (
+        ". More users, or `cowest send`, bring more answers with feedback; canary.deadlineSeconds waits longer;"
+        " canary.steps: [] does without."
+    )
 
 
 def _seen_live(trial: Trial, live: LiveReport | None) -> Trial:
@@ -508,6 +520,9 @@ def _end(world: World, trial: Trial, decision: api.Decision, reason: str, messag
         status = replace(status, refused_edit=rounds.tried_edit(world, trial), refused_trial=known)
     elif trial.origin == "Baseline" and by:  # it would begin again at once
         status = replace(status, refused_edit=rounds.declared_edit(world))
+    elif trial.origin == "Proposal" and reason == api.REASON_SPEC_CHANGED:  # no word of a person is lost by an edit
+        again = api.Proposal(trial.model or "", trial.by or "", trial.why or "")
+        status = replace(status, proposals=(again, *status.proposals))
     elif trial.origin == "Revalidation":  # a person ended it
         status = replace(status, evaluator=world.trial_evaluator)
     if by and decision == "RolledBack" and trial.pair is not None and trial.origin != "Revalidation":
@@ -542,6 +557,7 @@ def _closed(world: World, trial: Trial, decision: api.Decision, reason: str, mes
         live_difference=trial.live_difference,
         live_answers=trial.live_answers,
         dataset=trial.done["collect"]["digest"] if "collect" in trial.done else None,
+        note=trial.note,
     )
     return replace(
         status,
@@ -627,7 +643,7 @@ def _with_conditions(world: World, move: Move) -> Status:
     status = world.status
     wanted = (
         (api.READY, *_ready(world)),
-        (api.DRAFTS_HELP, *_drafts_help(status)),
+        (api.DRAFTS_HELP, *_with_note(status, *_drafts_help(status))),
         (api.ROUND_PROGRESSING, "False" if move.failure or move.finished or world.blocked else "True",
          _doing(world) if move.reason == api.REASON_PROGRESSING else move.reason, move.message),
         *_degraded(world),
@@ -703,6 +719,13 @@ def _drafts_help(status: Status) -> tuple[str, str, str]:
     if status.standing == "Chosen":
         return "Unknown", api.REASON_PROMOTED_BY_PERSON, "a person promoted the stable pair."
     return "True", api.REASON_MEASURED_BETTER, "the stable pair passed the gate."
+
+
+def _with_note(status: Status, value: str, reason: str, message: str) -> tuple[str, str, str]:
+    """And what the last evaluation of the stable pair showed besides."""
+    rows = (row for row in reversed(status.rounds) if status.stable and row.pair == status.stable.digest)
+    note = next((row.note for row in rows if row.score is not None), "")
+    return value, reason, f"{message} {note}".rstrip()
 
 
 def _not_served(status: Status, stable: Pair) -> str:

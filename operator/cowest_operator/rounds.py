@@ -28,7 +28,7 @@ class Next:
 
 
 def next_trial(world: api.World) -> Next:
-    """In order: the baseline, what a person proposed, an edit of the manifest, a new evaluator, a tuned round."""
+    """In order: the baseline, an edit of the manifest, what a person proposed, a new evaluator, a tuned round."""
     status, job = world.status, world.job
     if job.spec.suspend:
         return Next(None, api.REASON_SUSPENDED, "spec.suspend is true: the gateway answers, nothing is tuned.", True)
@@ -37,14 +37,14 @@ def next_trial(world: api.World) -> Next:
     held = status.stable is None and status.refused_edit == declared_edit(world)
     if status.stable is None and not held:
         return Next(_trial(world, "Baseline"))
+    if status.stable is not None and (edit := _edit(world)):
+        return Next(edit)
     if status.proposals:
         first = status.proposals[0]
         return Next(_trial(world, "Proposal", model=first.model, by=first.by, why=first.why))
     if held:
         hint = "`cowest resume` or an edit begins it again, `cowest propose` tries another model."
         return Next(None, api.REASON_ROLLED_BACK_BY_PERSON, f"a person rolled the baseline back; {hint}")
-    if edit := _edit(world):
-        return Next(edit)
     if status.evaluator != world.evaluator:
         return Next(_trial(world, "Revalidation", pair=status.stable))
     return _tuned_round(world)

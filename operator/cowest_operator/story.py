@@ -35,7 +35,7 @@ def written(status: api.Status, plan: api.Plan, traces: api.TraceCounts, generat
         "conditions": conditions(status.conditions),
         "rounds": [_round(outcome) for outcome in status.rounds],
         "traffic": _traffic(status, plan),
-        "traces": _present({"all": traces.all, "usable": traces.usable, "reason": traces.reason or None}),
+        "traces": trace_counts(traces),
         "budget": _budget(status.budget),
         "lastTransition": status.last_transition[:MESSAGE_LIMIT],
         "state": _state(status),
@@ -109,6 +109,10 @@ def _traffic(status: api.Status, plan: api.Plan) -> dict[str, Any]:
     return _present({"candidatePercent": percent, "step": step})
 
 
+def trace_counts(counts: api.TraceCounts) -> dict[str, Any]:
+    return _present({"all": counts.all, "usable": counts.usable, "reason": counts.reason or None})
+
+
 def _round(outcome: api.Outcome) -> dict[str, Any]:
     shown = {
         "number": outcome.number,
@@ -124,6 +128,7 @@ def _round(outcome: api.Outcome) -> dict[str, Any]:
         "liveAnswers": outcome.live_answers,
         "pair": outcome.pair or None,
         "dataset": outcome.dataset,
+        "note": outcome.note[:MESSAGE_LIMIT] or None,
         "by": outcome.by,
         "startedAt": _time(outcome.started_at),
         "endedAt": _time(outcome.ended_at),

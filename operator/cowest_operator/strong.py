@@ -28,6 +28,10 @@ _NOT_TAKEN = "it takes none of the keys: put a valid one into {secrets}."
 _REFUSED = (
     "it refuses the calls: is strong.endpoint its base address (it normally ends in /v1), and strong.model its name?"
 )
+_HERE = {  # on one machine
+    "EndpointUnreachable": "it cannot be reached: does it run, and may this machine reach it (HTTPS_PROXY)?",
+    "Unauthorized": "it takes none of the keys: give a valid one for strong.apiKeySecretRefs, then run again.",
+}
 
 
 @dataclass(frozen=True)
@@ -56,21 +60,25 @@ def seen(endpoint: str, word: Mapping[str, Any] | None, before: Failing | None) 
     return before if before is not None and (answered is None or answered < before.last) else None
 
 
-def trouble(job: api.Job, failing: Mapping[str, Failing]) -> api.Trouble | None:
-    """`failing` by who asks."""
+def trouble(job: api.Job, failing: Mapping[str, Failing], *, here: bool = False) -> api.Trouble | None:
+    """`failing` by who asks; `here`: on one machine, where there are no pods and no Secrets."""
     if not failing:
         return None
     first = min(failing.values(), key=lambda each: each.since)
     who = " and ".join(sorted(failing, reverse=True))
     since = datetime.fromtimestamp(first.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    message = f"the strong endpoint {first.endpoint} has failed for {who} since {since}: {_what(job, first.error)}"
+    message = (
+        f"the strong endpoint {first.endpoint} has failed for {who} since {since}: {_what(job, first.error, here)}"
+    )
     if USERS in failing:
         others = "strong.fallbacks answer" if job.spec.strong.fallbacks else _meanwhile(job)
         message += f" Meanwhile {others}."
     return api.Trouble(api.REASON_STRONG_FAILS, message)
 
 
-def _what(job: api.Job, error: str) -> str:
+def _what(job: api.Job, error: str, here: bool) -> str:
+    if here and error in _HERE:
+        return _HERE[error]
     if error in _AWAY:
         return _AWAY[error]
     if error == "RateLimited":

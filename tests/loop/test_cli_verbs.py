@@ -26,8 +26,10 @@ from cowest_cli import main as cli
 from cowest_cli.processes import free_port
 from cowest_operator import api, manifest
 from cowest_serving.contract import Arm, Routing, dump
+from cowest_serving.models import HttpChatModel
 from cowest_serving.traces import TraceWriter, read_feedback, read_traces
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_RETRY, ArmReport, Manifest
+from cowest_training.paid_calls import PaidCalls
 from cowest_training.steps import manifest_json
 from tests import world as w
 from tests.fakes import Fault, ScriptedModel
@@ -172,6 +174,34 @@ def test_status_as_json_is_what_the_engine_keeps(cowest: Any, place: jobs.Home) 
     said = cowest("status", "--home", place.root, "-o", "json")
     seen = json.loads(said.out)
     assert seen["status"] == dump(STATUS) and seen["gateway"] == "http://127.0.0.1:8080/v1"
+
+
+def test_status_shows_how_many_traces_a_round_could_learn_from_and_why_not_more(cowest: Any, place: jobs.Home) -> None:
+    assert "Traces" not in cowest("status", "--home", place.root).out, "nothing was counted yet"
+    counted = {"all": 5, "usable": 3, "reason": f"Not usable: 2 asked again later. {NASTY}"}
+    jobs.write_json(place.traces, counted)
+    said = cowest("status", "--home", place.root)
+    assert said.out.splitlines()[2].startswith(
+        "Traces             5 in all, 3 of them a round could learn from (Not usable: 2 asked again later."
+    )
+    assert json.loads(cowest("status", "--home", place.root, "-o", "json").out)["traces"] == counted
+
+
+def test_what_was_paid_before_a_kill_is_shown_though_the_status_was_not_written_any_more(
+    cowest: Any, place: jobs.Home
+) -> None:
+    async def pay() -> None:
+        async with (
+            ScriptedModel("yes") as strong,
+            HttpChatModel(strong.url, "m") as model,
+            PaidCalls(place.calls, round_number=2) as calls,
+        ):
+            asked = [{"role": "user", "content": "?"}]
+            await calls.ask(model, asked, endpoint=strong.url, name="m", purpose="p", params={})
+
+    asyncio.run(pay())
+    budget = json.loads(cowest("status", "--home", place.root, "-o", "json").out)["status"]["budget"]
+    assert budget["calls"] == budget["round"]["calls"] == 1, "the last trial is number 2"
 
 
 def test_status_says_whether_a_run_is_alive(cowest: Any, place: jobs.Home) -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -46,6 +51,71 @@ def test_a_transition_is_written_at_once(tmp_path):
     engine._apply_status(saying("one"))
     engine._apply_status(saying("two", trials=7))
     assert jobs.read_status(engine.home).trials == 7
+
+
+def test_counted_traces_are_kept_for_whoever_asks_and_nothing_is_said_before_the_first_count(tmp_path):
+    engine = make(tmp_path)
+    engine._apply_counts()
+    assert jobs.read_json(engine.home.traces) is None
+    engine.counting.counts, engine.counting.counted = api.TraceCounts(), True
+    engine._apply_counts()
+    assert jobs.read_json(engine.home.traces) == {"all": 0, "usable": 0}
+    engine.counting.counts = api.TraceCounts(5, 3, "Not usable: 2 asked again later.")
+    engine._apply_counts()
+    said = {"all": 5, "usable": 3, "reason": "Not usable: 2 asked again later."}
+    assert jobs.read_json(engine.home.traces) == said
+
+
+def test_the_progress_of_an_earlier_start_of_a_step_is_not_told_as_that_of_this_one(tmp_path):
+    engine = make(tmp_path)
+    engine._start = lambda *_, **__: None
+    left = engine.home.progress / "r0-sft.json"
+    jobs.write_json(left, {"done": 40, "total": 50, "unit": "steps"})
+    assert engine.progress("r0-sft") == "40 of 50 steps"
+    engine._start_step(api.StepSpec("r0-sft", "cowest_training.sft", "file:///out"))
+    assert engine.progress("r0-sft") == ""
+
+
+def test_a_strong_endpoint_that_fails_is_said_as_in_a_cluster_until_it_answers(tmp_path):
+    engine = make(tmp_path)
+    engine.gateway = engines._Server(None, 1, ready=True)  # type: ignore[arg-type]
+    words = {"failing": True, "since": 10.0, "error": "EndpointUnreachable", "last_failure": 20.0, "last_answer": None}
+    with answering({"ready": True, "strong": words}) as (port, body):
+        engine.gateway.port = port
+        engine._look_at_strong()
+        (trouble,) = engine._troubles()
+        assert trouble.reason == api.REASON_STRONG_FAILS
+        assert "http://strong/v1 has failed for users since" in trouble.message and "pods" not in trouble.message
+        body["strong"] = {**words, "failing": False, "last_answer": 30.0}
+        engine._look_at_strong()
+        assert len(tuple(engine._troubles())) == 1, "the gateway is not asked at each look"
+        engine._strong_at -= engines.READINESS_EVERY
+        engine._look_at_strong()
+        assert tuple(engine._troubles()) == ()
+
+
+@contextmanager
+def answering(body: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """An HTTP server on loopback that gives `body`, as it stands then, to whoever asks."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.server_address[1], body
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 # ---------------------------------------------------------------- a trial's own manifest

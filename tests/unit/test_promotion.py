@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cowest_operator import api, promotion
-from cowest_training.contract import SliceReport
+from cowest_training.contract import ArmReport, SliceReport
 from tests import world as w
 
 
@@ -280,3 +280,25 @@ def test_a_control_that_fails_often_but_is_scored_enough_is_compared_all_the_sam
 
 def test_what_is_short_is_said_of_the_arm_that_is_short():
     assert "60 of 50 scored live answers of the candidate, 0 of 30 of the control" in judge(w.live(60, 0)).message
+
+
+# ---------------------------------------------------------------- the weak model alone
+def arms(candidate: float, solo: float, weak: float) -> tuple[ArmReport, ...]:
+    scores = {"candidate": candidate, "control": solo, "solo": solo, "weak": weak}
+    return tuple(ArmReport(name, 500, score, score - 0.02, score + 0.02, 0.0) for name, score in scores.items())
+
+
+@pytest.mark.parametrize(
+    ("scores", "says"),
+    [
+        pytest.param((0.7, 0.3, 0.4), "", id="the pair is far above it"),
+        pytest.param((0.5, 0.5, 0.3), "", id="it is below both"),
+        pytest.param((0.5, 0.5, 0.53), "", id="it may be above by chance"),
+        pytest.param((0.5, 0.6, 0.7), "better answers than the pair's", id="it is far above the pair"),
+        pytest.param((0.7, 0.3, 0.69), "adds nothing that is seen", id="it is far above solo and as good as the pair"),
+    ],
+)
+def test_it_is_said_where_the_weak_model_alone_may_be_all_that_is_needed(scores, says):
+    said = promotion.weak_alone(w.report(arms=arms(*scores)))
+    assert says in said and bool(said) == bool(says)
+    assert not said or f"weak model alone scores {100 * scores[2]:.1f} %, the pair {100 * scores[0]:.1f} %" in said

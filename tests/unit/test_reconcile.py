@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cowest_operator import api, reconcile, rounds
-from cowest_training.contract import Evaluator, evaluator_digest
+from cowest_training.contract import ArmReport, Evaluator, evaluator_digest
 from tests import world as w
 
 
@@ -936,3 +936,45 @@ def test_a_manifest_that_cannot_be_followed_starts_nothing_and_says_why() -> Non
     assert plan.steps == () and plan.status.candidate is None
     assert (conditions[api.DEGRADED].status, conditions[api.DEGRADED].message) == ("True", trouble.message)
     assert conditions[api.ROUND_PROGRESSING].status == "False"
+
+
+# ---------------------------------------------------------------- what a person should hear
+def test_a_weak_model_that_is_better_alone_is_said_with_the_round_and_of_the_stable_pair():
+    scores = {"candidate": 0.5, "control": 0.5, "solo": 0.5, "weak": 0.8}
+    arms = tuple(ArmReport(name, 500, score, score - 0.02, score + 0.02, 0.0) for name, score in scores.items())
+    no_gain = w.comparison(0.0, 0.5, 0.5)
+    seen = w.report(control="solo", arms=arms, against_control=no_gain, against_solo=no_gain)
+    plan = reconcile.plan(w.world(status=BASELINE, report=seen))
+    assert plan.status.rounds[-1].decision == "Refused"
+    assert "the weak model alone scores 80.0 %" in plan.status.rounds[-1].note
+    assert condition(plan, api.DRAFTS_HELP).message.endswith(plan.status.rounds[-1].note)
+    later = reconcile.plan(w.world(status=replace(plan.status, stable=w.STABLE)))
+    assert "80.0 %" not in condition(later, api.DRAFTS_HELP).message, "it was said of another pair"
+
+
+def test_a_canary_without_answers_says_how_to_get_some_unless_a_server_was_missing():
+    late = replace(CANARY_WORLD, now=w.NOW + 9000)
+    row = reconcile.plan(late).status.rounds[-1]
+    assert row.reason == api.REASON_TOO_FEW_ANSWERS
+    assert all(remedy in row.message for remedy in ("`cowest send`", "canary.deadlineSeconds", "canary.steps: []"))
+    row = reconcile.plan(replace(late, servers={})).status.rounds[-1]
+    assert "server is not ready" in row.message and "cowest send" not in row.message
+
+
+@pytest.mark.parametrize(("stage", "decision"), [("Preparing", "Refused"), ("Canary", "RolledBack")])
+def test_a_proposal_that_an_edit_ended_is_tried_again_after_the_edit(stage, decision):
+    before = rounds.declared_edit(w.world())
+    edited = w.job(collaboration={"draft": "Knowledge"})
+    status = w.on_trial(stage=stage, origin="Proposal", model="s3://b/m", by="ann", why="better", declared=before)
+    other = api.Proposal("s3://b/other", "bob", "")
+    seen = w.world(job=edited, status=replace(status, proposals=(other,)))
+    ended = reconcile.plan(seen).status
+    row = ended.rounds[-1]
+    assert (row.decision, row.reason) == (decision, api.REASON_SPEC_CHANGED)
+    assert row.message.endswith("that one is tried next, then this model again.")
+    assert ended.proposals == (api.Proposal("s3://b/m", "ann", "better"), other)
+    edit = reconcile.plan(replace(seen, status=ended)).status
+    assert edit.candidate is not None and edit.candidate.origin == "Edit"
+    tried = replace(edit, candidate=None, refused_edit=rounds.declared_edit(seen))
+    again = reconcile.plan(replace(seen, status=tried)).status.candidate
+    assert again is not None and (again.origin, again.model, again.by) == ("Proposal", "s3://b/m", "ann")

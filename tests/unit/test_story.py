@@ -50,3 +50,9 @@ def test_a_new_sentence_alone_is_no_transition_but_a_new_reason_is() -> None:
 def test_money_spent_alone_is_no_transition() -> None:
     spent = written(replace(STATUS, budget=api.Budget(10, 100, 0.5)))
     assert story.transition(written()) == story.transition(spent)
+
+
+def test_what_an_evaluation_showed_besides_stands_with_its_round() -> None:
+    noted = replace(STATUS, rounds=(replace(STATUS.rounds[0], note="the weak model alone is better."),))
+    assert written(noted)["rounds"][0]["note"] == "the weak model alone is better."  # type: ignore[index]
+    assert "note" not in written()["rounds"][0]  # type: ignore[index]

@@ -84,3 +84,13 @@ def test_the_sentence_says_what_users_get_meanwhile() -> None:
     told = strong.trouble(job(fallbacks=(Fallback("https://b/v1", "b"),)), both)
     assert told is not None and told.message.endswith("Meanwhile strong.fallbacks answer.")
     assert strong.trouble(job(), {}) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [("EndpointUnreachable", "may this machine reach it"), ("Unauthorized", "strong.apiKeySecretRefs")],
+)
+def test_on_one_machine_there_are_no_pods_and_no_secrets(error: str, says: str) -> None:
+    told = strong.trouble(job(), {strong.USERS: replace(FAILING, error=error)}, here=True)
+    assert told is not None and says in told.message
+    assert "pods" not in told.message and "Secret openai" not in told.message
