@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,17 @@ def test_a_model_goes_below_the_root_under_its_digest(
     written = (out / "manifest.json").stat().st_mtime_ns
     assert publish.main(["--model", str(base), "--models", str(tmp_path / "models")]) == EXIT_OK
     assert (out / "manifest.json").stat().st_mtime_ns == written
+
+
+def test_a_model_that_is_whole_waits_for_no_tuning_library(base: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from cowest_training import publish; "
+        f"publish.main(['--model', {str(base)!r}, '--out', {str(tmp_path / 'out')!r}]); "
+        "print(*sorted({'torch', 'transformers', 'peft', 'trl'} & set(sys.modules)), file=sys.stderr)"
+    )
+    ended = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
+    assert (tmp_path / "out" / "manifest.json").is_file()
+    assert ended.stderr.splitlines()[-1:] in ([], [""])
 
 
 def test_an_adapter_is_merged_into_its_base(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from cowest_serving.generate import Generator
 from cowest_serving.model_files import ModelFolderError, model_digest
 from cowest_training import sft, tuning
 from cowest_training.contract import EXIT_OK, Row, StepError
+from cowest_training.weak_folders import copy_tokenizer
 from tests.loop import tuning_world as world
 from tests.loop.tiny_models import make_model
 
@@ -123,7 +124,7 @@ def test_a_loss_that_is_not_a_number_ends_the_step_and_writes_nothing(base: Path
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     model.save_pretrained(broken)
-    tuning.copy_tokenizer(base, broken)
+    copy_tokenizer(base, broken)
     with pytest.raises(StepError, match="learningRate"):
         sft.fine_tune(broken, rows(), PROMPTS, world.training(), world.work(tmp_path))
     assert not (tmp_path / "model").exists()
@@ -182,7 +183,7 @@ def test_a_base_with_missing_weights_is_not_tuned(base: Path, tmp_path: Path) ->
 
 def test_pickled_weights_are_refused(base: Path, tmp_path: Path) -> None:
     torch.save(world.load(base).state_dict(), tmp_path / "pytorch_model.bin")
-    tuning.copy_tokenizer(base, tmp_path)
+    copy_tokenizer(base, tmp_path)
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
     with pytest.raises(ModelFolderError):
         run(tmp_path, tmp_path)

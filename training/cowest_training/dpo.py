@@ -32,6 +32,7 @@ from cowest_training import tuning
 from cowest_training.cards import ModelCard, model_card
 from cowest_training.contract import EXIT_OK, Manifest, StepError, Training
 from cowest_training.steps import Progress, code_version, load_settings, need_manifest, open_output, parser, run
+from cowest_training.weak_folders import inherited_license, weak_folder
 
 WARMUP = 0.1
 MEASURED_PAIRS = 256  # the chosen drafts' log-probabilities are measured again at the end on so many
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     settings = load_settings(args.job)
     pairs = read_pairs(pairs_file(args.feedback))
-    folder = tuning.weak_folder(args.model)
+    folder = weak_folder(args.model)
     inputs = _inputs(settings.training, pairs, model_digest(folder))
     output = open_output(args.out, step="dpo", inputs=inputs)
     if isinstance(output, Manifest):
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=settings.training.seed,
             parameters=inputs["training"],
             metrics=metrics,
-            license=tuning.inherited_license(folder),
+            license=inherited_license(folder),
             version=code_version(),
         )
         (output.folder / "README.md").write_text(model_card(card), encoding="utf-8")

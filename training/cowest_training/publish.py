@@ -18,10 +18,10 @@ from typing import Any
 
 from cowest_serving import store
 from cowest_serving.model_files import CARD, check_model_folder, is_adapter, model_digest
-from cowest_training import tuning
 from cowest_training.cards import ModelCard, model_card
 from cowest_training.contract import EXIT_OK, Manifest
 from cowest_training.steps import Progress, code_version, open_output, parser, run
+from cowest_training.weak_folders import copy_tokenizer, inherited_license, tokenizer_folder, weak_folder
 
 # What a published folder holds besides the tokenizer. Everything else (code, logs, optimizer states) stays behind.
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -30,7 +30,7 @@ MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safe
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     progress = Progress(args.progress, "publish")
-    source = tuning.weak_folder(args.model)
+    source = weak_folder(args.model)
     progress.update(1, 3, "stages", "checked")
     with tempfile.TemporaryDirectory(prefix="cowest-publish-") as scratch:
         whole = self_contained(source, Path(scratch))
@@ -60,11 +60,13 @@ def self_contained(source: Path, scratch: Path) -> Path:
     """`source` itself, or for an adapter a folder below `scratch` where it is merged into its base."""
     if not is_adapter(source):
         return source
+    from cowest_training import tuning  # takes ten seconds to import, which a whole model need not wait for
+
     merged = scratch / "merged"
     tuning.quiet()
     model = tuning.load_merged(source, "auto")
     tuning.save_model(model, source, merged)
-    tuning.copy_tokenizer(tuning.tokenizer_folder(source), merged)
+    copy_tokenizer(tokenizer_folder(source), merged)
     check_model_folder(merged)
     return merged
 
@@ -81,7 +83,7 @@ def publish(whole: Path, source: Path, uri: str, *, base: str, base_digest: str)
         digest=digest,
         base=base,
         base_digest=base_digest,
-        license=tuning.inherited_license(source),
+        license=inherited_license(source),
         version=code_version(),
     )
     (output.folder / CARD).write_text(_card(card, whole), encoding="utf-8")
@@ -92,7 +94,7 @@ def copy_model(source: Path, target: Path) -> None:
     for pattern in MODEL_FILES:
         for path in source.glob(pattern):
             shutil.copyfile(path, target / path.name)  # not copy2: the mode may be too narrow for other users
-    tuning.copy_tokenizer(source, target)
+    copy_tokenizer(source, target)
 
 
 def _card(card: ModelCard, source: Path) -> str:

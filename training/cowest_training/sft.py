@@ -27,6 +27,7 @@ from cowest_training.cards import ModelCard, model_card
 from cowest_training.contract import EXIT_OK, Manifest, Row, Training
 from cowest_training.data import read_rows, rows_digest
 from cowest_training.steps import Progress, code_version, load_settings, open_output, parser, read_manifest, run
+from cowest_training.weak_folders import inherited_license, weak_folder
 
 WARMUP = 0.03
 NO_EXPLANATION = "without explanation"
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = load_settings(args.job)
     prompts = tuning.resolved_prompts(settings.collaboration)
     rows = read_rows(dataset_file(args.data))
-    folder = tuning.weak_folder(args.model)
+    folder = weak_folder(args.model)
     inputs = _inputs(settings.training, prompts, rows, model_digest(folder))
     output = open_output(args.out, step="sft", inputs=inputs)
     if isinstance(output, Manifest):
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=settings.training.seed,
             parameters=inputs["training"],
             metrics=metrics,
-            license=tuning.inherited_license(folder),
+            license=inherited_license(folder),
             version=code_version(),
         )
         (output.folder / "README.md").write_text(model_card(card), encoding="utf-8")

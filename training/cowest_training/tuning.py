@@ -27,19 +27,10 @@ from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCall
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Collaboration, Prompts, digest_of
 from cowest_serving.generate import free_threads, load_model
-from cowest_serving.model_files import (
-    CARD,
-    TOKENIZER_FILES,
-    base_of_adapter,
-    check_model_folder,
-    has_tokenizer,
-    is_adapter,
-    make_readable,
-    resolve_model,
-)
-from cowest_training.cards import UNKNOWN_LICENSE, license_of
+from cowest_serving.model_files import base_of_adapter, is_adapter, make_readable
 from cowest_training.contract import Lora, Stage, StepError
 from cowest_training.steps import Progress, inputs_digest, local_path
+from cowest_training.weak_folders import copy_tokenizer, tokenizer_folder
 
 GENERATION = "generation_config.json"
 CHECKPOINT_SECONDS = 60.0
@@ -58,13 +49,6 @@ class Weak:
     device: str  # cpu | cuda
     limit: int
     pad_id: int | None  # of the configuration, as it came
-
-
-def weak_folder(uri: str) -> Path:
-    """The model at `uri` as a folder that may be loaded: no pickles, nothing missing. Raises `ModelFolderError`."""
-    folder = resolve_model(uri)
-    check_model_folder(folder)
-    return folder
 
 
 def load_weak(folder: Path, *, tuning: str, max_length: int, seed: int) -> Weak:
@@ -90,11 +74,6 @@ def load_weak(folder: Path, *, tuning: str, max_length: int, seed: int) -> Weak:
 def load_merged(folder: Path, dtype: Any) -> Any:
     """A plain causal LM; an adapter folder is loaded on its base and merged."""
     return load_model(folder, dtype)[1]
-
-
-def tokenizer_folder(folder: Path) -> Path:
-    """Where a model's tokenizer lies: an adapter may leave it to its base."""
-    return folder if has_tokenizer(folder) else base_of_adapter(folder)
 
 
 def save_whole(model: Any, weak: Weak, target: Path) -> None:
@@ -125,25 +104,9 @@ def save_model(model: Any, source: Path, target: Path) -> None:
         shutil.copyfile(own, target / GENERATION)
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Byte for byte: a tokenizer that was saved again may be spelled so that older versions cannot read it."""
-    for pattern in TOKENIZER_FILES:
-        for path in source.glob(pattern):
-            if path.is_file():
-                place = target / path.relative_to(source)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, place)
-
-
 def resolved_prompts(collaboration: Collaboration) -> Prompts:
     """The prompts of a job, or the built-in ones of its draft form."""
     return collaboration.prompts or DEFAULT_PROMPTS[collaboration.draft]
-
-
-def inherited_license(folder: Path) -> str:
-    """What the base model's own card says."""
-    card = folder / CARD
-    return license_of(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else UNKNOWN_LICENSE
 
 
 # ---------------------------------------------------------------- token ids

@@ -9,6 +9,7 @@ It only uses what any user has: the manifest beside this file, `cowest run`, `co
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import os
@@ -26,6 +27,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 COWEST = [sys.executable, "-P", "-m", "cowest_cli"]  # -P: no module of the current folder
 LIVE_RATE = "12"  # questions a second
+PROPOSALS = {
+    "offline-bad": "a colleague's model that nobody measured",
+    "live-bad": "better on every held-out question",
+}
 LIMIT_SECONDS = 1500.0  # after this the demo has failed
 # One thread for the makers: the other cores belong to the servers, and two threads on one free core crawl.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -73,6 +78,20 @@ def prepare(out: Path, seed: int) -> tuple[Path, int]:
     return manifest, strong
 
 
+class Making:
+    """A maker at work in the background; it is ended with this process."""
+
+    def __init__(self, command: list[Any], log: Path) -> None:
+        self.log = log
+        with log.open("wb") as out:
+            self.child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=ONE_THREAD)
+        atexit.register(self.child.kill)
+
+    def wait(self) -> None:
+        if code := self.child.wait():
+            raise RuntimeError(f"{self.log.stem} could not be made (code {code}); see {self.log}")
+
+
 class Driver(threading.Thread):
     """What the people around the loop do: users ask, and two colleagues propose models that look good to them."""
 
@@ -99,34 +118,27 @@ class Driver(threading.Thread):
             status = self._until(
                 lambda s: self._ends(s) > 0 and "candidate" not in s and self._loop_is_over(s), "rounds"
             )
-            for kind, why in (
-                ("offline-bad", "a colleague's model that nobody measured"),
-                ("live-bad", "better on every held-out question"),
-            ):
-                stable = status["stable"]["weakUri"].removeprefix("file://")
-                model = self.out / "proposed" / kind
-                maker = [sys.executable, HERE / "bad_candidates.py", "--kind", kind, "--stable", stable,
-                         "--data", self.out / "data", "--out", model, "--seed", str(self.seed)]  # fmt: skip
-                with (self.out / f"{kind}.log").open("wb") as log:
-                    subprocess.run(maker, check=True, stdout=log, stderr=subprocess.STDOUT, env=ONE_THREAD)
-                before = self._ends(status)
-                subprocess.run(
-                    [
-                        *COWEST,
-                        "propose",
-                        "-f",
-                        self.manifest,
-                        "--model",
-                        model,
-                        "--by",
-                        "colleague",
-                        "--why",
-                        why,
-                    ],
-                    check=True,
-                    stdout=subprocess.DEVNULL,
-                )
-                status = self._until(lambda s, n=before: self._ends(s) > n, f"the end of {kind}")  # type: ignore[misc]
+            stable = status["stable"]["weakUri"].removeprefix("file://")
+            first, second = PROPOSALS
+            self._make(first, stable).wait()
+            making = self._make(second, stable)  # while the first one is judged: the served model stays the same
+            status = self._propose(first, status)
+            making.wait()
+            self._propose(second, status)
+
+    def _make(self, kind: str, stable: str) -> Making:
+        target = self.out / "proposed" / kind
+        maker = [sys.executable, HERE / "bad_candidates.py", "--kind", kind, "--stable", stable,
+                 "--data", self.out / "data", "--out", target, "--seed", str(self.seed)]  # fmt: skip
+        return Making(maker, self.out / f"{kind}.log")
+
+    def _propose(self, kind: str, status: dict[str, Any]) -> dict[str, Any]:
+        """Propose the model of that kind; the status once it has been judged."""
+        propose = [*COWEST, "propose", "-f", self.manifest, "--model", self.out / "proposed" / kind,
+                   "--by", "colleague", "--why", PROPOSALS[kind]]  # fmt: skip
+        subprocess.run(propose, check=True, stdout=subprocess.DEVNULL)
+        before = self._ends(status)
+        return self._until(lambda s: self._ends(s) > before, f"the end of {kind}")
 
     def _status(self) -> dict[str, Any]:
         try:
