@@ -139,7 +139,21 @@ def test_clusters_widen_the_interval() -> None:
     clustered = st.compare_paired(candidate, control, clusters=users)
     ratio = (clustered.high - clustered.low) / (alone.high - alone.low)
     assert ratio == pytest.approx(np.sqrt(10), rel=0.1)
-    assert clustered.p_better == alone.p_better
+    assert clustered.p_better == pytest.approx(stats.binom.sf(19, 30, 0.5), abs=0.01), "20 users against 10"
+    assert alone.p_better < 0.001
+
+
+def test_clusters_of_one_query_each_leave_the_exact_test() -> None:
+    candidate, control = scores((1, 6), (0, 1)), scores((0, 6), (1, 1))
+    result = st.compare_paired(candidate, control, clusters=list(range(7)))
+    assert (result.test, result.p_better) == ("McNemar", pytest.approx(8 / 128))
+
+
+def test_conversations_are_flipped_whole_also_where_scores_are_0_or_1() -> None:
+    """Three conversations, of 4, 2 and 1 queries, all won: one of the eight flips of their signs is as good."""
+    result = st.compare_paired([1] * 7, [0] * 7, clusters=["a"] * 4 + ["b"] * 2 + ["c"])
+    assert (result.test, result.better) == ("PairedPermutation", 7)
+    assert (result.p_better, result.p_worse) == (pytest.approx(1 / 8), 1.0)
 
 
 def test_one_cluster_says_nothing() -> None:

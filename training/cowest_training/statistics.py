@@ -64,8 +64,8 @@ def compare_paired(
 ) -> Comparison:
     """The same queries through both arms: exact McNemar for 0/1 scores, else a sign-flip permutation test.
 
-    `clusters` names what queries have in common (a document, a user): the interval resamples these whole.
-    A slice is no cluster.
+    `clusters` names what queries have in common (a document, a user): the interval resamples these whole, and where one
+    has several queries the test flips these whole. A slice is no cluster.
     """
     if len(candidate) != len(control):
         raise ValueError(f"wanted paired scores, saw {len(candidate)} and {len(control)}")
@@ -74,11 +74,12 @@ def compare_paired(
     differences = np.asarray(candidate, dtype=np.float64) - np.asarray(control, dtype=np.float64)
     better, worse = int((differences > TINY).sum()), int((differences < -TINY).sum())
     rng = np.random.default_rng(seed)
-    if is_binary(candidate) and is_binary(control):
+    sums, _ = _by_cluster(differences, clusters)
+    if len(sums) == len(differences) and is_binary(candidate) and is_binary(control):
         test, p_better, p_worse = "McNemar", mcnemar(better, worse), mcnemar(worse, better)
     else:
         test = "PairedPermutation"
-        p_better, p_worse = sign_flip(differences, rng)
+        p_better, p_worse = sign_flip(sums, rng)
     low, high = _percentiles(_resampled_means(differences, clusters, rng), (-1.0, 1.0))
     return Comparison(
         n=len(differences),
@@ -161,8 +162,9 @@ def fisher(wins: int, n: int, other_wins: int, other_n: int) -> float:
 
 
 def sign_flip(differences: Floats, rng: np.random.Generator) -> tuple[float, float]:
-    """One-sided (p_better, p_worse) of paired differences: all sign flips for few, sampled ones otherwise.
+    """One-sided (p_better, p_worse) of paired differences (or of sums of those that belong together).
 
+    All sign flips for few, sampled ones otherwise.
     Ties carry no information on the sign and are left out.
     """
     moved = differences[np.abs(differences) > TINY]
