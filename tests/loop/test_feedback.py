@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from cowest_serving.collaborate import draft_messages
 from cowest_serving.models import ModelError
@@ -100,6 +101,19 @@ def test_a_pair_holds_what_the_weak_model_saw_and_two_drafts_that_differ(tmp_pat
         assert pair["prompt"] == draft_messages(queries[pair["query_id"]].messages, world.PROMPTS)
         assert scores[pair["query_id"], pair["chosen"]] == pair["chosen_score"] == 1.0
         assert scores[pair["query_id"], pair["rejected"]] == pair["rejected_score"] == 0.0
+
+
+def test_a_card_stands_beside_the_pairs_and_names_their_digest(tmp_path: Path, strong: ScriptedModel) -> None:
+    manifest = Step(tmp_path, strong).run()
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["tags"] == ["cowest", "feedback"] and front["size_categories"] == ["n<1K"]
+    assert f"| digest | `{manifest.digest}` |" in card and f"| rows | {manifest.metrics['pairs']} |" in card
+    assert f"| pair | {manifest.inputs['pair']} |" in card and "| rule of the pairs | BestVersusWorst |" in card
+    assert f"| queries that drew the same draft each time | {manifest.metrics['equal_drafts']} |" in card
+    assert all(
+        f"| {column} |" in card for column in json.loads((tmp_path / "out/pairs.jsonl").read_text().split("\n")[0])
+    )
 
 
 def test_the_same_inputs_give_the_same_ledger_and_no_second_bill(tmp_path: Path, strong: ScriptedModel) -> None:

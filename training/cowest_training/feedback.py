@@ -5,7 +5,7 @@ gain = E(y*, x) - E(z, x): the evaluator's score of the answer given the draft, 
     BestVersusWorst  the best-scoring draft of a query against its worst, where they differ by `minMargin` (z cancels)
     SignOfGain       the paper's: a draft with gain > 0 is chosen, any other rejected; a query with one kind yields none
 
-Writes ledger.parquet (one row a draft) and pairs.jsonl. Differs from the paper: K drafts per query; the evaluator need
+Writes ledger.parquet (one row a draft), pairs.jsonl and README.md (the card). Differs from the paper: K drafts per query; the evaluator need
 not be the strong model; solo answers are paid once per strong model, prompts and query, in whatever round.
 
     python -m cowest_training.feedback --job job.yaml --pair pair.json --dataset s3://b/j/r3/data \\
@@ -51,6 +51,7 @@ from .asking import (
     read_pair,
     unusual_words,
 )
+from .cards import DatasetCard, dataset_card
 from .contract import EXIT_OK, LEDGER_COLUMNS, Feedback, Manifest, Row, StepError, StepSettings, evaluator_digest
 from .data import read_rows, rows_digest
 from .evaluator import check_references
@@ -101,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if shard:
         output.finish(kind="FeedbackShard", metrics={**metrics, "refusal": asked.refusal})
     else:
-        output.finish(kind="Feedback", metrics=metrics)
+        digest = digest_of({name: steps.file_sha256(output.folder / name) for name in (LEDGER, PAIRS)})
+        card = dataset_card(card_of(output.inputs, metrics, digest, settings.feedback.rule))
+        (output.folder / "README.md").write_text(card, encoding="utf-8")
+        output.finish(kind="Feedback", metrics=metrics, digest=digest)
     drafts.forget()
     return EXIT_OK
 
@@ -417,6 +421,36 @@ def write_pairs(path: Path, pairs: Sequence[Preference], pair: Pair) -> None:
                 "solo_score": chosen.solo_score,
             }
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def card_of(inputs: Mapping[str, Any], metrics: Mapping[str, Any], digest: str, rule: str) -> DatasetCard:
+    """What a person must know about the pairs; a query yields none for one of the reasons that are left out."""
+    return DatasetCard(
+        step=STEP,
+        digest=digest,
+        rows=metrics["pairs"],
+        files=(PAIRS, LEDGER),
+        description=f"Preference pairs of drafts that round {inputs['round']} is tuned on, and the ledger of what each"
+        " draft was worth: the score of the strong model's answer with it, less that of the strong model alone."
+        " Drafts and answers are of models, not of people.",
+        sources={name: inputs[name] for name in ("data", "pair", "evaluator")} | {"rule of the pairs": rule},
+        left_out={
+            "queries that could not be drafted or that the strong model refused": metrics["skipped"],
+            "queries that drew the same draft each time": metrics["equal_drafts"],
+            "queries with different drafts whose answers score alike": metrics["ties"] - metrics["equal_drafts"],
+            **({} if rule == "SignOfGain" else {"queries that differ by too little": metrics["below_margin"]}),
+        },
+        columns={
+            "query_id": "of the row in the round's data set",
+            "prompt": "messages that the weak model saw",
+            "chosen": "the draft that was worth more",
+            "rejected": "the draft that was worth less",
+            "chosen_score": "of the strong model's answer with the chosen draft, 0 to 1",
+            "rejected_score": "of its answer with the rejected draft",
+            "solo_score": "of its answer without a draft",
+        },
+        version=steps.code_version(),
+    )
 
 
 def measured(asked: Asked, pairs: Sequence[Preference], queries: int, min_margin: float) -> dict[str, Any]:
