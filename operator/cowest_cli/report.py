@@ -148,19 +148,42 @@ def _arm(arm: ArmReport) -> dict[str, Any]:
         "high": arm.high,
         "n": arm.n,
         "hurt_rate": arm.hurt_rate,
+        **({} if arm.macro_f1 is None else {"macro_f1": arm.macro_f1}),
         "strong_calls": 0 if arm.name == "weak" else arm.n,  # that the arm's answers take
         "paid_calls": arm.strong_calls,  # of these, not answered from the book of paid calls
     }
 
 
 # ---------------------------------------------------------------- the page
-_NAMES = {
-    "solo": "strong model alone",
-    "weak": "first weak model alone",
-    "sft": "pair, first weak model",
-    "final": "pair, last promoted",
-    "weak_final": "last promoted weak model alone",
+_STANDINGS: Mapping[str | None, str] = {
+    None: "last promoted",
+    "Passed": "last promoted",
+    "Chosen": "promoted by a person",
+    "NotPassed": "not promoted",
 }
+
+
+def arm_names(story: Story) -> dict[str, str]:
+    """What each arm that is shown is called; the stable pair has no row of its own while it is the first one."""
+    first, final, standing = first_evaluation(story), final_evaluation(story), _STANDINGS[story.status.standing]
+    names = {"solo": "strong model alone", "weak": "first weak model alone", "sft": "pair, first weak model"}
+    if first and final and first[0] == final[0]:
+        return {**names, "sft": f"{names['sft']}, {standing}"}
+    return {**names, "final": f"pair, {standing}", "weak_final": f"weak model of the pair {standing}, alone"}
+
+
+def other_scales(story: Story) -> Iterator[str]:
+    """Said where scores that stand side by side were not measured alike."""
+    rounds = sorted(story.evaluations)
+    for name, what in (("evaluator_digest", "another evaluator"), ("held_out_digest", "other held-out queries")):
+        last = getattr(story.evaluations[rounds[-1]], name) if rounds else ""
+        if before := [str(n) for n in rounds if getattr(story.evaluations[n], name) != last]:
+            which = "round" if len(before) == 1 else "rounds"
+            yield (
+                f"Scores of {which} {', '.join(before)} were measured with {what} than those of round {rounds[-1]}:"
+                " they stand on different scales, and a difference between them is neither a gain nor a loss."
+            )
+
 
 _STYLE = """
 :root{--ink:#1b1f24;--soft:#5b6570;--line:#d7dce1;--good:#1a7f4b;--bad:#b3261e;--hold:#8a6100;--bar:#3f6fb5;--page:#fff}
@@ -188,14 +211,17 @@ def _text(value: str) -> str:
 def build_page(story: Story, figures: Mapping[str, Any]) -> str:
     name = _text(str(figures["domain"]))
     version = figures["strong"].get("version") or "none given"
+    names = arm_names(story)
+    arms = {names[arm]: seen for arm, seen in figures["arms"].items() if arm in names}
     parts = [
         f"<h1>{name}: what the loop did</h1>",
         f'<p class="soft">seed {figures["seed"]}, {figures["seconds"]} s; strong model'
         f" {_text(str(figures['strong'].get('model')))}, version {_text(str(version))}</p>",
         f"<p>{_text(_summary(story))}</p>",
         "<h2>Arms on the held-out queries</h2>",
-        _bars(figures["arms"]),
-        _arms_table(figures["arms"]),
+        *(f"<p>{_text(sentence)}</p>" for sentence in other_scales(story)),
+        _bars(arms),
+        _arms_table(arms),
         "<h2>Rounds</h2>",
         _rounds_table(story.status.rounds),
         "<h2>What changed in the drafts</h2>",
@@ -218,13 +244,13 @@ def _summary(story: Story) -> str:
 
 def _bars(arms: Mapping[str, Mapping[str, Any]]) -> str:
     """One bar an arm with its interval; the scale is 0 to 100 %."""
-    left, width, step = 220, 520, 30
+    left, width, step = 250, 490, 30
     rows = []
     for place, (name, arm) in enumerate(arms.items()):
         y = 8 + place * step
         x = [left + width * float(arm[key]) for key in ("accuracy", "low", "high")]
         rows.append(
-            f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{_text(_NAMES.get(name, name))}</text>'
+            f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{_text(name)}</text>'
             f'<rect x="{left}" y="{y}" width="{x[0] - left:.1f}" height="18" rx="2" fill="var(--bar)"/>'
             f'<path d="M{x[1]:.1f} {y + 9}H{x[2]:.1f}M{x[1]:.1f} {y + 4}v10M{x[2]:.1f} {y + 4}v10"'
             ' stroke="var(--ink)"/>'
@@ -244,11 +270,13 @@ def _table(head: Sequence[str], rows: Iterator[Sequence[str]], numbers: frozense
 
 
 def _arms_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    labelled = any("macro_f1" in arm for arm in arms.values())
     rows = (
         (
-            _text(_NAMES.get(name, name)),
+            _text(name),
             f"{100 * arm['accuracy']:.1f} %",
             f"{100 * arm['low']:.1f} to {100 * arm['high']:.1f} %",
+            *([f"{100 * arm['macro_f1']:.1f} %" if "macro_f1" in arm else ""] if labelled else ()),
             str(arm["n"]),
             f"{100 * arm['hurt_rate']:.1f} %",
             str(arm["strong_calls"]),
@@ -256,8 +284,9 @@ def _arms_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
         )
         for name, arm in arms.items()
     )
-    head = ("arm", "score", "95 % interval", "queries", "hurt rate", "strong calls", "of these paid now")
-    return _table(head, rows, frozenset(range(1, 7)))
+    macro = ("macro-F1",) if labelled else ()
+    head = ("arm", "score", "95 % interval", *macro, "queries", "hurt rate", "strong calls", "of these paid now")
+    return _table(head, rows, frozenset(range(1, len(head))))
 
 
 def _rounds_table(outcomes: Sequence[api.Outcome]) -> str:

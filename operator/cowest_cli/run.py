@@ -215,11 +215,15 @@ def plan(file: File, output: Output = "text") -> None:
                                "limits": list(limits_met(spec, costs)),
                                "longestHours": [longest_hours(spec, c) for c in costs]}))  # fmt: skip
         return
-    typer.echo(f"{facts.rows} training rows, {facts.held_out} held-out rows; upper bounds:")
+    typer.echo(f"{facts.rows} training rows, {facts.held_out} held-out rows; upper bounds of what is paid:")
     for cost in costs:
         money = f", {cost.money:.2f} {cost.currency}" if cost.money is not None else ""
         times = f" (at most {spec.rounds.max} times)" if cost is costs[1] else ""
         typer.echo(f"  {cost.name:12} {cost.calls:8} calls, {cost.tokens:10} tokens{money}{times}")
+    typer.echo(
+        "A call is one question to the strong model or to a judge. Steps count answers: of these some were paid for"
+        " before, as those of the strong model alone and of the pair that is served, and are not paid again."
+    )
     for limit in limits_met(spec, costs):
         typer.echo(limit)
     hours = ", ".join(f"{longest_hours(spec, cost):.1f} h for the {cost.name}" for cost in costs)

@@ -92,13 +92,13 @@ def write_artifact(place: jobs.Home, name: str, kind: str, digest: str, inputs: 
     (folder / "manifest.json").write_bytes(manifest_json(made))
 
 
-def write_evaluation(place: jobs.Home, number: int, score: float, drafts: str) -> None:
+def write_evaluation(place: jobs.Home, number: int, score: float, drafts: str, **changes: Any) -> None:
     folder = place.store / "runs" / f"r{number}" / "evaluate"
     arms = tuple(
         ArmReport(name, 500, mean, mean - 0.03, mean + 0.03, 0.05, 0, 500)
         for name, mean in (("candidate", score), ("control", 0.5), ("solo", 0.3), ("weak", 0.2))
     )
-    jobs.write_json(folder / "report.json", asdict(w.report(arms=arms)))
+    jobs.write_json(folder / "report.json", asdict(w.report(**{"arms": arms, **changes})))
     rows = [
         {
             "id": f"q{i}", "query": f"query {i} {NASTY}", "reference": "r", "group": "g",
@@ -406,6 +406,58 @@ def test_the_figures_have_arms_rounds_and_what_is_stable(cowest: Any, place: job
     assert figures["stable"] == {"digest": w.CANDIDATE.digest, "round": 1}
 
 
+def table_row(page: str, name: str) -> list[str]:
+    """The cells of the row of a table that begins with this text."""
+    (row,) = (r for r in page.split("<tr>") if re.match(rf"<td[^>]*>{re.escape(name)}<", r))
+    return re.findall(r"<td[^>]*>([^<]*)</td>", row)
+
+
+@pytest.mark.parametrize(
+    ("standing", "name"),
+    [("Passed", "pair, last promoted"), ("Chosen", "pair, promoted by a person"), ("NotPassed", "pair, not promoted")],
+)
+def test_the_stable_pair_is_called_what_it_is(
+    cowest: Any, place: jobs.Home, tmp_path: Path, standing: Any, name: str
+) -> None:
+    jobs.write_status(place, replace(STATUS, standing=standing))
+    assert cowest("report", "--home", place.root, "--html", tmp_path / "r.html").code == EXIT_OK
+    page = (tmp_path / "r.html").read_text()
+    assert table_row(page, name)[1] == "70.0 %" and table_row(page, "pair, first weak model")[1] == "60.0 %"
+
+
+def test_a_refused_baseline_has_one_row_and_is_not_called_promoted(
+    cowest: Any, place: jobs.Home, tmp_path: Path
+) -> None:
+    jobs.write_status(place, replace(STATUS, stable_round=0, standing="NotPassed", rounds=()))
+    cowest("report", "--home", place.root, "--html", tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert table_row(page, "pair, first weak model, not promoted")[1] == "60.0 %"
+    assert "last promoted" not in page.partition("<h2>Rounds")[0]
+
+
+def test_scores_by_another_evaluator_are_not_shown_beside_others_without_a_word(
+    cowest: Any, place: jobs.Home, tmp_path: Path
+) -> None:
+    cowest("report", "--home", place.root, "--html", tmp_path / "r.html")
+    assert "different scales" not in (tmp_path / "r.html").read_text()
+    write_evaluation(place, 3, 0.7, "better", evaluator_digest="sha256:new")
+    cowest("report", "--home", place.root, "--html", tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "Scores of rounds 0, 1 were measured with another evaluator than those of round 3" in page
+
+
+def test_macro_f1_is_shown_where_labels_were_scored(cowest: Any, place: jobs.Home, tmp_path: Path) -> None:
+    flags = ("--home", place.root, "--html", tmp_path / "r.html", "-o", "json")
+    assert "macro_f1" not in cowest("report", *flags).out and "macro-F1" not in (tmp_path / "r.html").read_text()
+    means = {"candidate": 0.6, "control": 0.5, "solo": 0.3, "weak": 0.2}
+    arms = tuple(ArmReport(n, 500, m, m - 0.03, m + 0.03, 0.05, macro_f1=m - 0.1) for n, m in means.items())
+    write_evaluation(place, 0, 0.6, "plain", arms=arms)
+    figures = json.loads(cowest("report", *flags).out)
+    assert figures["arms"]["solo"]["macro_f1"] == pytest.approx(0.2)
+    page = (tmp_path / "r.html").read_text()
+    assert table_row(page, "pair, first weak model")[3] == "50.0 %" and table_row(page, "pair, last promoted")[3] == ""
+
+
 def test_a_report_before_the_first_evaluation_says_what_there_is(cowest: Any, tmp_path: Path) -> None:
     home = jobs.Home(tmp_path / "home")
     said = cowest("report", "--home", home.root, "--html", tmp_path / "r.html")
@@ -451,6 +503,7 @@ def test_plan_bounds_calls_tokens_and_money(cowest: Any, job: Path) -> None:
     assert baseline["money"] > 0 and seen["maxRounds"] == 1000
     said = cowest("plan", "-f", job)
     assert "50 training rows, 200 held-out rows" in said.out and "450 calls" in said.out
+    assert "upper bounds of what is paid:" in said.out and "Steps count answers" in said.out
     assert "(at most 1000 times)" in said.out and baseline["currency"] in said.out
 
 

@@ -81,6 +81,18 @@ def test_against_the_strong_alone_the_control_is_solo_and_paid_once(tmp_path: Pa
     assert [(part.group, part.n) for part in report.slices] == [("even", 4), ("odd", 4)]
 
 
+def test_progress_counts_answers_of_the_strong_model_and_says_which_calls_are_paid_now(
+    tmp_path: Path, strong: ScriptedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The answers are those that `cowest plan` bounds: a draft that is taken as the answer is no call."""
+    step = Step(tmp_path, strong)
+    step.run()
+    assert capsys.readouterr().err.splitlines()[-1].endswith(": 16 calls paid now")
+    step.run(out="again")  # all is known by now
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("evaluate: 16/16 answers") and last.endswith(": 0 calls paid now")
+
+
 def test_when_all_arms_score_nothing_what_to_look_at_is_said(
     tmp_path: Path, strong: ScriptedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:

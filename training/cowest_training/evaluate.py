@@ -152,18 +152,20 @@ async def _ask_all(job: _Job, rows: Sequence[Row], progress: steps.Progress) -> 
     strong, evaluator = job.settings.strong, job.settings.feedback.evaluator
     async with open_asking(strong, evaluator, job.calls, purpose=job.purpose, round_number=job.round) as asking:
         tasks: dict[str, list[asyncio.Task[Item]]] = {name: [] for name in (*job.arms_with_drafts, SOLO, "weak")}
-        total = len(rows) * len(tasks)
+        total = len(rows) * (len(tasks) - 1)  # answers of the strong model: a draft taken as the answer is none
 
         done = 0
 
         def tick(_: object) -> None:
             nonlocal done
             done += 1
-            progress.update(done, total, "answers")
+            paid = sum(asking.calls.asked.paid.values())
+            progress.update(done, total, "answers", f"{paid} calls paid now")
 
         def start(group: asyncio.TaskGroup, name: str, item: Coroutine[Any, Any, Item]) -> None:
             task = group.create_task(item)
-            task.add_done_callback(tick)
+            if name != "weak":
+                task.add_done_callback(tick)
             tasks[name].append(task)
 
         # In a task group the first failure ends the others, the drawing of drafts included.
