@@ -5,8 +5,9 @@ gain = E(y*, x) - E(z, x): the evaluator's score of the answer given the draft, 
     BestVersusWorst  the best-scoring draft of a query against its worst, where they differ by `minMargin` (z cancels)
     SignOfGain       the paper's: a draft with gain > 0 is chosen, any other rejected; a query with one kind yields none
 
-Writes ledger.parquet (one row a draft), pairs.jsonl and README.md (the card). Differs from the paper: K drafts per query; the evaluator need
-not be the strong model; solo answers are paid once per strong model, prompts and query, in whatever round.
+Writes ledger.parquet (one row a draft), pairs.jsonl and README.md (the card). Differs from the paper: K drafts per
+query; the evaluator need not be the strong model; solo answers are paid once per strong model, prompts and query, in
+whatever round.
 
     python -m cowest_training.feedback --job job.yaml --pair pair.json --dataset s3://b/j/r3/data \\
         --calls calls.sqlite --round 3 --out s3://b/j/r3/feedback
