@@ -125,7 +125,7 @@ class Applier:
                 await self._child(child, family, memory)
 
     async def _child(self, child: Child, family: Family, memory: Memory) -> None:
-        key, intent = key_of(child), digest_of(child)
+        key, intent = key_of(child), bytes.fromhex(common.hex_of(digest_of(child), 64))
         known = family.children.get(key)
         if known is not None and memory.applied.get(key) == (intent, known.stamp):
             return

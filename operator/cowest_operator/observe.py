@@ -37,6 +37,7 @@ ACTION_ID = re.compile(r"(\d{20})-([a-z]+)")  # nanoseconds, so that ids sort by
 LIVE_EVERY, COUNT_EVERY, SPENT_EVERY, PROBE_EVERY, PROMPTS_EVERY = 2.0, 10.0, 10.0, 20.0, 30.0
 ARGO_SLOW, ARGO_RETRIES = 60.0, 240.0  # seconds until Argo must have seen a pod end; until it must have made another
 READINESS_EVERY = 10.0
+ANSWERS_KEPT = 600.0  # seconds, longer than any of the above
 PATIENCE = 20.0  # seconds before a pod that is not there yet is called a trouble
 LONGEST_RETRY = 600.0
 
@@ -54,16 +55,22 @@ class Memory:
     """What the operator remembers of a job between two looks. Nothing here is needed after a restart."""
 
     uid: str = ""  # of the job
-    applied: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)  # child -> (intent, stamp)
+    applied: dict[tuple[str, str], tuple[bytes, str]] = field(default_factory=dict)  # child -> (intent, stamp)
     apply_troubles: tuple[api.Trouble, ...] = ()
     unwanted: dict[str, float] = field(default_factory=dict)  # servers without traffic, since when
     written: Mapping[str, Any] | None = None  # the status as it was last written
     written_at: float = 0.0
     asked: dict[str, tuple[float, Any]] = field(default_factory=dict)  # answers of doors, and when
     shut: dict[str, DoorError] = field(default_factory=dict)  # why the last answer is an older one
-    state: api.Status | None = None  # after our own write, until the watch shows it
+    state: api.Status | None = None  # as it was last written: newer than what the watch has shown
     said: set[str] = field(default_factory=set)  # notes that were made known
     failing: dict[str, strong.Failing] = field(default_factory=dict)  # the strong endpoint, by who asks it
+
+    def forget_answers(self, before: float) -> None:
+        """Reports of trials that are over, counts since a time that has passed: nobody asks for them again."""
+        for what in [what for what, (when, _) in self.asked.items() if when < before]:
+            del self.asked[what]
+            self.shut.pop(what, None)
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,8 @@ class Observer:
         """Raises `HoldError` when the manifest cannot be followed, `KubeError` when the API server is away."""
         assert family.job is not None
         now = time.time() if now is None else now
+        if memory.written is not None and memory.written == family.job.get("status"):
+            family.job["status"] = memory.written  # held once
         context, trouble, stopped = await self._context(family, memory)
         status = _with_a_known_action(memory.state or story.read(family.job.get("status")), now)
         looked = _Look(self, context, family, memory, status, now)
@@ -359,6 +368,7 @@ class _Look:
             except DoorError as error:
                 self.memory.shut[what] = error
             known = self.memory.asked[what] = (time.monotonic(), answer)
+            self.memory.forget_answers(time.monotonic() - ANSWERS_KEPT)
         if what in self.memory.shut:
             self._store_trouble(self.memory.shut[what])
         return known[1]

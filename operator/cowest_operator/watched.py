@@ -156,7 +156,7 @@ def see(kind: str, body: Mapping[str, Any]) -> Seen:
     look = _FACTS.get(kind)
     return Seen(
         kind,
-        metadata["name"],
+        sys.intern(metadata["name"]),
         metadata["uid"],
         str(metadata.get("generation") or metadata["resourceVersion"]) if kind not in _BY_VERSION
         else metadata["resourceVersion"],
@@ -164,7 +164,7 @@ def see(kind: str, body: Mapping[str, Any]) -> Seen:
         "deletionTimestamp" in metadata,
         int(metadata["resourceVersion"]),
         shared(look(body)) if look else _NOTHING,
-        (_owner(metadata) or {}).get("uid", "") if kind != "Pod" else "",
+        sys.intern((_owner(metadata) or {}).get("uid", "")) if kind != "Pod" else "",
     )  # fmt: skip
 
 

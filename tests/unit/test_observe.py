@@ -61,3 +61,10 @@ def test_an_id_that_was_taken_in_and_sorts_after_all_others_silences_nobody() ->
     later, earlier = f"{2 * 10**9:020d}-pause", f"{10**8:020d}-pause"
     assert earlier < healed.last_action < later
     assert observe._with_a_known_action(healed, now=9.0) == healed
+
+
+def test_answers_that_nobody_asks_for_any_more_are_forgotten() -> None:
+    memory = observe.Memory(asked={"report r1": (10.0, {"arms": []}), "spent 2": (90.0, {"calls": 1})})
+    memory.shut = {what: observe.DoorError("observer", "is away") for what in memory.asked}
+    memory.forget_answers(before=50.0)
+    assert set(memory.asked) == set(memory.shut) == {"spent 2"}
