@@ -26,6 +26,7 @@ class Facts:
     has_explanations: bool
     query_chars: float
     explained: int = 0  # training rows with an explanation
+    train_digest: str = ""  # of the rows, not of the file
 
 
 def facts_of(document: Mapping[str, Any], source: str) -> Facts:
@@ -45,7 +46,7 @@ def check_files(spec: Mapping[str, Any], source: str) -> None:
 
 
 def check_data(spec: Mapping[str, Any], source: str) -> Facts:
-    from cowest_training.data import check_split, read_rows
+    from cowest_training.data import check_split, read_rows, rows_digest
     from cowest_training.evaluator import check_references
 
     train, held_out = read_rows(spec["data"]["train"]), read_rows(spec["data"]["heldOut"])
@@ -56,7 +57,7 @@ def check_data(spec: Mapping[str, Any], source: str) -> Facts:
     _check_held_out(len(held_out), spec["gate"]["minHeldOut"], source)
     explained = sum(row.explanation is not None for row in train)
     characters = sum(len(row.query) for row in held_out) / max(1, len(held_out))
-    return Facts(len(train), len(held_out), explained > 0, characters, explained)
+    return Facts(len(train), len(held_out), explained > 0, characters, explained, rows_digest(train))
 
 
 def can_read_here(spec: Mapping[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from cowest_cli.processes import port_is_free
 from cowest_cli.view import View, rounds_table
 from cowest_operator import api, rounds
 from cowest_serving.contract import Strong, dump
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RETRY, StepError
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RETRY, MANIFEST, StepError
 
 ASK_ABOVE_CALLS = 20_000
 ASK_ABOVE_MONEY = 20.0  # in the currency of strong.prices
@@ -106,10 +106,37 @@ def _run(wanted: Wanted, output: str) -> None:
 def _before_it_pays(order: engines.Order, place: jobs.Home, yes: bool, console: Console) -> None:
     for path in jobs.without_effect_here(order.declared.document):
         console.print(f"note: {path} has no effect on one machine", soft_wrap=True)
+    if note := other_rows(place, order):
+        console.print(f"note: {note}", soft_wrap=True)
     if not yes and not place.status.exists():
         _ask(order, console)
     if not jobs.read_status(place).rounds:
         probe(order.declared.job.spec.strong, order.keys)
+
+
+def other_rows(place: jobs.Home, order: engines.Order) -> str:
+    """The file of data.train was changed in place since it was last learnt from: what will come of it, else ""."""
+    status, spec = jobs.read_status(place), order.declared.job.spec
+    last = learnt_last(place)
+    if last is None or status.train != spec.data.train or last[1] == order.facts.train_digest:
+        return ""
+    over = status.tuned_rounds >= spec.rounds.max
+    due = "To make a round due, give the file another name" + (" and raise rounds.max." if over else ".")
+    return (
+        f"spec.data.train: the file has other rows than round {last[0]} learnt from. The next round learns from them,"
+        f" but a change in place starts none. {due}"
+    )
+
+
+def learnt_last(place: jobs.Home) -> tuple[int, str] | None:
+    """The last round that learnt from the file of data.train, and the digest of the rows that it saw."""
+    found = [
+        (int(file.parts[-3].removeprefix("r")), str(inputs[name]))
+        for step, name in (("sft", "data"), ("collect", "train"))
+        for file in (place.store / "runs").glob(f"r[0-9]*/{step}/{MANIFEST}")
+        if name in (inputs := jobs.read_json(file)["inputs"])
+    ]
+    return max(found, default=None)
 
 
 def _another_order(file: Path, place: jobs.Home, secrets: Path | None, port: int | None) -> engines.Order:

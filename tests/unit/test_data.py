@@ -84,6 +84,14 @@ def test_parquet_gives_the_same_rows_as_jsonl(tmp_path: Path) -> None:
     assert rows[1].group is None
 
 
+def test_a_table_of_other_columns_is_refused_once_with_the_columns_it_has(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"question": ["a", "b"], "answer": ["1", "2"]}), tmp_path / "rows.parquet")
+    uri = (tmp_path / "rows.parquet").as_uri()
+    assert refusal(uri) == (
+        f"{uri}: wanted columns id, query (or messages) and reference, saw question, answer. Rename them."
+    )
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

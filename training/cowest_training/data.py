@@ -119,11 +119,21 @@ def _parquet(uri: str, data: bytes) -> Iterator[tuple[str, Any]]:
     try:
         table = pq.ParquetFile(BytesIO(data)).read()  # read_table would load the machinery for data sets first
     except (pa.ArrowException, OSError) as error:
-        raise StepError(f"{uri}: wanted a Parquet table, saw: {error}. Write the file again.") from None
+        raise StepError(
+            f"{uri}: wanted a Parquet table, saw: {str(error).rstrip('. ')}. Write the file again."
+        ) from None
+    _check_columns(uri, table.column_names)
     wanted = [name for name in table.column_names if name in COLUMNS]
     for number, record in enumerate(table.select(wanted).to_pylist(), start=1):
         # Nulls are how a table says "absent", also inside the structs of `messages`.
         yield f"{_short(uri)}:row {number}", _without_nulls(record)
+
+
+def _check_columns(uri: str, seen: Sequence[str]) -> None:
+    """Once for the table, not once a row."""
+    if "id" not in seen or not {"query", "messages"} & set(seen):
+        columns = ", ".join(seen) or "none"
+        raise StepError(f"{uri}: wanted columns id, query (or messages) and reference, saw {columns}. Rename them.")
 
 
 def _without_nulls(value: Any) -> Any:

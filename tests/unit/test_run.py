@@ -1,0 +1,58 @@
+"""What `cowest run` says before it begins: here of rows that changed in their file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cowest_cli import engine as engines
+from cowest_cli import jobs
+from cowest_cli.preflight import Facts
+from cowest_cli.run import other_rows
+from tests import world as w
+
+TRAIN = w.JOB.spec.data.train
+LEARNT = replace(w.SERVED, train=TRAIN, tuned_rounds=1)
+
+
+def left_by(folder: Path, learnt: dict[str, dict[str, str]], status=LEARNT) -> jobs.Home:
+    """A home whose steps `r1/collect`, ... have seen these inputs."""
+    home = jobs.Home(folder)
+    for name, inputs in learnt.items():
+        jobs.write_json(home.store / "runs" / name / "manifest.json", {"inputs": inputs})
+    jobs.write_status(home, status)
+    return home
+
+
+def order(digest: str, rounds_max: int = 3) -> engines.Order:
+    rounds = replace(w.JOB.spec.rounds, max=rounds_max)
+    job = replace(w.JOB, spec=replace(w.JOB.spec, rounds=rounds))
+    return engines.Order(jobs.Declared({}, job, Path()), Facts(1, 1, False, 1.0, train_digest=digest))
+
+
+ROUNDS = {"r0/sft": {"data": "sha256:a"}, "r1/collect": {"train": "sha256:b"}}
+
+
+def test_other_rows_in_the_same_file_are_said_with_what_comes_of_them(tmp_path):
+    note = other_rows(left_by(tmp_path, ROUNDS), order("sha256:c"))
+    assert "other rows than round 1 learnt from. The next round learns from them" in note
+    assert note.endswith("give the file another name.")
+
+
+def test_where_all_rounds_are_over_more_of_them_are_named_too(tmp_path):
+    assert other_rows(left_by(tmp_path, ROUNDS), order("sha256:c", 1)).endswith("another name and raise rounds.max.")
+
+
+@pytest.mark.parametrize(
+    ("learnt", "status", "digest"),
+    [
+        pytest.param(ROUNDS, LEARNT, "sha256:b", id="the rows of the last round"),
+        pytest.param({}, LEARNT, "sha256:c", id="nothing was learnt yet"),
+        pytest.param({"r0/publish": {"model": "m"}}, LEARNT, "sha256:c", id="the base model as it is"),
+        pytest.param(ROUNDS, replace(LEARNT, train="file:///other"), "sha256:c", id="another file: a round is due"),
+    ],
+)
+def test_nothing_is_said_of(tmp_path, learnt, status, digest):
+    assert other_rows(left_by(tmp_path, learnt, status), order(digest)) == ""
