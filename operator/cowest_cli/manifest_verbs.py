@@ -58,13 +58,12 @@ def validate(
     loaded = manifest.load(file)
     job = manifest.resolve_files(loaded.job, file.resolve().parent)
     _check_config_map(loaded)
-    sizes = _check_files(job, str(file)) if data else {}
+    facts = _check_files(job, str(file)) if data else None
     if output == "json":
         typer.echo(json.dumps(loaded.job, indent=2, ensure_ascii=False))
         return
-    rows = "".join(f", {count} {name} rows" for name, count in sizes.items() if count)
-    typer.echo(f"{file}: valid{rows}.")
-    for note in _notes(loaded):
+    typer.echo(f"{file}: valid{_sizes(facts) if facts else ''}.")
+    for note in (*_notes(loaded), *(facts.notes if facts else ())):
         typer.echo(f"note: {note}", err=True)
 
 
@@ -77,13 +76,16 @@ def crd(output: Format = "text") -> None:
 
 
 # ---------------------------------------------------------------- what a manifest names
-def _check_files(job: Mapping[str, Any], source: str) -> dict[str, int]:
-    """Number of rows by file, where they could be read. Raises `ManifestError` or `StepError`."""
+def _check_files(job: Mapping[str, Any], source: str) -> preflight.Facts | None:
+    """What is known of the data, where it could be read. Raises `ManifestError` or `StepError`."""
     preflight.check_files(job["spec"], source)
-    if not preflight.can_read_here(job["spec"]):
-        return {}
-    facts = preflight.check_data(job["spec"], source)
-    return {"training": facts.rows, "held-out": facts.held_out, "explained training": facts.explained}
+    return preflight.check_data(job["spec"], source) if preflight.can_read_here(job["spec"]) else None
+
+
+def _sizes(facts: preflight.Facts) -> str:
+    """Number of rows by file."""
+    sizes = {"training": facts.rows, "held-out": facts.held_out, "explained training": facts.explained}
+    return "".join(f", {count} {name} rows" for name, count in sizes.items() if count)
 
 
 def _check_config_map(loaded: manifest.Loaded) -> None:

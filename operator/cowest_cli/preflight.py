@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cowest_operator import manifest
 from cowest_operator.schema import Problem
 from cowest_serving.contract import parse
-from cowest_training.contract import EXIT_BAD_INPUT, Evaluator, StepError
+from cowest_training.contract import EXIT_BAD_INPUT, Evaluator, Row, StepError
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Facts:
     query_chars: float
     explained: int = 0  # training rows with an explanation
     train_digest: str = ""  # of the rows, not of the file
+    notes: tuple[str, ...] = ()  # what is no fault, and a person should look at
 
 
 def facts_of(document: Mapping[str, Any], source: str) -> Facts:
@@ -47,17 +48,27 @@ def check_files(spec: Mapping[str, Any], source: str) -> None:
 
 def check_data(spec: Mapping[str, Any], source: str) -> Facts:
     from cowest_training.data import check_split, read_rows, rows_digest
-    from cowest_training.evaluator import check_references
+    from cowest_training.evaluator import check_references, extract_note
 
     train, held_out = read_rows(spec["data"]["train"]), read_rows(spec["data"]["heldOut"])
     check_split(train, held_out)
     evaluator = parse(Evaluator, spec["feedback"]["evaluator"])
     check_references(train, evaluator)
     check_references(held_out, evaluator)
+    _check_tokenizer(spec["weak"]["model"], train)
     _check_held_out(len(held_out), spec["gate"]["minHeldOut"], source)
     explained = sum(row.explanation is not None for row in train)
     characters = sum(len(row.query) for row in held_out) / max(1, len(held_out))
-    return Facts(len(train), len(held_out), explained > 0, characters, explained, rows_digest(train))
+    note = extract_note(evaluator, train, spec["collaboration"]["draft"])
+    return Facts(
+        len(train),
+        len(held_out),
+        explained > 0,
+        characters,
+        explained,
+        train_digest=rows_digest(train),
+        notes=(note,) if note else (),
+    )
 
 
 def can_read_here(spec: Mapping[str, Any]) -> bool:
@@ -85,6 +96,15 @@ def _missing(spec: Mapping[str, Any]) -> Iterator[Problem]:
                 f"there is nothing at {uri}",
                 "Put it there, or change the path; a relative one starts at the manifest's folder",
             )
+
+
+def _check_tokenizer(uri: str, train: Sequence[Row]) -> None:
+    """Of a model that lies here and has its tokenizer in the one file that is quick to read."""
+    from cowest_training.round_trip import refuse_lost_text, round_trip_of
+
+    file = manifest.local_path(uri) / "tokenizer.json" if uri.startswith(manifest.FILE) else None
+    if file is not None and file.is_file() and (there_and_back := round_trip_of(file.read_text("utf-8"))):
+        refuse_lost_text(train, there_and_back, uri)
 
 
 def _check_weak_model(uri: str) -> None:

@@ -106,8 +106,9 @@ def _run(wanted: Wanted, output: str) -> None:
 def _before_it_pays(order: engines.Order, place: jobs.Home, yes: bool, console: Console) -> None:
     for path in jobs.without_effect_here(order.declared.document):
         console.print(f"note: {path} has no effect on one machine", soft_wrap=True)
-    if note := other_rows(place, order):
-        console.print(f"note: {note}", soft_wrap=True)
+    for note in (*order.facts.notes, other_rows(place, order)):
+        if note:
+            console.print(f"note: {note}", soft_wrap=True)
     if not yes and not place.status.exists():
         _ask(order, console)
     if not jobs.read_status(place).rounds:
@@ -261,5 +262,7 @@ def plan(file: File, output: Output = "text") -> None:
     typer.echo(
         f"With {facts.held_out} held-out queries a gain under {smallest:.1f} points will most likely not be seen."
     )
+    for note in facts.notes:
+        typer.echo(f"note: {note}")
     if spec.strong.prices is None:
         typer.echo("No money is shown: declare strong.prices to see it.")

@@ -37,6 +37,16 @@ def cowest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return call
 
 
+NOTHING_BUT_UNKNOWN = json.dumps(
+    {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"},
+    }
+)
+
+
 def write_rows(path: Path, prefix: str, count: int) -> None:
     rows = [{"id": f"{prefix}{i}", "query": f"{prefix} question {i * 7919}", "reference": str(i)} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
@@ -108,6 +118,30 @@ def test_validate_refuses_a_reference_that_the_evaluator_cannot_go_by(cowest: An
     (desk / "job.yaml").write_text(yaml.safe_dump(job))
     said = cowest("validate", "-f", str(desk / "job.yaml"))
     assert said.code == EXIT_BAD_INPUT and "train.jsonl:5: reference of train4" in said.err and "saw '4'" in said.err
+
+
+def test_validate_refuses_a_tokenizer_that_loses_the_text_of_the_rows(cowest: Any, desk: Path) -> None:
+    pytest.importorskip("tokenizers")
+    (desk / "weak/tokenizer.json").write_text(NOTHING_BUT_UNKNOWN)
+    said = cowest("validate", "-f", str(desk / "job.yaml"))
+    assert said.code == EXIT_BAD_INPUT and "loses most characters of 5 of 5 rows" in said.err
+    assert "'train question 0" in said.err and "Name a model" in said.err
+    assert cowest("validate", "--no-data", "-f", str(desk / "job.yaml")).code == EXIT_OK
+
+
+def test_validate_notes_an_extract_that_finds_nothing(cowest: Any, desk: Path) -> None:
+    job = yaml.safe_load((desk / "job.yaml").read_text())
+    job["spec"]["feedback"]["evaluator"] = {"type": "ExactMatch", "extract": "So: (.*)"}
+    (desk / "job.yaml").write_text(yaml.safe_dump(job))
+    for verb in ("validate", "plan"):
+        said = cowest(verb, "-f", str(desk / "job.yaml"))
+        assert (
+            said.code == EXIT_OK
+            and "note: feedback.evaluator.extract = 'So: (.*)' finds nothing" in said.out + said.err
+        )
+    with (desk / "train.jsonl").open("a") as file:
+        file.write('{"id": "x", "query": "why", "reference": "r", "explanation": "Because. So: r"}\n')
+    assert "finds nothing" not in cowest("validate", "-f", str(desk / "job.yaml")).err
 
 
 def test_validate_says_how_many_rows_are_explained(cowest: Any, desk: Path) -> None:

@@ -15,6 +15,8 @@ from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, Manifest, StepErro
 from cowest_training.steps import read_manifest
 from tests.world import SPEC
 
+UNKNOWN = '{"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"}}'
+
 
 class Desk:
     """A job with its data and the files of a weak model, all in one folder."""
@@ -119,6 +121,18 @@ def test_what_cannot_work_is_refused_before_anything_runs(desk: Desk, breakage: 
         desk.check()
     assert error.value.code == EXIT_BAD_INPUT
     assert not (desk.folder / "out").exists()
+
+
+def test_a_tokenizer_that_loses_the_text_of_the_rows_is_refused(desk: Desk) -> None:
+    desk.file("weak/tokenizer.json", UNKNOWN)
+    with pytest.raises(StepError, match="loses most characters of 3 of 3 rows"):
+        desk.check()
+
+
+def test_an_extract_that_finds_nothing_is_said(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    desk.declare(extract="So: (.*)")
+    desk.check()
+    assert "note: feedback.evaluator.extract = 'So: (.*)' finds nothing" in capsys.readouterr().err
 
 
 def test_weights_in_a_folder_below_are_not_the_models(desk: Desk) -> None:

@@ -114,6 +114,12 @@ def test_nothing_to_learn_from_ends_with_the_reason(base: Path, tmp_path: Path, 
         sft.fine_tune(base, data, PROMPTS, world.training(), world.work(tmp_path))
 
 
+def test_a_tokenizer_that_loses_the_text_of_the_rows_is_refused_before_tuning(tmp_path: Path) -> None:
+    foreign = make_model(tmp_path / "foreign", ["что такое альфа"])
+    with pytest.raises(StepError, match="loses most characters of 6 of 6 rows: 'what is alpha"):
+        sft.fine_tune(foreign, rows(), PROMPTS, world.training(), world.work(tmp_path))
+
+
 def test_the_models_own_places_limit_the_length(base: Path) -> None:
     assert (weak(base, 4096).limit, weak(base, 48).limit) == (64, 48)
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from cowest_training.evaluator import (
     RuleScorer,
     build_evaluator,
     check_references,
+    extract_note,
     find_label,
     last_number,
     squad_normalised,
@@ -183,6 +185,27 @@ def test_a_reference_of_the_wrong_type_is_refused_by_line(settings: Evaluator, r
     assert f"rows.jsonl:1: reference of r1: {reason}" in str(raised.value)
     with pytest.raises(StepError):
         score(settings, "12", reference)
+
+
+@pytest.mark.parametrize(
+    ("extract", "explanation", "form", "says"),
+    [
+        pytest.param(None, "so it is 1", "Explanation", "", id="nothing is extracted"),
+        pytest.param("is (.*)", "so it is 1", "Explanation", "", id="found in an explanation"),
+        pytest.param(r"\d", None, "Explanation", "", id="found in a reference"),
+        pytest.param("Answer: (.*)", None, "Answer", "finds nothing in the 1 references", id="no explanation"),
+        pytest.param(
+            "Answer: (.*)", "it is 1", "Answer", "in the 1 explanations and the 1 references", id="found nowhere"
+        ),
+        pytest.param("Answer: (.*)", "it is 1", "Knowledge", "Knowledge need not hold the answer", id="facts alone"),
+    ],
+)
+def test_an_extract_that_finds_nothing_in_the_data_is_noted(
+    extract: str | None, explanation: str | None, form: Any, says: str
+) -> None:
+    seen = [replace(row(), explanation=explanation)]
+    note = extract_note(Evaluator("ExactMatch", extract=extract), seen, form)
+    assert says in note and bool(note) == bool(says)
 
 
 def test_a_judge_needs_no_reference() -> None:

@@ -28,7 +28,7 @@ from typing import Any, Protocol, assert_never
 
 import aiohttp
 
-from cowest_serving.contract import digest_of, message_text, query_text
+from cowest_serving.contract import DraftForm, digest_of, message_text, query_text
 from cowest_serving.models import (
     BadRequest,
     ChatModel,
@@ -238,6 +238,24 @@ def check_references(rows: Iterable[Row], settings: Evaluator) -> None:
     ]
     remedy = f"Correct them, or choose another spec.feedback.evaluator than {settings.type}."
     refuse("references", problems, remedy)
+
+
+def extract_note(settings: Evaluator, rows: Sequence[Row], form: DraftForm) -> str:
+    """Said where `extract` finds nothing in any text of the data that may hold an answer; "" where it does, or may.
+
+    No more than a note: how the strong model writes its answers, only its answers tell.
+    """
+    explanations = [row.explanation for row in rows if row.explanation]
+    texts = [*explanations, *(row.reference for row in rows if row.reference)]
+    if settings.extract is None or not texts or any(extracted(settings.extract, text) for text in texts):
+        return ""
+    seen = f"the {len(explanations)} explanations and " if explanations else ""
+    aside = " Knowledge need not hold the answer, though." if explanations and form == "Knowledge" else ""
+    return (
+        f"feedback.evaluator.extract = {settings.extract!r} finds nothing in {seen}the"
+        f" {len(texts) - len(explanations)} references of the training rows.{aside} An answer in which it finds nothing"
+        " scores 0: try it on an answer of the strong model."
+    )
 
 
 # ---------------------------------------------------------------- rules

@@ -26,6 +26,7 @@ from cowest_training import tuning
 from cowest_training.cards import ModelCard, model_card
 from cowest_training.contract import EXIT_OK, Manifest, Row, Training
 from cowest_training.data import read_rows, rows_digest
+from cowest_training.round_trip import refuse_lost_text
 from cowest_training.steps import Progress, code_version, load_settings, open_output, parser, read_manifest, run
 from cowest_training.weak_folders import inherited_license, weak_folder
 
@@ -102,6 +103,7 @@ def fine_tune(
     """Tune the model in `folder` and write it whole. Returns metrics."""
     stage = training.supervised
     weak = tuning.load_weak(folder, tuning=stage.tuning, max_length=training.max_length, seed=training.seed)
+    refuse_lost_text([row for row in rows if row.explanation], tuning.round_trip(weak.tokenizer), str(folder))
     examples, dropped = encode(weak, rows, prompts)
     tuning.require_rows(
         len(examples),

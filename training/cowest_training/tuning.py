@@ -29,6 +29,7 @@ from cowest_serving.contract import Collaboration, Prompts, digest_of
 from cowest_serving.generate import free_threads, load_model
 from cowest_serving.model_files import base_of_adapter, is_adapter, make_readable
 from cowest_training.contract import Lora, Stage, StepError
+from cowest_training.round_trip import RoundTrip
 from cowest_training.steps import Progress, inputs_digest, local_path
 from cowest_training.weak_folders import copy_tokenizer, tokenizer_folder
 
@@ -124,6 +125,11 @@ def completion_ids(tokenizer: Any, prompt: str, draft: str) -> list[int]:
 
 def _bare_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def round_trip(tokenizer: Any) -> RoundTrip:
+    """Text as it is after encoding and decoding."""
+    return lambda text: str(tokenizer.decode(_bare_ids(tokenizer, text), skip_special_tokens=True))
 
 
 def split_batch(batch_size: int, longest: int, device: str, sequences: int = 1) -> tuple[int, int]:

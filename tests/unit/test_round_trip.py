@@ -1,0 +1,75 @@
+"""What is left of a text after a tokenizer, and when too little of it is."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from cowest_training.contract import EXIT_BAD_INPUT, Row, StepError
+from cowest_training.round_trip import lost, refuse_lost_text, round_trip_of
+
+
+def rows(*queries: str) -> list[Row]:
+    return [
+        Row(f"q{i}", query, ({"role": "user", "content": query},), "x", "because", where=f"train.jsonl:{i + 1}")
+        for i, query in enumerate(queries)
+    ]
+
+
+def words(*known: str) -> str:
+    """`tokenizer.json` of a vocabulary of words; all others are unknown."""
+    vocabulary = {word: i for i, word in enumerate(["<unk>", *known])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return str(made.to_str())
+
+
+@pytest.mark.parametrize(
+    ("text", "back", "share"),
+    [
+        pytest.param("Straße nach  Łódź", "strasse nach łodz", 0.0, id="case, accents and white space do not count"),
+        pytest.param("abcd", "", 1.0, id="nothing is left"),
+        pytest.param("abcd", "ab", 0.5, id="half is left"),
+        pytest.param("what is it", "<unk> <unk> <unk>", 1.0, id="the word for unknown is no text"),
+        pytest.param("", "", 0.0, id="there was none"),
+    ],
+)
+def test_how_much_is_lost(text: str, back: str, share: float) -> None:
+    assert lost(text, back) == pytest.approx(share)
+
+
+def test_a_vocabulary_of_nothing_but_unknown_is_refused_with_an_example() -> None:
+    there_and_back = round_trip_of(words())
+    assert there_and_back is not None
+    with pytest.raises(StepError) as refused:
+        refuse_lost_text(rows("what is alpha", "what is beta"), there_and_back, "file:///weak")
+    assert refused.value.code == EXIT_BAD_INPUT
+    message = str(refused.value)
+    assert "file:///weak: wanted a tokenizer that keeps the text" in message
+    assert "of 2 of 2 rows: 'what is alpha because' (train.jsonl:1) comes back as '<unk> <unk> <unk> <unk>'" in message
+    assert "Name a model that was made for the language" in message
+
+
+def test_a_few_rows_in_another_script_are_no_fault_of_the_model() -> None:
+    there_and_back = round_trip_of(words("what", "is", "alpha", "because"))
+    assert there_and_back is not None
+    known = [f"what is alpha {'alpha ' * i}" for i in range(19)]
+    refuse_lost_text(rows(*known, "что такое альфа и почему"), there_and_back, "m")
+    with pytest.raises(StepError, match="of 3 of 20 rows"):
+        refuse_lost_text(rows(*known[:17], *["что такое альфа и почему"] * 3), there_and_back, "m")
+
+
+def test_many_rows_are_sampled_over_all_of_them() -> None:
+    seen: list[str] = []
+
+    def keeping(text: str) -> str:
+        seen.append(text)
+        return text
+
+    refuse_lost_text(rows(*(f"row {i}" for i in range(10_000))), keeping, "m")
+    assert len(seen) == 200 and seen[-1].startswith("row 9")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "no JSON", '{"model": {"type": "Newer"}}'])
+def test_what_cannot_be_read_here_is_left_to_the_step_that_loads_it(content: str) -> None:
+    assert round_trip_of(content) is None
