@@ -230,7 +230,7 @@ def _from_hub(uri: str) -> Path:
 
     name, _, revision = uri.removeprefix("hf://").partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[*_DIGESTED, CARD]))
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*_DIGESTED, CARD]))
     except GatedRepoError as error:
         raise ModelFolderError(f"{uri}: the Hub wants its terms accepted; accept them and set HF_TOKEN") from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
@@ -240,6 +240,12 @@ def _from_hub(uri: str) -> Path:
     except Exception as error:  # whatever HTTP library the Hub client uses, and its own offline errors
         message = f"{uri}: wanted to fetch the model from the Hub, saw {type(error).__name__}: {str(error)[:300]}; "
         raise store.StoreError(message + "check the network (HF_ENDPOINT) and run it again", retryable=True) from error
+    if not any(folder.glob("*.safetensors")):
+        raise ModelFolderError(
+            f"{uri}: wanted weights as *.safetensors, the Hub has none of it; name a revision that has, or load it "
+            "where you trust it, save it with `model.save_pretrained(folder)` and give that folder"
+        )
+    return folder
 
 
 # ---------------------------------------------------------------- permissions
