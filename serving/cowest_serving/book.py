@@ -309,6 +309,7 @@ class PaidCalls:
         # Answers of several arms are often the same text: they wait for one verdict.
         if (judging := self._judging.get(key)) is None:
             judging = self._judging[key] = asyncio.ensure_future(self._judge(key, score))
+            judging.add_done_callback(_looked_at)
         return await asyncio.shield(judging)
 
     async def _judge(self, key: str, score: Callable[[], Awaitable[float]]) -> float:
@@ -403,8 +404,7 @@ class PaidCalls:
 
     def _land(self, key: str, done: asyncio.Task[Answer]) -> None:
         self._flying.pop(key, None)
-        if not done.cancelled():
-            done.exception()  # looked at, so that a call nobody waits for any more does not complain
+        _looked_at(done)
 
     def _write(self, db: sqlite3.Connection, call: Call, answer: Answer) -> bool:
         """False: the book has an answer to this call already, and that one stays."""
@@ -514,6 +514,12 @@ class PaidCalls:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def _looked_at(done: asyncio.Future[Any]) -> None:
+    """So that a failure that nobody waits for any more does not complain, after the one message of its step."""
+    if not done.cancelled():
+        done.exception()
 
 
 def _counted(call: Call, result: ChatResult) -> ChatResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,30 @@ async def test_a_score_that_costs_is_remembered(tmp_path: Path) -> None:
             scores = await asyncio.gather(*(book.remember_score("k", judge) for _ in range(3)))
             assert scores == [0.5, 0.5, 0.5]
     assert len(asked) == 1
+
+
+async def test_a_score_that_fails_after_its_caller_has_gone_says_no_more(tmp_path: Path) -> None:
+    """The step has ended with one message by then; a trace of each other score in flight buried it."""
+    complaints: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    asked, over = asyncio.Event(), asyncio.Event()
+
+    async def judge() -> float:
+        asked.set()
+        await over.wait()
+        raise StepError("no verdict")
+
+    async with PaidCalls(tmp_path / "calls") as book:
+        waiting = asyncio.create_task(book.remember_score("k", judge))
+        await asked.wait()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        over.set()
+        while book._judging:
+            await asyncio.sleep(0)
+    gc.collect()
+    assert complaints == []
 
 
 # ---------------------------------------------------------------- kill -9
