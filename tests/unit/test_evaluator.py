@@ -22,6 +22,7 @@ from cowest_training.evaluator import (
     find_label,
     last_number,
     squad_normalised,
+    unanswered,
 )
 from tests.fakes import Call, ScriptedModel, unused_port
 
@@ -333,6 +334,15 @@ async def test_a_scorer_that_is_away_is_worth_a_retry() -> None:
         with pytest.raises(StepError, match="gave no answer") as raised:
             await ask(f"http://127.0.0.1:{port}/score")
     assert raised.value.code == EXIT_RETRY
+
+
+def test_a_scorer_that_takes_too_long_is_told_from_one_that_is_away() -> None:
+    slow = unanswered("http://scorer/score", TimeoutError(), 30)
+    assert str(slow) == (
+        "the scorer http://scorer/score gave no answer within 30 s. See its log, or raise"
+        " spec.feedback.evaluator.timeoutSeconds; then rerun."
+    )
+    assert slow.code == EXIT_RETRY
 
 
 # ---------------------------------------------------------------- a judge

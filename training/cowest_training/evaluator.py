@@ -358,16 +358,21 @@ class HttpScorer:
             async with self._session.post(self._url, json=body, headers=self._headers) as response:
                 return _read_score(self._url, response.status, await response.text(errors="replace"))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            seen = str(error) or type(error).__name__
-            raise StepError(
-                f"the scorer {self._url} gave no answer: {seen}. Start it or correct the endpoint; then rerun.",
-                EXIT_RETRY,
-            ) from None
+            raise unanswered(self._url, error, self._timeout.total) from None
 
     async def aclose(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+
+
+def unanswered(url: str, error: Exception, seconds: float | None) -> StepError:
+    """It is away, or it takes longer than it may: what mends the one does not mend the other."""
+    if isinstance(error, TimeoutError):
+        seen, remedy = f" within {seconds:g} s", "See its log, or raise spec.feedback.evaluator.timeoutSeconds"
+    else:
+        seen, remedy = f": {str(error) or type(error).__name__}", "Start it or correct the endpoint"
+    return StepError(f"the scorer {url} gave no answer{seen}. {remedy}; then rerun.", EXIT_RETRY)
 
 
 def _read_score(url: str, status: int, text: str) -> float:
