@@ -97,7 +97,7 @@ def parse_chat(
     return ChatRequest(
         id=request_id,
         model=optional(body, "model", str, "text") or "",
-        messages=_messages(body.get("messages")),
+        messages=checked_messages(body.get("messages"), _check_content),
         parameters={name: value for name, value in body.items() if name not in _OWN_FIELDS},
         stream=bool(optional(body, "stream", bool, "true or false")),
         wants_usage=bool(options.get("include_usage")),
@@ -135,7 +135,7 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), f"the number {value}" if isinstance(value, int | float) else "something else")
 
 
-def _messages(value: Any) -> Messages:
+def checked_messages(value: Any, check_content: Callable[[str, Any], None]) -> Messages:
     if not isinstance(value, list) or not value:
         raise bad_field("messages", "a list of at least one message", value)
     for i, message in enumerate(value):
@@ -143,7 +143,7 @@ def _messages(value: Any) -> Messages:
             raise bad_field(f"messages[{i}]", "an object", message)
         if not isinstance(message.get("role"), str):
             raise bad_field(f"messages[{i}].role", "text", message.get("role"))
-        _check_content(f"messages[{i}].content", message.get("content"))
+        check_content(f"messages[{i}].content", message.get("content"))
     return value
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from cowest_serving.answering import Refusal, bad_field, kind_of
+from cowest_serving.answering import Refusal, bad_field, checked_messages, kind_of, optional
 from cowest_serving.contract import Messages
 
 if TYPE_CHECKING:
@@ -63,13 +63,13 @@ class Asked:
 # ---------------------------------------------------------------- requests
 def parse_chat(body: Mapping[str, Any]) -> Asked:
     """Raises `Refusal` 400 that names the field."""
-    wants = _one_of(body, "logprobs", bool, "true or false")
+    wants = optional(body, "logprobs", bool, "true or false")
     top = _number(body, "top_logprobs", int, 0, MAX_TOP_LOGPROBS)
     if top is not None and not wants:
         raise Refusal(400, "top_logprobs: wanted logprobs: true beside it, saw none.", param="top_logprobs")
     longest = _number(body, "max_completion_tokens", int, 1, None)
     longest = longest if longest is not None else _number(body, "max_tokens", int, 1, None)
-    prompts = (_messages(body.get("messages")),)
+    prompts = (checked_messages(body.get("messages"), _check_content),)
     return _asked("chat", body, prompts, longest, (top or 0) if wants else None)
 
 
@@ -93,7 +93,7 @@ def _asked(
         raise bad_value("n", f"at most {MAX_ROWS} answers in one request", f"{n * len(prompts)}")
     seed = _number(body, "seed", int, None, None)
     seed = secrets.randbits(62) if seed is None else seed
-    options = _one_of(body, "stream_options", dict, "an object") or {}
+    options = optional(body, "stream_options", dict, "an object") or {}
     temperature = _number(body, "temperature", float, 0, 2)
     top_p = _number(body, "top_p", float, 0, 1)
     return Asked(
@@ -107,7 +107,7 @@ def _asked(
         seeds=tuple(_row_seed(seed, row) for row in range(n * len(prompts))),
         stop=_stop(body.get("stop")),
         top_logprobs=top_logprobs,
-        stream=bool(_one_of(body, "stream", bool, "true or false")),
+        stream=bool(optional(body, "stream", bool, "true or false")),
         include_usage=bool(options.get("include_usage")),
     )
 
@@ -138,13 +138,6 @@ def _model(value: Any) -> str:
     return value
 
 
-def _one_of(body: Mapping[str, Any], name: str, kind: type, wanted: str) -> Any:
-    value = body.get(name)
-    if value is None or isinstance(value, kind):
-        return value
-    raise bad_field(name, wanted, value)
-
-
 def _number(body: Mapping[str, Any], name: str, kind: type, low: float | None, high: float | None) -> Any:
     value = body.get(name)
     if value is None:
@@ -165,18 +158,6 @@ def _stop(value: Any) -> tuple[str, ...]:
     if len(stops) > MAX_STOPS:
         raise bad_value("stop", f"at most {MAX_STOPS} texts", str(len(stops)))
     return tuple(stops)
-
-
-def _messages(value: Any) -> Messages:
-    if not isinstance(value, list) or not value:
-        raise bad_field("messages", "a list of at least one message", value)
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise bad_field(f"messages[{i}]", "an object", message)
-        if not isinstance(message.get("role"), str):
-            raise bad_field(f"messages[{i}].role", "text", message.get("role"))
-        _check_content(f"messages[{i}].content", message.get("content"))
-    return value
 
 
 def _check_content(name: str, content: Any) -> None:

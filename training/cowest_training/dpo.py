@@ -29,10 +29,9 @@ from cowest_serving.contract import digest_of
 from cowest_serving.generate import PromptError, prompt_ids, render_prompt
 from cowest_serving.model_files import model_digest
 from cowest_training import tuning
-from cowest_training.cards import ModelCard, model_card
 from cowest_training.contract import EXIT_OK, Manifest, StepError, Training
-from cowest_training.steps import Progress, code_version, load_settings, need_manifest, open_output, parser, run
-from cowest_training.weak_folders import inherited_license, weak_folder
+from cowest_training.steps import Progress, load_settings, need_manifest, open_output, parser, run
+from cowest_training.weak_folders import weak_folder
 
 WARMUP = 0.1
 MEASURED_PAIRS = 256  # the chosen drafts' log-probabilities are measured again at the end on so many
@@ -55,21 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tuning.checkpoint_folder(args.out, "dpo", inputs) as checkpoints:
         work = tuning.Work(output.folder, checkpoints, Progress(args.progress, "dpo"))
         metrics = align(folder, pairs, settings.training, work)
-        digest = model_digest(output.folder)
-        card = ModelCard(
-            step="dpo",
-            digest=digest,
-            base=args.model,
-            base_digest=inputs["model"],
-            data_digest=inputs["pairs"],
-            seed=settings.training.seed,
-            parameters=inputs["training"],
-            metrics=metrics,
-            license=inherited_license(folder),
-            version=code_version(),
-        )
-        (output.folder / "README.md").write_text(model_card(card), encoding="utf-8")
-        output.finish(kind="Model", metrics=metrics, digest=digest)
+        tuning.finish(output, folder, base=args.model, data_digest=inputs["pairs"], metrics=metrics)
     return EXIT_OK
 
 

@@ -23,12 +23,11 @@ from cowest_serving.generate import PromptError, prompt_ids, render_prompt
 from cowest_serving.model_files import model_digest
 from cowest_serving.store import join
 from cowest_training import tuning
-from cowest_training.cards import ModelCard, model_card
 from cowest_training.contract import EXIT_OK, Manifest, Row, Training
 from cowest_training.data import read_rows, rows_digest
 from cowest_training.round_trip import refuse_lost_text
-from cowest_training.steps import Progress, code_version, load_settings, open_output, parser, read_manifest, run
-from cowest_training.weak_folders import inherited_license, weak_folder
+from cowest_training.steps import Progress, load_settings, open_output, parser, read_manifest, run
+from cowest_training.weak_folders import weak_folder
 
 WARMUP = 0.03
 NO_EXPLANATION = "without explanation"
@@ -49,21 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tuning.checkpoint_folder(args.out, "sft", inputs) as checkpoints:
         work = tuning.Work(output.folder, checkpoints, Progress(args.progress, "sft"))
         metrics = fine_tune(folder, rows, prompts, settings.training, work)
-        digest = model_digest(output.folder)
-        card = ModelCard(
-            step="sft",
-            digest=digest,
-            base=args.model,
-            base_digest=inputs["model"],
-            data_digest=inputs["data"],
-            seed=settings.training.seed,
-            parameters=inputs["training"],
-            metrics=metrics,
-            license=inherited_license(folder),
-            version=code_version(),
-        )
-        (output.folder / "README.md").write_text(model_card(card), encoding="utf-8")
-        output.finish(kind="Model", metrics=metrics, digest=digest)
+        tuning.finish(output, folder, base=args.model, data_digest=inputs["data"], metrics=metrics)
     return EXIT_OK
 
 

@@ -27,11 +27,12 @@ from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCall
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Collaboration, Prompts, digest_of
 from cowest_serving.generate import free_threads, load_model
-from cowest_serving.model_files import base_of_adapter, is_adapter, make_readable
+from cowest_serving.model_files import CARD, base_of_adapter, is_adapter, make_readable, model_digest
+from cowest_training.cards import ModelCard, model_card
 from cowest_training.contract import Lora, Stage, StepError
 from cowest_training.round_trip import RoundTrip
-from cowest_training.steps import Progress, inputs_digest, local_path
-from cowest_training.weak_folders import copy_tokenizer, tokenizer_folder
+from cowest_training.steps import Output, Progress, code_version, inputs_digest, local_path
+from cowest_training.weak_folders import copy_tokenizer, inherited_license, tokenizer_folder
 
 GENERATION = "generation_config.json"
 CHECKPOINT_SECONDS = 60.0
@@ -108,6 +109,25 @@ def save_model(model: Any, source: Path, target: Path) -> None:
 def resolved_prompts(collaboration: Collaboration) -> Prompts:
     """The prompts of a job, or the built-in ones of its draft form."""
     return collaboration.prompts or DEFAULT_PROMPTS[collaboration.draft]
+
+
+def finish(output: Output, source: Path, *, base: str, data_digest: str, metrics: Mapping[str, Any]) -> None:
+    """Publish the model that was tuned into `output`, with its card. `source`: the folder of what it was tuned from."""
+    digest, training = model_digest(output.folder), output.inputs["training"]
+    card = ModelCard(
+        step=output.step,
+        digest=digest,
+        base=base,
+        base_digest=output.inputs["model"],
+        data_digest=data_digest,
+        seed=training["seed"],
+        parameters=training,
+        metrics=metrics,
+        license=inherited_license(source),
+        version=code_version(),
+    )
+    (output.folder / CARD).write_text(model_card(card), encoding="utf-8")
+    output.finish(kind="Model", metrics=metrics, digest=digest)
 
 
 # ---------------------------------------------------------------- token ids
