@@ -41,6 +41,9 @@ def run(
 ) -> None:
     """Run the whole loop of one job on this machine. Interrupt it at any point; the same command goes on.
 
+    Before the first start it asks whether to go on where `cowest plan` bounds the whole job above 20,000 calls, or
+    above 20.00 in the currency of strong.prices; without a terminal it wants --yes then. Below that it begins at once.
+
     An edit of the manifest is taken up while it runs; a wrong one is said, and the manifest before it holds. A step
     that fails for good ends the run; with --serve the gateway answers on and the step is tried again, after 30 seconds
     at first and ten minutes at most, after an edit, or when a person says `cowest resume`.

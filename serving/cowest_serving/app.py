@@ -314,7 +314,11 @@ class Gateway:
         return _json({"object": "list", "data": [model]})
 
     async def feedback(self, request: Request) -> Response:
-        """A score or a late reference for an answer, by its request id (its record may come later)."""
+        """A score or a late reference for an answer, by its request id.
+
+        An unknown id is no error: the answer's record may come later, or by another gateway. Nor is a reference that
+        the evaluator cannot go by: the gateway knows none, and the counts of traces say so.
+        """
         self.check_key(request.headers.get("authorization", ""))
         try:
             self._check_spool()

@@ -70,6 +70,18 @@ def test_what_is_usable_is_counted_since_any_time_by_when_it_was_asked_last(desk
     assert [counted.since(at) for at in (0.0, *times)] == [2, 2, 1, 0]
 
 
+def test_a_late_reference_that_is_no_choice_is_counted_with_what_was_wanted(desk: Desk) -> None:
+    """The gateway takes it: it knows no evaluator."""
+    choice = Evaluator("Choice", choices=("allow", "deny"))
+    for number, reference in ((1, "allow"), (2, "maybe")):
+        desk.answer(number, f"question number {number}")
+        desk.feedback(number, reference)
+    counted = counter(desk, choice).count(date(2026, 1, 5))
+    wanted = "1 with a late reference that the evaluator cannot go by (wanted one of the choices allow, deny)."
+    assert (counted.all, counted.usable, counted.reason) == (2, 1, f"Not usable: {wanted}")
+    assert counted.reason == desk.count(choice).reason, "as the round itself would say"
+
+
 def test_a_segment_is_read_once(desk: Desk) -> None:
     desk.answer(1, "a question")
     desk.feedback(1, "42")

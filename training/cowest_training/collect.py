@@ -34,7 +34,7 @@ from cowest_training.data import (
     rows_digest,
     write_jsonl,
 )
-from cowest_training.evaluator import check_references, needs_reference, reference_problem
+from cowest_training.evaluator import check_references, needs_reference, reference_problem, wanted_reference
 from cowest_training.steps import Output, Progress, code_version, load_settings, open_output, parser, run
 
 DATASET = "dataset.jsonl"
@@ -224,7 +224,7 @@ def _counted(
     _fingerprint: str, store_uri: str, evaluator: Evaluator, held_out: Known, since: float | None
 ) -> TraceCounts:
     usable = usable_traces(store_uri, evaluator, held_out, since)
-    return TraceCounts(usable.all, len(usable.rows), reason_of(usable.excluded))
+    return TraceCounts(usable.all, len(usable.rows), reason_of(usable.excluded, evaluator))
 
 
 @lru_cache(maxsize=4)
@@ -232,10 +232,11 @@ def _known(_fingerprint: str, uri: str) -> Known:
     return Known(tuple(read_rows(uri)))
 
 
-def reason_of(excluded: Mapping[str, int]) -> str:
+def reason_of(excluded: Mapping[str, int], evaluator: Evaluator) -> str:
     """`Not usable: 3 without a late reference (...), 1 replays of other traces.`"""
     most_first = sorted(excluded.items(), key=lambda item: (-item[1], item[0]))
-    listed = ", ".join(f"{count} {MEANING[reason]}" for reason, count in most_first)
+    meaning = {**MEANING, WRONG_REFERENCE: f"{MEANING[WRONG_REFERENCE]} (wanted {wanted_reference(evaluator)})"}
+    listed = ", ".join(f"{count} {meaning[reason]}" for reason, count in most_first)
     return f"Not usable: {listed}." if listed else ""
 
 

@@ -222,11 +222,17 @@ def reference_problem(settings: Evaluator, reference: str) -> str | None:
         return None
     if not reference.strip():
         return "wanted a reference, saw none"
-    if settings.type == "Numeric" and parse_number(reference) is None:
-        return f"wanted a number, saw {reference[:60]!r}"
-    if settings.type == "Choice" and _label_key(reference) not in {_label_key(c) for c in settings.choices or ()}:
-        return f"wanted one of the choices {', '.join(settings.choices or ())}, saw {reference[:60]!r}"
-    return None
+    wrong = (settings.type == "Numeric" and parse_number(reference) is None) or (
+        settings.type == "Choice" and _label_key(reference) not in {_label_key(c) for c in settings.choices or ()}
+    )
+    return f"wanted {wanted_reference(settings)}, saw {reference[:60]!r}" if wrong else None
+
+
+def wanted_reference(settings: Evaluator) -> str:
+    """What a reference has to be, in words."""
+    if settings.type == "Choice":
+        return f"one of the choices {', '.join(settings.choices or ())}"
+    return "a number" if settings.type == "Numeric" else "a reference"
 
 
 def check_references(rows: Iterable[Row], settings: Evaluator) -> None:

@@ -185,7 +185,8 @@ class TraceCounter:
         excluded[DUPLICATE] += ok - len(usable)
         left_out = {reason: count for reason, count in excluded.items() if count}
         times = array("d", sorted(usable.values()))
-        return TraceCounts(len(usable) + sum(left_out.values()), len(usable), reason_of(left_out), times)
+        reason = reason_of(left_out, self._evaluator)
+        return TraceCounts(len(usable) + sum(left_out.values()), len(usable), reason, times)
 
 
 _NO_REFERENCE_NEEDED = Evaluator("Judge")  # with it `as_row` says only what no reference changes
