@@ -34,6 +34,18 @@ class JobGoneError(Exception):
     """There is no such job any more, or another of its name."""
 
 
+class OvertakenError(Exception):
+    """Somebody wrote the job after it was looked at: what was decided is decided anew from what is there now.
+
+    Mostly a person. It may be a second operator too: a leader that hung for longer than its lease, or one that was
+    installed by mistake. The lease alone would let both write for a while.
+    """
+
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        super().__init__(f"{job['metadata']['namespace']}/{job['metadata']['name']}")
+        self.job = job  # as it is now
+
+
 @dataclass
 class Refused:
     """What the API server refuses in one look; `error` asks for another look soon."""
@@ -166,21 +178,25 @@ class Applier:
         waited = time.monotonic() - memory.written_at > STATUS_EVERY
         if not moved and not (waited and new != old):
             return
-        await self.put_status(context.namespace, context.job.name, new, context.uid)
+        memory.version = await self.put_status(context.namespace, context.job.name, new, context.uid, memory.version)
         memory.written, memory.written_at = shared(new), time.monotonic()
         memory.state = story.read(new)
 
-    async def put_status(self, namespace: str, name: str, status: Mapping[str, Any], uid: str) -> None:
-        """Raises `JobGoneError` after a delete that no watch has shown yet; a job made again gets a clean sheet."""
+    async def put_status(self, namespace: str, name: str, status: Mapping[str, Any], uid: str, version: int) -> int:
+        """The version that it leaves. Raises `OvertakenError` when the job is not of `version` any more, and
+        `JobGoneError` after a delete that no watch has shown yet, also when another of its name is there."""
         try:
-            answer = await self.kube.apply_status(namespace, name, status)
+            answer = await self.kube.apply_status(namespace, name, status, version)
         except KubeError as error:
-            if error.code == 404 and await self.kube.get(api.KIND, namespace, name) is None:
+            if error.code not in (404, 409):
+                raise
+            found = await self.kube.get(api.KIND, namespace, name)
+            if found is None or found["metadata"]["uid"] != uid:
                 raise JobGoneError(f"{namespace}/{name}") from error
+            if error.code == 409:
+                raise OvertakenError(found) from error
             raise
-        if answer["metadata"]["uid"] != uid:
-            await self.kube.apply_status(namespace, name, {"observedGeneration": 0})  # it compares no uid
-            raise JobGoneError(f"{namespace}/{name}")
+        return int(answer["metadata"]["resourceVersion"])
 
     async def _event(self, context: Context, event: api.Event) -> None:
         """Named by its content: a restart that decides the same says it once."""

@@ -10,7 +10,7 @@ from contextvars import Context
 from typing import Any
 
 from cowest_operator import api, farewell, reconcile, story
-from cowest_operator.apply import Applier, JobGoneError
+from cowest_operator.apply import Applier, JobGoneError, OvertakenError
 from cowest_operator.kube import PLURALS, KubeError
 from cowest_operator.metrics import Metrics
 from cowest_operator.objects.common import JOB_LABEL
@@ -21,6 +21,7 @@ log = logging.getLogger("cowest.keeper")
 
 AT_ONCE = 16  # jobs looked at side by side
 BUSY, LIVE, IDLE = 15.0, 2.0, 60.0  # seconds until a look that nothing has asked for
+OVERTAKEN = 0.5  # seconds until a look at what somebody wrote meanwhile
 LONGEST_BACKOFF = 60.0
 LIST_AGAIN = 600.0  # seconds between two looks for what is gone without a word
 SETTLE = 0.05  # seconds: events that come together are one look
@@ -99,6 +100,14 @@ class Keeper:
 
     async def turn(self, key: Key, memory: Memory) -> float:
         """One look and what it asks for; seconds until the next one."""
+        try:
+            return await self._turn(key, memory)
+        except OvertakenError as error:
+            if key in self.watched.families:
+                self.watched.job("MODIFIED", error.job)
+            return OVERTAKEN
+
+    async def _turn(self, key: Key, memory: Memory) -> float:
         await self._look_around()
         if (family := self.watched.families.get(key)) is None:
             return 0.0
@@ -196,7 +205,7 @@ class Keeper:
         new |= {"conditions": story.conditions(conditions), "observedGeneration": generation}
         if story.transition(new) == story.transition(memory.written or family.job.get("status") or {}):
             return
-        await self.applier.put_status(*key, new, memory.uid)
+        await self.applier.put_status(*key, new, memory.uid, int(family.job["metadata"]["resourceVersion"]))
         memory.written = new
 
 

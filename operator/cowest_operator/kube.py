@@ -145,12 +145,12 @@ class Kube:
             if error.code != 404:
                 raise
 
-    async def apply_status(self, namespace: str, name: str, status: Mapping[str, Any]) -> dict[str, Any]:
-        """The whole status, by its own field manager; nothing of spec or metadata."""
+    async def apply_status(self, namespace: str, name: str, status: Mapping[str, Any], version: int) -> dict[str, Any]:
+        """The whole status, by its own field manager; nothing of spec or metadata. 409: the job is not of `version`."""
         body = {
             "apiVersion": f"{api.GROUP}/{api.VERSION}",
             "kind": api.KIND,
-            "metadata": {"name": name, "namespace": namespace},
+            "metadata": {"name": name, "namespace": namespace, "resourceVersion": str(version)},
             "status": dict(status),
         }
         path = self._path(api.KIND, namespace, name) + "/status"

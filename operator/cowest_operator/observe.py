@@ -62,7 +62,8 @@ class Memory:
     written_at: float = 0.0
     asked: dict[str, tuple[float, Any]] = field(default_factory=dict)  # answers of doors, and when
     shut: dict[str, DoorError] = field(default_factory=dict)  # why the last answer is an older one
-    state: api.Status | None = None  # as it was last written: newer than what the watch has shown
+    state: api.Status | None = None  # what was decided so far, as it is at `version`: our own last write or a later one
+    version: int = 0  # resourceVersion of the job
     said: set[str] = field(default_factory=set)  # notes that were made known
     failing: dict[str, strong.Failing] = field(default_factory=dict)  # the strong endpoint, by who asks it
 
@@ -110,7 +111,7 @@ class Observer:
         if memory.written is not None and memory.written == family.job.get("status"):
             family.job["status"] = memory.written  # held once
         context, trouble, stopped = await self._context(family, memory)
-        status = _with_a_known_action(memory.state or story.read(family.job.get("status")), now)
+        status = _with_a_known_action(_status(family.job, memory), now)
         looked = _Look(self, context, family, memory, status, now)
         return await looked.world(trouble, stopped)
 
@@ -510,6 +511,15 @@ class _Look:
             others = [fallback.api_key_secret_ref for fallback in spec.strong.fallbacks]
             names += [f"Secret {ref.name}" for ref in (*others, spec.gateway.client_keys_secret_ref) if ref]
         return " or ".join(names) or "each of its ConfigMaps, Secrets and volumes"
+
+
+def _status(body: Mapping[str, Any], memory: Memory) -> api.Status:
+    """What was decided so far: by our own last write, or by whoever wrote after it."""
+    version = int(body["metadata"]["resourceVersion"])
+    if memory.state is None or version > memory.version:
+        memory.state, memory.version = story.read(body.get("status")), version
+        memory.written = body.get("status") or {}
+    return memory.state
 
 
 def _reason_of(body: Mapping[str, Any], maps: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import pytest
 
 from cowest_operator import settings
-from cowest_operator.apply import JobGoneError
+from cowest_operator.apply import JobGoneError, OvertakenError
 from cowest_operator.doors import Doors
 from cowest_operator.kube import Kube
 from cowest_operator.main import Operator
@@ -380,19 +380,51 @@ def test_a_child_or_a_job_that_went_in_a_gap_of_a_watch_is_noticed(playground: P
 
 def test_a_status_is_never_written_to_another_job_of_the_same_name(playground: Playground) -> None:
     async def written(operator: Operator) -> None:
-        uids = []
-        for _ in range(2):
-            apply(playground, manifest_of("claims"))
-            uids.append(playground.job("claims")["metadata"]["uid"])
-            if len(uids) == 1:
-                await operator.keeper.applier.put_status(NAMESPACE, "claims", {"observedGeneration": 7}, uids[0])
-                assert playground.status("claims")["observedGeneration"] == 7
-                playground.server.request("DELETE", f"{JOBS}/claims")
-        for _ in range(2):
+        write = operator.keeper.applier.put_status
+        apply(playground, manifest_of("claims"))
+        uid, version = playground.job("claims")["metadata"]["uid"], writes(playground, "claims")
+        version = await write(NAMESPACE, "claims", {"observedGeneration": 7}, uid, version)
+        assert playground.status("claims")["observedGeneration"] == 7
+        for again in (True, False):
+            playground.server.request("DELETE", f"{JOBS}/claims")
+            if again:
+                apply(playground, manifest_of("claims"))
             with pytest.raises(JobGoneError):
-                await operator.keeper.applier.put_status(NAMESPACE, "claims", {"observedGeneration": 8}, uids[0])
-            if playground.get(f"{JOBS}/claims"):
-                assert playground.status("claims") == {"observedGeneration": 0}
-                playground.server.request("DELETE", f"{JOBS}/claims")
+                await write(NAMESPACE, "claims", {"observedGeneration": 8}, uid, version)
+            assert not again or playground.status("claims") == {}
 
     with_an_operator(playground, written)
+
+
+def test_a_status_decided_from_what_somebody_wrote_over_is_not_written(playground: Playground) -> None:
+    async def written(operator: Operator) -> None:
+        apply(playground, manifest_of("claims"))
+        uid, version = playground.job("claims")["metadata"]["uid"], writes(playground, "claims")
+        said = {"metadata": {"annotations": {"cowest.dev/note": "hello"}}}
+        playground.server.request("PATCH", f"{JOBS}/claims", said)
+        with pytest.raises(OvertakenError) as caught:
+            await operator.keeper.applier.put_status(NAMESPACE, "claims", {"observedGeneration": 7}, uid, version)
+        assert caught.value.job["metadata"]["annotations"]["cowest.dev/note"] == "hello"
+        assert playground.status("claims") == {}
+
+    with_an_operator(playground, written)
+
+
+def test_two_operators_by_mistake_decide_as_one(playground: Playground) -> None:
+    """Each has a lease of its own. What one has decided the other goes on from: no transition is taken back."""
+    seen: list[tuple[int, int]] = []
+
+    def over() -> bool:
+        state = playground.status("claims").get("state") or {}
+        seen.append((int(state.get("trials", 0)), len(state.get("rounds", ()))))
+        return seen[-1][1] == 2
+
+    with playground.operator("one"):
+        playground.wait(lambda: bool(lease_of(playground)), "the lease of one")
+        playground.told["COWEST_LEASE"] = "of-another"
+        with playground.operator("two"):
+            playground.wait(lambda: bool(lease_of(playground, "of-another")), "the lease of the other")
+            apply(playground, manifest_of("claims"))
+            playground.wait(over, "two rounds", 120)
+    assert seen == sorted(seen), "a decision was taken back"
+    assert [decision for _, decision, _ in decisions(playground, "claims")] == ["Promoted", "Promoted"]

@@ -140,6 +140,17 @@ def test_the_doors_of_a_look_are_asked_side_by_side() -> None:
     assert len(desk.doors.asked) == desk.doors.together == 2
 
 
+# ---------------------------------------------------------------- what was decided so far
+@pytest.mark.parametrize(("version", "trials"), [pytest.param("6", 7, id="later"), pytest.param("4", 1, id="earlier")])
+def test_what_somebody_decided_after_our_own_write_counts_and_what_is_older_does_not(version: str, trials: int) -> None:
+    desk = Desk(replace(w.SERVED, trials=1))
+    assert desk.look().world.status.trials == 1
+    job = Desk(replace(w.SERVED, trials=7)).family.job
+    assert job is not None
+    desk.family.job = {**job, "metadata": {**job["metadata"], "resourceVersion": version}}
+    assert desk.look().world.status.trials == trials
+
+
 # ---------------------------------------------------------------- a manifest that cannot be followed
 PROMPTS_ELSEWHERE = {"collaboration.promptsConfigMapRef": {"name": "words"}}
 BROKEN = [
