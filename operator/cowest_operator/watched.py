@@ -99,6 +99,10 @@ class Watched:
         """The job it belongs to; `None` when nothing that counts has changed."""
         metadata = body["metadata"]
         owner = (metadata.get("labels") or {}).get(JOB_LABEL)
+        if kind != "Pod" and (made_for := (_owner(metadata) or {}).get("name", owner)) != owner:
+            family = self.families.get((metadata["namespace"], made_for))
+            if family is not None and (kind, metadata["name"]) in family.children:
+                owner, event = made_for, "DELETED"  # somebody took its label away: it is applied anew
         if not owner:
             return None
         key = (metadata["namespace"], owner)

@@ -61,6 +61,14 @@ def test_a_child_whose_owner_was_taken_away_is_as_gone() -> None:
     assert not watched.families[key].children
 
 
+@pytest.mark.parametrize("label", ["", "nobody"], ids=["taken away", "changed"])
+def test_a_child_whose_label_was_taken_away_is_as_gone(label: str) -> None:
+    watched, key = Watched(), ("desks", "claims")
+    watched.child(None, "Deployment", body())
+    assert watched.child("MODIFIED", "Deployment", body(version="6", labels={"cowest.dev/job": label})) == key
+    assert not watched.families[key].children and set(watched.families) == {key}
+
+
 def test_what_has_no_generation_is_told_apart_by_its_version() -> None:
     assert see("ConfigMap", body("ConfigMap", version="12", generation=None)).stamp == "12"
     assert see("Deployment", body(version="12", generation=3)).stamp == "3"
