@@ -8,7 +8,7 @@ APISERVER_WORKERS ?= auto
 UV_VERSION = 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test test-apiserver check format docs lock bench bench-kill bench-spool torture-spool bench-operator e2e e2e-faults clean \
+.PHONY: help setup demo study test test-apiserver check format docs lock bench bench-kill bench-spool torture-spool bench-operator e2e e2e-faults rbac clean \
   images image-operator image-serving image-serving-ray image-training image-sizes lock-images helm-docs
 
 help:  ## say what there is
@@ -33,7 +33,7 @@ test: setup  ## unit, contract, embedded-loop and API-server tests
 	$(MAKE) --no-print-directory test-apiserver
 
 test-apiserver: setup  ## of these the API-server tests: workers side by side, each with an API server of its own
-	$(BIN)/python -m pytest tests/apiserver -m "not faults" -n $(APISERVER_WORKERS) --dist loadgroup -ra
+	$(BIN)/python -m pytest tests/apiserver -m "not faults" -n $(APISERVER_WORKERS) --dist worksteal -ra
 
 check: setup  ## format, lint, types, import rules, generated docs
 	$(BIN)/ruff format --check .
@@ -71,6 +71,10 @@ e2e: setup  ## the cluster tests against the current kubeconfig
 
 e2e-faults: setup  ## break parts of the current kubeconfig's cluster on purpose; goes on where it was interrupted
 	$(BIN)/python -m pytest tests/e2e tests/apiserver -m faults -ra -s
+
+AUDIT_LOGS ?= $(wildcard build/audit/*.log)
+rbac: setup  ## is each right of the operator's chart used, and none missing? AUDIT_LOGS: also of real clusters, as e2e leaves one
+	COWEST_AUDIT_LOGS="$(shell echo $(AUDIT_LOGS) | tr ' ' ':')" $(BIN)/python -m pytest tests/apiserver/test_rbac.py -ra
 
 lock: setup  ## resolve requirements.lock anew
 	$(BIN)/uv pip compile pyproject.toml --extra operator --extra embedded --group dev --universal --python-version 3.11 \

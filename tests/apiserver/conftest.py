@@ -42,6 +42,7 @@ MOST_WORKERS = 6  # each has an etcd and a kube-apiserver: half a gigabyte
 CACHE = Path.home() / ".cache" / "cowest-cluster" / "bin"
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """For `-n auto`: one more than there are processors, because these tests wait for most of their time."""
     return min(len(os.sched_getaffinity(0)) + 1, MOST_WORKERS)
@@ -130,22 +131,36 @@ def server(api_server: ApiServer) -> ApiServer:
 
 @pytest.fixture(scope="session")
 def cluster(server: ApiServer) -> ApiServer:
-    """The API server with the kinds of KServe and Argo."""
+    """The API server with the kinds of KServe and Argo, and a place for operators."""
     from tests.apiserver import playground
 
     for each in playground.FOREIGN:
         playground.install(server, each)
+    status, answer = server.request("POST", "/api/v1/namespaces", {"metadata": {"name": playground.OPERATORS}})
+    assert status == 201, answer
     return server
 
 
-@pytest.fixture
-def playground(cluster: ApiServer, tmp_path: Path) -> Iterator[Playground]:
-    """Emptied after each test: no garbage collector runs beside this API server."""
-    from tests.apiserver import playground
+@pytest.fixture(scope="session")
+def account(cluster: ApiServer) -> str | None:
+    """A token of the account that the chart makes for the operator; without Helm operators are the tester."""
+    from tests.apiserver import playground, rights
 
-    with playground.Playground(cluster, tmp_path) as built:
+    return rights.Chart.rendered(cluster, playground.OPERATORS).install() if rights.HELM else None
+
+
+@pytest.fixture
+def playground(cluster: ApiServer, account: str | None, tmp_path: Path) -> Iterator[Playground]:
+    """Emptied after each test: no garbage collector runs beside this API server. No operator is refused anything."""
+    from tests.apiserver import playground, rights
+
+    log = cluster.audit_log
+    seen = log.stat().st_size if log.exists() else 0
+    with playground.Playground(cluster, tmp_path, account) as built:
         yield built
     built.empty()
+    refused = rights.refused(rights.of_operators(rights.asked(log, seen)))
+    assert refused == [], "the chart does not grant what the operator asked for"
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from tests.manifests import edited, smallest
 
 T = TypeVar("T")
 NAMESPACE = "default"
+OPERATORS = "cowest-operators"  # where the operators' account and lease are
 SERVING = "/apis/serving.kserve.io/v1beta1/namespaces/default/inferenceservices"
 WORKFLOWS = "/apis/argoproj.io/v1alpha1/namespaces/default/workflows"
 DEPLOYMENTS = "/apis/apps/v1/namespaces/default/deployments"
@@ -134,14 +135,17 @@ class Script:
 class Playground:
     """One API server, the stand-ins, and any number of operators."""
 
-    def __init__(self, server: ApiServer, folder: Path) -> None:
+    def __init__(self, server: ApiServer, folder: Path, token: str | None = None) -> None:
         self.server, self.folder, self.script = server, folder, Script()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._play, daemon=True)
         self._doors = ThreadingHTTPServer(("127.0.0.1", 0), self._door_handler())
         self.told: dict[str, str] = {}  # the operator's environment, where a test wants another one
-        self.kubeconfig = folder / "kubeconfig.json"
+        self.kubeconfig = folder / "kubeconfig.json"  # the tester's
         self.kubeconfig.write_text(json.dumps(server.kubeconfig()))
+        self.token = token  # of the operators' account; without one they are the tester too
+        self.of_operators = folder / "kubeconfig-of-operators.json"
+        self.lead(server.kubeconfig())
 
     def __enter__(self) -> Playground:
         self._thread.start()
@@ -154,6 +158,12 @@ class Playground:
         self._doors.shutdown()
 
     # ------------------------------------------------------------ the operator
+    def lead(self, config: dict[str, Any]) -> None:
+        """By this kubeconfig the operators reach the API server, each as their account."""
+        if self.token:
+            config["users"][0]["user"]["token"] = self.token
+        self.of_operators.write_text(json.dumps(config))
+
     @contextmanager
     def operator(self, name: str = "one") -> Iterator[subprocess.Popen[bytes]]:
         process = self.start_operator(name)
@@ -175,11 +185,10 @@ class Playground:
     def environment(self, name: str = "one") -> dict[str, str]:
         """What the chart would tell an operator, and what a test wants said otherwise."""
         return {
-            "KUBECONFIG": str(self.kubeconfig),
+            "KUBECONFIG": str(self.of_operators),
             "COWEST_IMAGE_SERVING": "serving:test",
             "COWEST_IMAGE_TRAINING": "training:test",
-            "COWEST_NAMESPACES": NAMESPACE,
-            "POD_NAMESPACE": NAMESPACE,
+            "POD_NAMESPACE": OPERATORS,
             "POD_NAME": name,
             "COWEST_METRICS_PORT": "0",
             "COWEST_HEALTH_PORT": "0",

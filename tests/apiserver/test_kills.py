@@ -32,7 +32,6 @@ import pytest
 from tests.apiserver.conftest import JOBS, ApiServer, wait_until
 from tests.apiserver.playground import CHILDREN, EVENTS, SERVING, WORKFLOWS, Playground, apply, decisions, manifest_of
 
-pytestmark = pytest.mark.xdist_group("kills")  # one worker, for the life that all are compared with
 SWEEP = int(os.environ.get("COWEST_KILL_SWEEP", "0"))
 When = Literal["before the answer", "after the answer"]
 # Starts operators by fork: a fresh interpreter takes longer than the life between two kills.
@@ -148,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _write(self, upstream: http.client.HTTPSConnection, headers: dict[str, str], body: bytes) -> None:
         path = urlsplit(self.path).path
-        before = self._version(path, headers) if self.command == "PATCH" else ""
+        before = self._version(path) if self.command == "PATCH" else ""
         upstream.request(self.command, self.path, body, headers)
         answer = upstream.getresponse()
         data = answer.read()
@@ -163,10 +162,9 @@ class _Handler(BaseHTTPRequestHandler):
         if dies:
             self.tap.kill()
 
-    def _version(self, path: str, headers: dict[str, str]) -> str:
-        """Of an object before it is written; "" when it is not there."""
-        asked = {k: v for k, v in headers.items() if k.lower() == "authorization"}
-        self.upstream.request("GET", path, headers=asked)
+    def _version(self, path: str) -> str:
+        """Of an object before it is written; "" when it is not there. The tester asks: the operator may not."""
+        self.upstream.request("GET", path, headers={"Authorization": f"Bearer {self.tap.server.token}"})
         answer = self.upstream.getresponse()
         data = answer.read()
         return str(json.loads(data)["metadata"]["resourceVersion"]) if answer.status == 200 else ""
@@ -241,7 +239,7 @@ def lives(playground: Playground, deadly: Callable[[Write], bool], when: When) -
         tap.open() as url,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as forker,
     ):
-        playground.kubeconfig.write_text(json.dumps(playground.server.kubeconfig(url)))
+        playground.lead(playground.server.kubeconfig(url))
         try:
             yield Lives(playground, tap, forker)
         finally:
@@ -307,10 +305,10 @@ class Undisturbed:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def undisturbed(cluster: ApiServer, account: str | None, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """The same life without a kill."""
     with (
-        Playground(cluster, tmp_path_factory.mktemp("undisturbed")) as playground,
+        Playground(cluster, tmp_path_factory.mktemp("undisturbed"), account) as playground,
         lives(playground, lambda write: False, "before the answer") as run,
     ):
         apply(playground, manifest_of("claims"))

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "crds" / "examples" / "freight"
+AUDIT_LOG = ROOT / "build" / "audit" / "e2e.log"
 SYSTEM, NAMESPACE, JOB = "cowest-system", "cowest-e2e", "freight"
 REGISTRY = os.environ.get("COWEST_IMAGE_REGISTRY", "docker.io")
 TAG = os.environ.get("COWEST_IMAGE_TAG", "dev")
@@ -108,7 +110,7 @@ def cluster() -> None:
 
 
 @pytest.fixture(scope="session")
-def operator(cluster: None) -> None:
+def operator(cluster: None) -> Iterator[None]:
     images = [f"jobImages.{name}.{part}" for name in ("serving", "training") for part in ("registry", "tag")]
     values = [f"{path}={REGISTRY if path.endswith('registry') else TAG}" for path in images]
     sets = [x for v in (f"image.registry={REGISTRY}", f"image.tag={TAG}", *values) for x in ("--set", v)]
@@ -117,6 +119,22 @@ def operator(cluster: None) -> None:
     # The same tag may be a newer image.
     run("kubectl", "--namespace", SYSTEM, "rollout", "restart", "deployment/cowest-operator")
     run("kubectl", "--namespace", SYSTEM, "rollout", "status", "deployment/cowest-operator", "--timeout=180s")
+    begun = datetime.now(UTC)
+    yield
+    if log := os.environ.get("COWEST_CLUSTER_AUDIT_LOG"):
+        leave_audit_log(Path(log), begun)
+
+
+def leave_audit_log(log: Path, since: datetime) -> None:
+    """What service accounts asked of this cluster's API server meanwhile, where `make rbac` looks for it."""
+    AUDIT_LOG.parent.mkdir(parents=True, exist_ok=True)
+    with log.open(encoding="utf-8") as lines, AUDIT_LOG.open("w", encoding="utf-8") as left:
+        for line in lines:
+            if '"system:serviceaccount:' not in line:
+                continue
+            event = json.loads(line)
+            if datetime.fromisoformat(event["requestReceivedTimestamp"]) >= since:
+                left.write(line)
 
 
 @pytest.fixture(scope="session")
