@@ -523,7 +523,7 @@ class Engine:
         command += ["--progress", str(progress)]
         log = self.home.logs / f"{spec.name}.log"
         environment = {**self._environment(self._free_threads()), **(self._order.keys if spec.calls_strong else {})}
-        return self._start(spec.name, command, environment, log, nice=5)
+        return self._start(spec.name, command, {**environment, "COWEST_STEP": spec.name}, log, nice=5)
 
     # ------------------------------------------------------------ servers
     def _look_at_servers(self) -> None:
@@ -599,6 +599,7 @@ class Engine:
         own.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         own.setdefault("TOKENIZERS_PARALLELISM", "false")
         own["PYTHONUNBUFFERED"] = "1"
+        own["COWEST_JOB"] = self.job.name  # in log lines
         return own
 
     def _server_threads(self) -> int:

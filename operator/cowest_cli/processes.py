@@ -32,6 +32,14 @@ def _die_with_parent(parent: int) -> None:
     os.setpgid(0, 0)  # Ctrl-C in the terminal reaches the engine alone, which ends its children in order
 
 
+def _message(line: str) -> str:
+    """The sentence in a line that is for a collector (COWEST_LOG_FORMAT=json)."""
+    try:
+        return str(json.loads(line)["message"])
+    except (ValueError, TypeError, KeyError):
+        return line
+
+
 class Child:
     """One process with a log of its own."""
 
@@ -63,7 +71,7 @@ class Child:
         with self.log.open("rb") as file:
             file.seek(self._start_of_log)
             lines = file.read()[-8000:].decode("utf-8", "replace").strip().splitlines()
-        return lines[-1].strip() if lines else "it said nothing"
+        return _message(lines[-1].strip()) if lines else "it said nothing"
 
     def ask_to_stop(self) -> None:
         if self.code() is None:

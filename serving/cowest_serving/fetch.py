@@ -24,6 +24,7 @@ from typing import TypeVar
 from urllib.parse import unquote
 
 from cowest_serving import store
+from cowest_serving.logs import REASON_MODEL_REFUSED, REASON_STORE_AWAY, complain, log_to_stderr
 from cowest_serving.model_files import ModelFolderError, check_model_folder, model_digest
 from cowest_serving.store import StoreError
 
@@ -31,13 +32,13 @@ log = logging.getLogger(__name__)
 EXIT_BAD_INPUT = 2
 EXIT_RETRY = 75
 PROGRESS_SECONDS = 5.0
+FETCHED = {"reason": "ModelFetched"}
 T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are told once, by the store
+    log_to_stderr("info")
     try:
         fetch(options.model, options.digest, options.out, patience=options.patience)
     except ModelFolderError as error:
@@ -48,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: Exception, code: int) -> int:
-    sys.stderr.write(f"fetch: {error}\n")
+    complain(f"fetch: {error}", REASON_STORE_AWAY if code == EXIT_RETRY else REASON_MODEL_REFUSED)
     return code
 
 
 def fetch(model: str, digest: str, folder: Path, *, patience: float) -> None:
     """Bring the model with that digest into `folder`. Raises `ModelFolderError` or `StoreError`."""
     if _holds(folder, digest):
-        log.info("%s holds %s already", folder, digest)
+        log.info("%s holds %s already", folder, digest, extra=FETCHED)
         return
     copy = _Copy(model, folder, patience)
     found_there = copy.files_there()
@@ -70,7 +71,7 @@ def fetch(model: str, digest: str, folder: Path, *, patience: float) -> None:
             f"wanted {digest} at {model}, saw {seen}; publish the model again, name the digest of what lies there, "
             f"or empty {folder} if it held another model before"
         )
-    log.info("%s holds %s", folder, digest)
+    log.info("%s holds %s", folder, digest, extra=FETCHED)
 
 
 def _holds(folder: Path, digest: str) -> bool:
@@ -111,7 +112,7 @@ class _Copy:
                 left = started + self.patience - time.monotonic()
                 if not error.retryable or left <= 0:
                     raise
-                log.warning("%s (given up in %.0f s)", error, left)
+                log.warning("%s (given up in %.0f s)", error, left, extra={"reason": REASON_STORE_AWAY})
                 time.sleep(min(wait, left))
             failures += 1
 

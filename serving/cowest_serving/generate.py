@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from cowest_serving.contract import Messages, message_text
+from cowest_serving.logs import is_json
 from cowest_serving.model_files import (
     ModelFolderError,
     base_of_adapter,
@@ -236,6 +237,9 @@ def load_model(folder: Path, dtype: Any) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if is_json():  # its words go the way of all
+        logging.disable_default_handler()
+        logging.enable_propagation()
     adapter = is_adapter(folder)
     base = base_of_adapter(folder) if adapter else folder
     safe = {"trust_remote_code": False, "local_files_only": True}

@@ -30,6 +30,7 @@ from aiohttp import web
 
 from cowest_serving import store
 from cowest_serving.contract import Routing
+from cowest_serving.logs import REASON_BAD_START, complain, log_to_stderr
 from cowest_serving.routing import parse_routing
 from cowest_serving.store import StoreError
 
@@ -74,7 +75,7 @@ class RoutingFile:
         elif routing := self._parsed(data):
             store.put(str(self.path), data)
             self.version, self._written, self._complaint = routing.version, data, ""
-            log.info("Routing %d is written to %s", routing.version, self.path)
+            log.info("Routing %d is written to %s", routing.version, self.path, extra={"reason": "RoutingWritten"})
 
     def _parsed(self, data: bytes) -> Routing | None:
         try:
@@ -86,7 +87,7 @@ class RoutingFile:
     def _complain(self, complaint: str) -> None:
         """Once for each complaint: every new watch begins by looking again."""
         if complaint != self._complaint:
-            log.warning("%s is left as it is: %s.", self.path, complaint)
+            log.warning("%s is left as it is: %s.", self.path, complaint, extra={"reason": "RoutingNotUsable"})
         self._complaint = complaint
 
 
@@ -168,7 +169,8 @@ class _Follower:
                 f"wanted the Kubernetes API at {self._source.server}, saw another answer ({error}); check --server"
             )
         if trouble and trouble != self._trouble:
-            log.warning("%s cannot be followed: %s. It is tried again.", self._source, trouble)
+            away = {"reason": "RoutingNotFollowed"}
+            log.warning("%s cannot be followed: %s. It is tried again.", self._source, trouble, extra=away)
         self._trouble = trouble or self._trouble
         await asyncio.sleep(wait_after(self._failures))
         self._failures += 1
@@ -187,7 +189,7 @@ class _Follower:
         async with session.get(self._source.url, params=params) as response:
             await self._refuse_faults(response)
             if self._trouble:
-                log.warning("%s is followed again.", self._source)
+                log.warning("%s is followed again.", self._source, extra={"reason": "RoutingFollowed"})
             self._trouble = ""
             events = 0
             async for line in _lines(response.content):
@@ -243,12 +245,11 @@ def wait_after(failures: int) -> float:
 # ---------------------------------------------------------------- the process
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=options.log_level.upper(), format=form, stream=sys.stderr)
+    log_to_stderr(options.log_level)
     try:
         return asyncio.run(_run(_source(options), RoutingFile(options.out), options.health_port))
     except (SyncError, OSError) as error:
-        sys.stderr.write(f"routing_sync: {error}\n")
+        complain(f"routing_sync: {error}", REASON_BAD_START)
         return 2
 
 

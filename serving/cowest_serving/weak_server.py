@@ -35,6 +35,14 @@ from starlette.types import Message as AsgiMessage
 
 from cowest_serving.answering import WEAK_MODEL, Refusal, parse_object, seconds_to_wait
 from cowest_serving.contract import HEADER_MODEL_DIGEST, KEEP_ALIVE_SECONDS
+from cowest_serving.logs import (
+    REASON_BAD_START,
+    REASON_MODEL_FAILED,
+    REASON_MODEL_REFUSED,
+    REASON_STORE_AWAY,
+    complain,
+    log_to_stderr,
+)
 from cowest_serving.metrics import Metrics
 from cowest_serving.model_files import ModelFolderError, check_model_folder, resolve_model
 from cowest_serving.store import StoreError
@@ -336,13 +344,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     if args.die_with_parent is not None:
         _die_with_parent(args.die_with_parent)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr("info")
     # Threads that wait for work must sleep: other processes share these cores. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         listening = _listen(args.host, args.port)
     except OSError as error:
-        return _complain(_port_trouble(args.host, args.port, error), EXIT_BAD_INPUT)
+        return _complain(_port_trouble(args.host, args.port, error), EXIT_BAD_INPUT, REASON_BAD_START)
     return _serve(args, listening)
 
 
@@ -384,21 +392,24 @@ def _load(args: argparse.Namespace) -> Generator:
 
     threads = free_threads() if args.threads == "auto" else int(args.threads)
     generator = Generator.load(folder, args.device, threads)
-    log.info("%s: %s on %s, %d threads", args.model, generator.digest, generator.model.device, threads)
+    loaded = (args.model, generator.digest, generator.model.device, threads)
+    log.info("%s: %s on %s, %d threads", *loaded, extra={"reason": "ModelLoaded"})
     return generator
 
 
 def _failure_code(error: Exception) -> int:
     if isinstance(error, ModelFolderError):
-        return _complain(str(error), EXIT_BAD_INPUT)
+        return _complain(str(error), EXIT_BAD_INPUT, REASON_MODEL_REFUSED)
+    if isinstance(error, StoreError) and error.retryable:
+        return _complain(str(error), EXIT_RETRY, REASON_STORE_AWAY)
     if isinstance(error, StoreError):
-        return _complain(str(error), EXIT_RETRY if error.retryable else EXIT_BAD_INPUT)
-    log.error("the model cannot be served", exc_info=error)
-    return _complain(f"the model cannot be served: {type(error).__name__}: {error}", 1)
+        return _complain(str(error), EXIT_BAD_INPUT, REASON_MODEL_REFUSED)
+    log.error("the model cannot be served", exc_info=error, extra={"reason": REASON_MODEL_FAILED})
+    return _complain(f"the model cannot be served: {type(error).__name__}: {error}", 1, REASON_MODEL_FAILED)
 
 
-def _complain(message: str, code: int) -> int:
-    sys.stderr.write(f"weak_server: {message}\n")
+def _complain(message: str, code: int, reason: str) -> int:
+    complain(f"weak_server: {message}", reason)
     return code
 
 

@@ -79,6 +79,57 @@ def test_bad_input_is_said_in_the_termination_log(container: Container) -> None:
     assert "train.jsonl:1: wanted a JSON object" in container.last_words
 
 
+def json_lines(container: Container) -> list[dict[str, Any]]:
+    """All that a step says where a collector reads it."""
+    told = {"COWEST_LOG_FORMAT": "json", "COWEST_JOB": "law/claims", "COWEST_STEP": "claims-r1-check"}
+    done = subprocess.run(
+        container.command, check=False, timeout=120, stderr=subprocess.PIPE, env={**os.environ, **told}
+    )
+    return [json.loads(line) for line in done.stderr.splitlines()]
+
+
+def test_for_a_collector_every_line_of_a_step_says_job_round_and_reason(container: Container) -> None:
+    container.step("cowest_training.check")
+    lines = json_lines(container)
+    assert {(line["job"], line["round"], line["step"]) for line in lines} == {("law/claims", 1, "r1-check")}
+    assert [line["reason"] for line in lines][-2:] == ["StepProgress", "StepDone"]
+    (container.desk.folder / "train.jsonl").write_text("no row")
+    last = json_lines(container)[-1]
+    assert last["reason"] == "StepFailed" and last["level"] == "error"
+    assert last["message"] == container.last_words
+    (container.desk.folder / "train.jsonl").unlink()
+    (container.folder / "job.json").write_text("{}")
+    assert json_lines(container)[-1]["reason"] == "StepFailed"
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        (
+            ["cowest_serving.fetch", "--model", "MISSING", "--digest", f"sha256:{64 * 'a'}", "--out", "OUT"],
+            "ModelRefused",
+        ),
+        (["cowest_serving.weak_server", "--model", "MISSING", "--port", "0"], "ModelRefused"),
+        (["cowest_serving.routing_sync", "--namespace", "n", "--configmap", "c", "--out", "OUT"], "CannotStart"),
+        (["cowest_training.observer", "--store", "s3://b/j", "--job", "MISSING"], "CannotStart"),
+    ],
+    ids=lambda each: each[0].rpartition(".")[2] if isinstance(each, list) else each,
+)
+def test_for_a_collector_the_last_words_of_a_server_are_a_line_like_the_others(
+    tmp_path: Path, command: list[str], reason: str
+) -> None:
+    places = {"MISSING": str(tmp_path / "missing"), "OUT": str(tmp_path / "out")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", *(places.get(word, word) for word in command)],
+        check=False, timeout=120, stderr=subprocess.PIPE,
+        env={**os.environ, "COWEST_LOG_FORMAT": "json", "COWEST_JOB": "law/claims", "KUBERNETES_SERVICE_HOST": ""},
+    )  # fmt: skip
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert done.returncode == EXIT_BAD_INPUT
+    assert {line["job"] for line in lines} == {"law/claims"}
+    assert (lines[-1]["level"], lines[-1]["reason"]) == ("error", reason)
+
+
 def test_a_step_that_needs_no_output_gets_none(container: Container) -> None:
     store = container.desk.folder / "store" / "desk"
     (store / "runs").mkdir(parents=True)

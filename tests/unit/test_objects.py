@@ -131,6 +131,21 @@ def test_the_environment_of_all_jobs_is_in_every_container_and_ours_is_stronger(
             assert env["COWEST_CACHE"] == "/tmp/cache" or "COWEST_S3_KEYS_FOLDER" not in env, name
 
 
+def test_every_log_line_can_say_which_job_and_which_step_it_is_about() -> None:
+    built = everything(context())
+    for name, pod in pods(built):
+        for each in containers(pod):
+            assert {"name": "COWEST_JOB", "value": "desks/claims"} in each["env"], (name, each["name"])
+    told = {
+        name: next((e["value"] for each in containers(pod) for e in each["env"] if e["name"] == "COWEST_STEP"), None)
+        for name, pod in pods(built)
+    }
+    assert told["Deployment claims-live"] == "claims-r1-live-0"
+    by_argo = {value for name, value in told.items() if name.startswith("WorkflowTemplate")}
+    assert by_argo == {"{{workflow.parameters.step}}"}
+    assert told["Deployment claims-gateway"] is None
+
+
 def test_keys_of_fallbacks_are_mounted_in_the_gateway_alone_each_by_its_place() -> None:
     built = context()
     fallbacks = (Fallback("https://a/v1", "a"), Fallback("https://b/v1", "b", SecretRef("spare", "token")))

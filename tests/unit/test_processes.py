@@ -23,6 +23,14 @@ from tests import world as w
 from tests.manifests import edited
 
 
+def test_last_words_for_a_collector_are_said_as_a_sentence(tmp_path):
+    line = '{"level": "error", "message": "the disk is full"}'
+    child = processes.Child("step", ["echo", line], os.environ, tmp_path / "log")
+    while child.code() is None:
+        time.sleep(0.01)
+    assert child.last_words() == "the disk is full"
+
+
 @contextmanager
 def served(body, length=None):
     class Handler(http.server.BaseHTTPRequestHandler):

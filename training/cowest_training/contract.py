@@ -22,6 +22,16 @@ EXIT_BAD_INPUT = 2  # the person must change something: the message says what
 EXIT_RETRY = 75  # (EX_TEMPFAIL) an endpoint or the store is away, disk full: run it again later
 EXIT_BUDGET = 76  # the budget is spent: state is kept, resumable
 EXIT_INTERRUPTED = 130
+# What a step's log calls its ends, in the words of the operator's conditions and events.
+REASONS = {
+    EXIT_OK: "StepDone",
+    EXIT_FAILED: "StepFailed",
+    EXIT_BAD_INPUT: "StepFailed",
+    EXIT_RETRY: "StepWillBeRetried",
+    EXIT_BUDGET: "BudgetSpent",
+    EXIT_INTERRUPTED: "StepInterrupted",
+}
+REASON_PROGRESS, REASON_NOTE = "StepProgress", "StepNote"
 
 
 class StepError(Exception):

@@ -20,7 +20,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import time
 from array import array
 from collections import Counter, defaultdict
@@ -40,7 +39,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from cowest_serving import store
+from cowest_serving import logs, store
 from cowest_serving.contract import FEEDBACK_PREFIX, KEEP_ALIVE_SECONDS, TRACES_PREFIX, SettingsError, parse
 from cowest_serving.metrics import Metrics
 from cowest_training.collect import (
@@ -315,7 +314,7 @@ class Observer:
         self.metrics.count("cowest_observer_store_errors_total", operation="count")
         message = str(error) or type(error).__name__
         if message != self.trouble:
-            log.warning("The traces cannot be counted: %s", message)
+            log.warning("The traces cannot be counted: %s", message, extra={"reason": "TracesNotCounted"})
         self.trouble = message
 
     # ------------------------------------------------------------ routes
@@ -368,9 +367,11 @@ def take_away(store_uri: str, days: int) -> None:
     """Old traces, before they are counted. Keys that may not delete leave it to the bucket's own lifecycle."""
     try:
         if gone := expire(store_uri, days):
-            log.info("%d folders of traces and feedback older than %d days were deleted.", gone, days)
+            text = "%d folders of traces and feedback older than %d days were deleted."
+            log.info(text, gone, days, extra={"reason": "TracesExpired"})
     except store.StoreError as error:
-        log.warning("Traces older than %d days are still there: %s", days, error)
+        text = "Traces older than %d days are still there: %s"
+        log.warning(text, days, error, extra={"reason": "TracesNotExpired"})
 
 
 def _error(status: int, message: str) -> Response:
@@ -407,17 +408,18 @@ def build_app(observer: Observer) -> Starlette:
 # ---------------------------------------------------------------- the process
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logs.log_to_stderr("info")
     try:
         settings = parse(ObserverSettings, load_spec(args.job))
         listener = socket.create_server((args.host, args.port))
     except (StepError, SettingsError) as error:
-        sys.stderr.write(f"{error}\n")
+        logs.complain(str(error), logs.REASON_BAD_START)
         return EXIT_BAD_INPUT
     except OSError as error:
-        sys.stderr.write(
+        logs.complain(
             f"{args.host}:{args.port} cannot be listened on ({error.strerror}). "
-            "Stop what uses the port, or give another with --port.\n"
+            "Stop what uses the port, or give another with --port.",
+            logs.REASON_BAD_START,
         )
         return EXIT_BAD_INPUT
     metrics = Metrics(HELP)

@@ -39,7 +39,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
 
     def tell(message: str) -> None:
-        steps.say(message)
         write_last_words(args.termination_log, message)
 
     steps.run(lambda: run_step(args), tell=tell, interrupted=EXIT_RETRY)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import errno
 import gc
@@ -43,7 +42,7 @@ from urllib.parse import unquote
 
 import yaml
 
-from cowest_serving import store
+from cowest_serving import logs, store
 from cowest_serving.contract import SettingsError, canonical_json, digest_of, dump, parse
 from cowest_serving.model_files import ModelFolderError
 from cowest_serving.models import ModelError
@@ -54,6 +53,9 @@ from cowest_training.contract import (
     EXIT_OK,
     EXIT_RETRY,
     MANIFEST,
+    REASON_NOTE,
+    REASON_PROGRESS,
+    REASONS,
     Manifest,
     StepError,
     StepSettings,
@@ -289,8 +291,7 @@ class Progress:
                 write_progress(self._path, state)
             if last or now >= self._line_due:
                 self._line_due = now + LINE_SECONDS
-                sys.stderr.write(progress_line(state) + "\n")
-                sys.stderr.flush()
+                logs.say(progress_line(state), REASON_PROGRESS)
 
     def _state(self, now: float, done: float, total: float | None, unit: str, message: str) -> dict[str, Any]:
         start, done_before = self._first or (now, done)
@@ -327,16 +328,16 @@ def progress_line(state: Mapping[str, Any]) -> str:
 
 # ---------------------------------------------------------------- how a step ends
 def say(message: str) -> None:
-    """To stderr; its reader may be gone already."""
-    with contextlib.suppress(OSError):
-        sys.stderr.write(message.rstrip() + "\n")
-        sys.stderr.flush()
+    logs.say(message, REASON_NOTE)
 
 
 def run(
-    main: Callable[[], int | None], *, tell: Callable[[str], None] = say, interrupted: int = EXIT_INTERRUPTED
+    main: Callable[[], int | None], *, tell: Callable[[str], None] = lambda _: None, interrupted: int = EXIT_INTERRUPTED
 ) -> NoReturn:
-    """Run a step and exit: one message (by `tell`) and the code that says whether a rerun is worth it."""
+    """Run a step and exit: one message, which `tell` hears too, and the code that says whether a rerun is worth it."""
+    if logs.is_json():
+        logs.log_to_stderr("warning")  # what libraries say
+        logging.captureWarnings(True)
     # A background process may inherit "ignore" for SIGINT; SIGTERM takes the same way out, so that finalizers
     # run and a running event loop cancels its tasks first.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -349,24 +350,28 @@ def run(
         warnings.simplefilter("ignore")
         sys.unraisablehook = lambda _: None
         logging.getLogger("asyncio").disabled = True
-        tell("interrupted: nothing half-written is left, run the same command again to go on.")
         code = interrupted
+        message = "interrupted: nothing half-written is left, run the same command again to go on."
+        logs.say(message, REASONS[EXIT_INTERRUPTED], logging.WARNING)
+        tell(message)
     except Exception as error:
-        code = _told(error, tell)
+        message, code = _of(error)
+        is_bug = code == EXIT_FAILED
+        if is_bug and not logs.is_json():
+            traceback.print_exception(error)
+        logs.say(message, REASONS.get(code, REASONS[EXIT_FAILED]), logging.ERROR, error if is_bug else None)
+        tell(message)
+    else:
+        if logs.is_json():  # people see it from the prompt
+            logs.say("done", REASONS.get(code, REASONS[EXIT_FAILED]))
     gc.collect()
     sys.exit(code)
 
 
-def _told(error: Exception, tell: Callable[[str], None]) -> int:
-    """Say what went wrong; the exit code."""
+def _of(error: Exception) -> tuple[str, int]:
+    """(message, exit code) of whatever ended a step."""
     told = next((told for one in leaves(error) if (told := explain(one))), None)
-    if told is None:
-        traceback.print_exception(error)
-        tell(f"failed: {type(error).__name__}: {error}")
-        return EXIT_FAILED
-    message, code = told
-    tell(message)
-    return code
+    return told or (f"failed: {type(error).__name__}: {error}", EXIT_FAILED)
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

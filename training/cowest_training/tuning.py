@@ -24,6 +24,7 @@ import transformers
 from peft import LoraConfig, PeftModel
 from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCallback, set_seed
 
+from cowest_serving import logs
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Collaboration, Prompts, digest_of
 from cowest_serving.generate import free_threads, load_model
@@ -316,6 +317,9 @@ def quiet() -> None:
     """No progress bars of libraries between our own lines, and no word to anybody about who tunes what."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    if logs.is_json():  # its words go the way of all
+        transformers.utils.logging.disable_default_handler()
+        transformers.utils.logging.enable_propagation()
     os.environ["TQDM_DISABLE"] = "1"
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
 

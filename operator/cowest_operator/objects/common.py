@@ -144,11 +144,16 @@ def container(
         "imagePullPolicy": context.images.pull_policy,
         "command": ["python", "-P", "-m", module],
         "args": list(arguments),
-        "env": [*(dict(each) for each in context.job_env if each["name"] not in named), *own],
+        "env": [*(dict(each) for each in context.job_env if each["name"] not in named), *_about(context), *own],
         "securityContext": restricted(),
         **more,
     }
     return {key: value for key, value in built.items() if value not in (None, [], {})}
+
+
+def _about(context: Context) -> list[dict[str, Any]]:
+    """What log lines say."""
+    return [env("COWEST_JOB", f"{context.namespace}/{context.job.name}")]
 
 
 def restricted() -> dict[str, Any]:

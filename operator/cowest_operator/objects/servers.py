@@ -302,7 +302,7 @@ def live_score(context: Context, step: api.StepSpec, frozen: Mapping[str, Any] |
     container = common.container(
         context, "score-live", context.images.training, "cowest_training.pod", ["--step", common.STEP_FOLDER],
         env=[*common.store_env(context), common.env("COWEST_STRONG_URL", f"http://{context.host('proxy')}/v1"),
-             *evaluator_env],
+             common.env("COWEST_STEP", name), *evaluator_env],
         resources={"requests": {"cpu": "50m", "memory": "256Mi"}},
         volumeMounts=[{"name": "step", "mountPath": common.STEP_FOLDER, "readOnly": True}, tmp_mount, *mounts,
                       *evaluator_mounts],

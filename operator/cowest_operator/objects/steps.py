@@ -141,6 +141,7 @@ def _template_spec(context: Context) -> dict[str, Any]:
     container = common.container(
         context, "main", context.images.training, "cowest_training.pod", ["--step", common.STEP_FOLDER],
         env=[*common.store_env(context), common.env("COWEST_STRONG_URL", f"http://{context.host('proxy')}/v1"),
+             common.env("COWEST_STEP", "{{workflow.parameters.step}}"),
              common.env("TOKENIZERS_PARALLELISM", "false"), *evaluator_env],
         resources=common.resources(pods.resources, *ASKED),
         volumeMounts=[{"name": "step", "mountPath": common.STEP_FOLDER, "readOnly": True}, tmp_mount, *mounts,
