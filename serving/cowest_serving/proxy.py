@@ -4,9 +4,11 @@
 
 It alone holds the keys, the budget and the book of paid calls. A request with an `Idempotency-Key` is paid for once,
 whoever asks and however often; one without is passed on, streams included, and counts in the budget all the same.
+Below /judge/v1 it asks the judge of spec.feedback.evaluator, whose answers cost money too.
 
 Keys come from the files below the folder COWEST_STRONG_API_KEYS_FOLDER (a mounted Secret; read for every call, so that
-a rotation needs no restart), or without it from COWEST_STRONG_API_KEYS, one a line.
+a rotation needs no restart), or without it from COWEST_STRONG_API_KEYS, one a line; the judge's likewise from
+COWEST_EVALUATOR_API_KEY_FOLDER or COWEST_EVALUATOR_API_KEY.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +56,16 @@ from cowest_serving.book import (
     Spent,
     new_call_key,
 )
-from cowest_serving.contract import HEADER_IDEMPOTENCY, KEEP_ALIVE_SECONDS, SettingsError, Strong, digest_of, parse
+from cowest_serving.certificates import trust
+from cowest_serving.contract import (
+    HEADER_IDEMPOTENCY,
+    JUDGE_PATH,
+    KEEP_ALIVE_SECONDS,
+    SettingsError,
+    Strong,
+    digest_of,
+    parse,
+)
 from cowest_serving.error_bodies import OutspokenModel, body_of
 from cowest_serving.health import Watched
 from cowest_serving.logs import log_to_stderr
@@ -63,6 +75,7 @@ from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, cont
 log = logging.getLogger(__name__)
 MAX_BODY = 16 * 1024 * 1024
 DEADLINE_OVER_TIMEOUT = 3  # no user waits here: a rate limit may be waited out for longer than in the gateway
+JUDGES_KEY = "COWEST_EVALUATOR_API_KEY"
 MODELS_SECONDS = 5.0  # how long the upstream may take to list its models
 
 PAID = "cowest_proxy_calls_paid_total"
@@ -85,14 +98,47 @@ METRICS = {
 
 
 @dataclass(frozen=True)
+class EvaluatorSettings:
+    """What of an evaluator is a model that can be asked."""
+
+    type: str
+    endpoint: str | None = None
+    model: str | None = None
+    timeout_seconds: int | None = None
+
+
+@dataclass(frozen=True)
+class FeedbackSettings:
+    evaluator: EvaluatorSettings
+
+
+@dataclass(frozen=True)
 class ProxySettings:
-    """The section of a defaulted spec that the proxy reads."""
+    """The sections of a defaulted spec that the proxy reads."""
 
     strong: Strong
+    feedback: FeedbackSettings | None = None
+
+    @property
+    def judge(self) -> Strong | None:
+        """As another strong model, with the same budget, prices and limits."""
+        if self.feedback is None or self.feedback.evaluator.type != "Judge":
+            return None
+        asked = self.feedback.evaluator
+        seconds = asked.timeout_seconds or self.strong.timeout_seconds
+        return replace(
+            self.strong, endpoint=asked.endpoint or "", model=asked.model or "", timeout_seconds=seconds,
+            api_key_secret_refs=(), fallbacks=(),
+        )  # fmt: skip
 
 
-def build_app(strong: Strong, book: PaidCalls, read_keys: Callable[[], Sequence[str]]) -> Starlette:
-    proxy = Proxy(strong, book, read_keys)
+ReadKeys = Callable[[], Sequence[str]]
+
+
+def build_app(
+    strong: Strong, book: PaidCalls, read_keys: ReadKeys, judge: tuple[Strong, ReadKeys] | None = None
+) -> Starlette:
+    proxy = Proxy(strong, book, read_keys, judge)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -100,11 +146,12 @@ def build_app(strong: Strong, book: PaidCalls, read_keys: Callable[[], Sequence[
             yield
         finally:
             await book.aclose()  # first: answers in flight are paid for
-            await proxy.upstream.aclose()
+            await proxy.aclose()
 
     return Starlette(
         routes=[
             Route("/v1/chat/completions", proxy.chat, methods=["POST"]),
+            Route(f"{JUDGE_PATH}/chat/completions", proxy.judged, methods=["POST"]),
             Route("/v1/models", proxy.models, methods=["GET"]),
             Route("/v1/spent", proxy.spent, methods=["GET"]),
             Route("/healthz", proxy.healthz, methods=["GET"]),
@@ -138,10 +185,10 @@ class KeyFolder:
             yield from (Path(folder, name) for name in files if not name.startswith(".."))
 
 
-def keys_of(environment: Mapping[str, str]) -> Callable[[], Sequence[str]]:
-    if folder := environment.get("COWEST_STRONG_API_KEYS_FOLDER"):
+def keys_of(environment: Mapping[str, str], name: str = "COWEST_STRONG_API_KEYS") -> ReadKeys:
+    if folder := environment.get(f"{name}_FOLDER"):
         return KeyFolder(folder)
-    keys = _lines(environment.get("COWEST_STRONG_API_KEYS", ""))
+    keys = _lines(environment.get(name, ""))
     return lambda: keys
 
 
@@ -219,12 +266,12 @@ _DELIVERY = frozenset({"model", "messages", "stream", "stream_options"})  # the 
 _KEY = re.compile(r"[\x21-\x7e]{1,256}")
 
 
-def parse_request(data: bytes, headers: Mapping[str, str], strong: Strong) -> Asked:
+def parse_request(data: bytes, headers: Mapping[str, str], strong: Strong, section: str = "spec.strong") -> Asked:
     """Raises `Refusal` that names the field."""
     body = parse_object(data)
     request = parse_chat(data, "")
     if request.model not in ("", strong.model):
-        message = f"model: wanted {strong.model} (spec.strong.model), saw {request.model}: this proxy serves no other."
+        message = f"model: wanted {strong.model} ({section}.model), saw {request.model}: this proxy serves no other."
         raise Refusal(404, message, param="model", code="model_not_found")
     for name in ("max_tokens", "max_completion_tokens", "n"):
         value = body.get(name)
@@ -275,23 +322,40 @@ async def _body(request: Request) -> bytes:
 class Proxy:
     """What all endpoints share: the book, the upstream and the metrics."""
 
-    def __init__(self, strong: Strong, book: PaidCalls, read_keys: Callable[[], Sequence[str]]) -> None:
+    def __init__(
+        self, strong: Strong, book: PaidCalls, read_keys: ReadKeys, judge: tuple[Strong, ReadKeys] | None = None
+    ) -> None:
         self._strong, self._book, self._read_keys = strong, book, read_keys
         self._count = Metrics(METRICS)
         self.upstream = Upstream(strong, read_keys, self._count)
+        self._judge = judge[0] if judge else None
+        self._judge_upstream = Upstream(*judge, self._count) if judge else None
+
+    async def aclose(self) -> None:
+        for each in (self.upstream, self._judge_upstream):
+            if each is not None:
+                await each.aclose()
 
     async def chat(self, request: Request) -> Response:
+        return await self._answered(request, self._strong, self.upstream, "spec.strong")
+
+    async def judged(self, request: Request) -> Response:
+        if self._judge is None or self._judge_upstream is None:
+            raise Refusal(404, "spec.feedback.evaluator: wanted a Judge, saw none.", code="model_not_found")
+        return await self._answered(request, self._judge, self._judge_upstream, "spec.feedback.evaluator")
+
+    async def _answered(self, request: Request, strong: Strong, upstream: Upstream, section: str) -> Response:
         try:
-            asked = parse_request(await _body(request), request.headers, self._strong)
-            if missing := self._missing_key():
+            asked = parse_request(await _body(request), request.headers, strong, section)
+            if strong is self._strong and (missing := self._missing_key()):
                 raise _unavailable(503, missing)
             if asked.call.round is not None:
                 await self._book.see_round(asked.call.round)
             if asked.key:
-                return self._delivered(asked, await self._book.answer(self.upstream, asked.call))
+                return self._delivered(asked, await self._book.answer(upstream, asked.call))
             if asked.stream:
-                return await self._streamed(asked)
-            return await self._passed_on(asked)
+                return await self._streamed(asked, upstream)
+            return await self._passed_on(asked, upstream)
         except Exception as error:
             if (refusal := _refusal_of(error)) is None:
                 raise
@@ -317,16 +381,16 @@ class Proxy:
         return Response(events, headers=headers, media_type="text/event-stream")
 
     # ------------------------------------------------------------ without: passed on
-    async def _passed_on(self, asked: Asked) -> Response:
+    async def _passed_on(self, asked: Asked, upstream: Upstream) -> Response:
         async with self._book.metered(asked.call) as meter:
-            result = await self.upstream(asked.call.messages, **asked.options)
+            result = await upstream(asked.call.messages, **asked.options)
             _read_result(meter, result)
         self._count_answer(asked.call, is_free=False)
         return _json(result.raw)
 
-    async def _streamed(self, asked: Asked) -> EventStream:
+    async def _streamed(self, asked: Asked, upstream: Upstream) -> EventStream:
         """Answers once the first chunk is there: until then a failure has a status of its own."""
-        events = self._events(asked)
+        events = self._events(asked, upstream)
         try:
             first = await anext(events, b"")
         except BaseException:
@@ -334,12 +398,12 @@ class Proxy:
             raise
         return EventStream(first, events)
 
-    async def _events(self, asked: Asked) -> AsyncGenerator[bytes, None]:
+    async def _events(self, asked: Asked, upstream: Upstream) -> AsyncGenerator[bytes, None]:
         # The usage is always asked for, since it is what counts.
         extra = {**asked.extra, "stream_options": {"include_usage": True}}
         async with self._book.metered(asked.call) as meter:
             started = time.monotonic()
-            chunks = self.upstream.stream(asked.call.messages, extra=extra)
+            chunks = upstream.stream(asked.call.messages, extra=extra)
             with_error = ""
             try:
                 async with aclosing(chunks):
@@ -357,7 +421,7 @@ class Proxy:
                 yield _event(refusal.body())
             finally:
                 tokens = (meter.input_tokens or 0, meter.output_tokens or 0)
-                self.upstream.observe(started, meter.model, tokens, with_error)
+                upstream.observe(started, meter.model, tokens, with_error)
                 if meter.has_begun:
                     self._count_answer(asked.call, is_free=False)
 
@@ -601,7 +665,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     log_to_stderr(options.log_level)
     try:
-        strong = load_strong(options.job)
+        settings = load_settings(options.job)
+        if more := os.environ.get("COWEST_MORE_CA"):
+            trust(Path(more), Path(tempfile.mkdtemp(prefix="cowest-ca-")))
         listener = socket.create_server((options.host, options.port), backlog=2048)
     except (SettingsError, BookError) as error:
         sys.stderr.write(f"{error}\n")
@@ -613,15 +679,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     try:
-        asyncio.run(_serve(strong, options.book, listener))
+        asyncio.run(_serve(settings, options.book, listener))
     except (SettingsError, BookError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     return 0
 
 
-async def _serve(strong: Strong, path: Path, listener: socket.socket) -> None:
-    longest = DEADLINE_OVER_TIMEOUT * strong.timeout_seconds
+async def _serve(settings: ProxySettings, path: Path, listener: socket.socket) -> None:
+    strong, judge = settings.strong, settings.judge
+    longest = DEADLINE_OVER_TIMEOUT * max(each.timeout_seconds for each in (strong, judge) if each)
     book = PaidCalls(
         path,
         budget=strong.budget,
@@ -633,7 +700,7 @@ async def _serve(strong: Strong, path: Path, listener: socket.socket) -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)
     config = uvicorn.Config(
-        build_app(strong, book, keys_of(os.environ)),
+        build_app(strong, book, keys_of(os.environ), (judge, keys_of(os.environ, JUDGES_KEY)) if judge else None),
         lifespan="on",
         access_log=False,
         log_config=None,
@@ -645,7 +712,7 @@ async def _serve(strong: Strong, path: Path, listener: socket.socket) -> None:
     await Server(config, book).serve(sockets=[listener])
 
 
-def load_strong(path: Path) -> Strong:
+def load_settings(path: Path) -> ProxySettings:
     """From a defaulted CollaborationJob, or its bare spec, as JSON or YAML. Raises `SettingsError`."""
     try:
         job = yaml.safe_load(path.read_text("utf-8"))
@@ -654,7 +721,7 @@ def load_strong(path: Path) -> Strong:
     spec = job.get("spec", job) if isinstance(job, dict) else job
     if not isinstance(spec, dict):
         raise SettingsError(f"{path}: wanted an object, saw {kind_of(spec)}")
-    return parse(ProxySettings, spec).strong
+    return parse(ProxySettings, spec)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -77,12 +77,15 @@ class Door:
 
 
 @asynccontextmanager
-async def proxy(tmp_path: Path, strong: Strong, keys: Callable[[], Sequence[str]] = tuple) -> AsyncIterator[Door]:
-    """A proxy in the test's loop, under uvicorn, on a port of its own."""
+async def proxy(
+    tmp_path: Path, strong: Strong, keys: Callable[[], Sequence[str]] = tuple, judge: Strong | None = None
+) -> AsyncIterator[Door]:
+    """A proxy in the test's loop, under uvicorn, on a port of its own. The judge's key is `j`."""
     book = PaidCalls(
         tmp_path / "book.sqlite", budget=strong.budget, prices=strong.prices, max_concurrency=strong.max_concurrency
     )
-    server = Server(uvicorn.Config(build_app(strong, book, keys), log_config=None, timeout_graceful_shutdown=5), book)
+    app = build_app(strong, book, keys, (judge, lambda: ["j"]) if judge else None)
+    server = Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5), book)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serving = asyncio.create_task(server._serve([listener]))  # without its signal handlers
         while not server.started:
@@ -669,3 +672,57 @@ async def test_an_endpoint_of_older_days_is_asked_directly(tmp_path: Path, monke
     assert reply.text == "from the old one"
     assert "x-cowest-purpose" not in old.calls[0].headers
     assert model.calls == []
+
+
+# ---------------------------------------------------------------- judges
+@asynccontextmanager
+async def judging(strong: Strong, judge: str, book: Path, model: str = "judge") -> AsyncIterator[Asking]:
+    evaluator = Evaluator("Judge", endpoint=judge, model=model)
+    async with open_asking(strong, evaluator, str(book), purpose="evaluate:f00d", round_number=3) as asking:
+        yield asking
+
+
+async def test_a_judge_is_asked_by_the_proxy_which_holds_its_key_its_bill_and_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with ScriptedModel() as model, ScriptedModel("ACCEPT") as judge:
+        strong = strong_settings(model.url, prices=PRICES)
+        async with proxy(tmp_path, strong, judge=strong_settings(judge.url, model="judge")) as door:
+            monkeypatch.setenv("COWEST_STRONG_URL", door.url + "/v1")
+            for pod in ("a", "b"):  # the second finds all in the proxy's book
+                async with judging(strong, judge.url, tmp_path / f"{pod}.sqlite") as asking:
+                    assert await asking.score_text(row("q"), "an answer") == 1.0
+            of_round = (await door.get("/v1/spent?round=3")).body["round"]
+    assert of_round["calls"] == len(judge.calls) == 2, "in both orders, once"
+    assert float(of_round["money"]) > 0
+    assert {call.headers["authorization"] for call in judge.calls} == {"Bearer j"}
+    assert model.calls == []
+
+
+async def test_a_budget_that_is_spent_ends_a_step_that_judges_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with ScriptedModel() as model, ScriptedModel("ACCEPT") as judge:
+        strong = strong_settings(model.url, budget=Budget(calls_per_round=1))
+        async with proxy(tmp_path, strong, judge=strong_settings(judge.url, model="judge")) as door:
+            monkeypatch.setenv("COWEST_STRONG_URL", door.url + "/v1")
+            async with judging(strong, judge.url, tmp_path / "a.sqlite") as asking:
+                with pytest.raises(StepError, match="at most 1 calls in round 3") as refusal:
+                    await asking.score_text(row("q"), "an answer")
+    assert refusal.value.code == EXIT_BUDGET
+    assert len(judge.calls) == 1
+
+
+@pytest.mark.parametrize("declared", ["another judge", None], ids=["another judge", "no judge"])
+async def test_a_trial_whose_judge_is_not_declared_any_more_asks_it_directly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declared: str | None
+) -> None:
+    monkeypatch.setenv("COWEST_EVALUATOR_API_KEY", "own")
+    async with ScriptedModel() as model, ScriptedModel("ACCEPT") as judge:
+        strong = strong_settings(model.url)
+        now = strong_settings("http://elsewhere/v1", model=declared) if declared else None
+        async with proxy(tmp_path, strong, judge=now) as door:
+            monkeypatch.setenv("COWEST_STRONG_URL", door.url + "/v1")
+            async with judging(strong, judge.url, tmp_path / "a.sqlite") as asking:
+                assert await asking.score_text(row("q"), "an answer") == 1.0
+    assert {call.headers["authorization"] for call in judge.calls} == {"Bearer own"}

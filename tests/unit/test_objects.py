@@ -22,7 +22,7 @@ from cowest_serving.app import MAX_BODY, GatewaySettings
 from cowest_serving.contract import Fallback, SecretRef, parse
 from cowest_serving.proxy import ProxySettings
 from cowest_serving.ray_app import ray_settings
-from cowest_training.contract import Feedback
+from cowest_training.contract import Evaluator, Feedback
 from cowest_training.observer import ObserverSettings
 from tests import world
 from tests.world import CANDIDATE, PREPARED, STABLE, on_trial
@@ -585,6 +585,22 @@ def test_certificates_of_ones_own_reach_whatever_asks_a_model_or_a_judge() -> No
                 found[each.get("name", "step")] = told
     own, more = {"SSL_CERT_FILE"}, {"COWEST_MORE_CA"}
     assert found == {"gateway": own, "proxy": own, "step": more, "score-live": more}
+
+
+@pytest.mark.parametrize("kind", ["Judge", "HTTP"])
+def test_the_proxy_has_the_key_of_a_judge_as_a_file_and_of_a_scorer_none(kind: str) -> None:
+    evaluator = Evaluator(kind, endpoint="http://judge/v1", model="m", api_key_secret_ref=SecretRef("judge", "key"))
+    built = context(feedback={"evaluator": evaluator})
+    built.document["spec"]["strong"]["caBundleRef"] = {"name": "own-ca", "key": "ca.crt"}
+    (pod,) = (pod for name, pod in pods(everything(built)) if name == "Deployment claims-proxy")
+    (proxy,) = pod["containers"]
+    told = {each["name"]: each.get("value") for each in proxy["env"]}
+    mounted = {each["mountPath"] for each in proxy["volumeMounts"]}
+    asks = kind == "Judge"
+    assert (told.get("COWEST_EVALUATOR_API_KEY_FOLDER") == common.EVALUATOR_KEY) is asks
+    assert (common.EVALUATOR_KEY in mounted) is asks
+    assert ("COWEST_MORE_CA" in told, "SSL_CERT_FILE" in told) == (asks, not asks), "a judge may have another authority"
+    assert mounted >= {common.STRONG_KEYS, "/etc/cowest/strong-ca"}
 
 
 def test_vllm_needs_no_entry_in_the_images_passwd() -> None:

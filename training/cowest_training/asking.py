@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from cowest_serving.book import CODE_BUDGET_SPENT, HEADER_PURPOSE, HEADER_ROUND
 from cowest_serving.collaborate import draft_messages, is_draftable, refine_messages, solo_messages
-from cowest_serving.contract import Messages, Pair, Strong, digest_of, parse
+from cowest_serving.contract import JUDGE_PATH, Messages, Pair, Strong, digest_of, parse
 from cowest_serving.error_bodies import ErrorBody, OutspokenModel, body_of
 from cowest_serving.models import BadRequest, ChatResult, HttpChatModel, is_clients_fault, is_same_origin
 
 from .contract import EXIT_BAD_INPUT, EXIT_BUDGET, Evaluator, Row, StepError
-from .evaluator import Score, build_evaluator, check_settings, judge_model
+from .evaluator import DEFAULT_TIMEOUT_SECONDS, Score, build_evaluator, check_settings, judge_model
 from .paid_calls import PaidCalls, Spent
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 BATCH_DRAFTS = 64  # drafts drawn at once; part of what makes a ledger reproducible
 JUDGE = "judge"  # in the purpose of a judge's calls
+NO_SUCH_JUDGE = ("model_not_found", "unknown_url")  # says a proxy whose manifest names another judge, or none
 DEADLINE_OVER_TIMEOUT = 3  # a step can wait out a rate limit for longer than a user would wait for an answer
 
 
@@ -318,16 +319,32 @@ class Asking:
 
     def _proxied(self, pair: Pair, purpose: str) -> HttpChatModel:
         """One a purpose, since its headers say who pays. The proxy retries on its own, within the deadline above."""
-        number = {} if self._round is None else {HEADER_ROUND: str(self._round)}
-        longest = DEADLINE_OVER_TIMEOUT * self._strong.timeout_seconds
+        proxy = _Proxy(self._proxy_url, self._strong, self._round)
+        return proxy.model(self._proxy_url, pair.strong_model, purpose, self._strong.timeout_seconds)
+
+
+@dataclass(frozen=True)
+class _Proxy:
+    """The job's proxy as a step sees it."""
+
+    url: str  # of the strong model behind it; "" on one machine
+    strong: Strong
+    round: int | None
+
+    def judge(self, name: str, purpose: str, seconds: float) -> OutspokenModel:
+        return self.model(self.url.rstrip("/").removesuffix("/v1") + JUDGE_PATH, name, purpose, seconds)
+
+    def model(self, url: str, name: str, purpose: str, seconds: float) -> OutspokenModel:
+        number = {} if self.round is None else {HEADER_ROUND: str(self.round)}
+        longest = DEADLINE_OVER_TIMEOUT * seconds
         return OutspokenModel(
-            self._proxy_url,
-            pair.strong_model,
+            url,
+            name,
             headers={HEADER_PURPOSE: purpose, **number},
             timeout_seconds=longest,
             deadline_seconds=DEADLINE_OVER_TIMEOUT * longest,
-            max_concurrency=self._strong.max_concurrency,
-            max_retries=self._strong.max_retries,
+            max_concurrency=self.strong.max_concurrency,
+            max_retries=self.strong.max_retries,
         )
 
 
@@ -378,32 +395,57 @@ async def open_asking(
         book = await stack.enter_async_context(
             PaidCalls.for_strong(calls, strong, round_number, behind_proxy=bool(proxy_url))
         )
-        scorer = _scorer(evaluator, book, models, purpose)
+        scorer = _scorer(evaluator, book, models, purpose, _Proxy(proxy_url, strong, round_number))
         yield Asking(strong, book, scorer, purpose, models, proxy_url=proxy_url, round_number=round_number)
 
 
-def _scorer(settings: Evaluator, calls: PaidCalls, models: AsyncExitStack, purpose: str) -> Score:
+def _scorer(settings: Evaluator, calls: PaidCalls, models: AsyncExitStack, purpose: str, proxy: _Proxy) -> Score:
     key = os.environ.get("COWEST_EVALUATOR_API_KEY") or None
     judge = None
     if settings.type == "Judge":
         check_settings(settings)
+        purpose = f"{purpose}:{JUDGE}"
         model = judge_model(settings, key)
         models.push_async_callback(model.aclose)
-        judge = PaidJudge(model, calls, f"{purpose}:{JUDGE}")
+        by_proxy = None
+        if proxy.url:
+            by_proxy = proxy.judge(model.model, purpose, settings.timeout_seconds or DEFAULT_TIMEOUT_SECONDS)
+            models.push_async_callback(by_proxy.aclose)
+        judge = PaidJudge(model, calls, purpose, by_proxy)
     scorer = build_evaluator(settings, api_key=key, judge=judge)
     models.push_async_callback(scorer.aclose)
     return scorer
 
 
 class PaidJudge:
-    """The judge's model behind the book: its calls count in budget and bill too, at the strong model's prices."""
+    """The judge's model behind the book: its calls count in budget and bill too, at the strong model's prices.
 
-    def __init__(self, model: HttpChatModel, calls: PaidCalls, purpose: str) -> None:
-        self._model, self._calls, self._purpose = model, calls, purpose
+    In a cluster book and budget are the proxy's, so the proxy asks. Only a judge that it does not serve, since the
+    manifest names another one by now than the trial began with, is asked from here.
+    """
+
+    def __init__(
+        self, model: HttpChatModel, calls: PaidCalls, purpose: str, by_proxy: HttpChatModel | None = None
+    ) -> None:
+        self._model, self._calls, self._purpose, self._by_proxy = model, calls, purpose, by_proxy
 
     async def __call__(self, messages: Messages, *, idempotency_key: str | None = None, **params: Any) -> ChatResult:
+        if self._by_proxy is not None:
+            try:
+                return await self._ask(self._by_proxy, messages, params)
+            except BadRequest as error:
+                said = body_of(error)
+                if said is None:
+                    raise
+                if said.code not in NO_SUCH_JUDGE:
+                    _refuse_for_proxy(said)
+                    raise
+                self._by_proxy = None
+        return await self._ask(self._model, messages, params)
+
+    async def _ask(self, model: HttpChatModel, messages: Messages, params: Mapping[str, Any]) -> ChatResult:
         result, _, _ = await self._calls.ask(
-            self._model,
+            model,
             messages,
             endpoint=self._model.endpoint,
             name=self._model.model,

@@ -20,17 +20,16 @@ import importlib
 import json
 import os
 import re
-import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cowest_serving.certificates import trust
 from cowest_training import steps
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, StepError
 
 PACKAGE = "cowest_training."
-DEBIANS_CA = "/etc/ssl/certs/ca-certificates.crt"
 LAST_WORDS = 2000  # bytes; Kubernetes keeps 4096 of a container, and all containers of a pod share 12 KiB
 _FLAG = re.compile(r"--[a-z][a-z-]*")
 
@@ -73,28 +72,6 @@ def run_step(args: argparse.Namespace) -> int:
         raise StepError(
             f"{step.module} does not know these arguments: {shown}. Are operator and image of one version?"
         ) from None
-
-
-# ---------------------------------------------------------------- certificates
-def trust(more: Path, work: Path) -> None:
-    """Certificates of one's own authority beside the system's: a judge may have the former, the model hub the latter.
-
-    Clients take one file or the other; they are told of one that holds both. Raises `StepError`.
-    """
-    system = [Path(path) for path in (ssl.get_default_verify_paths().openssl_cafile, DEBIANS_CA)]
-    both = work / "ca.pem"
-    try:
-        text = more.read_text(encoding="utf-8")
-        ssl.create_default_context(cadata=text)
-    except (OSError, ValueError) as error:
-        raise StepError(
-            f"{more} (strong.caBundleRef): wanted certificates as PEM, saw: {error}. Correct the ConfigMap."
-        ) from None
-    work.mkdir(parents=True, exist_ok=True)
-    known = next((path.read_text(encoding="utf-8") for path in system if path.is_file()), "")
-    both.write_text(f"{known}\n{text}", encoding="utf-8")
-    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
-        os.environ[name] = str(both)
 
 
 # ---------------------------------------------------------------- the step

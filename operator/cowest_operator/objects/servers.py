@@ -240,7 +240,7 @@ def proxy(context: Context) -> tuple[Child, ...]:
     """One replica: its book of paid calls is a file. While it is replaced, steps wait and gateways do not notice."""
     job_volume, job_mount = common.job_volume(context)
     tmp_volume, tmp_mount = common.tmp()
-    volumes, mounts, environment = _strong(context)
+    volumes, mounts, environment = _with_judge(context, *_strong(context))
     container = common.container(
         context, "proxy", context.images.serving, "cowest_serving.proxy",
         ["--job", f"{common.JOB_FOLDER}/job.json", "--book", BOOK, "--port", str(common.PORT), "--host", "0.0.0.0"],
@@ -271,6 +271,28 @@ def proxy(context: Context) -> tuple[Child, ...]:
         _deployment(context, "proxy", pod, strategy={"type": "Recreate"}),
         common.service(context, "proxy"),
     )
+
+
+Access = tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]  # volumes, mounts, environment
+
+
+def _with_judge(
+    context: Context, volumes: list[dict[str, Any]], mounts: list[dict[str, Any]], environment: list[dict[str, Any]]
+) -> Access:
+    """The proxy asks a judge too: with its key, and by certificates of whoever signs the one or the other."""
+    evaluator = context.job.spec.feedback.evaluator
+    if evaluator.type != "Judge":
+        return volumes, mounts, environment
+    if file := strong_certificates_file(context):
+        kept = [each for each in environment if each["name"] != "SSL_CERT_FILE"]
+        environment = [*kept, common.env("COWEST_MORE_CA", file)]
+    if reference := evaluator.api_key_secret_ref:
+        item = {"key": reference.key, "path": "key"}
+        secret = {"secretName": reference.name, "items": [item], "defaultMode": 0o440}
+        volumes = [*volumes, {"name": "evaluator", "secret": secret}]
+        mounts = [*mounts, {"name": "evaluator", "mountPath": common.EVALUATOR_KEY, "readOnly": True}]
+        environment = [*environment, common.env("COWEST_EVALUATOR_API_KEY_FOLDER", common.EVALUATOR_KEY)]
+    return volumes, mounts, environment
 
 
 def observer(context: Context) -> tuple[Child, ...]:
