@@ -15,7 +15,8 @@ import torch
 
 from cowest_serving.model_files import model_digest
 from cowest_training import dpo, tuning
-from cowest_training.contract import EXIT_OK, StepError
+from cowest_training.contract import EXIT_OK, Manifest, StepError
+from cowest_training.steps import manifest_json
 from tests.loop import tuning_world as world
 from tests.loop.tiny_models import make_model
 
@@ -181,6 +182,14 @@ def run(start: Path, folder: Path, **changes: Any) -> int:
     job = world.write_job(folder, **changes)
     flags = {"job": job, "feedback": folder / "pairs.jsonl", "model": start, "out": folder / "dpo"}
     return dpo.main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
+
+
+def test_the_model_names_the_feedback_that_its_pairs_come_from(tmp_path: Path) -> None:
+    """From its digest `cowest lineage` goes on to the data; the digest of the pairs alone is no artifact's."""
+    made = Manifest("Feedback", "sha256:f", "sha256:i", {}, {}, {}, "feedback", "0", "2026-01-01", 1.0)
+    (tmp_path / "manifest.json").write_bytes(manifest_json(made))
+    assert dpo.made_by(tmp_path.as_uri()) == {"feedback": "sha256:f"}
+    assert dpo.made_by("of/a/person/pairs.jsonl") == {}
 
 
 def test_the_step_writes_a_model_with_card_and_manifest_once(start: Path, tmp_path: Path) -> None:

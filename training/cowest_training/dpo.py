@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = load_settings(args.job)
     pairs = read_pairs(pairs_file(args.feedback))
     folder = weak_folder(args.model)
-    inputs = _inputs(settings.training, pairs, model_digest(folder))
+    inputs = {**_inputs(settings.training, pairs, model_digest(folder)), **made_by(args.feedback)}
     output = open_output(args.out, step="dpo", inputs=inputs)
     if isinstance(output, Manifest):
         return EXIT_OK
@@ -70,6 +70,11 @@ def pairs_file(uri: str) -> str:
         return uri
     need_manifest(uri, what="--feedback")
     return store.join(uri, "pairs.jsonl")
+
+
+def made_by(uri: str) -> dict[str, str]:
+    """The step that made the pairs, by its digest: from there the lineage leads on to data and answers."""
+    return {} if uri.endswith(".jsonl") else {"feedback": need_manifest(uri, what="--feedback").digest}
 
 
 def _inputs(training: Training, pairs: Sequence[Pair], model: str) -> dict[str, Any]:
