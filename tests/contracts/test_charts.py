@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import http.client
 import http.server
 import json
 import os
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import pytest
@@ -528,6 +530,54 @@ def test_the_bucket_job_makes_the_bucket_and_keeps_the_rules_of_others(minio: st
     assert rules() == {"tmp/": 1, "team/a/here/desk/traces/": 3, "team/a/here/desk/feedback/": 3}
     run("bucket.expireTraces=false")
     assert rules() == {"tmp/": 1}
+
+
+@needs_helm
+@needs_minio
+def test_the_bucket_job_goes_out_by_the_proxy_that_its_environment_names(minio: str) -> None:
+    """One that asks for a password and passes on what comes for a host that only it can find."""
+    asked: list[tuple[str, str]] = []
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def pass_on(self) -> None:
+            place = urlsplit(self.path)
+            asked.append((place.netloc, self.headers.get("Proxy-Authorization", "")))
+            headers = {name: value for name, value in self.headers.items() if not name.startswith("Proxy-")}
+            onward = http.client.HTTPConnection(minio, timeout=20)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            onward.request(self.command, f"{place.path}?{place.query}" if place.query else place.path, body, headers)
+            answer = onward.getresponse()
+            data = answer.read()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("connection", "transfer-encoding", "date", "server"):
+                    self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_HEAD = do_PUT = do_DELETE = pass_on
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    proxy = "bucket.env[0].name=HTTP_PROXY,bucket.env[0].value=http://me:secret@127.0.0.1"
+    (job,) = of_kind(rendered(DOMAIN, "full", proxy), "Job")
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    given = {each["name"]: each["value"] for each in container["env"] if "value" in each}
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        keys = {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "only-for-tests", "AWS_REGION": "us-east-1"}
+        told = {
+            "COWEST_S3_ENDPOINT": "http://store.example",
+            "HTTP_PROXY": f"{given['HTTP_PROXY']}:{server.server_port}",
+        }
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", *container["args"]], env={**os.environ, **keys, **told},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert set(asked) == {("store.example", "Basic bWU6c2VjcmV0")}
 
 
 class Gateway(http.server.BaseHTTPRequestHandler):

@@ -1,6 +1,7 @@
 """Makes the bucket where it is missing and lets traces expire: `python bucket.py BUCKET [--expire ID=PREFIX=DAYS]...`
 
-The object store is named by the environment of the job's pods. Rules that others put on the bucket are kept.
+The object store is named by the environment of the job's pods, and a way out of a closed network by HTTPS_PROXY.
+Rules that others put on the bucket are kept.
 """
 
 # ruff: noqa: T201
@@ -8,14 +9,18 @@ The object store is named by the environment of the job's pods. Rules that other
 import argparse
 import os
 import time
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
+import certifi
 import urllib3
 from minio import Minio
 from minio.commonconfig import ENABLED, Filter
 from minio.credentials import ChainedProvider, EnvAWSProvider, IamAwsProvider
 from minio.error import S3Error
 from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
+
+from cowest_serving.outward import proxy_of
 
 WAIT_SECONDS = 120  # a store that was installed a moment ago is not up yet
 
@@ -33,17 +38,27 @@ def main() -> None:
 
 def client() -> Minio:
     address = urlsplit(os.environ.get("COWEST_S3_ENDPOINT") or "https://s3.amazonaws.com")
-    authorities = os.environ.get("COWEST_S3_CA")
+    authorities, proxy = os.environ.get("COWEST_S3_CA"), proxy_of(address.geturl())
     store = Minio(
         address.netloc,
         secure=address.scheme == "https",
         region=os.environ.get("AWS_REGION") or None,
         credentials=ChainedProvider([EnvAWSProvider(), IamAwsProvider()]),
-        http_client=urllib3.PoolManager(ca_certs=authorities, timeout=10, retries=False) if authorities else None,
+        http_client=connections(authorities, proxy) if authorities or proxy else None,
     )
     if os.environ.get("COWEST_S3_PATH_STYLE") == "false":
         store.enable_virtual_style_endpoint()
     return store
+
+
+def connections(authorities: str | None, proxy: str | None) -> urllib3.PoolManager:
+    options: dict[str, Any] = {"ca_certs": authorities or certifi.where(), "timeout": 10, "retries": False}
+    if not proxy:
+        return urllib3.PoolManager(**options)
+    way = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    user, _, address = way.netloc.rpartition("@")
+    headers = urllib3.make_headers(proxy_basic_auth=unquote(user)) if user else None
+    return urllib3.ProxyManager(f"{way.scheme}://{address}", proxy_headers=headers, **options)
 
 
 def make_bucket(store: Minio, bucket: str) -> None:
