@@ -35,6 +35,7 @@ from cowest_training.contract import (
     LiveReport,
     StepError,
     evaluator_digest,
+    how_far,
     load_live_report,
     load_report,
 )
@@ -320,13 +321,7 @@ class Engine:
 
     def progress(self, name: str) -> str:
         seen = jobs.read_json(self.home.progress / f"{name}.json")
-        if not seen or not seen.get("total"):
-            return ""
-        left = seen.get("eta_seconds")
-        eta = f", {left:.0f} s left" if left is not None else ""
-        pace = seen.get("rate")
-        rate = f", {pace:{'.3g' if pace < 999.5 else '.0f'}} {seen['unit']}/s" if pace else ""
-        return f"{seen['done']} of {seen['total']} {seen['unit']}{rate}{eta} {seen.get('message', '')}".strip()
+        return how_far(seen) if seen and seen["total"] else ""
 
     def _server_state(self, server: _Server) -> api.ServerState:
         return api.ServerState(server.ready, f"http://127.0.0.1:{server.port}/v1", server.digest, server.message)

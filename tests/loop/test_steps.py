@@ -173,7 +173,7 @@ def test_progress_gives_rate_and_time_left(tmp_path: Path, capsys: pytest.Captur
     progress.update(100, 100, "calls")
     assert state()["done"] == 100, "the last one is always written"
     lines = capsys.readouterr().err.splitlines()
-    assert lines[1] == "feedback: 60/100 calls, 4 calls/s, 10 s left: drawing drafts"
+    assert lines[1] == "feedback: 60 of 100 calls, 4 calls/s, 10 s left; drawing drafts"
     assert len(lines) == 3
 
 

@@ -70,8 +70,9 @@ def test_the_progress_of_an_earlier_start_of_a_step_is_not_told_as_that_of_this_
     engine = make(tmp_path)
     engine._start = lambda *_, **__: None
     left = engine.home.progress / "r0-sft.json"
-    jobs.write_json(left, {"done": 40, "total": 50, "unit": "steps"})
-    assert engine.progress("r0-sft") == "40 of 50 steps"
+    said = {"done": 40, "total": 50, "unit": "steps", "rate": 2.0, "eta_seconds": 5.0, "message": "loss 0.1"}
+    jobs.write_json(left, said)
+    assert engine.progress("r0-sft") == "40 of 50 steps, 2 steps/s, 5 s left; loss 0.1"
     engine._start_step(api.StepSpec("r0-sft", "cowest_training.sft", "file:///out"))
     assert engine.progress("r0-sft") == ""
 

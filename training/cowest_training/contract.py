@@ -316,3 +316,14 @@ class PairFile:
 
     pair: Pair
     extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------- progress
+def how_far(state: Mapping[str, Any]) -> str:
+    """A step's progress file in words: done of total, rate, time left, and what the step says besides."""
+    of_total = f" of {state['total']:g}" if state["total"] is not None else ""
+    pace = state["rate"]
+    rate = f", {pace:{'.3g' if pace < 999.5 else '.0f'}} {state['unit']}/s" if pace else ""
+    left = f", {state['eta_seconds']:.0f} s left" if state["eta_seconds"] else ""
+    message = f"; {state['message']}" if state["message"] else ""
+    return f"{state['done']:g}{of_total} {state['unit']}{rate}{left}{message}"

@@ -59,6 +59,7 @@ from cowest_training.contract import (
     Manifest,
     StepError,
     StepSettings,
+    how_far,
 )
 
 FILE_SECONDS = 0.2  # the progress file is rewritten at most this often
@@ -318,12 +319,7 @@ def write_progress(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def progress_line(state: Mapping[str, Any]) -> str:
-    of_total = f"/{state['total']:g}" if state["total"] is not None else ""
-    pace = state["rate"]
-    rate = f", {pace:{'.3g' if pace < 999.5 else '.0f'}} {state['unit']}/s" if pace else ""
-    eta = f", {state['eta_seconds']:.0f} s left" if state["eta_seconds"] else ""
-    message = f": {state['message']}" if state["message"] else ""
-    return f"{state['step']}: {state['done']:g}{of_total} {state['unit']}{rate}{eta}{message}"
+    return f"{state['step']}: {how_far(state)}"
 
 
 # ---------------------------------------------------------------- how a step ends
