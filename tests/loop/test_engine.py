@@ -114,40 +114,51 @@ def endpoint() -> Iterator[ScriptedModel]:
         yield server
 
 
-def test_the_baseline_runs_to_a_decision_and_a_rerun_repeats_nothing(tmp_path, endpoint):
-    job = write_job(tmp_path, endpoint.url)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ScriptedModel]]:
+    """A job whose strong endpoint was down at first, and that has run to its end since."""
+    folder = tmp_path_factory.mktemp("finished")
+    job = write_job(folder, "http://127.0.0.1:9/v1")
     code, log = run(job)
-    assert code == 0, log
+    assert code == 75, log
+    assert "127.0.0.1:9" in log
+    with ScriptedModel(answers=strong).in_thread() as server:
+        write_job(folder, server.url, gateway={"port": free_port()})
+        code, log = run(job)
+        assert code == 0, log
+        yield job, server
+
+
+def test_the_baseline_runs_to_a_decision_after_an_endpoint_that_was_down(finished):
+    job, endpoint = finished
     first = status(job)
     assert [r["number"] for r in first["rounds"]] == [0]
     assert {c["type"]: c["reason"] for c in first["conditions"]}["RoundProgressing"] == "MaxRoundsReached"
     assert first["stable"]["weakDigest"].startswith("sha256:")
-    calls = paid(endpoint)
-    assert first["budget"]["calls"] == first["budget"]["round"]["calls"] == calls
+    assert first["budget"]["calls"] == first["budget"]["round"]["calls"] == paid(endpoint)
+
+
+def test_a_rerun_repeats_nothing(finished):
+    job, endpoint = finished
+    first, calls = status(job), paid(endpoint)
     code, log = run(job)
     assert code == 0, log
     assert status(job)["rounds"] == first["rounds"]
     assert paid(endpoint) == calls, "a rerun asks nothing that was answered"
 
 
-def test_an_interrupted_run_says_so_and_goes_on(tmp_path, endpoint):
+def test_while_one_runs_a_second_is_refused_and_after_an_interruption_it_goes_on(tmp_path, endpoint):
     job = write_job(tmp_path, endpoint.url)
     with running(job) as child:
         until(lambda: status(job).get("candidate"), child)
+        second = subprocess.run([*COWEST, "run", "-f", str(job)], capture_output=True, text=True, check=False)
+        assert second.returncode == 2
+        assert "another `cowest run`" in second.stderr
         child.send_signal(signal.SIGINT)
         assert child.wait(60) == 130
     assert "run the same command again" in (tmp_path / "run.log").read_text()
     code, log = run(job)
     assert code == 0, log
-
-
-def test_a_second_run_of_the_same_job_is_refused(tmp_path, endpoint):
-    job = write_job(tmp_path, endpoint.url)
-    with running(job) as child:
-        until(lambda: status(job), child)
-        second = subprocess.run([*COWEST, "run", "-f", str(job)], capture_output=True, text=True, check=False)
-        assert second.returncode == 2
-        assert "another `cowest run`" in second.stderr
 
 
 def test_a_port_in_use_is_one_clear_sentence(tmp_path, endpoint):
@@ -156,16 +167,6 @@ def test_a_port_in_use_is_one_clear_sentence(tmp_path, endpoint):
     code, log = run(job)
     assert code == 2
     assert f"port {taken} is in use" in log
-
-
-def test_a_strong_endpoint_that_is_down_ends_the_run_and_a_rerun_goes_on(tmp_path, endpoint):
-    job = write_job(tmp_path, "http://127.0.0.1:9/v1")
-    code, log = run(job)
-    assert code == 75, log
-    assert "127.0.0.1:9" in log
-    write_job(tmp_path, endpoint.url, gateway={"port": free_port()})
-    code, log = run(job)
-    assert code == 0, log
 
 
 @pytest.mark.parametrize(
