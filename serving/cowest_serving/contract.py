@@ -315,7 +315,8 @@ def reference_text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(value)
+        whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+        return str(int(value) if whole else value)  # tables make floats of whole numbers where some are missing
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return json.dumps(value, ensure_ascii=False)
     return None

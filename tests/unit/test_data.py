@@ -62,6 +62,12 @@ def test_several_right_answers_are_kept_as_a_list(tmp_path: Path) -> None:
     assert rows[0].reference == '["a", "b"]'
 
 
+@pytest.mark.parametrize(("given", "read"), [(12.0, "12"), (-3.0, "-3"), (0.5, "0.5"), (1e300, "1e+300")])
+def test_a_whole_number_that_a_table_made_a_float_is_the_whole_number(tmp_path: Path, given: float, read: str) -> None:
+    rows = read_rows(jsonl(tmp_path, record(1) | {"reference": given}, record(2)))
+    assert rows[0].reference == read
+
+
 def test_rows_written_are_read_back_the_same(tmp_path: Path) -> None:
     chat = {
         "id": "c",
