@@ -129,7 +129,8 @@ def explain(where: Where, output: Output = "text") -> None:
         typer.echo(printable(f"{condition.type} is {condition.status} ({condition.reason}): {condition.message}"))
     for outcome in seen.rounds:
         by = f" by {outcome.by}" if outcome.by else ""
-        head = f"Round {outcome.number} ({outcome.origin}): {outcome.decision}{by}, {outcome.reason}"
+        whose = f" by {outcome.proposed_by}, {outcome.proposed_why!r}" if outcome.proposed_by else ""
+        head = f"Round {outcome.number} ({outcome.origin}{whose}): {outcome.decision}{by}, {outcome.reason}"
         typer.echo(printable(f"{head}: {outcome.message} {outcome.note}".rstrip()))
     if seen.vetoed:
         typer.echo(f"{len(seen.vetoed)} pair(s) rolled back by a person are never promoted automatically.")

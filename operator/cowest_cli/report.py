@@ -293,7 +293,7 @@ def _rounds_table(outcomes: Sequence[api.Outcome]) -> str:
     rows = (
         (
             str(o.number),
-            _text(o.origin),
+            _text(o.origin + (f" by {o.proposed_by}" if o.proposed_by else "")),
             f'<b class="{o.decision}">{o.decision}</b>',
             "" if o.difference is None else f"{100 * o.difference:+.1f}",
             "" if o.p_value is None else f"{o.p_value:.1g}",

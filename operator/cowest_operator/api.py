@@ -312,6 +312,8 @@ class Outcome:
     live_answers: int | None = None
     dataset: str | None = None  # digest of the frozen data set
     note: str = ""  # what the evaluation showed besides, as a sentence
+    proposed_by: str | None = None  # the person, when a person proposed it
+    proposed_why: str | None = None
 
 
 @dataclass(frozen=True)

@@ -558,6 +558,8 @@ def _closed(world: World, trial: Trial, decision: api.Decision, reason: str, mes
         live_answers=trial.live_answers,
         dataset=trial.done["collect"]["digest"] if "collect" in trial.done else None,
         note=trial.note,
+        proposed_by=trial.by,
+        proposed_why=trial.why,
     )
     return replace(
         status,

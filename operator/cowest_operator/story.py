@@ -130,6 +130,8 @@ def _round(outcome: api.Outcome) -> dict[str, Any]:
         "dataset": outcome.dataset,
         "note": outcome.note[:MESSAGE_LIMIT] or None,
         "by": outcome.by,
+        "proposedBy": outcome.proposed_by,
+        "proposedWhy": (outcome.proposed_why or "")[:MESSAGE_LIMIT] or None,
         "startedAt": _time(outcome.started_at),
         "endedAt": _time(outcome.ended_at),
     }

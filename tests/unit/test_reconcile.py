@@ -973,6 +973,8 @@ def test_a_proposal_that_an_edit_ended_is_tried_again_after_the_edit(stage, deci
     assert (row.decision, row.reason) == (decision, api.REASON_SPEC_CHANGED)
     assert row.message.endswith("that one is tried next, then this model again.")
     assert ended.proposals == (api.Proposal("s3://b/m", "ann", "better"), other)
+    row = ended.rounds[-1]
+    assert (row.by, row.proposed_by, row.proposed_why) == (None, "ann", "better")
     edit = reconcile.plan(replace(seen, status=ended)).status
     assert edit.candidate is not None and edit.candidate.origin == "Edit"
     tried = replace(edit, candidate=None, refused_edit=rounds.declared_edit(seen))
