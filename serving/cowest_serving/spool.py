@@ -85,9 +85,12 @@ class Pace:
     late: float = 5.0
     busy_rate: int = 100  # rows a second: above it, a put for every `soon` would be too many
 
-    def is_due(self, size: int, rows: int, age: float, idle: float) -> bool:
-        if size >= self.max_bytes or rows >= self.max_rows or age >= self.late:
+    def is_due(self, size: int, rows: int, age: float, idle: float, waiting: int = 0) -> bool:
+        """`waiting`: files before it that are not shipped. The slower the store takes them, the fewer they must be."""
+        if size >= self.max_bytes or rows >= self.max_rows or age >= self.late * max(1, waiting):
             return True
+        if waiting > 1:
+            return False
         return age >= self.soon and (rows <= self.busy_rate * age or idle >= self.soon / 2)
 
 
@@ -357,10 +360,12 @@ class Spool:
             if group:
                 self._commit(group)
             active, now = self._active, time.monotonic()
-            if active and (
-                ended or self._pace.is_due(active.size, active.rows, now - active.opened, now - active.appended)
-            ):
+            if active and (ended or self._is_due(active, now)):
                 self._close_active()
+
+    def _is_due(self, active: _Active, now: float) -> bool:
+        age, idle = now - active.opened, now - active.appended
+        return self._pace.is_due(active.size, active.rows, age, idle, self._shipper.waiting)
 
     def _next_group(self) -> tuple[list[_Entry], bool]:
         """All that waits, and whether nothing comes after it."""
@@ -476,6 +481,11 @@ class _Shipper:
         with self._counting:
             self.bytes += size
             self.rows += rows
+
+    @property
+    def waiting(self) -> int:
+        """Files, the one that is on its way included."""
+        return len(self._closed)
 
     def add(self, closed: _Closed) -> None:
         self._closed.append(closed)

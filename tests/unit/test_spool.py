@@ -72,6 +72,43 @@ def test_a_file_is_closed_soon_while_little_comes_and_full_under_load(
     assert Pace().is_due(size, rows, age, idle) is is_due
 
 
+@pytest.mark.parametrize(
+    ("rows", "age", "waiting", "is_due"),
+    [
+        pytest.param(5, 0.5, 1, True, id="the one before is on its way"),
+        pytest.param(5, 0.5, 2, False, id="two wait: a put takes longer than half a second"),
+        pytest.param(50, 5.0, 2, False, id="or than five seconds"),
+        pytest.param(100, 10.0, 2, True, id="but not for ever"),
+        pytest.param(2000, 1.0, 9, True, id="a full one is closed all the same"),
+    ],
+)
+def test_the_slower_the_store_the_fewer_and_larger_the_files(rows: int, age: float, waiting: int, is_due: bool) -> None:
+    assert Pace().is_due(100, rows, age, idle=age, waiting=waiting) is is_due
+
+
+def test_while_the_store_takes_nothing_few_and_large_files_wait_for_it(tmp_path: Path) -> None:
+    """They are shipped one by one: many small ones would keep it behind for long after."""
+    shipped: list[int] = []
+    store_is_back = threading.Event()
+
+    def ship(writer: str, number: int, frames: Frames) -> None:
+        store_is_back.wait(10)
+        shipped.append(len(frames.payloads))
+
+    async def written() -> None:
+        spool = Spool(tmp_path, "one", ship, lambda payloads: None, pace=Pace(soon=0.01, late=0.05))
+        await spool.start()
+        for number in range(100):
+            await asyncio.wait_for(spool.append(b"T%d" % number) or asyncio.sleep(0), 10)
+            await asyncio.sleep(0.01)  # rows come one by one
+        store_is_back.set()
+        await spool.aclose()
+
+    asyncio.run(written())
+    assert sum(shipped) == 100
+    assert len(shipped) < 20
+
+
 # ---------------------------------------------------------------- a log in a folder
 @dataclass
 class Disk:
