@@ -190,13 +190,17 @@ class Applier:
         except KubeError as error:
             if error.code not in (404, 409):
                 raise
-            found = await self.kube.get(api.KIND, namespace, name)
+            found = await self._job(namespace, name)
             if found is None or found["metadata"]["uid"] != uid:
                 raise JobGoneError(f"{namespace}/{name}") from error
             if error.code == 409:
                 raise OvertakenError(found) from error
             raise
         return int(answer["metadata"]["resourceVersion"])
+
+    async def _job(self, namespace: str, name: str) -> dict[str, Any] | None:
+        """By a list of one: jobs are watched and so listed anyway, and a right to get them would serve this alone."""
+        return await anext(self.kube.list(api.KIND, namespace, fieldSelector=f"metadata.name={name}"), None)
 
     async def _event(self, context: Context, event: api.Event) -> None:
         """Named by its content: a restart that decides the same says it once."""
