@@ -69,8 +69,8 @@ torture-spool: setup  ## kill -9 writers of durable records 200 times; nothing a
 e2e: setup  ## the cluster tests against the current kubeconfig
 	$(BIN)/python -m pytest tests/e2e -m "e2e and not faults" -ra -s
 
-e2e-faults: setup  ## break parts of the current kubeconfig's cluster on purpose; goes on where it was interrupted
-	$(BIN)/python -m pytest tests/e2e tests/apiserver -m faults -ra -s
+e2e-faults: setup  ## break parts of the current kubeconfig's cluster on purpose; goes on where it was interrupted, or ANEW=1
+	$(if $(ANEW),COWEST_E2E_ANEW=1) $(BIN)/python -m pytest tests/e2e tests/apiserver -m faults -ra -s
 
 AUDIT_LOGS ?= $(wildcard build/audit/*.log)
 rbac: setup  ## is each right of the operator's chart used, and none missing? AUDIT_LOGS: also of real clusters, as e2e leaves one

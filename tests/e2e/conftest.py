@@ -90,8 +90,12 @@ class Desk:
         return next((dict(c) for c in self.status().get("conditions", ()) if c["type"] == kind), {})
 
     def has_traces(self) -> bool:
-        found = _minio(self.store).list_objects("cowest", f"desks/{NAMESPACE}/{JOB}/traces/", recursive=True)
-        return any(each.object_name.endswith(".parquet") for each in found)
+        return self.has(f"desks/{NAMESPACE}/{JOB}/traces/", ".parquet")
+
+    def has(self, prefix: str, ending: str = "") -> bool:
+        """Is there such an object in the store?"""
+        found = _minio(self.store).list_objects("cowest", prefix, recursive=True)
+        return any(each.object_name.endswith(ending) for each in found)
 
     def rounds(self) -> list[dict[str, Any]]:
         return list(self.status().get("rounds", ()))
@@ -109,13 +113,18 @@ def cluster() -> None:
         pytest.skip(f"the current context {context!r} is no test cluster's: wanted cowest-test* or kind-*")
 
 
+def operator_values() -> list[str]:
+    """The images under test, for helm."""
+    images = [f"jobImages.{name}.{part}" for name in ("serving", "training") for part in ("registry", "tag")]
+    images.append("jobImages.servingRay.registry")  # its tag is that of serving with -ray
+    values = [f"{path}={REGISTRY if path.endswith('registry') else TAG}" for path in images]
+    return [x for v in (f"image.registry={REGISTRY}", f"image.tag={TAG}", *values) for x in ("--set", v)]
+
+
 @pytest.fixture(scope="session")
 def operator(cluster: None) -> Iterator[None]:
-    images = [f"jobImages.{name}.{part}" for name in ("serving", "training") for part in ("registry", "tag")]
-    values = [f"{path}={REGISTRY if path.endswith('registry') else TAG}" for path in images]
-    sets = [x for v in (f"image.registry={REGISTRY}", f"image.tag={TAG}", *values) for x in ("--set", v)]
     run("helm", "upgrade", "--install", "cowest-operator", str(ROOT / "charts" / "cowest-operator"), "--namespace",
-        SYSTEM, "--create-namespace", "--wait", "--timeout", "3m", *sets)  # fmt: skip
+        SYSTEM, "--create-namespace", "--wait", "--timeout", "3m", *operator_values())  # fmt: skip
     # The same tag may be a newer image.
     run("kubectl", "--namespace", SYSTEM, "rollout", "restart", "deployment/cowest-operator")
     run("kubectl", "--namespace", SYSTEM, "rollout", "status", "deployment/cowest-operator", "--timeout=180s")
@@ -212,6 +221,9 @@ SAFE = {
 }
 
 
+PATIENT = {"periodSeconds": 1, "timeoutSeconds": 10, "failureThreshold": 6}  # a busy machine is no fault of theirs
+
+
 def _store() -> list[dict[str, Any]]:
     container = {
         "name": "minio",
@@ -225,11 +237,15 @@ def _store() -> list[dict[str, Any]]:
         ],
         "ports": [{"name": "http", "containerPort": 9000}],
         "volumeMounts": [{"name": "data", "mountPath": "/data"}],
-        "readinessProbe": {"httpGet": {"path": "/minio/health/ready", "port": 9000}, "periodSeconds": 1},
+        "readinessProbe": {"httpGet": {"path": "/minio/health/ready", "port": 9000}, **PATIENT},
         "securityContext": SAFE,
     }
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "store"}, "stringData": KEYS}
-    return [secret, *_served("minio", container, [{"name": "data", "emptyDir": {}}], 9000)]
+    # A volume, so that what it keeps outlives a pod of it.
+    room = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "minio"}, "spec": room}
+    volume = {"name": "data", "persistentVolumeClaim": {"claimName": "minio"}}
+    return [secret, claim, *_served("minio", container, [volume], 9000)]
 
 
 def _strong() -> list[dict[str, Any]]:
@@ -241,7 +257,7 @@ def _strong() -> list[dict[str, Any]]:
         "command": ["python", "/code/freight/strong.py", "--port", "9190", "--host", "0.0.0.0"],
         "ports": [{"name": "http", "containerPort": 9190}],
         "volumeMounts": [{"name": "code", "mountPath": "/code"}],
-        "readinessProbe": {"httpGet": {"path": "/v1/models", "port": 9190}, "periodSeconds": 1},
+        "readinessProbe": {"httpGet": {"path": "/v1/models", "port": 9190}, **PATIENT},
         "securityContext": SAFE,
     }
     items = [{"key": "strong.py", "path": "freight/strong.py"}, {"key": "stand_in.py", "path": "stand_in.py"}]

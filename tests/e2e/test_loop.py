@@ -96,8 +96,12 @@ def bad_model(desk: Desk) -> str:
 
 
 def propose(desk: Desk, model: str) -> None:
-    said = {"verb": "propose", "by": "colleague", "why": "it may be better", "at": time.time(), "model": model}
-    name = f"cowest.dev/action.{time.time_ns():020d}-propose"
+    say(desk, "propose", model=model)
+
+
+def say(desk: Desk, verb: str, **more: str) -> None:
+    said = {"verb": verb, "by": "colleague", "why": "it may be better", "at": time.time(), **more}
+    name = f"cowest.dev/action.{time.time_ns():020d}-{verb}"
     patch = {"metadata": {"annotations": {name: json.dumps(said)}}}
     kubectl("patch", "collaborationjob", JOB, "--type=merge", "-p", json.dumps(patch))
 
