@@ -453,6 +453,7 @@ def test_a_second_job_whose_secret_is_missing_says_so_and_is_ready_once_it_is_th
 def test_a_job_is_deleted_in_the_middle_of_a_round_and_the_one_beside_it_goes_on(standing: Desk, fault: Fault) -> None:
     before, routing = last(standing), kubectl("get", "configmap", f"{JOB}-routing", "-o", "jsonpath={.metadata.uid}")
     give_key()
+    kubectl("delete", "collaborationjob", SECOND, "--ignore-not-found", "--timeout=60s")
     second(standing)
     with fault.users(standing):
         in_step(standing, "sft", SECOND)
