@@ -470,9 +470,15 @@ def test_a_job_is_deleted_in_the_middle_of_a_round_and_the_one_beside_it_goes_on
 
 # ---------------------------------------------------------------- the operator
 def test_the_operator_that_writes_is_killed_and_the_other_takes_over(standing: Desk, fault: Fault) -> None:
-    lease = kubectl("-n", SYSTEM, "get", "lease", "-o", "jsonpath={.items[0].spec.holderIdentity}")
+    held = ("-n", SYSTEM, "get", "lease", "-o", "jsonpath={.items[0].spec.holderIdentity}")
+
+    def writer() -> str:
+        """After a restart the lease is for a while that of a pod that is gone."""
+        return kubectl("-n", SYSTEM, "get", "pod", kubectl(*held).split("_")[0], "-o", "name", check=False).strip()
+
+    wait_for(lambda: bool(writer()), "an operator that writes", 60)
     with fault.users(standing):
-        run("kubectl", "-n", SYSTEM, "delete", "pod", lease.split("_")[0], "--grace-period=0", "--force")
+        run("kubectl", "-n", SYSTEM, "delete", writer(), "--grace-period=0", "--force")
         edit({"gateway": {"replicas": 2}})
         fault.heals(lambda: replicas("gateway") == "2", "the second gateway", 120)
         edit({"gateway": {"replicas": 1}})
