@@ -154,7 +154,7 @@ class Engine:
         self._anew = False  # a person said resume, or the manifest changed: no wait
         self._strong: strong.Failing | None = None  # the strong endpoint, as the gateway meets it
         self._strong_at = 0.0  # when the gateway was asked last
-        self._told: frozenset[str] = frozenset()  # troubles that an event has said
+        self._told: Mapping[str, api.Trouble] = {}  # troubles that an event has said, by their sentence
         self._news: tuple[api.Event, ...] = ()
         self._frozen: tuple[int, Path, Mapping[str, Any], api.Job] | None = None  # what the running trial goes by
 
@@ -232,11 +232,17 @@ class Engine:
         server.ready, server.replaced, server.message = False, True, "it starts anew after an edit of the manifest."
 
     def _with_news(self, world: api.World, plan: api.Plan) -> api.Plan:
-        """Each trouble is said once, when it comes; a failure that is waited out is one of them."""
-        troubles = frozenset(trouble.message for trouble in world.troubles or ())
-        new = [t for t in world.troubles or () if t.message not in self._told]
-        events = (*self._news, *plan.events, *(api.Event("Warning", t.reason, t.message) for t in new))
-        self._told, self._news = troubles, ()
+        """Each trouble is said once, when it comes, and that it is over; a failure that is waited out is one of them."""
+        troubles = {trouble.message: trouble for trouble in world.troubles or ()}
+        came = [api.Event("Warning", t.reason, t.message) for t in troubles.values() if t.message not in self._told]
+        reasons = {t.reason for t in troubles.values()}
+        over = [
+            api.Event("Normal", api.REASON_AS_EXPECTED, f"over: {t.message}")
+            for t in self._told.values()
+            if t.reason not in reasons
+        ]
+        self._told, events = troubles, (*self._news, *plan.events, *came, *over)
+        self._news = ()
         self._anew = self._anew or any(action.verb == "resume" for action in world.actions)
         return replace(plan, events=events)
 

@@ -15,7 +15,7 @@ import pytest
 from cowest_cli import engine as engines
 from cowest_cli import jobs
 from cowest_cli.preflight import Facts
-from cowest_operator import api
+from cowest_operator import api, reconcile
 from cowest_operator.manifest import loads, resolve_prompts
 from cowest_serving.contract import Fallback, SecretRef
 from cowest_training.contract import StepError
@@ -93,6 +93,21 @@ def test_a_strong_endpoint_that_fails_is_said_as_in_a_cluster_until_it_answers(t
         engine._strong_at -= engines.READINESS_EVERY
         engine._look_at_strong()
         assert tuple(engine._troubles()) == ()
+
+
+def test_a_trouble_is_said_when_it_comes_and_when_it_is_over_and_not_in_between(tmp_path):
+    engine = make(tmp_path)
+    trouble = api.Trouble(api.REASON_STRONG_FAILS, "the strong endpoint has failed since 12:00.")
+
+    def said(*troubles: api.Trouble) -> list[tuple[str, str, str]]:
+        world = w.world(status=w.SERVED, troubles=troubles)
+        plan = engine._with_news(world, replace(reconcile.plan(world), events=()))
+        return [(event.type, event.reason, event.message) for event in plan.events]
+
+    assert said(trouble) == [("Warning", trouble.reason, trouble.message)]
+    assert said(trouble) == []
+    assert said() == [("Normal", api.REASON_AS_EXPECTED, f"over: {trouble.message}")]
+    assert said() == []
 
 
 @contextmanager
