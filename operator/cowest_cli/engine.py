@@ -232,7 +232,7 @@ class Engine:
         server.ready, server.replaced, server.message = False, True, "it starts anew after an edit of the manifest."
 
     def _with_news(self, world: api.World, plan: api.Plan) -> api.Plan:
-        """Each trouble is said once, when it comes, and that it is over; a failure that is waited out is one of them."""
+        """Each trouble is said once, when it comes, and once when it is over; a failure that is waited out is one."""
         troubles = {trouble.message: trouble for trouble in world.troubles or ()}
         came = [api.Event("Warning", t.reason, t.message) for t in troubles.values() if t.message not in self._told]
         reasons = {t.reason for t in troubles.values()}

@@ -87,10 +87,11 @@ def test_progress_counts_answers_of_the_strong_model_and_says_which_calls_are_pa
     """The answers are those that `cowest plan` bounds: a draft that is taken as the answer is no call."""
     step = Step(tmp_path, strong)
     step.run()
-    assert capsys.readouterr().err.splitlines()[-1].endswith(": 16 calls paid now")
+    assert capsys.readouterr().err.splitlines()[-1].endswith(" 16 calls paid now")
     step.run(out="again")  # all is known by now
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("evaluate: 16/16 answers") and last.endswith(": 0 calls paid now")
+    assert last.startswith("evaluate: 24 of 24 drafts and answers")
+    assert last.endswith("; 16 of 16 answers, 0 calls paid now")
 
 
 def test_when_all_arms_score_nothing_what_to_look_at_is_said(

@@ -152,15 +152,19 @@ async def _ask_all(job: _Job, rows: Sequence[Row], progress: steps.Progress) -> 
     strong, evaluator = job.settings.strong, job.settings.feedback.evaluator
     async with open_asking(strong, evaluator, job.calls, purpose=job.purpose, round_number=job.round) as asking:
         tasks: dict[str, list[asyncio.Task[Item]]] = {name: [] for name in (*job.arms_with_drafts, SOLO, "weak")}
-        total = len(rows) * (len(tasks) - 1)  # answers of the strong model: a draft taken as the answer is none
+        drafting = len(job.arms_with_drafts)
+        answers = len(rows) * (drafting + 1)  # of the strong model: a draft taken as the answer is none
+        total, drafts_done, answers_done = answers + len(rows) * drafting, 0, 0
 
-        done = 0
+        def show() -> None:
+            paid = sum(asking.calls.asked.paid.values())
+            said = f"{answers_done} of {answers} answers, {paid} calls paid now"
+            progress.update(drafts_done + answers_done, total, "drafts and answers", said)
 
         def tick(_: object) -> None:
-            nonlocal done
-            done += 1
-            paid = sum(asking.calls.asked.paid.values())
-            progress.update(done, total, "answers", f"{paid} calls paid now")
+            nonlocal answers_done
+            answers_done += 1
+            show()
 
         def start(group: asyncio.TaskGroup, name: str, item: Coroutine[Any, Any, Item]) -> None:
             task = group.create_task(item)
@@ -175,6 +179,9 @@ async def _ask_all(job: _Job, rows: Sequence[Row], progress: steps.Progress) -> 
             for name, pair in job.arms_with_drafts.items():
 
                 def ask(row: Row, drafts: list[Draft], name: str = name, pair: Pair = pair) -> None:
+                    nonlocal drafts_done
+                    drafts_done += 1
+                    show()
                     draft = drafts[0].text if drafts else None
                     start(group, name, _answer(asking, row, draft, pair, name))
                     if name == "candidate":
