@@ -18,7 +18,6 @@ from cowest_cli.view import printable, rounds_table, spent, traces
 from cowest_operator import api, people
 from cowest_operator.manifest import FILE, absolute_uri, local_path
 from cowest_serving import store
-from cowest_serving.contract import dump
 from cowest_training.contract import StepError
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ class Story:
     """How far a job has come, wherever it runs."""
 
     status: api.Status
+    written: Mapping[str, Any]  # the same as docs/api.md has it
     document: Mapping[str, Any] | None  # the manifest, which names the currency
     shown: Mapping[str, Any]  # what `status -o json` has beside the status
     notes: tuple[str, ...]  # why it may not be the last word
@@ -41,7 +41,14 @@ class Story:
 def _story(where: Where) -> Story:
     if job := _in_cluster(where):
         seen = job.known()
-        return Story(seen.status, seen.body, job.shown(seen), tuple(seen.notes()), job.events)
+        return Story(
+            seen.status,
+            jobs.for_people(seen.body["status"]),
+            seen.body,
+            job.shown(seen),
+            tuple(seen.notes()),
+            job.events,
+        )
     place = _known(where)
     running = jobs.runs(place)
     shown = {
@@ -51,8 +58,9 @@ def _story(where: Where) -> Story:
         "running": running,
     }
     note = "Nothing runs now, so nothing answers: this is how the last `cowest run` left it."
+    status = _with_what_was_paid(place)
     return Story(
-        _with_what_was_paid(place), jobs.read_json(place.job), shown, () if running else (note,),
+        status, jobs.written(place, status), jobs.read_json(place.job), shown, () if running else (note,),
         lambda: jobs.read_events(place),
     )  # fmt: skip
 
@@ -100,7 +108,7 @@ def status(where: Where, output: Output = "text") -> None:
     """One table of rounds, what answers now and what is awaited."""
     story = _story(where)
     if output == "json":
-        typer.echo(json.dumps({"status": dump(story.status), **story.shown}))
+        typer.echo(json.dumps({"status": story.written, **story.shown}))
         return
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
@@ -121,9 +129,8 @@ def explain(where: Where, output: Output = "text") -> None:
     story = _story(where)
     seen, events = story.status, story.events()
     if output == "json":
-        typer.echo(
-            json.dumps({"conditions": dump(seen.conditions), "rounds": dump(seen.rounds), "events": events[-50:]})
-        )
+        told = {name: story.written[name] for name in ("conditions", "rounds")}
+        typer.echo(json.dumps({**told, "events": events[-50:]}))
         return
     for condition in seen.conditions:
         typer.echo(printable(f"{condition.type} is {condition.status} ({condition.reason}): {condition.message}"))

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from cowest_operator import api, manifest
+from cowest_operator import api, manifest, story
 from cowest_serving.collaborate import DEFAULT_PROMPTS
-from cowest_serving.contract import dump, parse
+from cowest_serving.contract import Routing, dump, parse
 from cowest_training.contract import EXIT_BAD_INPUT, StepError
 
 
@@ -119,6 +119,21 @@ def read_status(home: Home) -> api.Status:
 
 def write_status(home: Home, status: api.Status) -> None:
     write_json(home.status, dump(status))
+
+
+def written(home: Home, status: api.Status) -> dict[str, Any]:
+    """The status as docs/api.md has it, for `-o json`: the same fields and forms as in a cluster."""
+    seen = read_json(home.routing)
+    routing = parse(Routing, seen, "routing") if seen else Routing(0, "", ())
+    counted, job = read_json(home.traces), read_json(home.job)
+    generation = int(((job or {}).get("metadata") or {}).get("generation", 0))
+    told = story.written(status, api.Plan((), (), routing, status), api.TraceCounts(**(counted or {})), generation)
+    return {name: value for name, value in for_people(told).items() if counted or name != "traces"}
+
+
+def for_people(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Without `state`, which is in the loop's own form."""
+    return {name: value for name, value in told.items() if name != "state"}
 
 
 def read_budget(home: Home, status: api.Status) -> api.Budget:

@@ -22,7 +22,7 @@ from cowest_cli.preflight import facts_of
 from cowest_cli.processes import port_is_free
 from cowest_cli.view import View, rounds_table
 from cowest_operator import api, rounds
-from cowest_serving.contract import Strong, dump
+from cowest_serving.contract import Strong
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RETRY, MANIFEST, StepError
 
 ASK_ABOVE_CALLS = 20_000
@@ -95,7 +95,7 @@ def _run(wanted: Wanted, output: str) -> None:
         finally:
             view.close()
     console.print(rounds_table(plan.status))
-    ended = {"finished": plan.finished, "home": str(place.root), "status": dump(plan.status)}
+    ended = {"finished": plan.finished, "home": str(place.root), "status": jobs.written(place, plan.status)}
     if stopped:
         console.print("interrupted: all that is finished is kept; run the same command again to go on.")
         _as_json(output, error="interrupted", code=EXIT_INTERRUPTED, **ended)
