@@ -21,6 +21,7 @@ from tests.fakes import Call, ScriptedModel
 from tests.loop.tiny_models import make_model
 
 WORDS = [f"w{i}" for i in range(40)]
+pytestmark = pytest.mark.timeout(1000)  # a run takes a minute on two idle cores, and much longer beside other work
 COWEST = [sys.executable, "-P", "-m", "cowest_cli"]  # -P: no module of the current folder
 
 
@@ -84,7 +85,7 @@ def running(job: Path, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
         child.wait(30)
 
 
-def run(job: Path, seconds: float = 180) -> tuple[int, str]:
+def run(job: Path, seconds: float = 400) -> tuple[int, str]:
     with running(job) as child:
         code = child.wait(seconds)
     return code, (job.parent / "run.log").read_text()
@@ -95,7 +96,7 @@ def status(job: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def until(wanted: Any, child: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def until(wanted: Any, child: subprocess.Popen[bytes], seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not wanted():
         assert child.poll() is None, "cowest run ended"
