@@ -14,6 +14,7 @@ import typer
 from cowest_cli import jobs
 from cowest_cli.options import FileOrNone, HomeFolder, Output
 from cowest_operator import api
+from cowest_operator.promotion import MIN_SLICE, SOLO
 from cowest_training.contract import ArmReport, EvaluationReport, StepError, load_report
 
 EXAMPLES = 6
@@ -135,6 +136,11 @@ def build_figures(story: Story, domain: str | None, seed: int | None, seconds: f
             }
             for outcome in story.status.rounds
         ],
+        "slices": [
+            {"round": number, "control": seen.control, "groups": [asdict(part) for part in seen.slices]}
+            for number, seen in sorted(story.evaluations.items())
+            if seen.slices
+        ],
         "stable": {"digest": stable.digest if stable else None, "round": story.status.stable_round},
         "strong": {"model": final[1].strong_model, "version": final[1].strong_version} if final else {},
         "spent": dict(story.spent),
@@ -222,6 +228,7 @@ def build_page(story: Story, figures: Mapping[str, Any]) -> str:
         *(f"<p>{_text(sentence)}</p>" for sentence in other_scales(story)),
         _bars(arms),
         _arms_table(arms),
+        *_slices(story),
         "<h2>Rounds</h2>",
         _rounds_table(story.status.rounds),
         "<h2>What changed in the drafts</h2>",
@@ -287,6 +294,32 @@ def _arms_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
     macro = ("macro-F1",) if labelled else ()
     head = ("arm", "score", "95 % interval", *macro, "queries", "hurt rate", "strong calls", "of these paid now")
     return _table(head, rows, frozenset(range(1, len(head))))
+
+
+def _slices(story: Story) -> Iterator[str]:
+    """The groups of the held-out rows, of the stable pair's evaluation and of a newer one."""
+    last = max(story.evaluations, default=None)
+    shown = [n for n in dict.fromkeys((story.status.stable_round, last)) if n in story.evaluations]
+    tables = [(n, seen) for n in shown if n is not None and (seen := story.evaluations[n]).slices]
+    if not tables:
+        return
+    yield "<h2>Slices of the held-out queries</h2>"
+    yield f"<p>One row for each <code>group</code>; those of fewer than {MIN_SLICE} queries decide nothing.</p>"
+    for number, seen in tables:
+        decisions = [o.decision for o in story.status.rounds if o.number == number]
+        control = "the strong model alone" if seen.control == SOLO else "the pair that was served then"
+        what = decisions[-1] if decisions else "not decided yet"
+        yield f"<p>Round {number}, {what}: candidate against {control}.</p>"
+        rows = (
+            (
+                _text(part.group),
+                str(part.n),
+                f"{100 * part.difference:+.1f}",
+                f"{100 * part.low:+.1f} to {100 * part.high:+.1f}",
+            )
+            for part in seen.slices
+        )
+        yield _table(("group", "queries", "gain, points", "95 % interval"), rows, frozenset({1, 2, 3}))
 
 
 def _rounds_table(outcomes: Sequence[api.Outcome]) -> str:

@@ -153,10 +153,11 @@ def candidate_gains(case: Offline) -> Refusal | None:
     level = significance(case.gate.significance, look)
     seen = case.judged.against_control
     if seen.difference <= 0 or seen.p_better >= level:
+        worse = f"; it is measurably worse (p = {seen.p_worse:.2g})" if seen.p_worse < level else ""
         return Refusal(
             api.REASON_NO_GAIN_OFFLINE,
             f"candidate minus control is {points(seen)} with p = {seen.p_better:.2g}; look {look} at this held-out set"
-            f" wants a gain with p < {level:.2g}.",
+            f" wants a gain with p < {level:.2g}{worse}.",
         )
     return None
 

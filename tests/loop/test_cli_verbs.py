@@ -29,7 +29,7 @@ from cowest_operator.schema import check
 from cowest_serving.contract import Arm, Routing, dump
 from cowest_serving.models import HttpChatModel
 from cowest_serving.traces import TraceWriter, read_feedback, read_traces
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_RETRY, ArmReport, Manifest
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_RETRY, ArmReport, Manifest, SliceReport
 from cowest_training.paid_calls import PaidCalls
 from cowest_training.steps import manifest_json
 from tests import world as w
@@ -457,6 +457,25 @@ def test_scores_by_another_evaluator_are_not_shown_beside_others_without_a_word(
     cowest("report", "--home", place.root, "--html", tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert "Scores of rounds 0, 1 were measured with another evaluator than those of round 3" in page
+
+
+def test_groups_of_the_held_out_rows_are_slices_of_the_report(cowest: Any, place: jobs.Home, tmp_path: Path) -> None:
+    flags = ("--home", place.root, "--html", tmp_path / "r.html", "-o", "json")
+    assert json.loads(cowest("report", *flags).out)["slices"] == []
+    assert "Slices" not in (tmp_path / "r.html").read_text()
+    write_evaluation(place, 0, 0.6, "plain", control="solo", slices=(SliceReport("first", 40, 0.5, 0.4, 0.6),))
+    write_evaluation(place, 1, 0.7, "better", slices=(SliceReport(f"of 1 {NASTY}", 40, 0.125, 0.05, 0.2),))
+    write_evaluation(place, 2, 0.5, "worse", slices=(SliceReport("of 2", 31, -0.25, -0.5, -0.01),))
+    told = json.loads(cowest("report", *flags).out)["slices"]
+    assert [(part["round"], part["control"]) for part in told] == [
+        (0, "solo"), (1, w.STABLE.digest), (2, w.STABLE.digest),
+    ]  # fmt: skip
+    assert told[2]["groups"] == [{"group": "of 2", "n": 31, "difference": -0.25, "low": -0.5, "high": -0.01}]
+    page = (tmp_path / "r.html").read_text()
+    slices = page.partition("<h2>Slices")[2].partition("<h2>Rounds")[0]
+    assert "Round 1, Promoted" in slices and "Round 2, RolledBack" in slices and "Round 0" not in slices
+    assert table_row(slices, "of 2") == ["of 2", "31", "-25.0", "-50.0 to -1.0"]
+    assert "of 1" in slices and "<script>" not in slices
 
 
 def test_macro_f1_is_shown_where_labels_were_scored(cowest: Any, place: jobs.Home, tmp_path: Path) -> None:

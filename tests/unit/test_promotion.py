@@ -86,6 +86,16 @@ def test_refuses(refused, reason):
     assert refusal.message
 
 
+def test_a_measurable_loss_is_called_one_though_the_reason_is_the_same():
+    lost, unclear = (
+        promotion.first_refusal(case(w.report(against_control=w.comparison(-0.25, 1.0, p_worse=p))))
+        for p in (1e-9, 0.2)
+    )
+    assert lost is not None and lost.reason == api.REASON_NO_GAIN_OFFLINE
+    assert lost.message.endswith("wants a gain with p < 0.025; it is measurably worse (p = 1e-09).")
+    assert unclear is not None and "worse" not in unclear.message
+
+
 @pytest.mark.parametrize(
     "part",
     [
