@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -110,17 +110,18 @@ def status(where: Where, output: Output = "text") -> None:
     if output == "json":
         typer.echo(json.dumps({"status": story.written, **story.shown}))
         return
+    for note in story.notes:
+        typer.echo(printable(note))
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=max(console.width, 120))  # a pipe has no edge
     for condition in story.status.conditions:
-        line = f"{condition.type:18} {condition.status:8} {condition.reason}: {condition.message}"
+        line = f"{condition.type:18} {condition.status:8} {condition.reason}: {_message(condition, story.status)}"
         console.print(printable(line), soft_wrap=True)
     console.print(f"{'Spent':18} {spent(story.status, story.document)}", soft_wrap=True)
     if counts := story.shown.get("traces"):
         console.print(f"{'Traces':18} {printable(traces(api.TraceCounts(**counts)))}", soft_wrap=True)
     console.print(rounds_table(story.status))
-    _note(story)
 
 
 @spread
@@ -133,7 +134,8 @@ def explain(where: Where, output: Output = "text") -> None:
         typer.echo(json.dumps({**told, "events": events[-50:]}))
         return
     for condition in seen.conditions:
-        typer.echo(printable(f"{condition.type} is {condition.status} ({condition.reason}): {condition.message}"))
+        message = _message(condition, seen)
+        typer.echo(printable(f"{condition.type} is {condition.status} ({condition.reason}): {message}"))
     for outcome in seen.rounds:
         by = f" by {outcome.by}" if outcome.by else ""
         whose = f" by {outcome.proposed_by}, {outcome.proposed_why!r}" if outcome.proposed_by else ""
@@ -143,12 +145,16 @@ def explain(where: Where, output: Output = "text") -> None:
         typer.echo(f"{len(seen.vetoed)} pair(s) rolled back by a person are never promoted automatically.")
     for event in events[-SHOWN_EVENTS:]:
         typer.echo(printable(f"{time.strftime('%m-%d %H:%M:%S', time.localtime(event['time']))}  {event['message']}"))
-    _note(story)
-
-
-def _note(story: Story) -> None:
     for note in story.notes:
         typer.echo(printable(note), err=True)
+
+
+def _message(condition: api.Condition, status: api.Status) -> str:
+    """With the pause, where the loop has not come to it yet: a step that runs goes on, and so does what it pays."""
+    holds = condition.reason == api.REASON_PAUSED
+    if condition.type != api.ROUND_PROGRESSING or status.paused_by is None or holds:
+        return condition.message
+    return f"{condition.message} Paused by {status.paused_by}: what runs goes on to its end, then nothing begins."
 
 
 # ---------------------------------------------------------------- saying
@@ -157,14 +163,31 @@ def _say(verb: api.Verb, where: Where, saying: Saying, output: str, model: str |
         _say_in_cluster(job, verb, saying, output, model)
         return
     place = _addressed(where)
-    _refuse_what_changes_nothing(place, verb)
+    first = _refuse_what_changes_nothing(place, verb)
     action = jobs.record_action(place, verb, saying.why, saying.by, model)
     if output == "json":
         typer.echo(json.dumps(asdict(action)))
         return
+    hit = f" It {_what_it_ends(jobs.read_status(place))}." if verb == "rollback" and first else ""
     typer.echo(
-        f"{verb} by {printable(action.by)} is recorded; the running or next `cowest run` of this job takes it in."
+        f"{verb} by {printable(action.by)} is recorded; the running or next `cowest run` of this job takes it in.{hit}"
     )
+
+
+def _what_it_ends(status: api.Status) -> str:
+    """What a rollback acts on: the trial under way goes before the last promotion."""
+    if trial := status.candidate:
+        return f"ends the trial of round {trial.number} ({trial.origin}), which {_DOING[trial.stage]}"
+    if status.previous:
+        return f"undoes the promotion of round {status.stable_round}"
+    return f"takes back the only pair, of round {status.stable_round}: the strong model answers alone"
+
+
+_DOING: Mapping[api.Stage, str] = {
+    "Preparing": "is being prepared and evaluated",
+    "Canary": "is in canary",
+    "Watch": "is watched after its canary",
+}
 
 
 def _addressed(where: Where) -> jobs.Home:
@@ -175,12 +198,13 @@ def _addressed(where: Where) -> jobs.Home:
     return place
 
 
-def _refuse_what_changes_nothing(place: jobs.Home, verb: api.Verb) -> None:
-    """Judged by what is not taken in yet, too: what was said before it comes first."""
+def _refuse_what_changes_nothing(place: jobs.Home, verb: api.Verb) -> bool:
+    """Whether nothing waits to be taken in before it: only then the status says what it will act on."""
     seen = jobs.read_status(place)
     waiting = jobs.read_actions(place, seen.last_action)
     if not waiting and (no := people.refusal(seen, verb)):
         raise StepError(f"{verb}: {no} Nothing was recorded.")
+    return not waiting
 
 
 def _say_in_cluster(job: cluster.Job, verb: api.Verb, saying: Saying, output: str, model: str | None) -> None:
@@ -195,7 +219,12 @@ def _say_in_cluster(job: cluster.Job, verb: api.Verb, saying: Saying, output: st
 
 @spread
 def pause(where: Where, saying: Saying, output: Output = "text") -> None:
-    """Start no round and take no canary step until `resume`; answers go on."""
+    """Start no round and take no canary step until `resume`; answers go on.
+
+    What goes on spending: live answers ask the strong model as before, and a step that runs already (collecting
+    feedback, an evaluation) goes on to its end, with all its calls. To stop a step's calls at once, end `cowest run`;
+    the same command goes on later and pays nothing twice.
+    """
     _say("pause", where, saying, output)
 
 
@@ -219,7 +248,12 @@ def promote(where: Where, saying: Saying, output: Output = "text") -> None:
 
 @spread
 def rollback(where: Where, saying: Saying, output: Output = "text") -> None:
-    """End the running trial, or undo the last promotion; the pair is never promoted automatically again."""
+    """End the running trial, or undo the last promotion; the pair is never promoted automatically again.
+
+    A trial under way goes first, whatever its stage (prepared, in canary, watched): it ends and the stable pair stays.
+    Only where there is none, the last promotion is undone: to undo it during a trial, say it twice. Of a job on this
+    machine the verb says which it is.
+    """
     _say("rollback", where, saying, output)
 
 
@@ -257,35 +291,59 @@ def lineage(
 ) -> None:
     """From an answer to its draft, pair, models and data; from a model to all that went into it.
 
+    With an answer comes what its users said of it (`POST /v1/feedback`), oldest first.
+
     Of a job in a cluster it is read from the object store with your own keys: AWS_ACCESS_KEY_ID and
     AWS_SECRET_ACCESS_KEY, and COWEST_S3_ENDPOINT where this machine reaches the store at another address than the pods.
     """
     job = _in_cluster(where)
     root = job.open_store(job.see()) if job else _known(where).store.as_uri()
     answer = None if what.startswith("sha256:") else _trace(root, what)
+    feedback = _feedback(root, what) if answer else []
     digest = answer["weak_digest"] if answer else what
     chain = list(_ancestry(root, digest)) if digest else []
     if answer is None and not chain:
         raise StepError(f"{what}: wanted a request id from x-request-id or a model digest of this job, saw neither.")
     if output == "json":
-        typer.echo(json.dumps({"answer": answer, "models": chain}, default=str))
+        typer.echo(json.dumps({"answer": answer, "feedback": feedback, "models": chain}, default=str))
         return
     if answer:
-        for name in ("trace_id", "time", "arm", "mode", "pair_digest", "weak_digest", "prompts_digest", "draft_form",
-                     "strong_model", "strong_version", "query", "draft", "answer"):  # fmt: skip
-            typer.echo(f"{name:15} {printable(answer[name])}")
+        _show_answer(answer, feedback)
     for depth, part in enumerate(chain):
         typer.echo(f"{'  ' * depth}{part['step']} {part['digest']} <- {json.dumps(part['inputs'], default=str)}")
 
 
-def _trace(root: str, trace_id: str) -> dict[str, Any] | None:
-    import pyarrow.compute as pc
+def _show_answer(answer: Mapping[str, Any], feedback: Iterable[Mapping[str, Any]]) -> None:
+    """What is empty is left out."""
+    for name in ("trace_id", "time", "arm", "mode", "pair_digest", "weak_digest", "prompts_digest", "draft_form",
+                 "strong_model", "strong_version", "query", "draft", "answer"):  # fmt: skip
+        if answer[name] not in (None, ""):
+            typer.echo(f"{name:15} {printable(answer[name])}")
+        elif name == "draft" and answer["mode"] == "StrongAlone":
+            typer.echo(f"{name:15} none: the strong model answered alone")
+    for said in feedback:
+        parts = (f"{name} {said[name]}" for name in ("score", "reference", "comment") if said[name] not in (None, ""))
+        typer.echo(printable(f"{'feedback':15} {said['time']} {', '.join(parts)}"))
 
+
+def _trace(root: str, trace_id: str) -> dict[str, Any] | None:
     from cowest_serving.traces import read_traces
 
-    table = read_traces(root)
-    rows = table.filter(pc.equal(table["trace_id"], trace_id)).to_pylist()
-    return rows[0] if rows else None
+    return next(iter(_of(read_traces(root), trace_id)), None)
+
+
+def _feedback(root: str, trace_id: str) -> list[dict[str, Any]]:
+    """What users said of an answer, oldest first."""
+    from cowest_serving.traces import read_feedback
+
+    return _of(read_feedback(root), trace_id)
+
+
+def _of(table: Any, trace_id: str) -> list[dict[str, Any]]:
+    import pyarrow.compute as pc
+
+    rows: list[dict[str, Any]] = table.filter(pc.equal(table["trace_id"], trace_id)).to_pylist()
+    return rows
 
 
 def _manifests(root: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import typer
 
@@ -105,8 +106,14 @@ def _notes(loaded: manifest.Loaded) -> Iterator[str]:
         )
     if not spec["canary"]["steps"]:
         yield "canary.steps is empty: a candidate that passes the offline gate is promoted without live traffic."
-    if spec["strong"]["endpoint"].startswith("http://") and spec["strong"]["apiKeySecretRefs"]:
+    endpoint = urlsplit(spec["strong"]["endpoint"])
+    if endpoint.scheme == "http" and not _is_here(endpoint.hostname or "") and spec["strong"]["apiKeySecretRefs"]:
         yield "strong.endpoint is plain http: its API key is readable on the way."
+
+
+def _is_here(host: str) -> bool:
+    """What goes to loopback crosses no network."""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _template() -> Path:

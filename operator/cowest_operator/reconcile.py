@@ -206,7 +206,7 @@ def _prepare(world: World, trial: Trial) -> Move:
         return _gate(world, trial)
     if state is None or state.phase == "Running":
         message = state.message if state else ""
-        return Move(world.status, message=f"step {step.name} runs{': ' + message if message else ''}")
+        return Move(world.status, message=f"step {step.name} runs{': ' + message.rstrip('.') if message else ''}.")
     if state.phase == "Failed":
         return _step_failed(world, trial, step, state)
     return _step_done(world, trial, steps, step, state)

@@ -144,6 +144,28 @@ def test_validate_notes_an_extract_that_finds_nothing(cowest: Any, desk: Path) -
     assert "finds nothing" not in cowest("validate", "-f", str(desk / "job.yaml")).err
 
 
+@pytest.mark.parametrize(
+    ("host", "noted"),
+    [
+        ("127.0.0.1:8000", False),
+        ("127.0.1.1", False),
+        ("localhost:8000", False),
+        ("[::1]:8000", False),
+        ("10.0.0.7", True),
+        ("strong.models.svc", True),
+    ],
+)
+def test_validate_notes_a_key_that_crosses_a_network_readable(cowest: Any, desk: Path, host: str, noted: bool) -> None:
+    job = yaml.safe_load((desk / "job.yaml").read_text())
+    job["spec"]["strong"] |= {
+        "endpoint": f"http://{host}/v1",
+        "apiKeySecretRefs": [{"name": "strong", "key": "api-key"}],
+    }
+    (desk / "job.yaml").write_text(yaml.safe_dump(job))
+    said = cowest("validate", "-f", str(desk / "job.yaml"))
+    assert said.code == EXIT_OK and ("readable on the way" in said.out + said.err) == noted
+
+
 def test_validate_says_how_many_rows_are_explained(cowest: Any, desk: Path) -> None:
     with (desk / "train.jsonl").open("a") as file:
         file.write('{"id": "x", "query": "why", "reference": "r", "explanation": "so"}\n')

@@ -127,6 +127,16 @@ def record(place: jobs.Home, *rows: dict[str, Any]) -> None:
     asyncio.run(write())
 
 
+def give(place: jobs.Home, *words: dict[str, Any]) -> None:
+    async def write() -> None:
+        writer = TraceWriter(place.store.as_uri(), "gw")
+        for word in words:
+            writer.add_feedback({"feedback_id": "f", "time": datetime.now(UTC), **word})
+        await writer.aclose()
+
+    asyncio.run(write())
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> jobs.Home:
     home = jobs.Home(tmp_path / "a home")
@@ -159,10 +169,10 @@ def test_status_shows_what_answers_and_each_round(cowest: Any, place: jobs.Home)
     assert said.code == EXIT_OK
     assert "Ready" in said.out and "Answering: the pair answers." in said.out
     assert "[/red] [bold]loud" in said.out, "text that looks like markup is shown as it is"
-    assert said.out.splitlines()[1].split(maxsplit=1) == [
+    assert said.out.splitlines()[2].split(maxsplit=1) == [
         "Spent", "1200 calls, 34567 tokens, 1.50 EUR; the current round 200 calls, 4567 tokens, 0.25 EUR",
     ]  # fmt: skip
-    rows = [line.split() for line in said.out.splitlines()[3:]]
+    rows = [line.split() for line in said.out.splitlines()[4:]]
     assert [row[:3] for row in rows] == [
         ["0", "Baseline", "Promoted"],
         ["1", "Round", "Promoted"],
@@ -193,7 +203,7 @@ def test_status_shows_how_many_traces_a_round_could_learn_from_and_why_not_more(
     counted = {"all": 5, "usable": 3, "reason": f"Not usable: 2 asked again later. {NASTY}"}
     jobs.write_json(place.traces, counted)
     said = cowest("status", "--home", place.root)
-    assert said.out.splitlines()[2].startswith(
+    assert said.out.splitlines()[3].startswith(
         "Traces             5 in all, 3 of them a round could learn from (Not usable: 2 asked again later."
     )
     assert json.loads(cowest("status", "--home", place.root, "-o", "json").out)["traces"] == counted
@@ -217,11 +227,30 @@ def test_what_was_paid_before_a_kill_is_shown_though_the_status_was_not_written_
 
 
 def test_status_says_whether_a_run_is_alive(cowest: Any, place: jobs.Home) -> None:
-    assert "Nothing runs now" in cowest("status", "--home", place.root).err
+    said = cowest("status", "--home", place.root)
+    assert said.out.startswith("Nothing runs now, so nothing answers") and said.err == ""
     with jobs.locked(place):
         said = cowest("status", "--home", place.root)
-        assert said.code == EXIT_OK and said.err == ""
+        assert said.code == EXIT_OK and said.err == "" and "Nothing runs now" not in said.out
         assert json.loads(cowest("status", "--home", place.root, "-o", "json").out)["running"] is True
+
+
+@pytest.mark.parametrize("verb", ["status", "explain"])
+@pytest.mark.parametrize(
+    ("reason", "by", "shown"),
+    [
+        pytest.param("Evaluating", f"ann {NASTY}", True, id="while a step runs"),
+        pytest.param("Evaluating", None, False, id="nobody paused"),
+        pytest.param(api.REASON_PAUSED, "ann", False, id="the loop says so itself"),
+    ],
+)
+def test_a_pause_shows_while_the_step_before_it_goes_on(
+    cowest: Any, place: jobs.Home, verb: str, reason: str, by: str | None, shown: bool
+) -> None:
+    doing = api.Condition(api.ROUND_PROGRESSING, "True", reason, "step r2-evaluate runs.", 1, 5.0)
+    jobs.write_status(place, replace(STATUS, conditions=(*STATUS.conditions, doing), paused_by=by))
+    (line,) = (each for each in cowest(verb, "--home", place.root).out.splitlines() if "step r2-evaluate" in each)
+    assert ("step r2-evaluate runs. Paused by ann" in line) == ("what runs goes on to its end" in line) == shown
 
 
 def test_the_home_is_found_beside_the_manifest(cowest: Any, tmp_path: Path) -> None:
@@ -284,6 +313,24 @@ def test_what_would_change_nothing_is_refused_and_not_recorded(
     said = cowest(verb, "--home", place.root)
     assert said.code == EXIT_BAD_INPUT and says in said.err and said.out == ""
     assert jobs.read_actions(place, "") == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        pytest.param(
+            {"candidate": w.trial("Preparing", number=3, origin="Proposal"), "previous": w.STABLE},
+            "It ends the trial of round 3 (Proposal), which is being prepared and evaluated.",
+            id="a trial goes before a promotion",
+        ),
+        pytest.param({"previous": w.STABLE}, "It undoes the promotion of round 1.", id="the last promotion"),
+        pytest.param({}, "It takes back the only pair, of round 1", id="the only pair"),
+    ],
+)
+def test_a_rollback_says_what_it_ends(cowest: Any, place: jobs.Home, changes: Any, says: str) -> None:
+    jobs.write_status(place, replace(STATUS, **changes))
+    assert says in cowest("rollback", "--home", place.root).out
+    assert "It " not in cowest("rollback", "--home", place.root).out, "the first one is not taken in yet"
 
 
 @pytest.mark.parametrize("verb", ["pause", "propose", "rollback"])
@@ -361,7 +408,25 @@ def test_lineage_knows_a_model_by_the_start_of_its_digest(cowest: Any, place: jo
 def test_lineage_of_an_answer_without_a_draft_has_no_models(cowest: Any, place: jobs.Home) -> None:
     record(place, trace("alone", weak_digest="", mode="StrongAlone"))
     seen = json.loads(cowest("lineage", "alone", "--home", place.root, "-o", "json").out)
-    assert seen["answer"]["mode"] == "StrongAlone" and seen["models"] == []
+    assert seen["answer"]["mode"] == "StrongAlone" and seen["models"] == [] and seen["feedback"] == []
+
+
+def test_lineage_of_an_answer_without_a_draft_says_so_and_shows_no_empty_lines(cowest: Any, place: jobs.Home) -> None:
+    record(place, trace("alone", weak_digest="", draft="", prompts_digest=None, mode="StrongAlone"))
+    lines = cowest("lineage", "alone", "--home", place.root).out.splitlines()
+    assert "draft           none: the strong model answered alone" in lines
+    assert all(len(line.split()) > 1 for line in lines) and not any("None" in line for line in lines)
+
+
+def test_lineage_of_an_answer_shows_what_its_users_said(cowest: Any, place: jobs.Home) -> None:
+    record(place, trace("answer-1"), trace("answer-2"))
+    late = {"trace_id": "answer-1", "reference": f"the right one {NASTY}"}
+    give(place, {"trace_id": "answer-1", "score": 0.0}, late, {"trace_id": "answer-2", "score": 1.0})
+    lines = cowest("lineage", "answer-1", "--home", place.root).out.splitlines()
+    words = [line.split("+00:00 ")[1] for line in lines if line.startswith("feedback  ")]
+    assert words[0] == "score 0.0" and words[1].startswith("reference the right one") and len(words) == 2
+    seen = json.loads(cowest("lineage", "answer-1", "--home", place.root, "-o", "json").out)["feedback"]
+    assert [word["score"] for word in seen] == [0.0, None]
 
 
 def test_lineage_of_nothing_known_says_so(cowest: Any, place: jobs.Home) -> None:
