@@ -55,6 +55,7 @@ class Story:
     items: Mapping[int, Sequence[Mapping[str, Any]]]  # of the same
     feedback: Mapping[int, Mapping[str, Any]]  # metrics of the feedback steps
     spent: Mapping[str, Any]
+    live: Mapping[str, Any]  # as `spent`, of live answers
     events: Sequence[Mapping[str, Any]]
 
 
@@ -71,7 +72,9 @@ def read_story(place: jobs.Home) -> Story:
         if manifest := jobs.read_json(folder / "feedback" / "manifest.json"):
             feedback[number] = manifest["metrics"]
     events = jobs.read_events(place)
-    return Story(document, jobs.read_status(place), evaluations, items, feedback, _spent(place), events)
+    return Story(
+        document, jobs.read_status(place), evaluations, items, feedback, _spent(place), _live(place, document), events
+    )
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -82,10 +85,30 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _spent(place: jobs.Home) -> Mapping[str, Any]:
-    """Of the steps, from the book of paid calls; live answers are in the traces."""
+    """Of the steps, from the book of paid calls."""
     from cowest_training.paid_calls import read_spent
 
     return asdict(read_spent(place.calls))
+
+
+def _live(place: jobs.Home, document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of live answers, which no book counts: from the traces that retention has left."""
+    import pyarrow.compute as pc
+
+    from cowest_serving.traces import read_columns
+    from cowest_training.paid_calls import Spent
+
+    table = read_columns(place.store.as_uri(), ("answer_ms", "strong_input_tokens", "strong_output_tokens"))
+    asked = table.filter(pc.is_valid(table["answer_ms"]))  # others never reached the strong model
+    given, made = (pc.sum(asked[f"strong_{kind}_tokens"]).as_py() or 0 for kind in ("input", "output"))
+    prices = _prices(document) or {"inputPerMillionTokens": 0, "outputPerMillionTokens": 0}
+    money = given * float(prices["inputPerMillionTokens"]) + made * float(prices["outputPerMillionTokens"])
+    return asdict(Spent(asked.num_rows, given, made, money / 1e6))
+
+
+def _prices(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    prices: Mapping[str, Any] | None = document["spec"]["strong"].get("prices")
+    return prices
 
 
 # ---------------------------------------------------------------- figures
@@ -144,6 +167,7 @@ def build_figures(story: Story, domain: str | None, seed: int | None, seconds: f
         "stable": {"digest": stable.digest if stable else None, "round": story.status.stable_round},
         "strong": {"model": final[1].strong_model, "version": final[1].strong_version} if final else {},
         "spent": dict(story.spent),
+        "live": dict(story.live),
     }
 
 
@@ -235,6 +259,7 @@ def build_page(story: Story, figures: Mapping[str, Any]) -> str:
         *_examples(story),
         "<h2>Calls and money</h2>",
         _spent_table(story),
+        *_feedback_table(story),
         "<h2>Events</h2>",
         _events(story.events),
     ]
@@ -370,13 +395,64 @@ def _example(before: Mapping[str, Any], after: Mapping[str, Any]) -> Sequence[st
     return (*(f"<pre>{_text(str(text or ''))}</pre>" for text in texts), *(f"{gain:+.2g}" for gain in gains))
 
 
+_PAID = ("strong_calls", "input_tokens", "output_tokens", "money")  # of a step's metrics: shown as calls and money
+
+_WORDS: Mapping[str, str] = {
+    "queries": "queries that were asked",
+    "skipped": "queries that were skipped",
+    "drafts": "drafts of the weak model",
+    "distinct_drafts": "of these, different from each other",
+    "pairs": "preference pairs",
+    "queries_with_pairs": "queries that gave pairs",
+    "equal_drafts": "queries that drew the same draft each time",
+    "ties": "queries whose answers score alike (those included)",
+    "below_margin": "queries whose answers differ by less than feedback.minMargin",
+    "answer_score": "mean score of the answers with a draft, 0 to 1",
+    "greedy_score": "of these, with the likeliest draft",
+    "solo_score": "mean score of the strong model alone",
+    "mean_gain": "mean gain by a draft",
+    "hurt_rate": "share of drafts that hurt",
+    "draft_tokens": "mean tokens of a draft",
+    "strong_calls_cached": "answers that were paid before and cost nothing",
+    "judge_calls": "calls of the judge",
+    "cut_answers": "answers cut off at spec.strong.maxTokens",
+    "filtered_answers": "answers withheld by the content filter",
+    "empty_answers": "answers without text",
+}
+
+
 def _spent_table(story: Story) -> str:
-    """One column for all that the steps asked, one for each round's feedback."""
-    columns = [dict(_flat(story.spent)), *(dict(_flat(metrics)) for metrics in story.feedback.values())]
-    names = dict.fromkeys(name for column in columns for name in column)
-    rows = ((_text(name.replace("_", " ")), *(_text(c.get(name, "")) for c in columns)) for name in names)
-    head = ("", "all steps", *(f"feedback, round {number}" for number in story.feedback))
-    return _table(head, rows, frozenset(range(1, len(head))))
+    """What the steps paid, of it each round's feedback, and what live answers cost beside them."""
+    prices = _prices(story.document)
+    paid = {f"of these, feedback of round {n}": [m.get(name) for name in _PAID] for n, m in story.feedback.items()}
+    shown = {"all steps": [*story.spent.values()], **paid, "live answers": [*story.live.values()]}
+
+    def cells(calls: Any, given: Any, made: Any, money: Any) -> Iterator[str]:
+        yield from ("" if seen is None else str(seen) for seen in (calls, given, made))
+        if prices:
+            yield "" if money is None else _text(f"{money:.2f} {prices['currency']}")
+
+    rows = ((name, *cells(*figures)) for name, figures in shown.items())
+    head = ("", "calls of the strong model", "input tokens", "output tokens", *(("money",) if prices else ()))
+    note = (
+        "<p>Live answers: those in the traces that are still kept (traces.retentionDays), by strong.prices and by the"
+        " tokens that the endpoint counted. No budget limits them.</p>"
+    )
+    return _table(head, rows, frozenset(range(1, len(head)))) + note
+
+
+def _feedback_table(story: Story) -> Iterator[str]:
+    """What each round's feedback saw, in words."""
+    columns = [dict(_flat(metrics)) for metrics in story.feedback.values()]
+    names = [name for name in dict.fromkeys(name for column in columns for name in column) if name not in _PAID]
+    if not names:
+        return
+    yield "<h2>What feedback saw</h2>"
+    rows = (
+        (_text(_WORDS.get(name, name.replace("_", " "))), *(_text(c.get(name, "")) for c in columns)) for name in names
+    )
+    head = ("", *(f"round {number}" for number in story.feedback))
+    yield _table(head, rows, frozenset(range(1, len(head))))
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -71,7 +71,7 @@ def spent(status: api.Status, job: Mapping[str, Any] | None = None) -> str:
         money = f", {seen.money:.2f} {prices['currency']}" if prices else ""
         return f"{seen.calls} calls, {seen.tokens} tokens{money}"
 
-    return f"{words(status.budget)}; the current round {words(status.budget.round)}"
+    return f"{words(status.budget)}; the current round {words(status.budget.round)} (by steps, without live answers)"
 
 
 def traces(counts: api.TraceCounts) -> str:

@@ -170,7 +170,8 @@ def test_status_shows_what_answers_and_each_round(cowest: Any, place: jobs.Home)
     assert "Ready" in said.out and "Answering: the pair answers." in said.out
     assert "[/red] [bold]loud" in said.out, "text that looks like markup is shown as it is"
     assert said.out.splitlines()[2].split(maxsplit=1) == [
-        "Spent", "1200 calls, 34567 tokens, 1.50 EUR; the current round 200 calls, 4567 tokens, 0.25 EUR",
+        "Spent", "1200 calls, 34567 tokens, 1.50 EUR; the current round 200 calls, 4567 tokens, 0.25 EUR"
+        " (by steps, without live answers)",
     ]  # fmt: skip
     rows = [line.split() for line in said.out.splitlines()[4:]]
     assert [row[:3] for row in rows] == [
@@ -541,6 +542,29 @@ def test_groups_of_the_held_out_rows_are_slices_of_the_report(cowest: Any, place
     assert "Round 1, Promoted" in slices and "Round 2, RolledBack" in slices and "Round 0" not in slices
     assert table_row(slices, "of 2") == ["of 2", "31", "-25.0", "-50.0 to -1.0"]
     assert "of 1" in slices and "<script>" not in slices
+
+
+def test_live_answers_stand_beside_the_steps_in_calls_and_money(cowest: Any, place: jobs.Home, tmp_path: Path) -> None:
+    metrics = {"strong_calls": 7, "input_tokens": 70, "output_tokens": 7, "money": 0.125, "cut_answers": 3}
+    write_artifact(place, "r1/feedback", "Feedback", "sha256:ledger", {}, metrics)
+    answered = {"answer_ms": 5.0, "strong_input_tokens": 200_000, "strong_output_tokens": 30_000}
+    record(place, trace("a", **answered), trace("b", **answered), trace("c", mode="WeakAlone", strong_input_tokens=0))
+    flags = ("--home", place.root, "--html", tmp_path / "r.html", "-o", "json")
+    live = json.loads(cowest("report", *flags).out)["live"]
+    assert live == {"calls": 2, "input_tokens": 400_000, "output_tokens": 60_000, "money": pytest.approx(1.0)}
+    page = (tmp_path / "r.html").read_text()
+    assert table_row(page, "live answers")[1:] == ["2", "400000", "60000", "1.00 EUR"]
+    assert table_row(page, "all steps")[1:] == ["0", "0", "0", "0.00 EUR"], "the book is empty"
+    assert table_row(page, "of these, feedback of round 1")[1:] == ["7", "70", "7", "0.12 EUR"]
+    assert table_row(page, "answers cut off at spec.strong.maxTokens")[1:] == ["3"]
+
+
+def test_no_money_is_shown_without_prices(cowest: Any, place: jobs.Home, tmp_path: Path) -> None:
+    job = manifest.load(write_manifest(tmp_path)).job
+    jobs.write_json(place.job, {**job, "metadata": {"name": "desk", "generation": 1}})
+    record(place, trace("a", answer_ms=5.0, strong_input_tokens=9, strong_output_tokens=None))
+    assert cowest("report", "--home", place.root, "--html", tmp_path / "r.html").code == EXIT_OK
+    assert table_row((tmp_path / "r.html").read_text(), "live answers")[1:] == ["1", "9", "0"]
 
 
 def test_macro_f1_is_shown_where_labels_were_scored(cowest: Any, place: jobs.Home, tmp_path: Path) -> None:

@@ -16,7 +16,15 @@ import pytest
 
 from cowest_serving.contract import FEEDBACK_COLUMNS, TRACE_COLUMNS
 from cowest_serving.spool import Pace
-from cowest_serving.traces import SpooledTraces, TraceWriter, read_feedback, read_new, read_traces, sampled
+from cowest_serving.traces import (
+    SpooledTraces,
+    TraceWriter,
+    read_columns,
+    read_feedback,
+    read_new,
+    read_traces,
+    sampled,
+)
 from tests.benchmarks.torture_spool import torture
 
 NOW = datetime.now(UTC)
@@ -49,6 +57,17 @@ async def test_rows_come_back_typed_and_in_order(tmp_path: Path) -> None:
     assert table["time"][0].as_py() == NOW
     assert table["strong_input_tokens"].to_pylist() == [7, 7, 7]
     assert table["weak_digest"].null_count == 3
+
+
+async def test_columns_are_read_alone(tmp_path: Path) -> None:
+    writer = TraceWriter(str(tmp_path), "gw-1")
+    for i in (1, 0):
+        writer.add(row(i, strong_input_tokens=i))
+    await writer.aclose()
+    table = read_columns(str(tmp_path), ("strong_input_tokens",))
+    assert table.column_names == ["time", "strong_input_tokens"]
+    assert table["strong_input_tokens"].to_pylist() == [0, 1]
+    assert read_columns(str(tmp_path / "not-there"), ("query",)).num_rows == 0
 
 
 async def test_a_segment_lies_under_its_day_and_is_compressed(tmp_path: Path) -> None:
