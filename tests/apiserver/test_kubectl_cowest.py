@@ -130,7 +130,8 @@ def test_a_person_pauses_resumes_proposes_and_rolls_back_and_that_stays(playgrou
         explained = cowest("explain", "claims")
         lines = explained.out.splitlines()
         assert any(line.startswith("Ready is True (Answering): the pair of round 0 answers.") for line in lines)
-        assert any(line.startswith("Round 1 (Proposal): RolledBack by tester, RolledBackByPerson") for line in lines)
+        row = "Round 1 (Proposal by tester, 'mine is better'): RolledBack by tester, RolledBackByPerson"
+        assert any(line.startswith(row) for line in lines)
         assert "1 pair(s) rolled back by a person are never promoted automatically." in lines
         assert any(re.search("tester: roll(ed|s) the stable pair back", line) for line in lines[-10:])
         events = json.loads(cowest("explain", "claims", "-o", "json").out)["events"]
@@ -140,6 +141,8 @@ def test_a_person_pauses_resumes_proposes_and_rolls_back_and_that_stays(playgrou
         rows = [line.split()[:3] for line in table.out.splitlines()]
         assert ["0", "Baseline", "Promoted"] in rows and ["1", "Proposal", "RolledBack"] in rows
         assert table.code == EXIT_OK and table.err == ""
+        told = json.loads(cowest("status", "claims", "-o", "json").out)["status"]
+        assert told["rounds"] == playground.status("claims")["rounds"] and "state" not in told
 
         said = cowest("rollback", "claims", "-o", "json")
         assert "rolled the only pair back: the strong model answers alone" in json.loads(said.out)["outcome"]
