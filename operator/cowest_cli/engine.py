@@ -411,15 +411,7 @@ class Engine:
     def _apply_gateway(self) -> None:
         if self.gateway is not None:
             return
-        deadline = time.monotonic() + PATIENCE
-        while not port_is_free(self.port):  # the gateway of a run that was just killed may still be draining
-            if time.monotonic() > deadline:
-                raise StepError(
-                    f"port {self.port} is in use: the gateway cannot listen there. Stop what uses it, or give another"
-                    " port with --port or gateway.port.",
-                    EXIT_BAD_INPUT,
-                )
-            time.sleep(TICK)
+        wait_for_port(self.port)
         self.gateway = _Server(self._start_gateway(), self.port)
 
     def _start_gateway(self) -> Child:
@@ -632,6 +624,19 @@ class Engine:
                 server.child.ask_to_stop()
             for server in self.servers.values():
                 server.child.stop(PATIENCE)
+
+
+def wait_for_port(port: int) -> None:
+    """The gateway of a run that was just killed may still be draining. Raises `StepError` when nobody gives it up."""
+    deadline = time.monotonic() + PATIENCE
+    while not port_is_free(port):
+        if time.monotonic() > deadline:
+            raise StepError(
+                f"port {port} is in use: the gateway cannot listen there. Stop what uses it, or give another"
+                " port with --port or gateway.port.",
+                EXIT_BAD_INPUT,
+            )
+        time.sleep(TICK)
 
 
 def estimates(job: api.Job, facts: Facts) -> tuple[rounds.Estimate, ...]:

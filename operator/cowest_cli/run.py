@@ -84,6 +84,7 @@ def _run(wanted: Wanted, output: str) -> None:
     with jobs.locked(place):
         order = engines.read_order(file, secrets)
         order = replace(order, declared=jobs.with_generation(order.declared, place))
+        engines.wait_for_port(port or order.declared.job.spec.gateway.port)  # before anything is asked or paid
         _before_it_pays(order, place, wanted.yes, console)
         stopped: list[int] = []
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -168,6 +168,7 @@ def test_a_port_in_use_is_one_clear_sentence(tmp_path, endpoint):
     code, log = run(job)
     assert code == 2
     assert f"port {taken} is in use" in log
+    assert not endpoint.calls, "nothing is asked before"
 
 
 @pytest.mark.parametrize(
