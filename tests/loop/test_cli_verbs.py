@@ -613,7 +613,7 @@ def job(tmp_path: Path) -> Path:
     return write_manifest(tmp_path, **{
         "weak.model": "file://weak",
         "data.train": "file://train.jsonl", "data.heldOut": "file://held_out.jsonl", "strong.prices": prices,
-        "rounds.max": 1000, "feedback.draftsPerQuery": 4, "feedback.minPairs": 1,
+        "rounds.max": 1000, "feedback.draftsPerQuery": 4, "feedback.minPairs": 1, "gateway.port": free_port(),
     })  # fmt: skip
 
 

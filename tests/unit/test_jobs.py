@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,18 @@ from cowest_cli import jobs
 from cowest_training.steps import write_atomically
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """As on a full disk: no file of this process may grow beyond some bytes."""
+    """As on a full disk: no file of this process may grow beyond some bytes, a log of the tests' own output neither."""
     before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
-@pytest.mark.usefixtures("small_files")
 @pytest.mark.parametrize(
     "write",
     [
@@ -34,7 +36,7 @@ def small_files() -> Iterator[None]:
 def test_where_there_is_no_room_the_old_file_stays_and_nothing_half_written(tmp_path: Path, write) -> None:
     path = tmp_path / "status.json"
     path.write_text("old")
-    with pytest.raises(OSError, match="File too large"):
+    with pytest.raises(OSError, match="File too large"), small_files():
         write(path)
     assert [file.name for file in tmp_path.iterdir()] == ["status.json"]
     assert path.read_text() == "old"
