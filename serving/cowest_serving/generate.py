@@ -231,15 +231,21 @@ def _ids(value: int | Sequence[int] | None) -> frozenset[int]:
     return frozenset([value] if isinstance(value, int) else value)
 
 
-def load_model(folder: Path, dtype: Any) -> tuple[Any, Any]:
-    """(tokenizer, causal LM) of a model folder, an adapter merged into its base. Raises `ModelFolderError`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def quiet_transformers() -> None:
+    """No progress bars between our own lines; with JSON lines its words go the way of all."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if is_json():  # its words go the way of all
+    if is_json():
         logging.disable_default_handler()
         logging.enable_propagation()
+
+
+def load_model(folder: Path, dtype: Any) -> tuple[Any, Any]:
+    """(tokenizer, causal LM) of a model folder, an adapter merged into its base. Raises `ModelFolderError`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet_transformers()
     adapter = is_adapter(folder)
     base = base_of_adapter(folder) if adapter else folder
     safe = {"trust_remote_code": False, "local_files_only": True}

@@ -210,7 +210,7 @@ class Upstream(Watched, OutspokenModel):
             max_concurrency=strong.max_concurrency,
             max_retries=strong.max_retries,
         )
-        self._read_keys, self._metrics = read_keys, metrics
+        self.strong, self._read_keys, self._metrics = strong, read_keys, metrics
 
     async def __call__(self, messages: Any, **options: Any) -> ChatResult:
         started = time.monotonic()
@@ -328,26 +328,25 @@ class Proxy:
         self._strong, self._book, self._read_keys = strong, book, read_keys
         self._count = Metrics(METRICS)
         self.upstream = Upstream(strong, read_keys, self._count)
-        self._judge = judge[0] if judge else None
-        self._judge_upstream = Upstream(*judge, self._count) if judge else None
+        self._judge = Upstream(*judge, self._count) if judge else None
 
     async def aclose(self) -> None:
-        for each in (self.upstream, self._judge_upstream):
+        for each in (self.upstream, self._judge):
             if each is not None:
                 await each.aclose()
 
     async def chat(self, request: Request) -> Response:
-        return await self._answered(request, self._strong, self.upstream, "spec.strong")
+        return await self._answered(request, self.upstream, "spec.strong")
 
     async def judged(self, request: Request) -> Response:
-        if self._judge is None or self._judge_upstream is None:
+        if self._judge is None:
             raise Refusal(404, "spec.feedback.evaluator: wanted a Judge, saw none.", code="model_not_found")
-        return await self._answered(request, self._judge, self._judge_upstream, "spec.feedback.evaluator")
+        return await self._answered(request, self._judge, "spec.feedback.evaluator")
 
-    async def _answered(self, request: Request, strong: Strong, upstream: Upstream, section: str) -> Response:
+    async def _answered(self, request: Request, upstream: Upstream, section: str) -> Response:
         try:
-            asked = parse_request(await _body(request), request.headers, strong, section)
-            if strong is self._strong and (missing := self._missing_key()):
+            asked = parse_request(await _body(request), request.headers, upstream.strong, section)
+            if upstream is self.upstream and (missing := self._missing_key()):
                 raise _unavailable(503, missing)
             if asked.call.round is not None:
                 await self._book.see_round(asked.call.round)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,11 @@ import yaml
 
 from cowest_cli.processes import free_port
 from tests.fakes import Call, ScriptedModel
+from tests.loop.runs import COWEST, running
 from tests.loop.tiny_models import make_model
 
 WORDS = [f"w{i}" for i in range(40)]
 pytestmark = pytest.mark.timeout(1000)  # a run takes a minute on two idle cores, and much longer beside other work
-COWEST = [sys.executable, "-P", "-m", "cowest_cli"]  # -P: no module of the current folder
 
 
 def strong(call: Call) -> str:
@@ -72,21 +69,8 @@ def write_job(folder: Path, endpoint: str, **sections: Any) -> Path:
     return path
 
 
-@contextmanager
-def running(job: Path, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
-    with (job.parent / "run.log").open("ab") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        child = subprocess.Popen([*COWEST, "run", "-f", str(job), *flags], stdout=log, stderr=log, env=environment)
-    try:
-        yield child
-    finally:
-        if child.poll() is None:
-            child.kill()
-        child.wait(30)
-
-
 def run(job: Path, seconds: float = 400) -> tuple[int, str]:
-    with running(job) as child:
+    with running(job, OMP_NUM_THREADS="1") as child:
         code = child.wait(seconds)
     return code, (job.parent / "run.log").read_text()
 
@@ -150,7 +134,7 @@ def test_a_rerun_repeats_nothing(finished):
 
 def test_while_one_runs_a_second_is_refused_and_after_an_interruption_it_goes_on(tmp_path, endpoint):
     job = write_job(tmp_path, endpoint.url)
-    with running(job) as child:
+    with running(job, OMP_NUM_THREADS="1") as child:
         until(lambda: status(job).get("candidate"), child)
         second = subprocess.run([*COWEST, "run", "-f", str(job)], capture_output=True, text=True, check=False)
         assert second.returncode == 2

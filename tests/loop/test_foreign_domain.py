@@ -34,6 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from cowest_cli.processes import free_port
+from tests.loop.runs import COWEST, running
 
 BASKETS = ("edible", "toxic", "deadly")
 MUSHROOMS = ("bolavis", "coretus", "lepimma", "rusolus", "triulina", "amydon", "panavis", "galetus", "inimma")
@@ -47,7 +48,6 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-COWEST = [sys.executable, "-P", "-m", "cowest_cli"]
 pytestmark = pytest.mark.timeout(1800)  # of the first test, which waits for the whole story
 PATIENCE = 1200.0  # seconds that a busy machine may take for one stage
 
@@ -163,19 +163,6 @@ def strong_endpoint(calls: Path) -> Iterator[str]:
             child.kill()
 
 
-@contextmanager
-def running(job: Path) -> Iterator[subprocess.Popen[bytes]]:
-    environment = {**os.environ, "COWEST_SECRET_DESK_TOKEN": API_KEY}
-    with (job.parent / "run.log").open("ab") as log:
-        child = subprocess.Popen([*COWEST, "run", "-f", str(job), "--serve"], stdout=log, stderr=log, env=environment)
-    try:
-        yield child
-    finally:
-        if child.poll() is None:
-            child.kill()
-        child.wait(30)
-
-
 def cowest(job: Path, verb: str, *arguments: str) -> str:
     said = subprocess.run([*COWEST, verb, *arguments, "-f", str(job)], capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
@@ -245,7 +232,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with strong_endpoint(folder / "calls.jsonl") as endpoint:
         job = write_job(work, endpoint, port)
         cowest(job, "validate")
-        with running(job) as child:
+        with running(job, "--serve", COWEST_SECRET_DESK_TOKEN=API_KEY) as child:
             users = Users(f"http://127.0.0.1:{port}/v1")
             until(job, child, lambda s: answers(s), users)
             users.start()

@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from cowest_serving import store
 from cowest_serving.contract import message_text
 from cowest_training.contract import Row, StepError
 
@@ -19,6 +20,16 @@ MAX_LOST = 0.5  # of the characters of one text
 MAX_ROWS = 0.1  # of the rows: a few in another script are no fault of the model
 
 RoundTrip = Callable[[str], str]  # text -> what is left of it after encoding and decoding
+
+
+def check_tokenizer(uri: str, rows: Sequence[Row]) -> None:
+    """Of a model here or in a store, where its tokenizer is the one file that is quick to read. Raises `StepError`.
+
+    Another is looked at by the step that loads it.
+    """
+    file = store.join(uri, "tokenizer.json")
+    if store.exists(file) and (there_and_back := round_trip_of(store.get(file).decode(errors="replace"))):
+        refuse_lost_text(rows, there_and_back, uri)
 
 
 def refuse_lost_text(rows: Sequence[Row], there_and_back: RoundTrip, model: str) -> None:

@@ -24,10 +24,9 @@ import transformers
 from peft import LoraConfig, PeftModel
 from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCallback, set_seed
 
-from cowest_serving import logs
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Collaboration, Prompts, digest_of
-from cowest_serving.generate import free_threads, load_model
+from cowest_serving.generate import free_threads, load_model, quiet_transformers
 from cowest_serving.model_files import CARD, base_of_adapter, is_adapter, make_readable, model_digest
 from cowest_training.cards import ModelCard, model_card
 from cowest_training.contract import Lora, Stage, StepError
@@ -316,10 +315,7 @@ def plain(trainer: Trainer) -> Any:
 def quiet() -> None:
     """No progress bars of libraries between our own lines, and no word to anybody about who tunes what."""
     datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    if logs.is_json():  # its words go the way of all
-        transformers.utils.logging.disable_default_handler()
-        transformers.utils.logging.enable_propagation()
+    quiet_transformers()
     os.environ["TQDM_DISABLE"] = "1"
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
 
