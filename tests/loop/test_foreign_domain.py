@@ -40,7 +40,8 @@ BASKETS = ("edible", "toxic", "deadly")
 MUSHROOMS = ("bolavis", "coretus", "lepimma", "rusolus", "triulina", "amydon", "panavis", "galetus", "inimma")
 TREES = ("oak", "fern", "birch", "larch", "beech", "alder", "hazel", "maple", "willow", "poplar")
 PLACES = tuple(f"{side} {tree}" for side in ("old", "young") for tree in TREES)
-OTHER_PLACES = tuple(f"fallen {tree}" for tree in TREES)  # 7 for the held-out chats, 3 for users
+OTHER_PLACES = tuple(f"{side} {tree}" for side in ("fallen", "hollow") for tree in TREES)
+HELD_OUT, OF_USERS = OTHER_PLACES[:17], OTHER_PLACES[17:]
 GROUPS = ("counter", "phone")
 LEARNT_HEDGE = {"counter": 0.1, "phone": 0.8}
 API_KEY = "sk-foreign-5f1c0de5ecret"
@@ -116,7 +117,7 @@ def make_model(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> N
 def write_job(folder: Path, endpoint: str, port: int) -> Path:
     train = make_rows(PLACES, random.Random(0))
     pq.write_table(pa.Table.from_pylist(train), folder / "chats.parquet")
-    held_out = [json.dumps(row) for row in make_rows(OTHER_PLACES[:7])]
+    held_out = [json.dumps(row) for row in make_rows(HELD_OUT)]
     (folder / "held_out.jsonl").write_text("\n".join(held_out), encoding="utf-8")
     tokenizer = train_tokenizer(train)
     make_model(folder / "base", tokenizer, seed=0)
@@ -136,7 +137,7 @@ def write_job(folder: Path, endpoint: str, port: int) -> Path:
         "training": {
             "maxLength": 96,
             "supervised": {**stage, "epochs": 6, "learningRate": "0.005"},
-            "preference": {**stage, "epochs": 3, "learningRate": "0.0005"},
+            "preference": {**stage, "epochs": 3, "learningRate": "0.0003", "nllWeight": "1"},
         },
         "rounds": {"max": 1},
         "gate": {"minHeldOut": 60},
@@ -172,7 +173,7 @@ def cowest(job: Path, verb: str, *arguments: str) -> str:
 def live_chat(number: int) -> tuple[list[dict[str, str]], str]:
     """What the n-th user asks, and what turns out to be right."""
     mushroom = MUSHROOMS[number % len(MUSHROOMS)]
-    return chat(mushroom, OTHER_PLACES[7 + number % 3], GROUPS[number % 2]), basket(mushroom)
+    return chat(mushroom, OF_USERS[number % len(OF_USERS)], GROUPS[number % 2]), basket(mushroom)
 
 
 class Users(threading.Thread):
