@@ -57,10 +57,12 @@ def _story(where: Where) -> Story:
         "traces": jobs.read_json(place.traces),
         "running": running,
     }
-    note = "Nothing runs now, so nothing answers: this is how the last `cowest run` left it."
     status = _with_what_was_paid(place)
+    notes = [] if running else ["Nothing runs now, so nothing answers: this is how the last `cowest run` left it."]
+    for action in jobs.read_actions(place, status.last_action):
+        notes.append(f"{action.verb} by {action.by} is recorded and not taken in yet.")
     return Story(
-        status, jobs.written(place, status), jobs.read_json(place.job), shown, () if running else (note,),
+        status, jobs.written(place, status), jobs.read_json(place.job), shown, tuple(notes),
         lambda: jobs.read_events(place),
     )  # fmt: skip
 
@@ -154,17 +156,20 @@ def _message(condition: api.Condition, status: api.Status) -> str:
     holds = condition.reason == api.REASON_PAUSED
     if condition.type != api.ROUND_PROGRESSING or status.paused_by is None or holds:
         return condition.message
-    return f"{condition.message} Paused by {status.paused_by}: what runs goes on to its end, then nothing begins."
+    then = "nothing runs" if status.paused_now else "what runs goes on to its end, then nothing begins"
+    return f"{condition.message} Paused by {status.paused_by}: {then}."
 
 
 # ---------------------------------------------------------------- saying
-def _say(verb: api.Verb, where: Where, saying: Saying, output: str, model: str | None = None) -> None:
+def _say(
+    verb: api.Verb, where: Where, saying: Saying, output: str, model: str | None = None, now: bool = False
+) -> None:
     if job := _in_cluster(where):
-        _say_in_cluster(job, verb, saying, output, model)
+        _say_in_cluster(job, verb, saying, output, model, now)
         return
     place = _addressed(where)
     first = _refuse_what_changes_nothing(place, verb)
-    action = jobs.record_action(place, verb, saying.why, saying.by, model)
+    action = jobs.record_action(place, verb, saying.why, saying.by, model, now)
     if output == "json":
         typer.echo(json.dumps(asdict(action)))
         return
@@ -207,8 +212,10 @@ def _refuse_what_changes_nothing(place: jobs.Home, verb: api.Verb) -> bool:
     return not waiting
 
 
-def _say_in_cluster(job: cluster.Job, verb: api.Verb, saying: Saying, output: str, model: str | None) -> None:
-    seen, action = job.say(verb, saying.why, job.caller(saying.by), model)
+def _say_in_cluster(
+    job: cluster.Job, verb: api.Verb, saying: Saying, output: str, model: str | None, stop: bool
+) -> None:
+    seen, action = job.say(verb, saying.why, job.caller(saying.by), model, stop)
     outcome = job.outcome(seen, action, saying.timeout) if saying.wait else None
     if output == "json":
         more = {"job": job.name, "namespace": job.namespace, "takenIn": saying.wait, "outcome": outcome}
@@ -218,14 +225,21 @@ def _say_in_cluster(job: cluster.Job, verb: api.Verb, saying: Saying, output: st
 
 
 @spread
-def pause(where: Where, saying: Saying, output: Output = "text") -> None:
+def pause(
+    where: Where,
+    saying: Saying,
+    now: Annotated[
+        bool, typer.Option("--now", help="Stop the step that runs too; resumed, it pays for no call twice.")
+    ] = False,
+    output: Output = "text",
+) -> None:
     """Start no round and take no canary step until `resume`; answers go on.
 
     What goes on spending: live answers ask the strong model as before, and a step that runs already (collecting
-    feedback, an evaluation) goes on to its end, with all its calls. To stop a step's calls at once, end `cowest run`;
-    the same command goes on later and pays nothing twice.
+    feedback, an evaluation) goes on to its end, with all its calls. With --now it is stopped at once, and begun anew by
+    `resume`: the answers that it has paid for are kept, a training begins from its start.
     """
-    _say("pause", where, saying, output)
+    _say("pause", where, saying, output, now=now)
 
 
 @spread

@@ -93,7 +93,7 @@ def refusal(status: api.Status, action: api.Action) -> str | None:
 
 def with_action(seen: Seen, action: api.Action) -> dict[str, str | None]:
     """The patch: one more said, and those taken in gone."""
-    said = {name: value for name, value in asdict(action).items() if name != "id" and value is not None}
+    said = {name: value for name, value in jobs.said(action).items() if name != "id"}
     last = seen.status.last_action
     gone = dict.fromkeys(ACTION + action_id for action_id in seen.actions() if action_id <= last)
     return {**gone, ACTION + action.id: json.dumps(said, ensure_ascii=False)}
@@ -197,16 +197,16 @@ class Job:
         return store_of(job, self.namespace)
 
     # ------------------------------------------------------------ saying
-    def say(self, verb: api.Verb, why: str, by: str, model: str | None) -> tuple[Seen, api.Action]:
+    def say(self, verb: api.Verb, why: str, by: str, model: str | None, now: bool = False) -> tuple[Seen, api.Action]:
         """Recorded on the version that it was judged by. Raises `StepError` for what the operator would not follow."""
         for attempt in range(TRIES):
             seen = self.see()
             if "deletionTimestamp" in seen.body["metadata"]:
                 raise StepError(f"{self}: wanted a job that stays, saw one that is being deleted.")
             last = next(reversed(list(seen.pending())), None)
-            if last and (last.verb, last.why, last.by, last.model) == (verb, why, by, model):
+            if last and (last.verb, last.why, last.by, last.model, last.now) == (verb, why, by, model, now):
                 return seen, last  # said a moment ago and not taken in yet: once is enough
-            action = api.Action(next_id(seen, verb, time.time_ns()), verb, by, why, time.time(), model)
+            action = api.Action(next_id(seen, verb, time.time_ns()), verb, by, why, time.time(), model, now)
             if not any(seen.pending()) and (no := refusal(seen.status, action)):
                 raise StepError(no)
             metadata = {"resourceVersion": seen.version, "annotations": with_action(seen, action)}

@@ -166,11 +166,18 @@ def read_events(home: Home) -> list[dict[str, Any]]:
 
 
 # ---------------------------------------------------------------- what people say
-def record_action(home: Home, verb: api.Verb, why: str, by: str | None = None, model: str | None = None) -> api.Action:
+def record_action(
+    home: Home, verb: api.Verb, why: str, by: str | None = None, model: str | None = None, now: bool = False
+) -> api.Action:
     """One file an action, whether or not an engine runs: the next look at the job takes it in."""
-    action = api.Action(f"{time.time_ns():020d}-{verb}", verb, who(by), why, time.time(), model)
-    write_json(home.actions / f"{action.id}.json", {k: v for k, v in asdict(action).items() if v is not None})
+    action = api.Action(f"{time.time_ns():020d}-{verb}", verb, who(by), why, time.time(), model, now)
+    write_json(home.actions / f"{action.id}.json", said(action))
     return action
+
+
+def said(action: api.Action) -> dict[str, Any]:
+    """What is written of an action: without what was not given."""
+    return {name: value for name, value in asdict(action).items() if value is not None and value is not False}
 
 
 def who(by: str | None) -> str:

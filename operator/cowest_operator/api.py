@@ -413,6 +413,7 @@ class Status:
     traces_since: float = 0.0  # when that was; shells count `TraceCounts.since_last` from here
     train: str | None = None  # data.train that the last round, or the baseline, learnt from
     paused_by: str | None = None
+    paused_now: bool = False  # the step that ran is stopped too
     vetoed: tuple[str, ...] = ()  # pair digests that a person rolled back: never promoted by the automatic actor
     refused_edit: str | None = None  # digest of the declared pair settings that did not pass
     refused_trial: Trial | None = None  # of that edit, for a person who promotes it all the same
@@ -462,6 +463,7 @@ class Action:
     why: str
     at: float
     model: str | None = None
+    now: bool = False  # of a pause: what runs is stopped too
 
 
 @dataclass(frozen=True)
@@ -470,6 +472,7 @@ class Trouble:
 
     reason: str
     message: str
+    of_all_answers: bool = False  # users meet it, and no other endpoint stands in
 
 
 @dataclass(frozen=True)

@@ -607,7 +607,8 @@ def _action(identity: str, text: str) -> api.Action:
         raise ValueError(f"wanted the verb of its name, {form[2]}, saw {str(verb)[:40]!r}")
     if verb == "propose" and not (isinstance(model, str) and model):
         raise ValueError(f'wanted the "model" that is proposed, saw {str(model)[:200]!r}')
-    return api.Action(identity, verb, by, why, at, model if verb == "propose" else None)
+    stops = verb == "pause" and said.get("now") is True
+    return api.Action(identity, verb, by, why, at, model if verb == "propose" else None, stops)
 
 
 def _with_a_known_action(status: api.Status, now: float) -> api.Status:

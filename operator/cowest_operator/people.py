@@ -68,13 +68,17 @@ def _no(action: api.Action, message: str) -> Event:
 
 
 def _pause(status: Status, action: api.Action) -> tuple[Status, Event]:
-    return replace(status, paused_by=action.by), said(action, "paused; no round starts and no canary step is taken")
+    """A second pause may stop what the first one let run; only `resume` lets it run again."""
+    now = action.now or status.paused_now
+    runs = "; the step that runs is stopped" if now else ""
+    status = replace(status, paused_by=action.by, paused_now=now)
+    return status, said(action, f"paused; no round starts and no canary step is taken{runs}")
 
 
 def _resume(status: Status, action: api.Action) -> tuple[Status, Event]:
     """Also what a person has held by rolling the baseline back before there was a model."""
     held = status.refused_edit if status.stable else None
-    return replace(status, paused_by=None, refused_edit=held), said(action, "resumed")
+    return replace(status, paused_by=None, paused_now=False, refused_edit=held), said(action, "resumed")
 
 
 def _approve(status: Status, action: api.Action) -> tuple[Status, Event]:

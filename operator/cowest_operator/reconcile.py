@@ -200,7 +200,8 @@ def _prepare(world: World, trial: Trial) -> Move:
     steps = rounds.chain(world, trial)
     step = next((s for s in steps if rounds.key(trial, s) not in trial.done), None)
     state = world.steps.get(step.name) if step else None
-    if state is None and (hold := _hold(world, f"step {step.name}" if step else "the gate")):
+    stops = world.status.paused_now and (state is None or state.phase == "Running")
+    if (state is None or stops) and (hold := _hold(world, f"step {step.name}" if step else "the gate")):
         return hold
     if step is None:
         return _gate(world, trial)
@@ -213,12 +214,16 @@ def _prepare(world: World, trial: Trial) -> Move:
 
 
 def _hold(world: World, before: str) -> Move | None:
-    """Why a trial in preparation goes no further, when the manifest or a person says so. A running step is finished."""
+    """Why a trial in preparation goes no further, when the manifest or a person says so.
+
+    A running step is finished, unless the person wants it stopped.
+    """
     if world.job.spec.suspend:
         message = f"spec.suspend is true: {before} waits."
         return Move(world.status, api.REASON_SUSPENDED, message, finished=message)
     if by := world.status.paused_by:
-        return Move(world.status, api.REASON_PAUSED, f"paused by {by} before {before}.")
+        where = f"; {before} does not run until `cowest resume`" if world.status.paused_now else f" before {before}"
+        return Move(world.status, api.REASON_PAUSED, f"paused by {by}{where}.")
     return None
 
 
@@ -590,7 +595,7 @@ def _servers(world: World) -> tuple[api.ServerSpec, ...]:
 
 def _steps(world: World, move: Move) -> tuple[api.StepSpec, ...]:
     trial = world.status.candidate
-    if trial is None or move.failure:
+    if trial is None or move.failure or world.status.paused_now:
         return ()
     if trial.stage == "Preparing":
         chain = rounds.chain(world, trial)
@@ -691,6 +696,8 @@ def _ready(world: World) -> tuple[str, str, str]:
     status, trial = world.status, world.status.candidate
     if not world.gateway.ready:
         return "False", api.REASON_STARTING, world.gateway.message or "the gateway starts."
+    if (trouble := _no_answers(world)) is not None:
+        return "False", trouble.reason, trouble.message
     if trial is not None and trial.stage == "Watch" and not _missing(world, trial.pair):
         return "True", api.REASON_ANSWERING, f"the pair of round {trial.number} answers and is watched."
     if status.stable is None:
@@ -708,6 +715,14 @@ def _ready(world: World) -> tuple[str, str, str]:
         message = f"requests fail, as collaboration.whenWeakFails says, while {of} is not ready: {missing}"
         return "False", api.REASON_WAITING_FOR_SERVER, message
     return "True", api.REASON_ANSWERING, f"the strong model answers alone while {of} is not ready: {missing}"
+
+
+def _no_answers(world: World) -> api.Trouble | None:
+    """What makes every answer an error: the strong endpoint fails, and no draft may stand in for it."""
+    drafts = world.status.stable is not None and world.status.serving == "Pair" and not world.status.going_back
+    if drafts and world.job.spec.collaboration.when_strong_fails == "WeakAlone":
+        return None
+    return next((trouble for trouble in world.troubles or () if trouble.of_all_answers), None)
 
 
 def _drafts_help(status: Status) -> tuple[str, str, str]:

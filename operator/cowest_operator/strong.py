@@ -73,7 +73,7 @@ def trouble(job: api.Job, failing: Mapping[str, Failing], *, here: bool = False)
     if USERS in failing:
         others = "strong.fallbacks answer" if job.spec.strong.fallbacks else _meanwhile(job)
         message += f" Meanwhile {others}."
-    return api.Trouble(api.REASON_STRONG_FAILS, message)
+    return api.Trouble(api.REASON_STRONG_FAILS, message, USERS in failing and not job.spec.strong.fallbacks)
 
 
 def _what(job: api.Job, error: str, here: bool) -> str:

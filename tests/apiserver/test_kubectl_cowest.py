@@ -105,6 +105,8 @@ def test_a_person_pauses_resumes_proposes_and_rolls_back_and_that_stays(playgrou
 
         said = cowest("pause", "claims", "--why", "holidays")
         assert said == (EXIT_OK, "tester: paused; no round starts and no canary step is taken (holidays)\n", "")
+        said = cowest("pause", "claims", "--now")
+        assert "the step that runs is stopped" in said.out and playground.status("claims")["state"]["pausedNow"] is True
         assert taken_in(playground).endswith("-pause")
         playground.wait(lambda: progress(playground) == "PausedByPerson", "the pause")
         said = cowest("resume", "claims", "--by", "ann", "-o", "json")

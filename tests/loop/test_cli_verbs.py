@@ -254,6 +254,22 @@ def test_a_pause_shows_while_the_step_before_it_goes_on(
     assert ("step r2-evaluate runs. Paused by ann" in line) == ("what runs goes on to its end" in line) == shown
 
 
+def test_status_says_what_waits_to_be_taken_in(cowest: Any, place: jobs.Home) -> None:
+    assert "not taken in" not in cowest("status", "--home", place.root).out
+    cowest("pause", "--home", place.root, "--by", "ann")
+    assert "pause by ann is recorded and not taken in yet." in cowest("status", "--home", place.root).out
+
+
+def test_a_pause_may_stop_what_runs(cowest: Any, place: jobs.Home) -> None:
+    said = json.loads(cowest("pause", "--home", place.root, "--now", "-o", "json").out)
+    assert said["now"] is True and jobs.read_actions(place, "")[-1].now is True
+    cowest("pause", "--home", place.root)
+    assert "now" not in json.loads(max(place.actions.glob("*.json")).read_text())
+    doing = api.Condition(api.ROUND_PROGRESSING, "True", "Evaluating", "step r2-evaluate runs.", 1, 5.0)
+    jobs.write_status(place, replace(STATUS, conditions=(doing,), paused_by="ann", paused_now=True))
+    assert "Paused by ann: nothing runs." in cowest("status", "--home", place.root).out
+
+
 def test_the_home_is_found_beside_the_manifest(cowest: Any, tmp_path: Path) -> None:
     job = write_manifest(tmp_path)
     said = cowest("status", "-f", job)

@@ -440,6 +440,24 @@ def test_nothing_is_written_when_nothing_changed():
     assert again.status == first.status
 
 
+# ---------------------------------------------------------------- whether users are answered
+@pytest.mark.parametrize(
+    ("status", "fails", "ready"),
+    [
+        pytest.param(w.SERVED, "Fail", "False", id="the pair, and a draft may not stand in"),
+        pytest.param(w.SERVED, "WeakAlone", "True", id="the draft stands in"),
+        pytest.param(replace(w.SERVED, serving="StrongAlone"), "WeakAlone", "False", id="there is no draft"),
+        pytest.param(api.Status(), "WeakAlone", "False", id="there is no weak model yet"),
+    ],
+)
+def test_ready_is_false_while_every_answer_is_an_error(status, fails, ready):
+    trouble = api.Trouble(api.REASON_STRONG_FAILS, "the strong endpoint has failed for users.", of_all_answers=True)
+    job = w.job(collaboration={"when_strong_fails": fails})
+    seen = condition(reconcile.plan(w.world(status=status, job=job, servers=UP, troubles=(trouble,))), api.READY)
+    assert seen.status == ready
+    assert (seen.reason, seen.message) == (trouble.reason, trouble.message) or ready == "True"
+
+
 # ---------------------------------------------------------------- pauses
 def test_a_pause_holds_after_the_running_step():
     status = replace(w.on_trial(pair=None), paused_by="ada")
@@ -452,6 +470,37 @@ def test_a_running_step_goes_on_while_paused():
     status = replace(w.on_trial(pair=None), paused_by="ada")
     plan = reconcile.plan(w.world(status=status, steps={"r1-collect": api.StepState("Running")}))
     assert steps(plan) == ["r1-collect"]
+
+
+def test_a_pause_that_is_to_act_now_stops_the_step_and_resume_begins_it_again():
+    world = w.world(status=w.on_trial(pair=None), steps={"r1-collect": api.StepState("Running")})
+    now = replace(action("pause"), now=True)
+    stopped = reconcile.plan(replace(world, actions=(now,)))
+    assert steps(stopped) == []
+    held = reconcile.plan(replace(world, status=stopped.status, steps={}))
+    seen = condition(held, api.ROUND_PROGRESSING)
+    assert (steps(held), seen.reason) == ([], api.REASON_PAUSED)
+    assert seen.message == "paused by ada; step r1-collect does not run until `cowest resume`."
+    again = reconcile.plan(replace(world, status=held.status, steps={}, actions=(action("resume", "2"),)))
+    assert steps(again) == ["r1-collect"]
+
+
+def test_what_a_step_has_done_before_it_is_stopped_counts():
+    status = replace(w.on_trial(pair=None), paused_by="ada", paused_now=True)
+    plan = reconcile.plan(w.world(status=status, steps={"r1-collect": done({})}))
+    assert (list(plan.status.candidate.done), steps(plan)) == (["collect"], [])
+
+
+def test_a_pause_that_is_to_act_now_stops_the_watcher_of_a_canary_and_no_server():
+    plan = reconcile.plan(replace(CANARY_WORLD, actions=(replace(action("pause"), now=True),)))
+    assert steps(plan) == []
+    assert {server.digest for server in plan.servers} == {w.STABLE.weak_digest, w.CANDIDATE.weak_digest}
+
+
+def test_a_pause_now_after_a_pause_stops_what_that_one_let_run():
+    status = replace(w.on_trial(pair=None), paused_by="ada")
+    world = w.world(status=status, steps={"r1-collect": api.StepState("Running")})
+    assert steps(reconcile.plan(replace(world, actions=(replace(action("pause"), now=True),)))) == []
 
 
 @pytest.mark.parametrize("steps_", [w.SPEC.canary.steps, ()], ids=["canary", "no canary"])

@@ -105,6 +105,31 @@ def test_two_large_graded_samples_agree_with_the_t_test() -> None:
     assert result.p_better == pytest.approx(expected, abs=0.01)
 
 
+def test_users_with_several_answers_are_permuted_whole() -> None:
+    """Three users against three, ten answers each: of the C(6, 3) = 20 splits one is as good as the observed one."""
+    users = ("a", "b", "c"), ("d", "e", "f")
+    ours, theirs = ([user for user in names for _ in range(10)] for names in users)
+    result = st.compare_independent([1.0] * 30, [0.0] * 30, (ours, theirs))
+    assert result.test == "ClusterPermutation"
+    assert (result.p_better, result.p_worse) == (pytest.approx(0.05), 1.0)
+    alone = st.compare_independent([1.0] * 30, [0.0] * 30, (range(30), range(30)))
+    assert alone.test == "FisherExact" and alone.p_better < 1e-15
+
+
+def test_answers_that_are_alike_by_user_raise_no_false_alarm() -> None:
+    """Both arms are the same and users differ. Fisher's test, blind to them, cries wolf in every fifth canary."""
+    rng = np.random.default_rng(3)
+    blind = seen = 0
+    for _ in range(200):
+        answers = [rng.random(12) for _ in range(2)]  # how often each user's answers are right
+        ours, theirs = ((rng.random((12, 15)) < rates[:, None]).astype(float).ravel().tolist() for rates in answers)
+        users = [user for user in range(12) for _ in range(15)]
+        seen += st.compare_independent(ours, theirs, (users, users)).p_worse < 0.05
+        blind += st.compare_independent(ours, theirs).p_worse < 0.05
+    assert blind > 40
+    assert seen <= 18  # 10 are expected; more than 18 come once in a hundred times
+
+
 # ---------------------------------------------------------------- intervals
 def test_wilson_agrees_with_scipy() -> None:
     for successes, n in ((0, 10), (3, 10), (10, 10), (512, 1000)):

@@ -80,9 +80,11 @@ def test_the_sentence_says_what_users_get_meanwhile() -> None:
     both = {strong.USERS: replace(FAILING, since=50.0), strong.STEPS: FAILING}
     told = strong.trouble(job(), both)
     assert told is not None and "for users and steps since 1970-01-01 00:00:50 UTC" in told.message
+    assert told.of_all_answers
     assert f"whenStrongFails: {w.JOB.spec.collaboration.when_strong_fails}" in told.message
     told = strong.trouble(job(fallbacks=(Fallback("https://b/v1", "b"),)), both)
     assert told is not None and told.message.endswith("Meanwhile strong.fallbacks answer.")
+    assert not told.of_all_answers
     assert strong.trouble(job(), {}) is None
 
 

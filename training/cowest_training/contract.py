@@ -244,7 +244,7 @@ class Comparison:
     p_worse: float  # one-sided p of "candidate is not worse"
     better: int
     worse: int
-    test: str  # McNemar | PairedPermutation | FisherExact | Permutation
+    test: str  # McNemar | PairedPermutation | FisherExact | Permutation | ClusterPermutation
 
 
 @dataclass(frozen=True)

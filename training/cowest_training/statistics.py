@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cowest_training.contract import Comparison
 
 Floats = NDArray[np.float64]
+Clusters = tuple[Floats, Floats]  # sums and counts of the scores of each
 
 RESAMPLES = 10_000  # of the bootstrap
 PERMUTATIONS = 20_000  # of a sampled permutation test
@@ -102,14 +103,20 @@ def compare_independent(
 ) -> Comparison:
     """Two samples of different queries: Fisher's exact test for 0/1 scores, else a permutation test.
 
-    `clusters`: (of the candidate's, of the control's answers), e.g. users. `better` and `worse` are 0 here.
+    `clusters`: (of the candidate's, of the control's answers), e.g. users: where one has several answers, the test
+    permutes whole clusters, as the split of the traffic drew them. `better` and `worse` are 0 here.
     """
     n = min(len(candidate), len(control))
     if n == 0:
         return _nothing_known("FisherExact")
     ours, theirs = np.asarray(candidate, dtype=np.float64), np.asarray(control, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    if is_binary(ours) and is_binary(theirs):
+    our_clusters, their_clusters = clusters or (None, None)
+    drawn, others = _by_cluster(ours, our_clusters), _by_cluster(theirs, their_clusters)
+    if len(drawn[0]) < len(ours) or len(others[0]) < len(theirs):
+        test = "ClusterPermutation"
+        p_better, p_worse = permutation_of_clusters(drawn, others, rng)
+    elif is_binary(ours) and is_binary(theirs):
         test = "FisherExact"
         wins, losses = int(ours.sum()), int(theirs.sum())
         p_better = fisher(wins, len(ours), losses, len(theirs))
@@ -117,7 +124,6 @@ def compare_independent(
     else:
         test = "Permutation"
         p_better, p_worse = permutation(ours, theirs, rng)
-    our_clusters, their_clusters = clusters or (None, None)
     our_means, their_means = (
         _resampled_means(ours, our_clusters, rng),
         _resampled_means(theirs, their_clusters, rng),
@@ -197,6 +203,35 @@ def permutation(ours: Floats, theirs: Floats, rng: np.random.Generator) -> tuple
     return _tails(observed, sums, exact=False)
 
 
+def permutation_of_clusters(ours: Clusters, theirs: Clusters, rng: np.random.Generator) -> tuple[float, float]:
+    """One-sided (p_better, p_worse) of two means of scores that come in clusters: whose each cluster is, is permuted.
+
+    All splits for few clusters, sampled ones otherwise. Answers to one user are alike: from few users they say less
+    than as many from many.
+    """
+    pooled = np.stack([np.concatenate(each) for each in zip(ours, theirs, strict=True)])  # (sums, counts) x clusters
+    whole, size, n = pooled.sum(axis=1, keepdims=True), len(ours[0]), pooled.shape[1]
+
+    def differences(chosen: NDArray[np.int64]) -> Floats:
+        """Of the means, by rows of the clusters that are ours."""
+        mine = pooled[:, chosen].sum(axis=2)
+        rest = whole - mine
+        means: Floats = mine[0] / mine[1] - rest[0] / rest[1]
+        return means
+
+    observed = float(differences(np.arange(size)[None, :])[0])
+    if math.comb(n, size) <= EXACT_SPLITS:
+        return _tails(observed, differences(np.asarray(list(combinations(range(n), size)))), exact=True)
+    order = np.arange(n)
+    sampled = np.concatenate(
+        [
+            differences(rng.permuted(np.broadcast_to(order, (rows, n)), axis=1)[:, :size])
+            for rows in _blocks(PERMUTATIONS, 4 * n)
+        ]
+    )
+    return _tails(observed, sampled, exact=False)
+
+
 def _tails(observed: float, sums: Floats, *, exact: bool) -> tuple[float, float]:
     """Share of sums at least, at most as large as observed; a sampled test counts the observed one in."""
     extra = 0 if exact else 1
@@ -240,7 +275,8 @@ def _resampled_means(values: Floats, clusters: Sequence[Hashable] | None, rng: n
     return np.concatenate(means)
 
 
-def _by_cluster(values: Floats, clusters: Sequence[Hashable] | None) -> tuple[Floats, Floats]:
+def _by_cluster(values: Floats, clusters: Sequence[Hashable] | None) -> Clusters:
+    """Sums and counts of the values of each cluster, in the order in which the clusters come."""
     if clusters is None:
         return values, np.ones_like(values)
     if len(clusters) != len(values):
