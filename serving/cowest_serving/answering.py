@@ -61,6 +61,7 @@ class Refusal(Exception):
     param: str | None = None
     code: str | None = None
     retry_after: float | None = None
+    is_in_vain: bool = False  # to ask again; OpenAI's SDKs would, by the status alone
 
     def body(self) -> dict[str, Any]:
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
@@ -165,14 +166,27 @@ def refusal_of(error: ModelError, who: str) -> Refusal:
     if isinstance(error, RateLimited):
         return Refusal(429, message, "rate_limit_error", code="rate_limited", retry_after=error.retry_after)
     if is_clients_fault(error):
-        return Refusal(error.status or 400, str(error), code="refused_by_model")
+        return _refused_by_model(error, who)
     status = 502
     if isinstance(error, DeadlineExceeded):
         status = 504
     elif error.status == 503 or isinstance(error, CircuitOpen):
         status = 503
     code = f"{who.split()[0]}_failed"
-    return Refusal(status, message, "api_error", code=code, retry_after=error.retry_after)
+    in_vain = not error.retryable
+    return Refusal(status, message, "api_error", code=code, retry_after=error.retry_after, is_in_vain=in_vain)
+
+
+def _refused_by_model(error: ModelError, who: str) -> Refusal:
+    """In the endpoint's own words, since applications go by its code (context_length_exceeded, content_filter)."""
+    said = {name: str(value) for name in ("message", "type", "param", "code") if (value := error.error.get(name))}
+    return Refusal(
+        error.status or 400,
+        f"The {who} refuses the request: {said['message']}" if "message" in said else str(error),
+        said.get("type", "invalid_request_error"),
+        param=said.get("param"),
+        code=said.get("code", "refused_by_model"),
+    )
 
 
 # ---------------------------------------------------------------- the record of an answer
@@ -532,6 +546,16 @@ def _event(value: Mapping[str, Any]) -> bytes:
 
 def _ms_since(started: float) -> float:
     return (time.monotonic() - started) * 1000
+
+
+def retry_hints(refusal: Refusal) -> dict[str, str]:
+    """Headers that tell a client whether and when to ask again."""
+    hints = {"x-should-retry": "false"} if refusal.is_in_vain else {}
+    wait = refusal.retry_after
+    if wait is None:
+        return hints
+    exactly = {} if float(wait).is_integer() else {"retry-after-ms": str(math.ceil(wait * 1000))}
+    return {"retry-after": str(math.ceil(wait)), **exactly, **hints}
 
 
 def seconds_to_wait(refusal: Refusal) -> str | None:

@@ -55,7 +55,7 @@ from cowest_serving.answering import (
     optional,
     parse_chat,
     parse_object,
-    seconds_to_wait,
+    retry_hints,
     user_hash,
 )
 from cowest_serving.contract import (
@@ -86,6 +86,8 @@ MAX_BODY = 4 * 1024 * 1024
 KEYS_EVERY_SECONDS = 1.0
 DURABLE = "durable"
 DONE = b"data: [DONE]\n\n"
+MODEL = {"id": "cowest", "object": "model", "created": 0, "owned_by": "cowest"}
+ENDPOINTS = "POST /v1/chat/completions, POST /v1/feedback and GET /v1/models"
 METRICS = {
     **GEN_AI,
     "cowest_answers_total": "Answers by arm, mode and status.",
@@ -206,6 +208,7 @@ def build_app(
         routes=[
             Route("/v1/chat/completions", Chat(gateway), methods=["POST"]),
             Route("/v1/models", gateway.models, methods=["GET"]),
+            Route("/v1/models/{model:path}", gateway.model, methods=["GET"]),
             Route("/v1/feedback", gateway.feedback, methods=["POST"]),
             Route("/healthz", gateway.healthz, methods=["GET"]),
             Route("/readyz", gateway.readyz, methods=["GET"]),
@@ -310,8 +313,14 @@ class Gateway:
     # ------------------------------------------------------------ the small endpoints
     async def models(self, request: Request) -> Response:
         self.check_key(request.headers.get("authorization", ""))
-        model = {"id": "cowest", "object": "model", "created": 0, "owned_by": "cowest"}
-        return _json({"object": "list", "data": [model]})
+        return _json({"object": "list", "data": [MODEL]})
+
+    async def model(self, request: Request) -> Response:
+        self.check_key(request.headers.get("authorization", ""))
+        if request.path_params["model"] != MODEL["id"]:
+            message = f"Listed is the model {MODEL['id']} alone; a chat may name any, since the pair answers them all."
+            raise Refusal(404, message, param="model", code="model_not_found")
+        return _json(MODEL)
 
     async def feedback(self, request: Request) -> Response:
         """A score or a late reference for an answer, by its request id.
@@ -468,10 +477,10 @@ class Reply:
             await self.part(b"data: " + body + b"\n\n")
             await self.end()
         else:
-            await self.whole(refusal.status, body, seconds_to_wait(refusal))
+            await self.whole(refusal.status, body, retry_hints(refusal))
 
-    async def whole(self, status: int, body: bytes, retry_after: str | None = None) -> None:
-        more = [(b"retry-after", retry_after.encode())] if retry_after else []
+    async def whole(self, status: int, body: bytes, hints: Mapping[str, str] | None = None) -> None:
+        more = [(name.encode(), value.encode()) for name, value in (hints or {}).items()]
         length = (b"content-length", str(len(body)).encode())
         if await self._durable():
             more.append((HEADER_TRACE.encode(), DURABLE.encode()))
@@ -577,9 +586,7 @@ def _not_ready(reason: str) -> Response:
 
 
 def _refusal(refusal: Refusal, request_id: str) -> Response:
-    headers = {HEADER_REQUEST_ID: request_id}
-    if wait := seconds_to_wait(refusal):
-        headers["retry-after"] = wait
+    headers = {HEADER_REQUEST_ID: request_id, **retry_hints(refusal)}
     return _json(refusal.body(), refusal.status, headers)
 
 
@@ -591,7 +598,7 @@ async def _refused(_: Request, error: Exception) -> Response:
 async def _refused_by_router(request: Request, error: Exception) -> Response:
     """404 and 405."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}."
+    message = f"{request.method} {request.url.path}: {error.detail}. The gateway has {ENDPOINTS}."
     response = _refusal(Refusal(error.status_code, message, code="unknown_url"), uuid.uuid4().hex)
     response.headers.update(error.headers or {})
     return response

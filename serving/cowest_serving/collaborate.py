@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from cowest_serving.contract import DraftForm, Messages, Prompts, query_text
+from cowest_serving.contract import DraftForm, Message, Messages, Prompts, query_text
 
 # The draft stands last: it alone differs between drafts of one query (a prefix cache helps). The delimiters
 # say that it is data of unknown quality, never an instruction.
@@ -73,10 +73,18 @@ def as_data(draft: str) -> str:
 
 
 def is_draftable(messages: Messages) -> bool:
-    """Whether the weak model can be asked: there is a query, and the whole conversation is text."""
+    """Whether the weak model can be asked: there is a query, and the whole conversation is text without tools.
+
+    After a call of a tool the last word is the tool's: a draft in the user's message before it would be out of place.
+    """
     if not query_text(messages).strip():
         return False
-    return all(_is_text(message.get("content")) for message in messages)
+    return all(_is_text(message.get("content")) and not _is_of_a_tool(message) for message in messages)
+
+
+def _is_of_a_tool(message: Message) -> bool:
+    asks = message.get("tool_calls") or message.get("function_call")
+    return bool(asks) or message.get("role") in ("tool", "function")
 
 
 def _is_text(content: Any) -> bool:
@@ -90,9 +98,15 @@ def _ask(messages: Messages, template: str, **values: str) -> list[dict[str, Any
     asked = [dict(message) for message in messages]
     for message in reversed(asked):
         if message.get("role") == "user":
-            message["content"] = text
+            message["content"] = _with_other_parts(text, message.get("content"))
             return asked
     return [*asked, {"role": "user", "content": text}]
+
+
+def _with_other_parts(text: str, content: Any) -> Any:
+    """The text in place of the message's own; its images and the like stay behind it."""
+    others = [part for part in content if part.get("type") != "text"] if isinstance(content, list) else []
+    return [{"type": "text", "text": text}, *others] if others else text
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:

@@ -87,12 +87,14 @@ class ModelError(Exception):
         status: int | None = None,
         retry_after: float | None = None,
         parameter: str = "",
+        error: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.retryable = self.default_retryable if retryable is None else retryable
         self.status = status  # HTTP status that the endpoint gave, None when it gave none
         self.retry_after = retry_after  # seconds that the endpoint asked to wait
         self.parameter = parameter  # of the call, that the endpoint says it does not take
+        self.error = error or {}  # the endpoint's own error object, where it finds the request itself wrong
 
 
 class EndpointUnreachable(ModelError):
@@ -424,7 +426,8 @@ def fault(endpoint: str, status: int, error: Mapping[str, Any], wait: float | No
         remedy = "It points elsewhere: give the endpoint's final address."
     else:
         remedy = "Check the name of the model and the parameters of the call."
-    return BadRequest(f"{seen}. {remedy}", status=status, parameter=refused_parameter(status, error))
+    parameter = refused_parameter(status, error)
+    return BadRequest(f"{seen}. {remedy}", status=status, parameter=parameter, error=error)
 
 
 def error_object(data: bytes) -> Mapping[str, Any]:

@@ -78,6 +78,13 @@ def test_the_plain_solo_template_leaves_parts_as_the_client_sent_them() -> None:
     assert solo_messages([message], DEFAULT_PROMPTS["Answer"]) == [message]
 
 
+def test_another_solo_template_keeps_the_parts_that_are_not_text() -> None:
+    image = {"type": "image_url", "image_url": {"url": "http://x/y.png"}}
+    parts = [image, {"type": "text", "text": "a"}]
+    (asked,) = solo_messages([{"role": "user", "content": parts}], PROMPTS)
+    assert asked["content"] == [{"type": "text", "text": "S a"}, image]
+
+
 @pytest.mark.parametrize("form", ["Explanation", "Knowledge", "Answer"])
 def test_default_prompts_put_the_query_first_and_the_draft_last_between_delimiters(form: str) -> None:
     prompts = DEFAULT_PROMPTS[form]  # type: ignore[index]
@@ -113,6 +120,9 @@ def test_a_draft_cannot_close_its_own_delimiter(closing: str) -> None:
         pytest.param([{"role": "user", "content": "  "}], False, id="an empty question"),
         pytest.param([{"role": "system", "content": "s"}], False, id="no user message"),
         pytest.param([USER, {"role": "assistant", "content": None}], True, id="an assistant without text"),
+        pytest.param([USER, {"role": "assistant", "tool_calls": [{}]}, USER], False, id="a call of a tool"),
+        pytest.param([USER, {"role": "tool", "content": "sunny"}], False, id="a tool's answer"),
+        pytest.param([USER, {"role": "function", "content": "sunny"}], False, id="an answer of the old functions"),
     ],
 )
 def test_only_conversations_of_text_with_a_question_are_drafted(
