@@ -8,7 +8,7 @@ APISERVER_WORKERS ?= auto
 UV_VERSION = 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test test-apiserver check format docs lock bench bench-kill bench-spool torture-spool bench-operator e2e e2e-faults rbac clean \
+.PHONY: help setup demo study test test-apiserver check format docs lock bench bench-kill bench-spool torture-spool torture-gateway bench-operator e2e e2e-faults rbac clean \
   images image-operator image-serving image-serving-ray image-training image-sizes lock-images helm-docs
 
 help:  ## say what there is
@@ -65,6 +65,9 @@ bench-spool: setup  ## what a durable record costs: CPU of its path and the disk
 
 torture-spool: setup  ## kill -9 writers of durable records 200 times; nothing acknowledged lost, nothing twice
 	$(BIN)/python tests/benchmarks/torture_spool.py --kills 200
+
+torture-gateway: setup  ## kill -9 the gateway under load 200 times, with the store gone and disks that fail; 10 minutes
+	$(BIN)/python -m tests.benchmarks.torture_gateway --kills 200
 
 e2e: setup  ## the cluster tests against the current kubeconfig
 	$(BIN)/python -m pytest tests/e2e -m "e2e and not faults" -ra -s
