@@ -383,7 +383,8 @@ class Answering:
             record.answer_ms = _ms_since(started)
         record.answer, record.strong_tokens = result.text, (result.input_tokens, result.output_tokens)
         record.strong_model, record.strong_version = result.model, result.version
-        return {**result.raw, "model": record.request.model or result.model}
+        usage = of_both_models(record, result.raw.get("usage"))
+        return {**result.raw, "model": record.request.model or result.model, "usage": usage}
 
     async def stream(self, record: Record) -> AsyncGenerator[bytes, None]:
         """The body of an event stream, event by event. Refuses only before the first."""
@@ -403,9 +404,12 @@ class Answering:
             )
             async with aclosing(chunks):
                 async for payload in chunks:
-                    if _take(record, payload) or record.request.wants_usage:
-                        begun = True
-                        yield b"data: " + payload + b"\n\n"
+                    if not _take(record, payload):
+                        if not record.request.wants_usage:
+                            continue
+                        payload = _with_both_models(record, payload)
+                    begun = True
+                    yield b"data: " + payload + b"\n\n"
             yield b"data: [DONE]\n\n"
         except ModelError as error:
             if begun:
@@ -516,7 +520,7 @@ def _completion(record: Record, text: str) -> dict[str, Any]:
                 "finish_reason": "stop",
             }
         ],
-        "usage": _usage(taken_in, given_out),
+        "usage": of_both_models(record, _usage(taken_in, given_out)),
     }
 
 
@@ -534,6 +538,25 @@ def _events(record: Record, text: str) -> list[bytes]:
     if record.request.wants_usage:
         events.append(_event(head | {"choices": [], "usage": whole["usage"]}))
     return [*events, b"data: [DONE]\n\n"]
+
+
+def of_both_models(record: Record, usage: Any) -> Any:
+    """The usage of who wrote the answer, whose prices applications know, and beside it each model's that was asked.
+
+    Not their sum: a prompt that both read would count twice, and look longer than the context is.
+    """
+    if not isinstance(usage, dict):
+        return usage  # the strong model gives none
+    weak = _usage(*record.weak_tokens) if any(record.weak_tokens) else None
+    strong = _usage(*record.strong_tokens) if any(record.strong_tokens) else None
+    both = sum(each["total_tokens"] for each in (weak, strong) if each)
+    return {**usage, "cowest": {"weak": weak, "strong": strong, "total_tokens": both}}
+
+
+def _with_both_models(record: Record, payload: bytes) -> bytes:
+    """A chunk of usage alone, for a client that asked for it."""
+    chunk = orjson.loads(payload)
+    return orjson.dumps({**chunk, "usage": of_both_models(record, chunk["usage"])})
 
 
 def _usage(taken_in: int, given_out: int) -> dict[str, int]:

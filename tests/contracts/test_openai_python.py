@@ -227,6 +227,23 @@ def test_usage_is_that_of_the_answer_with_its_details(client: openai.OpenAI) -> 
     assert usage.prompt_tokens_details.cached_tokens == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_counts_both_models_each_by_itself(world: OpenAIWorld, client: openai.OpenAI, stream: bool) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    answer = ask(client, metadata=say("three words here"), **options)
+    usage = list(answer)[-1].usage if stream else answer.usage
+    strong, weak = usage.cowest["strong"], usage.cowest["weak"]
+    assert strong == {name: getattr(usage, name) for name in strong}
+    assert weak["completion_tokens"] > 3 and weak["prompt_tokens"] > 5
+    assert usage.cowest["total_tokens"] == strong["total_tokens"] + weak["total_tokens"]
+    assert usage.prompt_tokens_details.cached_tokens == 1
+
+
+def test_usage_says_that_no_weak_model_was_asked(client: openai.OpenAI) -> None:
+    usage = ask(client, tools=[WEATHER]).usage
+    assert usage.cowest["weak"] is None and usage.cowest["total_tokens"] == usage.total_tokens
+
+
 # ---------------------------------------------------------------- streams
 def test_a_stream_is_the_answer_in_pieces_with_one_id(client: openai.OpenAI) -> None:
     chunks = list(ask(client, stream=True, metadata=say("one two three")))
