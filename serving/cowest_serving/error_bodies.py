@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
-import aiohttp
-
-from cowest_serving.models import HttpChatModel, ModelError, error_object, fault, retry_after
-
-MAX_ERROR_BODY = 8192
+from cowest_serving.models import HttpChatModel, ModelError, error_object
+from cowest_serving.wire import Response
 
 
 class ErrorBody(Exception):
@@ -42,29 +37,11 @@ class OutspokenModel(HttpChatModel):
     def _headers(self, key: str) -> dict[str, str]:
         return super()._headers(key) | self._more_headers
 
-    def _connected(self) -> aiohttp.ClientSession:
-        is_new = self._session is None
-        session = super()._connected()
-        if is_new:
-            trace = aiohttp.TraceConfig()
-            trace.on_request_end.append(self._refuse)
-            trace.freeze()
-            session.trace_configs.append(trace)
-        return session
-
-    async def _refuse(
-        self, _: aiohttp.ClientSession, __: SimpleNamespace, ended: aiohttp.TraceRequestEndParams
-    ) -> None:
-        """Before anything else reads the body of a refusal: it can be read once only."""
-        response = ended.response
-        if response.status < 400:
-            return
-        data = b""
-        while len(data) < MAX_ERROR_BODY and (more := await response.content.read(MAX_ERROR_BODY)):
-            data += more
-        error = error_object(data)
-        wait = retry_after({name.lower(): value for name, value in response.headers.items()}, time.time())
-        raise fault(self.endpoint, response.status, error, wait) from ErrorBody(response.status, error)
+    def _refusal(self, response: Response) -> ModelError:
+        refusal = super()._refusal(response)
+        if response.status >= 400:
+            refusal.__cause__ = ErrorBody(response.status, error_object(response.body))
+        return refusal
 
 
 def body_of(error: ModelError) -> ErrorBody | None:

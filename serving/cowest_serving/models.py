@@ -27,17 +27,15 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
 
-import aiohttp
 import orjson
 
 from cowest_serving.contract import HEADER_IDEMPOTENCY, Messages
-from cowest_serving.outward import proxy_of
 from cowest_serving.places import Places
+from cowest_serving.wire import NoAddress, Response, TooMuch, Untrusted, Wire, WireError
 
 log = logging.getLogger(__name__)
 
@@ -164,8 +162,7 @@ class HttpChatModel:
         self._deadline = max(timeout_seconds, deadline_seconds or 0)
         self._backoff = backoff_seconds
         self._places = Places(max_concurrency)  # how many calls may be under way: learned from 429s
-        self._limit = max_concurrency
-        self._session: aiohttp.ClientSession | None = None
+        self._wire: Wire | None = None
         self._not_taken: dict[str, str] = {}  # parameter -> its other name, "" where it has none
 
     async def __aenter__(self) -> Self:
@@ -178,9 +175,9 @@ class HttpChatModel:
 
     async def aclose(self) -> None:
         """Close the connections. Calls under way fail with `EndpointUnreachable`."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            await wire.aclose()
 
     async def __call__(
         self,
@@ -195,7 +192,9 @@ class HttpChatModel:
     ) -> ChatResult:
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
         body = self._body(messages, options, extra)
-        async with self._answered(body, idempotency_key or new_key(), read=True) as (response, payload):
+        async with self._places:
+            response, payload = await self._with_retries(body, idempotency_key or new_key(), True, self._give_up_at())
+            self._places.answered()
             return _result(self.endpoint, response, payload)
 
     async def stream(
@@ -216,32 +215,27 @@ class HttpChatModel:
         """
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
         body = self._body(messages, options, extra) | {"stream": True}
-        async with self._answered(body, idempotency_key or new_key(), read=False) as (response, _):
-            async for chunk in _events(self.endpoint, response, self._timeout):
-                yield chunk
+        async with self._places:
+            response, _ = await self._with_retries(body, idempotency_key or new_key(), False, self._give_up_at())
+            self._places.answered()
+            try:
+                async for chunk in _events(self.endpoint, response, self._timeout):
+                    yield chunk
+            finally:
+                response.close()
 
     def _body(self, messages: Messages, options: Mapping[str, Any], extra: Mapping[str, Any] | None) -> dict[str, Any]:
         given = {name: value for name, value in options.items() if value is not None}
         return {**(extra or {}), **given, "model": self.model, "messages": list(messages)}
 
     # ------------------------------------------------------------ the one retry loop
-    @asynccontextmanager
-    async def _answered(
-        self, body: Mapping[str, Any], key: str, *, read: bool
-    ) -> AsyncIterator[tuple[aiohttp.ClientResponse, Mapping[str, Any]]]:
-        """A response with status 2xx and, when `read`, its parsed body; tried again while that may help."""
-        async with self._places:
-            give_up_at = time.monotonic() + self._deadline
-            response, payload = await self._with_retries(body, key, read, give_up_at)
-            self._places.answered()
-            try:
-                yield response, payload
-            finally:
-                response.close() if not read else response.release()
+    def _give_up_at(self) -> float:
+        return time.monotonic() + self._deadline
 
     async def _with_retries(
         self, body: Mapping[str, Any], key: str, read: bool, give_up_at: float
-    ) -> tuple[aiohttp.ClientResponse, Mapping[str, Any]]:
+    ) -> tuple[Response, Mapping[str, Any]]:
+        """A response with status 2xx and, when `read`, its parsed body; tried again while that may help."""
         attempt, keys_left = 0, len(self._keys) - 1
         while True:
             used, number = self._key, self._places.attempt()
@@ -275,32 +269,26 @@ class HttpChatModel:
             log.warning("%s does not take `%s` for %s: from now on it %s.", self.endpoint, name, self.model, instead)
         return True
 
-    async def _once(
-        self, data: bytes, key: str, read: bool, give_up_at: float
-    ) -> tuple[aiohttp.ClientResponse, Mapping[str, Any]]:
+    async def _once(self, data: bytes, key: str, read: bool, give_up_at: float) -> tuple[Response, Mapping[str, Any]]:
         left = min(self._timeout, give_up_at - time.monotonic())
         try:
-            async with asyncio.timeout(left):
-                response = await self._connected().post(
-                    self.endpoint + "/chat/completions",
-                    data=data,
-                    headers=self._headers(key),
-                    allow_redirects=False,
-                )
-                try:
-                    await _refuse_faults(self.endpoint, response)
-                    payload = _parsed(self.endpoint, await response.read()) if read else {}
-                except BaseException:
-                    response.close()
-                    raise
-                return response, payload
+            asked = self._connected().ask("POST", "/chat/completions", self._headers(key), data, left, is_whole=read)
+            response = await asked
         except TimeoutError:
             raise DeadlineExceeded(
                 f"{self.endpoint} gave no answer within {left:.1f} s. "
                 "Check that the model is not overloaded, or raise its timeout."
             ) from None
-        except aiohttp.ClientError as error:
+        except WireError as error:
             raise _unreachable(self.endpoint, error) from error
+        if not 200 <= response.status < 300:
+            raise self._refusal(response)
+        return response, _parsed(self.endpoint, response.body) if read else {}
+
+    def _refusal(self, response: Response) -> ModelError:
+        """What a status other than 2xx means."""
+        error = {} if response.status < 400 else error_object(response.body)
+        return fault(self.endpoint, response.status, error, retry_after(response.headers, time.time()))
 
     def _headers(self, key: str) -> dict[str, str]:
         headers = {"content-type": "application/json", HEADER_IDEMPOTENCY: key}
@@ -308,15 +296,10 @@ class HttpChatModel:
             headers["authorization"] = f"Bearer {self._keys[self._key % len(self._keys)]}"
         return headers
 
-    def _connected(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._limit),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=min(10.0, self._timeout)),
-                json_serialize=lambda value: orjson.dumps(value).decode(),
-                proxy=proxy_of(self.endpoint),  # not trust_env: that would also take passwords from ~/.netrc
-            )
-        return self._session
+    def _connected(self) -> Wire:
+        if self._wire is None:
+            self._wire = Wire(self.endpoint)
+        return self._wire
 
 
 def is_same_origin(one: str, other: str) -> bool:
@@ -396,16 +379,6 @@ def _without(body: Mapping[str, Any], not_taken: Mapping[str, str]) -> dict[str,
 
 
 # ---------------------------------------------------------------- reading answers
-async def _refuse_faults(endpoint: str, response: aiohttp.ClientResponse) -> None:
-    """Raises the `ModelError` that belongs to a status other than 2xx."""
-    status = response.status
-    if 200 <= status < 300:
-        return
-    error = {} if status < 400 else error_object(await response.content.read(8192))
-    wait = retry_after({name.lower(): value for name, value in response.headers.items()}, time.time())
-    raise fault(endpoint, status, error, wait)
-
-
 def fault(endpoint: str, status: int, error: Mapping[str, Any], wait: float | None = None) -> ModelError:
     """What a status other than 2xx means. `error`: the endpoint's own error object."""
     said = said_by(error)
@@ -479,7 +452,7 @@ def _garbage(endpoint: str, data: bytes) -> BadAnswer:
     )
 
 
-def _result(endpoint: str, response: aiohttp.ClientResponse, payload: Mapping[str, Any]) -> ChatResult:
+def _result(endpoint: str, response: Response, payload: Mapping[str, Any]) -> ChatResult:
     choice, usage = payload["choices"][0], payload.get("usage") or {}
     return ChatResult(
         text=content_text(choice["message"].get("content")),
@@ -489,7 +462,7 @@ def _result(endpoint: str, response: aiohttp.ClientResponse, payload: Mapping[st
         model=str(payload.get("model") or ""),
         version=str(payload.get("system_fingerprint") or ""),
         raw=payload,
-        headers={name.lower(): value for name, value in response.headers.items()},
+        headers=response.headers,
     )
 
 
@@ -501,19 +474,18 @@ def count(value: Any) -> int:
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
 
 
-async def _events(endpoint: str, response: aiohttp.ClientResponse, timeout: float) -> AsyncIterator[bytes]:
+async def _events(endpoint: str, response: Response, timeout: float) -> AsyncIterator[bytes]:
     """Payloads of the `data:` lines of an event stream. Raises when it breaks off before it is finished."""
     seen, finished, buffered = 0, False, b""
     while True:
         try:
-            async with asyncio.timeout(timeout):
-                data = await response.content.readany()
+            data = await response.some(timeout)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"{endpoint} stopped in the middle of an answer for {timeout:.1f} s. "
                 "Check that the model is not overloaded, or raise its timeout."
             ) from None
-        except aiohttp.ClientError as error:
+        except WireError as error:
             raise _unreachable(endpoint, error) from error
         *lines, buffered = (buffered + data).split(b"\n") if data else [buffered, b""]
         for line in lines:
@@ -535,16 +507,17 @@ async def _events(endpoint: str, response: aiohttp.ClientResponse, timeout: floa
 
 
 # ---------------------------------------------------------------- connections
-def _unreachable(endpoint: str, error: aiohttp.ClientError) -> ModelError:
-    if isinstance(error, aiohttp.InvalidURL):
+def _unreachable(endpoint: str, error: WireError) -> ModelError:
+    if isinstance(error, NoAddress):
         return BadRequest(f"{endpoint} is not an address. Give one such as https://host/v1.")
-    if isinstance(error, aiohttp.ClientSSLError):
+    if isinstance(error, Untrusted):
         return EndpointUnreachable(
-            f"{endpoint} has a TLS certificate that is not trusted ({type(error).__name__}). "
+            f"{endpoint} has a TLS certificate that is not trusted ({error}). "
             "Give its CA in SSL_CERT_FILE, or check the address.",
             retryable=False,
         )
-    seen = str(error) or type(error).__name__
+    if isinstance(error, TooMuch):
+        return BadAnswer(f"{endpoint} answered more than is read: {error}. Lower max_tokens.", retryable=False)
     return EndpointUnreachable(
-        f"{endpoint} cannot be reached or broke off ({seen}). Check that it runs and its address is right."
+        f"{endpoint} cannot be reached or broke off ({error}). Check that it runs and its address is right."
     )

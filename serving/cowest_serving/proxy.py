@@ -29,7 +29,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import orjson
 import uvicorn
 import yaml
@@ -71,6 +70,7 @@ from cowest_serving.health import Watched
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Labels, Metrics, ModelCall
 from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, content_text, count
+from cowest_serving.wire import WireError
 
 log = logging.getLogger(__name__)
 MAX_BODY = 16 * 1024 * 1024
@@ -231,13 +231,10 @@ class Upstream(Watched, OutspokenModel):
     async def listed(self) -> Mapping[str, Any] | None:
         """How the endpoint lists this model; None where it does not."""
         try:
-            async with (
-                asyncio.timeout(MODELS_SECONDS),
-                self._connected().get(f"{self.endpoint}/models", headers=self._headers("")) as response,
-            ):
-                entries = orjson.loads(await response.read())["data"]
-                return next((entry for entry in entries if entry["id"] == self.model), None)
-        except (ModelError, aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):
+            response = await self._connected().ask("GET", "/models", self._headers(""), b"", MODELS_SECONDS)
+            entries = orjson.loads(response.body)["data"]
+            return next((entry for entry in entries if entry["id"] == self.model), None)
+        except (WireError, TimeoutError, ValueError, KeyError, TypeError):
             return None
 
     def _headers(self, key: str) -> dict[str, str]:
