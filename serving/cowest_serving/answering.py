@@ -5,6 +5,7 @@ Knows models and routing, but no HTTP server: `app` turns what comes back (or a 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import time
@@ -43,11 +44,13 @@ from cowest_serving.models import (
     is_clients_fault,
     is_same_origin,
 )
+from cowest_serving.redaction import Redacted, Redactor, RestoredStream
 
 WEAK_MODEL = "weak"  # the name that every weak server answers to
 _OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "user"})  # not passed on as they are
 FELL_BACK = "fell_back"  # status of an answer that is not of the pair's own strong model
 _MAX_MODELS = 32
+LARGE = 32 * 1024  # bytes of a body in which identifiers are looked for beside the event loop
 
 
 # ---------------------------------------------------------------- requests and refusals
@@ -80,6 +83,7 @@ class ChatRequest:
     wants_usage: bool  # a last chunk with the usage of a stream
     sticky_key: str | None
     idempotency_key: str
+    size: int = 0  # bytes of its body
 
     @property
     def is_draftable(self) -> bool:
@@ -104,6 +108,7 @@ def parse_chat(
         wants_usage=bool(options.get("include_usage")),
         sticky_key=user or session,
         idempotency_key=idempotency_key or request_id,
+        size=len(data),
     )
 
 
@@ -211,6 +216,8 @@ class Record:
     answer_ms: float | None = None
     weak_tokens: tuple[int, int] = (0, 0)  # input, output
     strong_tokens: tuple[int, int] = (0, 0)
+    redacted: Redacted | None = None  # where the manifest hides identifiers
+    shown: Messages | None = None  # the messages as the strong model and the trace may have them
 
     def failed(self, status: str, error: object) -> None:
         self.status = status
@@ -244,6 +251,8 @@ class Record:
     def row(self) -> dict[str, Any]:
         """By TRACE_COLUMNS."""
         request, pair = self.request, self.arm.pair
+        hidden = self.redacted.text if self.redacted else str
+        messages = (self.shown or ()) if self.redacted else request.messages
         return {
             "trace_id": request.id,
             "time": self.arrived,
@@ -252,7 +261,7 @@ class Record:
             "weight_percent": self.arm.weight_percent,
             "mode": self.mode,
             "status": self.status,
-            "error": "; ".join(self.errors),
+            "error": hidden("; ".join(self.errors)),
             "pair_digest": pair.digest,
             "weak_digest": self.weak_digest,
             "prompts_digest": pair.prompts.digest,
@@ -260,10 +269,10 @@ class Record:
             "strong_model": self.strong_model,
             "strong_version": self.strong_version,
             "user_hash": user_hash(request.sticky_key),
-            "query": query_text(request.messages),
-            "messages": orjson.dumps(request.messages).decode(),
-            "draft": self.draft,
-            "answer": self.answer,
+            "query": query_text(messages),
+            "messages": orjson.dumps(messages).decode(),
+            "draft": hidden(self.draft),
+            "answer": hidden(self.answer),
             "draft_ms": self.draft_ms,
             "answer_ms": self.answer_ms,
             "weak_input_tokens": self.weak_tokens[0],
@@ -363,9 +372,11 @@ class Answering:
 
     def __init__(self, strong: Strong, collaboration: Collaboration, models: Models) -> None:
         self._strong, self._collaboration, self._models = strong, collaboration, models
+        self._redactor = Redactor(collaboration.redaction) if collaboration.redaction else None
 
     async def answer(self, record: Record) -> Mapping[str, Any]:
         """The body of a chat completion."""
+        await self._hide(record)
         draft = await self._draft(record)
         if draft is not None and record.mode == "WeakAlone":
             return _completion(record, draft)
@@ -374,7 +385,7 @@ class Answering:
             result = await self._models.strong(record.arm)(
                 _strong_messages(record, draft),
                 idempotency_key=record.request.idempotency_key,
-                extra=self._parameters(record.request),
+                extra=self._parameters(record),
                 fell_back=partial(record.failed, FELL_BACK),
             )
         except ModelError as error:
@@ -384,22 +395,25 @@ class Answering:
         record.answer, record.strong_tokens = result.text, (result.input_tokens, result.output_tokens)
         record.strong_model, record.strong_version = result.model, result.version
         usage = of_both_models(record, result.raw.get("usage"))
-        return {**result.raw, "model": record.request.model or result.model, "usage": usage}
+        body = {**result.raw, "model": record.request.model or result.model, "usage": usage}
+        return record.redacted.restored_body(body) if record.redacted and record.redacted.restores else body
 
     async def stream(self, record: Record) -> AsyncGenerator[bytes, None]:
         """The body of an event stream, event by event. Refuses only before the first."""
+        await self._hide(record)
         draft = await self._draft(record)
         if draft is not None and record.mode == "WeakAlone":
             for event in _events(record, draft):
                 yield event
             return
         started, begun = time.monotonic(), False
+        restored = RestoredStream(record.redacted) if record.redacted and record.redacted.restores else None
         try:
             chunks = self._models.strong(record.arm).stream(
                 _strong_messages(record, draft),
                 idempotency_key=record.request.idempotency_key,
                 # The usage is always asked for, since the record needs it.
-                extra={**self._parameters(record.request), "stream_options": {"include_usage": True}},
+                extra={**self._parameters(record), "stream_options": {"include_usage": True}},
                 fell_back=partial(record.failed, FELL_BACK),
             )
             async with aclosing(chunks):
@@ -409,7 +423,9 @@ class Answering:
                             continue
                         payload = _with_both_models(record, payload)
                     begun = True
-                    yield b"data: " + payload + b"\n\n"
+                    yield b"data: " + (restored.chunk(payload) if restored else payload) + b"\n\n"
+            for rest in restored.rest() if restored else ():
+                yield b"data: " + rest + b"\n\n"
             yield b"data: [DONE]\n\n"
         except ModelError as error:
             if begun:
@@ -420,6 +436,25 @@ class Answering:
                 yield event
         finally:
             record.answer_ms = _ms_since(started)
+
+    def hidden(self, text: str | None) -> str | None:
+        """What users write of an answer, as it may be stored."""
+        return self._redactor.begin().text(text) if self._redactor and text else text
+
+    async def _hide(self, record: Record) -> None:
+        """Before anything is sent or stored; where it fails, nothing is."""
+        if self._redactor is None:
+            return
+        record.redacted = self._redactor.begin()
+        hide = partial(record.redacted.messages, record.request.messages)
+        try:
+            record.shown = await asyncio.to_thread(hide) if record.request.size > LARGE else hide()
+        except Exception as error:
+            record.failed("refused", f"redaction: {type(error).__name__}")
+            message = (
+                "What must be hidden from the strong model could not be found: nothing was sent and nothing stored."
+            )
+            raise Refusal(503, message, "api_error", code="redaction_failed") from error
 
     async def _draft(self, record: Record) -> str | None:
         """The weak model's draft; `None`: the strong model answers alone."""
@@ -459,18 +494,20 @@ class Answering:
         record.mode = "WeakAlone"
         return draft
 
-    def _parameters(self, request: ChatRequest) -> Mapping[str, Any]:
-        given = request.parameters
+    def _parameters(self, record: Record) -> Mapping[str, Any]:
+        given = record.request.parameters
+        if record.redacted:
+            given = record.redacted.parameters(given)
         if self._strong.max_tokens is None or "max_tokens" in given or "max_completion_tokens" in given:
             return given
         return {**given, "max_tokens": self._strong.max_tokens}
 
 
 def _strong_messages(record: Record, draft: str | None) -> Messages:
-    messages, prompts = record.request.messages, record.arm.pair.prompts
+    messages, prompts = record.shown or record.request.messages, record.arm.pair.prompts
     if draft is None:
         return solo_messages(messages, prompts)
-    return refine_messages(messages, draft, prompts)
+    return refine_messages(messages, record.redacted.text(draft) if record.redacted else draft, prompts)
 
 
 def _served_digest(arm: Arm, result: ChatResult) -> str:

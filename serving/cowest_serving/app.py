@@ -332,6 +332,7 @@ class Gateway:
         try:
             self._check_spool()
             row = feedback_row(await _body(request.scope, request.receive), request.headers.get(HEADER_SESSION))
+            row |= {name: self.answering.hidden(row[name]) for name in ("reference", "comment")}
         except Refusal:
             self.count.count("cowest_feedback_total", result="refused")
             raise

@@ -201,6 +201,21 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class RedactionPattern:
+    name: str
+    regex: str  # RE2
+
+
+@dataclass(frozen=True)
+class Redaction:
+    """What neither the strong model nor a trace may see. An edit acts at once: it is no part of the pair."""
+
+    identifiers: tuple[str, ...] = ()  # `redaction.KINDS`
+    patterns: tuple[RedactionPattern, ...] = ()
+    in_answers: Literal["Restore", "Keep"] = "Restore"
+
+
+@dataclass(frozen=True)
 class Collaboration:
     draft: DraftForm
     when_weak_fails: Literal["StrongAlone", "Fail"]
@@ -208,6 +223,7 @@ class Collaboration:
     when_drafts_hurt: Literal["StrongAlone", "Serve"]
     draft_max_tokens: int
     prompts: Prompts | None = None  # resolved: inline, from the ConfigMap, or the built-in ones of the draft form
+    redaction: Redaction | None = None
 
 
 # ---------------------------------------------------------------- pairs and routing

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from cowest_serving.book import CODE_BUDGET_SPENT, HEADER_PURPOSE, HEADER_ROUND
 from cowest_serving.collaborate import draft_messages, is_draftable, refine_messages, solo_messages
-from cowest_serving.contract import JUDGE_PATH, Messages, Pair, Strong, digest_of, parse
+from cowest_serving.contract import JUDGE_PATH, Messages, Pair, Redaction, Strong, digest_of, parse
 from cowest_serving.error_bodies import ErrorBody, OutspokenModel, body_of
 from cowest_serving.models import BadRequest, ChatResult, HttpChatModel, is_clients_fault, is_same_origin
+from cowest_serving.redaction import Redacted, Redactor
 
 from .contract import EXIT_BAD_INPUT, EXIT_BUDGET, Evaluator, Row, StepError
 from .evaluator import DEFAULT_TIMEOUT_SECONDS, Score, build_evaluator, check_settings, judge_model
@@ -223,6 +224,7 @@ class Asking:
         *,
         proxy_url: str = "",
         round_number: int | None = None,
+        redactor: Redactor | None = None,
     ) -> None:
         self.calls = calls
         self.evaluator = evaluator
@@ -231,6 +233,7 @@ class Asking:
         self._stack = stack
         self._proxy_url = proxy_url
         self._round = round_number
+        self._redactor = redactor or Redactor()
         self._models: dict[tuple[str, str, str], HttpChatModel] = {}
         self.replies = 0  # answers that came back, paid now or before
         self._first_error = ""
@@ -248,11 +251,14 @@ class Asking:
 
     async def answer(self, row: Row, draft: str, pair: Pair, purpose: str = "answer") -> Reply:
         """y* ~ pi_s(x, y)"""
-        return await self._ask(refine_messages(row.messages, draft, pair.prompts), pair, purpose)
+        redacted = self._redactor.begin()
+        asked = refine_messages(redacted.messages(row.messages), redacted.text(draft), pair.prompts)
+        return await self._ask(asked, pair, purpose, redacted)
 
     async def solo(self, row: Row, pair: Pair, purpose: str = "solo") -> Reply:
         """z ~ pi_s(x). The same in every round and for every weak model, so paid once."""
-        return await self._ask(solo_messages(row.messages, pair.prompts), pair, purpose)
+        redacted = self._redactor.begin()
+        return await self._ask(solo_messages(redacted.messages(row.messages), pair.prompts), pair, purpose, redacted)
 
     async def score(self, row: Row, reply: Reply) -> float:
         """E(answer, query) in [0, 1]; no answer is worth 0."""
@@ -273,7 +279,8 @@ class Asking:
             )
             raise StepError(f"None of the {asked} queries could be answered: {why if self._first_error else too_long}")
 
-    async def _ask(self, messages: Messages, pair: Pair, purpose: str) -> Reply:
+    async def _ask(self, messages: Messages, pair: Pair, purpose: str, redacted: Redacted) -> Reply:
+        """The answer as a user gets it: with the values again that the strong model does not see."""
         purpose = f"{self.purpose}:{purpose}"
         try:
             result, key, _ = await self.calls.ask(
@@ -294,7 +301,7 @@ class Asking:
         self.replies += 1
         if kind := unusual_kind(result.text, result.finish_reason):
             self._unusual[kind] += 1
-        return Reply(result.text, key, result.version, result.model)
+        return Reply(redacted.restored(result.text), key, result.version, result.model)
 
     def _model(self, pair: Pair, purpose: str) -> HttpChatModel:
         is_proxied = bool(self._proxy_url) and pair.strong_endpoint.rstrip("/") == self._strong.endpoint.rstrip("/")
@@ -386,20 +393,36 @@ def _refuse_for_proxy(said: ErrorBody) -> None:
 
 @asynccontextmanager
 async def open_asking(
-    strong: Strong, evaluator: Evaluator, calls: str, *, purpose: str, round_number: int | None = None
+    strong: Strong,
+    evaluator: Evaluator,
+    calls: str,
+    *,
+    purpose: str,
+    round_number: int | None = None,
+    redaction: Redaction | None = None,
 ) -> AsyncIterator[Asking]:
     """`purpose` marks in the book what this step pays for. Keys and the proxy's address come by environment only."""
+    redactor = Redactor(redaction) if redaction else None
     proxy_url = os.environ.get("COWEST_STRONG_URL", "").strip()
     async with AsyncExitStack() as stack:
         models = await stack.enter_async_context(AsyncExitStack())  # closed after the book has let calls come home
         book = await stack.enter_async_context(
             PaidCalls.for_strong(calls, strong, round_number, behind_proxy=bool(proxy_url))
         )
-        scorer = _scorer(evaluator, book, models, purpose, _Proxy(proxy_url, strong, round_number))
-        yield Asking(strong, book, scorer, purpose, models, proxy_url=proxy_url, round_number=round_number)
+        scorer = _scorer(evaluator, book, models, purpose, _Proxy(proxy_url, strong, round_number), redactor)
+        yield Asking(
+            strong, book, scorer, purpose, models, proxy_url=proxy_url, round_number=round_number, redactor=redactor
+        )
 
 
-def _scorer(settings: Evaluator, calls: PaidCalls, models: AsyncExitStack, purpose: str, proxy: _Proxy) -> Score:
+def _scorer(
+    settings: Evaluator,
+    calls: PaidCalls,
+    models: AsyncExitStack,
+    purpose: str,
+    proxy: _Proxy,
+    redactor: Redactor | None,
+) -> Score:
     key = os.environ.get("COWEST_EVALUATOR_API_KEY") or None
     judge = None
     if settings.type == "Judge":
@@ -411,7 +434,7 @@ def _scorer(settings: Evaluator, calls: PaidCalls, models: AsyncExitStack, purpo
         if proxy.url:
             by_proxy = proxy.judge(model.model, purpose, settings.timeout_seconds or DEFAULT_TIMEOUT_SECONDS)
             models.push_async_callback(by_proxy.aclose)
-        judge = PaidJudge(model, calls, purpose, by_proxy)
+        judge = PaidJudge(model, calls, purpose, by_proxy, redactor)
     scorer = build_evaluator(settings, api_key=key, judge=judge)
     models.push_async_callback(scorer.aclose)
     return scorer
@@ -421,15 +444,24 @@ class PaidJudge:
     """The judge's model behind the book: its calls count in budget and bill too, at the strong model's prices.
 
     In a cluster book and budget are the proxy's, so the proxy asks. Only a judge that it does not serve, since the
-    manifest names another one by now than the trial began with, is asked from here.
+    manifest names another one by now than the trial began with, is asked from here. What the strong model may not see
+    no judge sees.
     """
 
     def __init__(
-        self, model: HttpChatModel, calls: PaidCalls, purpose: str, by_proxy: HttpChatModel | None = None
+        self,
+        model: HttpChatModel,
+        calls: PaidCalls,
+        purpose: str,
+        by_proxy: HttpChatModel | None = None,
+        redactor: Redactor | None = None,
     ) -> None:
         self._model, self._calls, self._purpose, self._by_proxy = model, calls, purpose, by_proxy
+        self._redactor = redactor
 
     async def __call__(self, messages: Messages, *, idempotency_key: str | None = None, **params: Any) -> ChatResult:
+        if self._redactor:
+            messages = self._redactor.begin().messages(messages)
         if self._by_proxy is not None:
             try:
                 return await self._ask(self._by_proxy, messages, params)

@@ -150,7 +150,10 @@ class _Job:
 
 async def _ask_all(job: _Job, rows: Sequence[Row], progress: steps.Progress) -> Run:
     strong, evaluator = job.settings.strong, job.settings.feedback.evaluator
-    async with open_asking(strong, evaluator, job.calls, purpose=job.purpose, round_number=job.round) as asking:
+    async with open_asking(
+        strong, evaluator, job.calls, purpose=job.purpose, round_number=job.round,
+        redaction=job.settings.collaboration.redaction,
+    ) as asking:  # fmt: skip
         tasks: dict[str, list[asyncio.Task[Item]]] = {name: [] for name in (*job.arms_with_drafts, SOLO, "weak")}
         drafting = len(job.arms_with_drafts)
         answers = len(rows) * (drafting + 1)  # of the strong model: a draft taken as the answer is none

@@ -225,8 +225,9 @@ class Asked:
 async def _ask_all(job: _Job, drafts: Drafts, progress: steps.Progress) -> Asked:
     pair, strong = drafts.recipe.pair, job.settings.strong
     async with open_asking(
-        strong, job.settings.feedback.evaluator, job.calls, purpose=job.purpose, round_number=job.round
-    ) as asking:
+        strong, job.settings.feedback.evaluator, job.calls, purpose=job.purpose, round_number=job.round,
+        redaction=job.settings.collaboration.redaction,
+    ) as asking:  # fmt: skip
         tasks: list[asyncio.Task[list[Entry]]] = []
         done = 0
 

@@ -431,7 +431,10 @@ async def _watch(canary: Canary, args: Any, progress: steps.Progress) -> None:
     records = Records(canary, args.store)
     purpose = f"score_live:{canary.candidate.digest[7:19]}"
     strong = canary.settings.strong
-    async with open_asking(strong, canary.evaluator, args.calls, purpose=purpose, round_number=args.round) as asking:
+    async with open_asking(
+        strong, canary.evaluator, args.calls, purpose=purpose, round_number=args.round,
+        redaction=canary.settings.collaboration.redaction,
+    ) as asking:  # fmt: skip
         scorer = Scorer(canary, asking)
         try:
             while True:

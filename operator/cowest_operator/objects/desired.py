@@ -48,6 +48,12 @@ FROZEN = ("weak", "collaboration", "data", "feedback", "training", "gate", "cana
 
 
 def followed(frozen: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest that a running trial goes by: what it learns from, how, and what it must show is frozen."""
+    """The manifest that a running trial goes by: what it learns from, how, and what it must show is frozen.
+
+    What may not leave is as declared, at once.
+    """
     kept = {name: frozen["spec"][name] for name in FROZEN if name in frozen["spec"]}
+    hidden = {n: v for n, v in declared["spec"].get("collaboration", {}).items() if n == "redaction"}
+    if "collaboration" in kept:
+        kept["collaboration"] = {n: v for n, v in kept["collaboration"].items() if n != "redaction"} | hidden
     return {**declared, "spec": {**declared["spec"], **kept}}

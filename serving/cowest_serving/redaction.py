@@ -1,0 +1,359 @@
+"""What leaves for the strong model, and what is stored, without the identifiers that the manifest names.
+
+`spec.collaboration.redaction` names kinds of structured identifiers and patterns of the user's own. Each value becomes
+a placeholder, `[Email_1]`, the same wherever it occurs in a request, so that a model can still tell two people apart;
+`inAnswers: Restore` puts the values back into what the client gets. The weak model is in-house and sees the original.
+
+Patterns are RE2's: their time grows with the text alone, whatever a client sends. What looks like a card, an IBAN or a
+national number counts only where its check digits agree (python-stdnum). A redactor that fails raises: the caller must
+then send and store nothing.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import re2
+import stdnum.be.nn
+import stdnum.br.cpf
+import stdnum.ch.ssn
+import stdnum.cn.ric
+import stdnum.de.idnr
+import stdnum.dk.cpr
+import stdnum.es.dni
+import stdnum.es.nie
+import stdnum.fi.hetu
+import stdnum.fr.nir
+import stdnum.iban
+import stdnum.in_.aadhaar
+import stdnum.it.codicefiscale
+import stdnum.luhn
+import stdnum.no.fodselsnummer
+import stdnum.pl.pesel
+import stdnum.se.personnummer
+import stdnum.us.ssn
+
+from cowest_serving.contract import Messages, Redaction, SettingsError
+
+NOTHING = Redaction()
+_OPTIONS = re2.Options()
+_OPTIONS.log_errors = False
+_OPTIONS.max_mem = 64 * 1024 * 1024
+_HELD_BACK = 80  # characters at the end of a stream's text that may be the beginning of a placeholder
+
+
+# ---------------------------------------------------------------- what is looked for
+_MOST_GROUPS = 9  # an IBAN has no more
+Span = tuple[int, int]
+Found = tuple[int, int, str]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How an identifier is written, and whether something so written is one.
+
+    `in_groups`: what stands before or behind it, a word or a number, may look like another group of it.
+    """
+
+    pattern: str
+    is_one: Callable[[str], bool] = lambda _: True
+    in_groups: bool = False
+
+    def within(self, text: str) -> Iterator[Span]:
+        """Where in a match identifiers stand."""
+        if not self.in_groups:
+            if self.is_one(text):
+                yield 0, len(text)
+            return
+        groups = [match.span() for match in re.finditer(r"[^ -]+", text)]
+        at = 0
+        while at < len(groups):
+            last = min(at + _MOST_GROUPS, len(groups)) - 1
+            while last >= at and not self.is_one(text[groups[at][0] : groups[last][1]]):
+                last -= 1
+            if last >= at:
+                yield groups[at][0], groups[last][1]
+            at = max(at, last) + 1
+
+
+def _is_card(text: str) -> bool:
+    digits = text.replace(" ", "").replace("-", "")
+    return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and stdnum.luhn.is_valid(digits)
+
+
+def _is_phone(text: str) -> bool:
+    if re.fullmatch(r"\d{1,2}([./ -])\d{1,2}\1\d{2,4}", text):  # a date
+        return False
+    return 8 <= len(re.sub(r"\D", "", text)) <= 15
+
+
+_AS_NUMBERS = {ord(letter): str(int(letter, 36)) for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}  # of ISO 7064
+
+
+def _is_iban(text: str) -> bool:
+    letters = text.replace(" ", "").replace("-", "").upper()
+    if not 15 <= len(letters) <= 34 or not letters[:2].isalpha():
+        return False
+    digits = (letters[4:] + letters[:4]).translate(_AS_NUMBERS)
+    return int(digits) % 97 == 1 and bool(stdnum.iban.is_valid(letters, check_country=False))
+
+
+# Of 11 digits without any sign between them some other numbers pass by chance: to hide one too many is the lesser harm.
+_NATIONAL: tuple[_Form, ...] = (
+    _Form(r"\b\d{3}-\d{2}-\d{4}\b", stdnum.us.ssn.is_valid),
+    _Form(r"(?i)\b[a-z]{2} ?\d{2} ?\d{2} ?\d{2} ?[a-d]\b"),  # GB: has no check digit
+    _Form(r"(?i)\b\d{8}-?[a-z]\b", stdnum.es.dni.is_valid),
+    _Form(r"(?i)\b[xyz]-?\d{7}-?[a-z]\b", stdnum.es.nie.is_valid),
+    _Form(r"(?i)\b[a-z]{6}\d{2}[a-z]\d{2}[a-z]\d{3}[a-z]\b", stdnum.it.codicefiscale.is_valid),
+    _Form(r"\b[12] ?\d{2} ?\d{2} ?[0-9AB]{2} ?\d{3} ?\d{3} ?\d{2}\b", stdnum.fr.nir.is_valid),
+    _Form(r"\b756\.\d{4}\.\d{4}\.\d{2}\b", stdnum.ch.ssn.is_valid),
+    _Form(r"\b\d{3}\.\d{3}\.\d{3}-\d{2}\b", stdnum.br.cpf.is_valid),
+    _Form(r"\b\d{17}[0-9Xx]\b", stdnum.cn.ric.is_valid),
+    _Form(r"\b\d{4} \d{4} \d{4}\b", stdnum.in_.aadhaar.is_valid),
+    _Form(r"\b(?:\d{2})?\d{6}[-+]\d{4}\b", stdnum.se.personnummer.is_valid),
+    _Form(r"\b\d{6}-\d{4}\b", stdnum.dk.cpr.is_valid),
+    _Form(r"\b\d{6}[-+A]\d{3}[0-9A-Z]\b", stdnum.fi.hetu.is_valid),
+    _Form(r"\b\d{2}\.\d{2}\.\d{2}-\d{3}\.\d{2}\b", stdnum.be.nn.is_valid),
+    _Form(r"\b\d{2} ?\d{3} ?\d{3} ?\d{3}\b", stdnum.de.idnr.is_valid),
+    _Form(r"\b\d{11}\b", stdnum.pl.pesel.is_valid),
+    _Form(r"\b\d{6} ?\d{5}\b", stdnum.no.fodselsnummer.is_valid),
+)
+_FORMS: Mapping[str, tuple[_Form, ...]] = {
+    "ApiKey": (
+        _Form(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"),
+        _Form(r"\b(?:sk|pk|rk)[-_][A-Za-z0-9_-]{16,}"),
+        _Form(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+        _Form(r"\bgh[pousr]_[A-Za-z0-9]{36,}\b"),
+        _Form(r"\bgithub_pat_[A-Za-z0-9_]{22,}\b"),
+        _Form(r"\bglpat-[A-Za-z0-9_-]{20,}"),
+        _Form(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}"),
+        _Form(r"\bhf_[A-Za-z0-9]{30,}\b"),
+        _Form(r"\bAIza[0-9A-Za-z_-]{35}"),
+        _Form(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"),  # a JSON Web Token
+    ),
+    "Email": (_Form(r"[\pL\pN._%+\-]+@[\pL\pN](?:[\pL\pN\-]*\.)+\pL{2,}"),),
+    "Iban": (_Form(r"(?i)\b[a-z]{2}\d{2}(?:[ -]?[a-z0-9]{1,4})+\b", _is_iban, True),),
+    "CreditCard": (_Form(r"\b\d(?:[ -]?\d){12,}\b", _is_card, True),),
+    "NationalId": _NATIONAL,
+    "Phone": (
+        _Form(r"(?:\+|\b00)\d(?:[ ()./-]{0,2}\d){7,14}\b", _is_phone),
+        _Form(r"(?:\(\d{3}\) ?|\b\d{3}[ .-])\d{3}[ .-]\d{4}\b"),  # North America
+        _Form(r"(?:\(0\d{1,4}\)|\b0\d{1,4})[ /.-]{1,3}\d(?:[ .-]?\d){5,11}\b", _is_phone),
+    ),
+}
+KINDS = tuple(_FORMS)
+
+
+# ---------------------------------------------------------------- the redactor
+class Redactor:
+    """Of one manifest, for all requests. Raises `SettingsError` for a pattern that RE2 does not take."""
+
+    def __init__(self, redaction: Redaction = NOTHING) -> None:
+        self.restores = redaction.in_answers == "Restore"
+        # The user's own first: whoever names a pattern knows better than a form what it stands for.
+        looks: dict[str, tuple[_Form, ...]] = {pattern.name: (_Form(pattern.regex),) for pattern in redaction.patterns}
+        looks |= {kind: _FORMS[kind] for kind in KINDS if kind in redaction.identifiers}
+        self._looks = [
+            (kind, _any_of(kind, forms), [(_compiled(kind, form.pattern), form) for form in forms])
+            for kind, forms in looks.items()
+        ]
+        # One pass over a text, most of which has none. (Not re2.Set: out of memory it says that nothing matches.)
+        self._any = _any_of("all", [form for forms in looks.values() for form in forms]) if looks else None
+
+    def begin(self) -> Redacted:
+        """For one request: its placeholders are its own."""
+        return Redacted(self)
+
+    def find(self, text: str) -> list[Found]:
+        """(start, end, kind) of what is to be hidden, in order; none overlap."""
+        found: list[Found] = []
+        if self._any is None or not self._any.search(text):
+            return found
+        for kind, any_of, forms in self._looks:
+            for pattern, form in forms if any_of.search(text) else ():
+                new = [(*span, kind) for span in _spans(pattern, form, text) if not _meets(found, *span)]
+                found = sorted([*found, *new])
+        return found
+
+
+def _spans(pattern: Any, form: _Form, text: str) -> Iterator[Span]:
+    for match in pattern.finditer(text):
+        if match.group():
+            yield from ((match.start() + start, match.start() + end) for start, end in form.within(match.group()))
+
+
+def _any_of(name: str, forms: Sequence[_Form]) -> Any:
+    for form in forms:
+        _compiled(name, form.pattern)  # one that is wrong is said by itself
+    return _compiled(name, "|".join(f"(?:{form.pattern})" for form in forms))
+
+
+def _compiled(name: str, pattern: str) -> Any:
+    try:
+        return re2.compile(pattern, _OPTIONS)
+    except re2.error as error:
+        why = error.args[0].decode() if isinstance(error.args[0], bytes) else error
+        raise SettingsError(
+            f"spec.collaboration.redaction: pattern {name}: wanted a regular expression of RE2 (no look-around, no"
+            f" back-references), saw {pattern!r}: {why}"
+        ) from None
+
+
+def _meets(found: Sequence[Found], start: int, end: int) -> bool:
+    """`found` is in order and without overlaps, so that only one can be the first to reach in."""
+    after = bisect.bisect_right(found, start, key=lambda each: each[1])
+    return after < len(found) and found[after][0] < end
+
+
+class Redacted:
+    """One request: which placeholder stands for which value."""
+
+    def __init__(self, redactor: Redactor) -> None:
+        self._redactor = redactor
+        self._placeholders: dict[tuple[str, str], str] = {}
+        self._values: dict[str, str] = {}
+        self._numbers: dict[str, int] = {}
+        self._foreign: set[str] = set()  # what the client wrote itself in the form of a placeholder
+
+    @property
+    def restores(self) -> bool:
+        """Whether anything is there that belongs into the answer."""
+        return self._redactor.restores and bool(self._values)
+
+    def text(self, text: str) -> str:
+        found = self._redactor.find(text)
+        if not found:
+            return text
+        self._foreign.update(_PLACEHOLDER.findall(text))
+        parts, at = [], 0
+        for start, end, kind in found:
+            parts += [text[at:start], self._placeholder(kind, text[start:end])]
+            at = end
+        return "".join([*parts, text[at:]])
+
+    def messages(self, messages: Messages) -> list[dict[str, Any]]:
+        """Texts, their parts, and the arguments of tool calls; images and the like pass as they are."""
+        return [{name: self._value(name, value) for name, value in message.items()} for message in messages]
+
+    def parameters(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Those of a request that carry texts of an application's users."""
+        return {name: self._value(name, value) if name in _WITH_TEXT else value for name, value in given.items()}
+
+    def _value(self, name: str, value: Any) -> Any:
+        if name in _NO_TEXT:
+            return value
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, list):
+            return [self._value(name, item) for item in value]
+        if isinstance(value, Mapping):
+            return {key: self._value(key, item) for key, item in value.items()}
+        return value
+
+    def _placeholder(self, kind: str, value: str) -> str:
+        known = self._placeholders.get((kind, value))
+        while known is None:
+            number = self._numbers[kind] = self._numbers.get(kind, 0) + 1
+            placeholder = f"[{kind}_{number}]"
+            if placeholder not in self._foreign:  # the client's own words are nobody's value
+                known = self._placeholders[kind, value] = placeholder
+                self._values[placeholder] = value
+        return known
+
+    # ------------------------------------------------------------ back again
+    def restored(self, text: str, *, within_json: bool = False) -> str:
+        """With the values in the place of their placeholders, where the manifest wants that."""
+        if not self.restores or "[" not in text:
+            return text
+
+        def value_of(match: re.Match[str]) -> str:
+            value = self._values.get(match[0], match[0])
+            return json.dumps(value, ensure_ascii=False)[1:-1] if within_json else value
+
+        return _PLACEHOLDER.sub(value_of, text)
+
+    def restored_body(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A chat completion, its texts and the arguments of its tool calls restored."""
+        choices = [
+            {**choice, "message": self._restored_value("", choice["message"])} if "message" in choice else choice
+            for choice in body.get("choices") or []
+        ]
+        return {**body, "choices": choices}
+
+    def _restored_value(self, name: str, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.restored(value, within_json=name == "arguments")
+        if isinstance(value, list):
+            return [self._restored_value(name, item) for item in value]
+        if isinstance(value, Mapping):
+            return {key: self._restored_value(key, item) for key, item in value.items()}
+        return value
+
+
+_WITH_TEXT = frozenset({"metadata", "prediction"})
+_NO_TEXT = frozenset({"role", "type", "id", "tool_call_id", "image_url", "input_audio", "file"})
+_PLACEHOLDER = re.compile(r"\[[A-Za-z][A-Za-z0-9]{0,31}_\d{1,9}\]")
+_BEGUN = re.compile(r"\[(?:[A-Za-z][A-Za-z0-9]{0,31}(?:_\d{0,9})?)?$")
+
+
+# ---------------------------------------------------------------- streams
+class RestoredStream:
+    """Puts values back into a stream, chunk by chunk: what may be the first half of a placeholder waits for the other.
+
+    Each text of a chunk (of a choice, of a tool call) has its own rest.
+    """
+
+    def __init__(self, redacted: Redacted) -> None:
+        self._redacted = redacted
+        self._rests: dict[tuple[Any, ...], str] = {}
+        self._last: dict[str, Any] = {}
+
+    def chunk(self, payload: bytes) -> bytes:
+        """The JSON of a chunk, restored. A choice that ends gets its rest with its end."""
+        chunk = orjson.loads(payload)
+        for choice in chunk.get("choices") or []:
+            index, delta = choice.get("index", 0), choice.get("delta") or {}
+            is_last = choice.get("finish_reason") is not None
+            for place, name, where in list(_texts(index, delta)):
+                where[name] = self._next(place, where[name], is_last)
+            if is_last:
+                self._flush(index, choice)
+        self._last = {name: chunk.get(name) for name in ("id", "object", "created", "model")}
+        return orjson.dumps(chunk)
+
+    def rest(self) -> Iterator[bytes]:
+        """What was held back of choices that never ended; to be sent before the end of the stream."""
+        for (index, name, *_), text in list(self._rests.items()):
+            if text and name == "content":
+                delta = {"index": index, "delta": {"content": text}, "finish_reason": None}
+                yield orjson.dumps({**self._last, "choices": [delta]})
+        self._rests.clear()
+
+    def _next(self, place: tuple[Any, ...], text: str, is_last: bool) -> str:
+        whole = self._rests.pop(place, "") + text
+        begun = None if is_last else _BEGUN.search(whole, max(0, len(whole) - _HELD_BACK))
+        if begun is not None:
+            self._rests[place] = begun[0]
+            whole = whole[: begun.start()]
+        return self._redacted.restored(whole, within_json=place[1] == "arguments")
+
+    def _flush(self, index: int, choice: dict[str, Any]) -> None:
+        if text := self._rests.pop((index, "content"), ""):
+            choice["delta"] = {**(choice.get("delta") or {}), "content": text}
+
+
+def _texts(index: int, delta: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], str, dict[str, Any]]]:
+    """(where it belongs, its name, the object that holds it) of each text of a delta."""
+    for name in ("content", "refusal", "reasoning_content"):
+        if isinstance(delta.get(name), str):
+            yield (index, name), name, delta
+    for call in delta.get("tool_calls") or []:
+        function = call.get("function") or {}
+        if isinstance(function.get("arguments"), str):
+            yield (index, "arguments", call.get("index", 0)), "arguments", function

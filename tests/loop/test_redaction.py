@@ -1,0 +1,164 @@
+"""Identifiers on their way through gateway and steps: who sees them, and who does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cowest_serving.contract import Redaction, RedactionPattern
+from cowest_serving.redaction import Redacted
+from cowest_serving.traces import read_feedback
+from cowest_training.asking import open_asking
+from cowest_training.contract import Evaluator, Row
+from tests.fakes import ScriptedModel
+from tests.loop.test_gateway import arm_of, strong_settings, world
+
+HIDDEN = Redaction(("Email", "CreditCard"), (RedactionPattern("Policy", r"\bPL-\d{6}\b"),))
+ANN, CARD, POLICY = "ann@example.org", "4111 1111 1111 1111", "PL-123456"
+ASKED: Any = [
+    {"role": "system", "content": f"The client is {ANN}."},
+    {"role": "user", "content": f"Is {POLICY} of {ANN} paid by {CARD}?"},
+]
+SECRETS = (ANN, CARD, "4111", POLICY)
+
+
+def has_none(value: Any) -> bool:
+    return not any(secret in str(value) for secret in SECRETS)
+
+
+def pair(**changes: Any) -> dict[str, Any]:
+    """The weak model repeats what it read; the strong one answers in placeholders."""
+    return {
+        "weak": {"answers": f"{POLICY} is paid, write to {ANN}"},
+        "strong": {"answers": "[Policy_1] is paid, [Email_1] knows."},
+        "redaction": HIDDEN,
+        **changes,
+    }
+
+
+async def test_the_weak_model_sees_the_values_and_the_strong_one_placeholders(tmp_path: Path) -> None:
+    async with world(tmp_path, **pair()) as (weak, strong, door):
+        completion, _ = await door.ask(messages=ASKED, extra_body={"metadata": {"about": ANN}})
+    assert POLICY in weak.calls[0].last and ANN in weak.calls[0].last
+    assert has_none(strong.calls[0].body)
+    assert strong.calls[0].last == (
+        "Is [Policy_1] of [Email_1] paid by [CreditCard_1]? | [Policy_1] is paid, write to [Email_1]"
+    )
+    assert completion.choices[0].message.content == f"{POLICY} is paid, {ANN} knows."
+
+
+async def test_a_stream_gives_the_values_back(tmp_path: Path) -> None:
+    async with world(tmp_path, **pair()) as (_, strong, door):
+        stream = await door.client.chat.completions.create(
+            model="m", messages=ASKED, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+    assert has_none(strong.calls[0].body)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == f"{POLICY} is paid, {ANN} knows."
+    assert chunks[-1].usage is not None
+
+
+async def test_a_client_gets_the_placeholders_where_the_manifest_keeps_them(tmp_path: Path) -> None:
+    kept = Redaction(HIDDEN.identifiers, HIDDEN.patterns, "Keep")
+    async with world(tmp_path, **pair(redaction=kept)) as (_, _, door):
+        completion, _ = await door.ask(messages=ASKED)
+    assert completion.choices[0].message.content == "[Policy_1] is paid, [Email_1] knows."
+
+
+async def test_nothing_that_is_stored_has_a_value(tmp_path: Path) -> None:
+    strong = {"answers": f"Write to bob@example.org or {ANN}."}  # which it made up
+    async with world(tmp_path, **pair(strong=strong)) as (_, _, door):
+        _, headers = await door.ask(messages=ASKED)
+        said = {"request_id": headers["x-request-id"], "reference": f"paid by {CARD}", "comment": f"ask {ANN}"}
+        assert (await door.post("/v1/feedback", said))[0] == 200
+        row = await door.row()
+        (told,) = read_feedback(str(tmp_path)).to_pylist()
+    assert has_none(row) and "bob@example.org" not in str(row)
+    assert row["query"] == "Is [Policy_1] of [Email_1] paid by [CreditCard_1]?"
+    assert row["draft"] == "[Policy_1] is paid, write to [Email_1]"
+    assert row["answer"] == "Write to [Email_2] or [Email_1]."
+    assert (told["reference"], told["comment"]) == ("paid by [CreditCard_1]", "ask [Email_1]")
+    assert all(secret.encode() not in file.read_bytes() for file in tmp_path.rglob("*.*") for secret in SECRETS)
+
+
+async def test_a_draft_that_stands_in_is_the_clients_and_not_stored(tmp_path: Path) -> None:
+    down = {"faults": [500] * 9}
+    async with world(tmp_path, **pair(strong=down, when_strong_fails="WeakAlone")) as (_, _, door):
+        completion, _ = await door.ask(messages=ASKED)
+        row = await door.row()
+    assert completion.choices[0].message.content == f"{POLICY} is paid, write to {ANN}"
+    assert has_none(row) and row["answer"] == "[Policy_1] is paid, write to [Email_1]"
+
+
+class BrokenRedacted(Redacted):
+    def messages(self, messages: Any) -> list[dict[str, Any]]:
+        raise MemoryError("no room for the automaton")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_redactor_that_fails_closes_the_door(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr("cowest_serving.redaction.Redacted", BrokenRedacted)
+    async with world(tmp_path, **pair()) as (weak, strong, door):
+        asked = {"model": "m", "messages": ASKED, "stream": stream}
+        status, body, _ = await door.post("/v1/chat/completions", asked)
+        row = await door.row()
+    assert (status, body["error"]["code"]) == (503, "redaction_failed")
+    assert not weak.calls and not strong.calls
+    assert has_none(row) and has_none(body) and row["status"] == "refused"
+
+
+async def test_a_large_request_is_searched_beside_the_event_loop(tmp_path: Path) -> None:
+    long = [{"role": "user", "content": f"{'x ' * 40_000}{ANN}"}]
+    async with world(tmp_path, **pair()) as (_, strong, door):
+        await door.ask(messages=long)
+    assert has_none(strong.calls[0].body) and "[Email_1]" in strong.calls[0].last
+
+
+# ---------------------------------------------------------------- the steps
+@pytest.fixture
+def row() -> Row:
+    return Row("q", ASKED[-1]["content"], tuple(ASKED), reference="paid")
+
+
+async def test_what_is_measured_is_what_is_served(tmp_path: Path, row: Row) -> None:
+    """A step asks the strong model, and scores, what the gateway would have sent and given."""
+    async with world(tmp_path, **pair()) as (weak, strong, door):
+        completion, _ = await door.ask(messages=ASKED)
+        asked_live = strong.calls[-1].body["messages"]
+        settings, served = strong_settings(strong.url), arm_of(weak, strong).pair
+        async with open_asking(
+            settings, Evaluator("ExactMatch"), str(tmp_path / "calls.sqlite"), purpose="evaluate:1", redaction=HIDDEN
+        ) as asking:
+            reply = await asking.answer(row, f"{POLICY} is paid, write to {ANN}", served)
+            await asking.solo(row, served)
+    assert strong.calls[1].body["messages"] == asked_live
+    assert reply.text == completion.choices[0].message.content
+    assert has_none([call.body for call in strong.calls])
+    assert has_none((tmp_path / "calls.sqlite").read_bytes().decode("latin-1"))
+
+
+async def test_a_judge_sees_no_value_either(tmp_path: Path, row: Row) -> None:
+    async with ScriptedModel("VERDICT: yes") as judge, ScriptedModel() as strong:
+        settings = strong_settings(strong.url)
+        evaluator = Evaluator("Judge", endpoint=judge.url, model="judge")
+        async with open_asking(
+            settings, evaluator, str(tmp_path / "calls.sqlite"), purpose="evaluate:1", redaction=HIDDEN
+        ) as asking:
+            try:
+                await asking.score_text(row, f"{POLICY} is paid by {CARD}, {ANN}")
+            except Exception as error:  # what it says is no verdict: this is about what it was asked
+                assert has_none(error)
+    assert judge.calls and has_none([call.body for call in judge.calls])
+
+
+async def test_without_a_redaction_messages_pass_as_they_are(tmp_path: Path) -> None:
+    async with world(tmp_path) as (_, strong, door):
+        await door.ask(messages=ASKED)
+    seen: Mapping[str, Any] = strong.calls[0].body
+    assert ANN in str(seen["messages"]) and CARD in str(seen["messages"])
