@@ -75,6 +75,7 @@ from cowest_serving.contract import (
     parse,
     reference_text,
 )
+from cowest_serving.front_door import FrontDoor
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Metrics
 from cowest_serving.routing import FileRouting, RoutingSource, choose_arm
@@ -626,6 +627,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, lambda *_: None)
     config = uvicorn.Config(
         app,
+        http=FrontDoor,
         lifespan="on",
         access_log=False,
         log_config=None,
