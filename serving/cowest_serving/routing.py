@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import os
@@ -13,6 +12,7 @@ from typing import Protocol
 
 import orjson
 
+from cowest_serving.changes import changes_in
 from cowest_serving.contract import Arm, Routing, SettingsError, parse
 
 log = logging.getLogger(__name__)
@@ -41,9 +41,12 @@ class RoutingSource(Protocol):
 
 
 class FileRouting:
-    """Follows a JSON file of `dump(Routing)` that is replaced atomically; a bad file changes nothing."""
+    """Follows a JSON file of `dump(Routing)` that is replaced atomically; a bad file changes nothing.
 
-    def __init__(self, path: Path, *, every_seconds: float = 0.1) -> None:
+    It is taken up as soon as its folder tells of a change; some file systems do not, so it is looked at now and then.
+    """
+
+    def __init__(self, path: Path, *, every_seconds: float = 0.5) -> None:
         self.path, self.every_seconds = path, every_seconds
         self.current: Routing | None = None
         self.errors = 0
@@ -53,9 +56,11 @@ class FileRouting:
         self.load()
 
     async def watch(self) -> None:
-        while True:
-            await asyncio.sleep(self.every_seconds)
-            self.load()
+        with changes_in(self.path.parent) as changed:
+            self.load()  # what came before the folder was listened to
+            while True:
+                await changed(self.every_seconds)
+                self.load()
 
     def load(self) -> None:
         """Take up the file if it has changed."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import os
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,3 +95,57 @@ def test_a_file_that_goes_away_leaves_the_last_good_routing(tmp_path: Path) -> N
     file.unlink()
     source.load()
     assert source.current == ROUTING
+
+
+@contextlib.asynccontextmanager
+async def followed(file: Path, every_seconds: float) -> AsyncIterator[FileRouting]:
+    source = FileRouting(file, every_seconds=every_seconds)
+    watching = asyncio.create_task(source.watch())
+    yield source
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+
+
+async def until_version(source: FileRouting, version: int) -> None:
+    async with asyncio.timeout(20):
+        while source.current is None or source.current.version != version:
+            await asyncio.sleep(0.001)
+
+
+async def test_a_file_that_is_replaced_is_taken_up_long_before_it_is_looked_at_again(tmp_path: Path) -> None:
+    file, part = tmp_path / "routing.json", tmp_path / "part"
+    async with followed(file, every_seconds=3600) as source:
+        for version in range(1, 6):
+            part.write_text(json.dumps(dump(replace(ROUTING, version=version))))
+            part.replace(file)
+            await until_version(source, version)
+        assert source.errors == 0
+
+
+async def test_a_mounted_config_map_that_turns_to_its_next_version_is_taken_up(tmp_path: Path) -> None:
+    for version in (1, 2):
+        (tmp_path / f"..v{version}").mkdir()
+        (tmp_path / f"..v{version}" / "routing.json").write_text(json.dumps(dump(replace(ROUTING, version=version))))
+    (tmp_path / "..data").symlink_to("..v1")
+    (tmp_path / "routing.json").symlink_to("..data/routing.json")
+    async with followed(tmp_path / "routing.json", every_seconds=3600) as source:
+        await until_version(source, 1)
+        (tmp_path / "..next").symlink_to("..v2")
+        (tmp_path / "..next").rename(tmp_path / "..data")
+        await until_version(source, 2)
+
+
+async def test_a_file_in_a_folder_that_comes_later_is_found_by_looking(tmp_path: Path) -> None:
+    file = tmp_path / "later" / "routing.json"
+    async with followed(file, every_seconds=0.01) as source:
+        file.parent.mkdir()
+        file.write_text(json.dumps(dump(ROUTING)))
+        await until_version(source, ROUTING.version)
+
+
+async def test_following_leaves_no_open_handle(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    async with followed(tmp_path / "routing.json", every_seconds=3600):
+        await asyncio.sleep(0)  # it begins to watch
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert len(os.listdir("/proc/self/fd")) == before
