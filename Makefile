@@ -8,7 +8,7 @@ APISERVER_WORKERS ?= auto
 UV_VERSION = 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test test-apiserver check format docs lock bench bench-kill bench-spool torture-spool torture-gateway bench-operator e2e e2e-faults rbac clean \
+.PHONY: help setup demo study test test-apiserver check format docs lock bench bench-kill bench-gateway bench-flip soak-gateway bench-spool torture-spool torture-gateway bench-operator e2e e2e-faults rbac clean \
   images image-operator image-serving image-serving-ray image-training image-sizes lock-images helm-docs
 
 help:  ## say what there is
@@ -59,6 +59,16 @@ bench-kill: setup  ## kill -9 the run at random moments; the same decision, no p
 
 bench-operator: setup  ## writes, reconcile time and memory of the operator with 1,000 jobs on a real API server; 40 minutes
 	$(BIN)/python tests/benchmarks/operator_bench.py
+
+bench-gateway: setup  ## CPU, latency, streams and records of the gateway beside LiteLLM, Portkey, a Rust router and nginx; 15 minutes
+	$(BIN)/python -m tests.benchmarks.gateway.bench $(OPTIONS)
+
+bench-flip: setup  ## flip the weights 50 times under load; no call fails, none goes to the wrong arm
+	$(BIN)/python -m tests.benchmarks.gateway.flip $(OPTIONS)
+
+MINUTES ?= 30
+soak-gateway: setup  ## half of what the gateway can do, for MINUTES; memory, sockets and tasks at the end
+	$(BIN)/python -m tests.benchmarks.gateway.soak --minutes $(MINUTES) $(OPTIONS)
 
 bench-spool: setup  ## what a durable record costs: CPU of its path and the disk's time
 	$(BIN)/python tests/benchmarks/spool_bench.py

@@ -75,7 +75,6 @@ from cowest_serving.contract import (
     parse,
     reference_text,
 )
-from cowest_serving.front_door import FrontDoor
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Metrics
 from cowest_serving.routing import FileRouting, RoutingSource, choose_arm
@@ -100,6 +99,7 @@ METRICS = {
     "cowest_trace_spool_bytes": "Records on this machine's disk that the store has not taken yet.",
     "cowest_trace_spool_trouble": "1 while answers go out without a durable record: the spool is full or fails.",
     "cowest_requests_in_flight": "Answers being made now.",
+    "cowest_tasks": "Tasks of the event loop: a number that only grows is a leak.",
     "cowest_routing_version": "Version of the routing that holds.",
     "cowest_routing_errors": "Routings that could not be read.",
     "cowest_arm_weight_percent": "Share of the traffic by arm.",
@@ -368,6 +368,7 @@ class Gateway:
                 "cowest_trace_spool_bytes": {(): float(self.traces.spool_bytes)},
                 "cowest_trace_spool_trouble": {(): float(self.traces.is_full)},
                 "cowest_requests_in_flight": {(): float(self.in_flight)},
+                "cowest_tasks": {(): float(len(asyncio.all_tasks()))},
                 "cowest_routing_version": {(): float(routing.version if routing else 0)},
                 "cowest_routing_errors": {(): float(self.routing.errors)},
                 "cowest_arm_weight_percent": {(("arm", name),): weight for name, weight in weights.items()},
@@ -627,7 +628,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, lambda *_: None)
     config = uvicorn.Config(
         app,
-        http=FrontDoor,
         lifespan="on",
         access_log=False,
         log_config=None,

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -1130,6 +1131,7 @@ async def test_metrics_count_answers_by_arm_mode_and_status(tmp_path: Path) -> N
     assert 'cowest_answer_seconds_count{arm="stable",mode="Pair"} 1\n' in text
     assert 'cowest_arm_weight_percent{arm="stable"} 100\n' in text
     assert "cowest_requests_in_flight 0\n" in text
+    assert re.search(r"^cowest_tasks [1-9]", text, re.M)
 
 
 # ---------------------------------------------------------------- the process
