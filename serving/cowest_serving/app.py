@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
+import gc
 import hmac
 import logging
 import os
@@ -25,11 +26,11 @@ import socket
 import sys
 import threading
 import time
-import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -37,13 +38,6 @@ from typing import Any, Literal
 import orjson
 import uvicorn
 import yaml
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
-from starlette.types import Message as Event
-from starlette.types import Receive, Scope, Send
 
 from cowest_serving.answering import (
     Answering,
@@ -75,6 +69,7 @@ from cowest_serving.contract import (
     parse,
     reference_text,
 )
+from cowest_serving.ids import new_id
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Metrics
 from cowest_serving.routing import FileRouting, RoutingSource, choose_arm
@@ -86,8 +81,13 @@ MAX_BODY = 4 * 1024 * 1024
 KEYS_EVERY_SECONDS = 1.0
 DURABLE = "durable"
 DONE = b"data: [DONE]\n\n"
+CHAT, MODELS, FEEDBACK = "/v1/chat/completions", "/v1/models", "/v1/feedback"
 MODEL = {"id": "cowest", "object": "model", "created": 0, "owned_by": "cowest"}
 ENDPOINTS = "POST /v1/chat/completions, POST /v1/feedback and GET /v1/models"
+Scope = MutableMapping[str, Any]
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
 METRICS = {
     **GEN_AI,
     "cowest_answers_total": "Answers by arm, mode and status.",
@@ -188,36 +188,64 @@ def build_app(
     fallback_keys: Sequence[Keys] = (),
     client_keys: Keys | None = None,
     stop: Stop | None = None,
-) -> Starlette:
+) -> App:
+    """The gateway as an ASGI application."""
     keys = AllKeys(strong_keys or Keys(), tuple(fallback_keys), client_keys or Keys())
-    gateway = Gateway(settings, routing, traces, keys, stop or Stop())
+    return App(Gateway(settings, routing, traces, keys, stop or Stop()))
 
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        watching = [asyncio.create_task(routing.watch()), asyncio.create_task(gateway.watch_keys())]
-        await traces.start()
+
+class App:
+    """Dispatch by path, and the life of what runs beside the requests. No object of a framework for a request."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway, self._chat = gateway, Chat(gateway)
+        self._small: Mapping[str, tuple[str, Small]] = {
+            MODELS: ("GET", gateway.models),
+            FEEDBACK: ("POST", gateway.feedback),
+            "/healthz": ("GET", gateway.healthz),
+            "/readyz": ("GET", gateway.readyz),
+            "/metrics": ("GET", gateway.metrics),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            if path == CHAT and scope["method"] == "POST":
+                await self._chat(scope, receive, send)
+            else:
+                await (await self._answer(path, scope, receive)).send(send)
+        elif scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+
+    async def _answer(self, path: str, scope: Scope, receive: Receive) -> Whole:
         try:
-            yield
-        finally:
-            for task in watching:
-                task.cancel()
-            await asyncio.gather(*watching, return_exceptions=True)
-            await gateway.aclose()
-            await traces.aclose()  # last, after every answer has its record
+            if path in self._small:
+                wanted, endpoint = self._small[path]
+            elif path.startswith(f"{MODELS}/"):
+                wanted, endpoint = "GET", self._gateway.model
+            elif path == CHAT:
+                return _unknown(scope, 405, "Method Not Allowed", {"allow": "POST"})
+            else:
+                return _unknown(scope, 404, "Not Found")
+            if scope["method"] != wanted and (scope["method"], wanted) != ("HEAD", "GET"):
+                return _unknown(scope, 405, "Method Not Allowed", {"allow": wanted})
+            return await endpoint(scope, receive)
+        except Refusal as refusal:
+            return _refusal(refusal, new_id())
 
-    return Starlette(
-        routes=[
-            Route("/v1/chat/completions", Chat(gateway), methods=["POST"]),
-            Route("/v1/models", gateway.models, methods=["GET"]),
-            Route("/v1/models/{model:path}", gateway.model, methods=["GET"]),
-            Route("/v1/feedback", gateway.feedback, methods=["POST"]),
-            Route("/healthz", gateway.healthz, methods=["GET"]),
-            Route("/readyz", gateway.readyz, methods=["GET"]),
-            Route("/metrics", gateway.metrics, methods=["GET"]),
-        ],
-        exception_handlers={Refusal: _refused, HTTPException: _refused_by_router},
-        lifespan=lifespan,
-    )
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            watching = await self._gateway.start()
+        except BaseException as error:
+            await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
+            raise
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self._gateway.end(watching)
+        await send({"type": "lifespan.shutdown.complete"})
 
 
 class Gateway:
@@ -258,13 +286,22 @@ class Gateway:
                 log.info("%d keys of the strong model are read anew.", sum(len(keys.current) for keys in changed))
                 self.answering = self._answering()
 
-    async def aclose(self) -> None:
+    async def start(self) -> list[asyncio.Task[None]]:
+        watching = [asyncio.create_task(self.routing.watch()), asyncio.create_task(self.watch_keys())]
+        await self.traces.start()
+        return watching
+
+    async def end(self, watching: list[asyncio.Task[None]]) -> None:
+        for task in watching:
+            task.cancel()
+        await asyncio.gather(*watching, return_exceptions=True)
         for models in self._models:
             await models.aclose()
+        await self.traces.aclose()  # last, after every answer has its record
 
     def check_key(self, authorization: str) -> None:
         if not self._client_keys.are_wanted:
-            return
+            return  # everybody may ask
         given = authorization.removeprefix("Bearer ").encode()
         # All are compared, each in constant time, so that timing tells nothing.
         if not any([hmac.compare_digest(given, key.encode()) for key in self._client_keys.current]):
@@ -288,7 +325,8 @@ class Gateway:
 
     def finish(self, record: Record) -> asyncio.Future[bool] | None:
         """Everything that remains of an answer. A fault here must not spoil it. Await it to know if it is durable."""
-        kept = self.traces.keep(sampled(record.row(), self._sample_percent))
+        row = record.row()
+        kept = self.traces.keep(row if self._sample_percent >= 100 else sampled(row, self._sample_percent))
         labels: dict[str, str] = {"arm": record.arm.name, "mode": record.mode}
         self.count.count("cowest_answers_total", **labels, status=record.status)
         seconds = time.monotonic() - record.started
@@ -298,41 +336,34 @@ class Gateway:
         for call in record.model_calls():
             self.count.observe_call(call)
         level = logging.DEBUG if record.status == "ok" else logging.WARNING
-        kinds = ", ".join(error.partition(":")[0] for error in record.errors)  # a message may quote content
-        log.log(
-            level,
-            "%s %s %s %s %.3f s %s",
-            record.request.id,
-            record.arm.name,
-            record.mode,
-            record.status,
-            seconds,
-            kinds,
-        )
+        if log.isEnabledFor(level):
+            kinds = ", ".join(error.partition(":")[0] for error in record.errors)  # a message may quote content
+            said = (record.request.id, record.arm.name, record.mode, record.status, seconds, kinds)
+            log.log(level, "%s %s %s %s %.3f s %s", *said)
         return kept
 
     # ------------------------------------------------------------ the small endpoints
-    async def models(self, request: Request) -> Response:
-        self.check_key(request.headers.get("authorization", ""))
+    async def models(self, scope: Scope, _: Receive) -> Whole:
+        self.check_key(_header(scope, b"authorization"))
         return _json({"object": "list", "data": [MODEL]})
 
-    async def model(self, request: Request) -> Response:
-        self.check_key(request.headers.get("authorization", ""))
-        if request.path_params["model"] != MODEL["id"]:
+    async def model(self, scope: Scope, _: Receive) -> Whole:
+        self.check_key(_header(scope, b"authorization"))
+        if not scope["path"].endswith(f"{MODELS}/{MODEL['id']}"):
             message = f"Listed is the model {MODEL['id']} alone; a chat may name any, since the pair answers them all."
             raise Refusal(404, message, param="model", code="model_not_found")
         return _json(MODEL)
 
-    async def feedback(self, request: Request) -> Response:
+    async def feedback(self, scope: Scope, receive: Receive) -> Whole:
         """A score or a late reference for an answer, by its request id.
 
         An unknown id is no error: the answer's record may come later, or by another gateway. Nor is a reference that
         the evaluator cannot go by: the gateway knows none, and the counts of traces say so.
         """
-        self.check_key(request.headers.get("authorization", ""))
+        self.check_key(_header(scope, b"authorization"))
         try:
             self._check_spool()
-            row = feedback_row(await _body(request.scope, request.receive), request.headers.get(HEADER_SESSION))
+            row = feedback_row(await _body(scope, receive), _header(scope, _SESSION) or None)
             row |= {name: self.answering.hidden(row[name]) for name in ("reference", "comment")}
         except Refusal:
             self.count.count("cowest_feedback_total", result="refused")
@@ -340,14 +371,14 @@ class Gateway:
         kept = self.traces.keep_feedback(row)
         if kept is None:
             raise Refusal(503, "Feedback cannot be kept now.", "api_error", code="store_full", retry_after=5)
-        headers = {HEADER_TRACE: DURABLE} if await kept else None
+        headers = {HEADER_TRACE: DURABLE} if await kept else {}
         self.count.count("cowest_feedback_total", result="taken")
         return _json({"id": row["feedback_id"]}, headers=headers)
 
-    async def healthz(self, _: Request) -> Response:
+    async def healthz(self, _: Scope, __: Receive) -> Whole:
         return _json({"status": "ok"})
 
-    async def readyz(self, _: Request) -> Response:
+    async def readyz(self, _: Scope, __: Receive) -> Whole:
         routing = self.routing.current
         if self._stop.is_asked:
             return _not_ready("the gateway was told to stop")
@@ -358,7 +389,7 @@ class Gateway:
         health = self._models[-1].strong_health
         return _json({"ready": True, "routing_version": routing.version, "strong": health.word() if health else None})
 
-    async def metrics(self, _: Request) -> Response:
+    async def metrics(self, _: Scope, __: Receive) -> Whole:
         routing = self.routing.current
         weights = {arm.name: float(arm.weight_percent) for arm in routing.arms} if routing else {}
         rows = self.traces.counts()
@@ -374,7 +405,7 @@ class Gateway:
                 "cowest_arm_weight_percent": {(("arm", name),): weight for name, weight in weights.items()},
             }
         )
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+        return Whole(text.encode(), kind=b"text/plain; version=0.0.4; charset=utf-8")
 
 
 def feedback_row(data: bytes, session: str | None) -> dict[str, Any]:
@@ -394,7 +425,7 @@ def feedback_row(data: bytes, session: str | None) -> dict[str, Any]:
     if score is None and not reference and not comment:
         raise Refusal(400, "Wanted at least one of score, reference and comment, saw none.", code="no_feedback")
     return {
-        "feedback_id": uuid.uuid4().hex,
+        "feedback_id": new_id(),
         "trace_id": trace_id.strip(),
         "time": datetime.now(UTC),
         "score": None if score is None else float(score),
@@ -412,30 +443,29 @@ class Chat:
         self._gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = uuid.uuid4().hex
-        headers = _headers(scope)
+        request_id = new_id()
         try:
-            self._gateway.check_key(headers.get("authorization", ""))
+            self._gateway.check_key(_header(scope, b"authorization"))
             request = parse_chat(
                 await _body(scope, receive),
                 request_id,
-                session=headers.get(HEADER_SESSION),
-                idempotency_key=headers.get(HEADER_IDEMPOTENCY),
+                session=_header(scope, _SESSION) or None,
+                idempotency_key=_header(scope, _IDEMPOTENCY) or None,
             )
             record = self._gateway.begin(request)
         except Refusal as refusal:
             self._gateway.count.count("cowest_refused_requests_total", status=str(refusal.status))
-            await _refusal(refusal, request_id)(scope, receive, send)
+            await _refusal(refusal, request_id).send(send)
             return
         self._gateway.in_flight += 1
+        reply = Reply(send, record, self._gateway)
         try:
-            await _unless_gone(self._respond(record, send), receive)
+            await _unless_gone(self._respond(record, reply), reply, receive)
         finally:
             self._gateway.in_flight -= 1
 
-    async def _respond(self, record: Record, send: Send) -> None:
+    async def _respond(self, record: Record, response: Reply) -> None:
         """Answer, and keep the record whatever happens."""
-        response = Reply(send, record, self._gateway)
         try:
             if record.request.stream:
                 await self._stream(record, response)
@@ -473,6 +503,7 @@ class Reply:
     def __init__(self, send: Send, record: Record, gateway: Gateway) -> None:
         self._send, self._record, self._gateway = send, record, gateway
         self._is_begun = self._is_kept = False
+        self.is_over = False  # the last byte is on its way: nobody can leave any more
 
     async def refuse(self, refusal: Refusal) -> None:
         body = orjson.dumps(refusal.body())
@@ -483,11 +514,13 @@ class Reply:
             await self.whole(refusal.status, body, retry_hints(refusal))
 
     async def whole(self, status: int, body: bytes, hints: Mapping[str, str] | None = None) -> None:
-        more = [(name.encode(), value.encode()) for name, value in (hints or {}).items()]
-        length = (b"content-length", str(len(body)).encode())
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        if hints:
+            headers += _encoded(hints)
         if await self._durable():
-            more.append((HEADER_TRACE.encode(), DURABLE.encode()))
-        await self._begin(status, [(b"content-type", b"application/json"), length, *more])
+            headers.append(_IS_DURABLE)
+        await self._begin(status, headers)
+        self.is_over = True
         await self._send({"type": "http.response.body", "body": body})
 
     async def part(self, data: bytes) -> None:
@@ -498,6 +531,7 @@ class Reply:
         await self._begin_stream()
         if await self._durable():
             last = f": trace {DURABLE}\n\n".encode() + last
+        self.is_over = True
         await self._send({"type": "http.response.body", "body": last})
 
     def keep_record(self) -> asyncio.Future[bool] | None:
@@ -512,43 +546,44 @@ class Reply:
 
     async def _begin_stream(self) -> None:
         if not self._is_begun:
-            kind = (b"content-type", b"text/event-stream; charset=utf-8")
-            await self._begin(200, [kind, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
+            await self._begin(200, list(_OF_STREAMS))
 
     async def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self._is_begun = True
-        headers = [*headers, *_own_headers(self._record)]
+        record = self._record
+        headers.append((_REQUEST_ID, record.request.id.encode()))
+        pair = record.arm.pair.digest
+        headers += _own_headers(record.arm.name, record.mode, pair, record.weak_digest, record.strong_model)
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
 
-def _own_headers(record: Record) -> list[tuple[bytes, bytes]]:
-    values = {
-        HEADER_REQUEST_ID: record.request.id,
-        HEADER_ARM: record.arm.name,
-        HEADER_MODE: record.mode,
-        HEADER_PAIR: record.arm.pair.digest,
-        HEADER_WEAK: record.weak_digest,
-        HEADER_STRONG: record.strong_model,
-    }
+@lru_cache(1024)
+def _own_headers(arm: str, mode: str, pair: str, weak: str, strong: str) -> list[tuple[bytes, bytes]]:
+    """Few combinations, and many answers of each."""
+    values = {HEADER_ARM: arm, HEADER_MODE: mode, HEADER_PAIR: pair, HEADER_WEAK: weak, HEADER_STRONG: strong}
     # A model name comes from outside: it must not break out of its header.
-    return [
-        (name.encode(), " ".join(value.split()).encode("latin-1", "replace")) for name, value in values.items() if value
-    ]
+    lines = {name: " ".join(value.split()) for name, value in values.items()}
+    return [(name.encode(), value.encode("latin-1", "replace")) for name, value in lines.items() if value]
 
 
-async def _unless_gone(answering: Any, receive: Receive) -> None:
+async def _unless_gone(answering: Coroutine[Any, Any, None], reply: Reply, receive: Receive) -> None:
     """Do the work, but stop it as soon as the client has left."""
-    work = asyncio.ensure_future(answering)
-    gone = asyncio.ensure_future(_disconnected(receive))
+    work = asyncio.current_task()
+    assert work is not None
+    watch = asyncio.ensure_future(_stop_when_gone(work, reply, receive))
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await answering
+    except asyncio.CancelledError:
+        if not watch.done() or work.uncancel():  # it was not the client who left
+            raise
     finally:
-        if not work.done():
-            work.cancel()
-        gone.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
-    if not work.cancelled() and (error := work.exception()) is not None:
-        raise error
+        watch.cancel()
+
+
+async def _stop_when_gone(work: asyncio.Task[Any], reply: Reply, receive: Receive) -> None:
+    await _disconnected(receive)
+    if not reply.is_over:
+        work.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -557,54 +592,82 @@ async def _disconnected(receive: Receive) -> None:
 
 
 # ---------------------------------------------------------------- requests and responses
-def _headers(scope: Scope) -> Mapping[str, str]:
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+@dataclass(frozen=True)
+class Whole:
+    """A small response."""
+
+    body: bytes
+    status: int = 200
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    kind: bytes = b"application/json"
+
+    async def send(self, send: Send) -> None:
+        headers = [(b"content-type", self.kind), (b"content-length", b"%d" % len(self.body)), *self.headers]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": self.body})
+
+
+Small = Callable[[Scope, Receive], Awaitable[Whole]]
+_SESSION, _IDEMPOTENCY, _REQUEST_ID = HEADER_SESSION.encode(), HEADER_IDEMPOTENCY.encode(), HEADER_REQUEST_ID.encode()
+_IS_DURABLE = (HEADER_TRACE.encode(), DURABLE.encode())
+_OF_STREAMS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    """ "" where there is none; of several the last."""
+    found = ""
+    for given, value in scope["headers"]:
+        if given == name:
+            found = value.decode("latin-1")
+    return found
+
+
+def _encoded(headers: Mapping[str, str]) -> tuple[tuple[bytes, bytes], ...]:
+    return tuple((name.encode(), value.encode()) for name, value in headers.items())
 
 
 async def _body(scope: Scope, receive: Receive) -> bytes:
     """The whole body. Raises `Refusal` 413 as soon as it is known to be too large."""
-    declared = _headers(scope).get("content-length", "")
+    declared = _header(scope, b"content-length")
     too_large = Refusal(413, f"The body is larger than {MAX_BODY // 1024 // 1024} MiB.", code="body_too_large")
     if declared.isdigit() and int(declared) > MAX_BODY:
         raise too_large
-    parts, size = [], 0
+    parts: list[bytes] = []
+    size = 0
     while True:
-        event: Event = await receive()
+        event = await receive()
         if event["type"] == "http.disconnect":
             raise Refusal(400, "The client left in the middle of its request.", code="client_gone")
-        size += len(event.get("body", b""))
+        part: bytes = event.get("body", b"")
+        size += len(part)
         if size > MAX_BODY:
             raise too_large
-        parts.append(event.get("body", b""))
         if not event.get("more_body"):
-            return b"".join(parts)
+            return b"".join([*parts, part]) if parts else part
+        parts.append(part)
 
 
-def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(value), status, headers, media_type="application/json")
+def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Whole:
+    return Whole(orjson.dumps(value), status, _encoded(headers or {}))
 
 
-def _not_ready(reason: str) -> Response:
+def _not_ready(reason: str) -> Whole:
     return _json({"ready": False, "reason": reason}, status=503)
 
 
-def _refusal(refusal: Refusal, request_id: str) -> Response:
+def _refusal(refusal: Refusal, request_id: str) -> Whole:
     headers = {HEADER_REQUEST_ID: request_id, **retry_hints(refusal)}
     return _json(refusal.body(), refusal.status, headers)
 
 
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return _refusal(error, uuid.uuid4().hex)
-
-
-async def _refused_by_router(request: Request, error: Exception) -> Response:
-    """404 and 405."""
-    assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}. The gateway has {ENDPOINTS}."
-    response = _refusal(Refusal(error.status_code, message, code="unknown_url"), uuid.uuid4().hex)
-    response.headers.update(error.headers or {})
-    return response
+def _unknown(scope: Scope, status: int, what: str, more: Mapping[str, str] | None = None) -> Whole:
+    message = f"{scope['method']} {scope['path']}: {what}. The gateway has {ENDPOINTS}."
+    refusal = Refusal(status, message, code="unknown_url")
+    return _json(refusal.body(), status, {HEADER_REQUEST_ID: new_id(), **(more or {})})
 
 
 # ---------------------------------------------------------------- the process
@@ -632,15 +695,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         access_log=False,
         log_config=None,
         server_header=False,
+        proxy_headers=False,  # nobody here goes by a client's address
+        ws="none",
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=options.finish_seconds,
     )
+    gc.collect()
+    gc.freeze()  # what is there now stays: the collector need not look at it again and again
     log.info("The gateway listens on http://%s:%d", *listener.getsockname()[:2])
     DrainingServer(config, stop, options.drain_seconds).run(sockets=[listener])
     return 0
 
 
-def app_of(routing: Path, job: Path, store: str, stop: Stop | None = None, spool: Path | None = None) -> Starlette:
+def app_of(routing: Path, job: Path, store: str, stop: Stop | None = None, spool: Path | None = None) -> App:
     """The gateway that the files and the environment say. Raises `SettingsError`."""
     settings = load_settings(job)
     traces = _sink(store, spool, settings.traces)
@@ -656,7 +723,7 @@ def app_of(routing: Path, job: Path, store: str, stop: Stop | None = None, spool
 
 
 def _sink(store: str, spool: Path | None, settings: TraceSettings | None) -> TraceSink:
-    writer_id = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:6]}"
+    writer_id = f"{socket.gethostname()}.{os.getpid()}.{new_id()[:6]}"
     if spool is None:
         return TraceWriter(store, writer_id)
     try:

@@ -195,7 +195,7 @@ class Prompts:
     refine: str
     solo: str
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         return digest_of(dataclasses.asdict(self))
 
@@ -238,7 +238,7 @@ class Pair:
     strong_endpoint: str
     strong_model: str
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Of what decides the answer; where the files lie and at which address the strong model is does not."""
         return digest_of([self.weak_digest, self.prompts.digest, self.draft, self.strong_model])

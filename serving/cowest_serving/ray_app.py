@@ -21,14 +21,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cowest_serving import app as gateway
 from cowest_serving.contract import SettingsError
 from cowest_serving.logs import log_to_stderr
-
-if TYPE_CHECKING:
-    from starlette.applications import Starlette
 
 OBJECT_STORE_BYTES = 100 * 1024 * 1024  # near Ray's least: nothing is kept there
 MAX_ONGOING = 1000  # answers of one replica: they wait for models. Ray's own 5 would make requests queue
@@ -51,7 +48,7 @@ def app(args: Mapping[str, Any]) -> Any:
     serve = _module("ray.serve")
     settings = ray_settings(args)
 
-    def build() -> Starlette:  # in each replica
+    def build() -> gateway.App:  # in each replica
         log_to_stderr(settings.log_level)
         spool = Path(settings.spool) if settings.spool else None
         return gateway.app_of(Path(settings.routing), Path(settings.job), settings.store, spool=spool)

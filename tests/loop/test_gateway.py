@@ -690,6 +690,15 @@ async def test_unknown_addresses_answer_in_openai_form(tmp_path: Path, method: s
         assert response.headers["x-request-id"]
 
 
+async def test_a_wrong_method_is_told_the_right_one_and_head_is_as_good_as_get(tmp_path: Path) -> None:
+    async with world(tmp_path) as (_, _, door):
+        for method, path, wanted in [("GET", "chat/completions", "POST"), ("DELETE", "models", "GET")]:
+            async with door.http.request(method, f"{door.url}/v1/{path}") as response:
+                assert (response.status, response.headers["allow"]) == (405, wanted)
+        async with door.http.head(door.url + "/healthz") as response:
+            assert (response.status, await response.read()) == (200, b"")
+
+
 async def test_with_client_keys_only_their_owners_may_ask(tmp_path: Path) -> None:
     async with world(tmp_path, client_keys=["k", "other"]) as (_, strong, door):
         await door.ask()  # the SDK's key is "k"
