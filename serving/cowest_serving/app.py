@@ -69,6 +69,7 @@ from cowest_serving.contract import (
     parse,
     reference_text,
 )
+from cowest_serving.front_door import FrontDoor
 from cowest_serving.ids import new_id
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Metrics
@@ -691,6 +692,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, lambda *_: None)
     config = uvicorn.Config(
         app,
+        http=FrontDoor,
         lifespan="on",
         access_log=False,
         log_config=None,

@@ -1,0 +1,295 @@
+"""What does not come from a well-behaved client: bytes on a socket, to the gateway's process and to its protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+
+from cowest_serving.front_door import MAX_HEAD, FrontDoor
+from tests.contracts.openai_world import KEYS, OpenAIWorld, openai_world
+
+BODY = b'{"messages": [{"role": "user", "content": "why?"}]}'
+KEY = b"Authorization: Bearer " + KEYS[0].encode() + b"\r\n"
+HOST = b"Host: gateway\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST + KEY
+SMUGGLED = b"GET /v1/models HTTP/1.1\r\n" + HOST + KEY + b"\r\n"
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAIWorld]:
+    with openai_world(tmp_path_factory.mktemp("door")) as world:
+        yield world
+
+
+@pytest.fixture
+def world(running: OpenAIWorld) -> OpenAIWorld:
+    running.strong.forget()
+    return running
+
+
+def told(port: int, *pieces: bytes, seconds: float = 10) -> bytes:
+    """All that comes back until the gateway closes the connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout=seconds) as wire:
+        for piece in pieces:
+            wire.sendall(piece)
+        seen = b""
+        while data := received(wire):
+            seen += data
+        return seen
+
+
+def received(wire: socket.socket) -> bytes:
+    try:
+        return wire.recv(65536)
+    except ConnectionResetError:  # what it did not read when it closed
+        return b""
+
+
+def statuses(answers: bytes) -> list[int]:
+    """Of each response in what came back."""
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", answers)]
+
+
+def error_of(answer: bytes) -> dict[str, Any]:
+    error: dict[str, Any] = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    return error
+
+
+# ---------------------------------------------------------------- one request is one request
+LENGTH = b"Content-Length: %d\r\n" % len(BODY)
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        pytest.param(POST + LENGTH + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", id="a length and chunks"),
+        pytest.param(POST + b"Transfer-Encoding: chunked\r\n" + LENGTH + b"\r\n0\r\n\r\n", id="chunks and a length"),
+        pytest.param(POST + LENGTH + b"Content-Length: 5\r\n\r\n" + BODY, id="two lengths"),
+        pytest.param(POST + b"Content-Length: 5, 51\r\n\r\n" + BODY, id="a list of lengths"),
+        pytest.param(POST + b"Content-Length: +51\r\n\r\n" + BODY, id="a length with a sign"),
+        pytest.param(POST + b"Content-Length: -1\r\n\r\n", id="a negative length"),
+        pytest.param(POST + b"Content-Length: 0x33\r\n\r\n" + BODY, id="a hexadecimal length"),
+        pytest.param(POST + b"Content-Length: 99999999999999999999\r\n\r\n" + BODY, id="a length beyond 64 bits"),
+        pytest.param(POST + b"Content-Length:\r\n\r\n" + BODY, id="an empty length"),
+        pytest.param(POST + b"Content-Length : 51\r\n\r\n" + BODY, id="a blank before the colon"),
+        pytest.param(POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n", id="a blank before the colon of chunks"),
+        pytest.param(POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", id="an unknown coding"),
+        pytest.param(POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", id="a coding after chunks"),
+        pytest.param(POST + b"Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n", id="a folded coding"),
+        pytest.param(POST + b"X-Note: one\r\n Content-Length: 5\r\n\r\n", id="a folded header"),
+        pytest.param(POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n", id="a chunk size that is no number"),
+        pytest.param(POST + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n\r\n", id="a negative chunk size"),
+        pytest.param(POST + b"Transfer-Encoding: chunked\r\n\r\n0x2\r\n{}\r\n0\r\n\r\n", id="a chunk size with 0x"),
+        pytest.param(POST + b"Transfer-Encoding: chunked\r\n\r\n1ffffffffffffffff\r\n", id="a chunk beyond 64 bits"),
+        pytest.param(POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}0\r\n\r\n", id="a chunk longer than it says"),
+        pytest.param(POST + b"Transfer-Encoding: chunked\r\n\r\n2\n{}\r\n0\r\n\r\n", id="a chunk line without its CR"),
+        pytest.param(POST + b"X-Note: a\x00b\r\n\r\n", id="a zero in a header"),
+        pytest.param(POST + b"X-Note: a\rb\r\n\r\n", id="a bare CR in a header"),
+        pytest.param(POST + b"X(Note): a\r\n\r\n", id="a header's name with brackets"),
+        pytest.param(POST + b": nameless\r\n\r\n", id="a header without a name"),
+        pytest.param(b"GET /v1/models HTTP/9.9\r\n\r\n", id="a version that is not"),
+        pytest.param(b"GET /v1/mod\xc3\xa9ls HTTP/1.1\r\n" + HOST + b"\r\n", id="an address beyond ASCII"),
+        pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", id="HTTP/2"),
+        pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", id="TLS"),
+        pytest.param(b"BREW /v1/models HTTP/1.1\r\n" + HOST + b"\r\n", id="a method that is not"),
+    ],
+)
+def test_a_request_that_could_be_read_in_two_ways_is_refused_and_nothing_after_it_is_heard(
+    world: OpenAIWorld, request_bytes: bytes
+) -> None:
+    seen = told(world.port, request_bytes + SMUGGLED)
+    assert statuses(seen) == [400]
+    assert error_of(seen)["code"] == "invalid_http" and b"\r\nx-request-id: " in seen
+    assert not world.strong.calls()
+
+
+def test_nothing_is_heard_after_a_request_that_closes_its_connection(world: OpenAIWorld) -> None:
+    seen = told(world.port, POST + LENGTH + b"Connection: close\r\n\r\n" + BODY + SMUGGLED)
+    assert statuses(seen) == [200]
+
+
+def test_a_body_is_as_long_as_it_says_and_what_follows_is_the_next_request(world: OpenAIWorld) -> None:
+    second = POST.replace(KEY, b"") + LENGTH + b"Connection: close\r\n\r\n" + BODY
+    seen = told(world.port, POST + LENGTH + b"\r\n" + BODY + second)
+    assert statuses(seen) == [200, 401], "each has its own key"
+
+
+def test_chunks_make_one_body(world: OpenAIWorld) -> None:
+    chunks = b"".join(b"%x;note=1\r\n%s\r\n" % (1, BODY[i : i + 1]) for i in range(len(BODY))) + b"0\r\nX-T: t\r\n\r\n"
+    seen = told(world.port, POST + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+    assert statuses(seen) == [200]
+    assert world.strong.bodies()[0]["messages"][0]["content"].startswith("why?")
+
+
+# ---------------------------------------------------------------- sizes
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param(POST + b"X-Long: " + b"x" * MAX_HEAD + b"\r\n\r\n", id="one long header"),
+        pytest.param(POST + b"".join(b"X-%d: 1\r\n" % n for n in range(101)) + b"\r\n", id="many headers"),
+        pytest.param(b"GET /v1/" + b"m" * MAX_HEAD + b" HTTP/1.1\r\n" + HOST + b"\r\n", id="a long address"),
+    ],
+)
+def test_a_head_that_is_too_large_is_refused(world: OpenAIWorld, head: bytes) -> None:
+    seen = told(world.port, head)
+    assert (statuses(seen), error_of(seen)["code"]) == ([431], "head_too_large")
+
+
+def test_a_head_that_never_ends_is_refused_while_it_comes(world: OpenAIWorld) -> None:
+    with socket.create_connection(("127.0.0.1", world.port), timeout=10) as wire:
+        wire.sendall(POST + b"X-Long: ")
+        sent, seen = 0, b""
+        wire.setblocking(False)
+        deadline = time.monotonic() + 10
+        while not seen and time.monotonic() < deadline:
+            try:
+                sent += wire.send(b"x" * 1024)
+                seen = wire.recv(65536)
+            except BlockingIOError:
+                pass
+            except (ConnectionResetError, BrokenPipeError):
+                break
+        assert sent < 16 * 1024 * 1024 and time.monotonic() < deadline
+        assert not seen or statuses(seen) == [431]
+
+
+@pytest.mark.parametrize("how", ["by its length", "in chunks"])
+def test_a_body_that_is_too_large_is_refused_before_it_has_come(world: OpenAIWorld, how: str) -> None:
+    size = 4 * 1024 * 1024 + 1
+    with socket.create_connection(("127.0.0.1", world.port), timeout=10) as wire:
+        if how == "by its length":
+            wire.sendall(POST + b"Content-Length: %d\r\n\r\n{" % size)
+        else:
+            wire.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % (2 * size) + b" " * size)
+        answer = b""
+        while b"body_too_large" not in answer and (data := received(wire)):
+            answer += data
+    assert statuses(answer) == [413] and b"body_too_large" in answer
+
+
+# ---------------------------------------------------------------- slowness
+class Impatient(FrontDoor):
+    head_seconds, request_seconds, read_seconds = 0.3, 0.8, 0.5
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Reads a body, then answers with as many bytes as the address says."""
+    more = True
+    while more:
+        event = await receive()
+        if event["type"] == "http.disconnect":
+            return
+        more = event.get("more_body", False)
+    size = int(scope["path"].strip("/") or 2)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    while size > 0:
+        await send({"type": "http.response.body", "body": b"x" * min(size, 65536), "more_body": True})
+        size -= 65536
+    await send({"type": "http.response.body", "body": b""})
+
+
+@asynccontextmanager
+async def impatient(keep_alive: int = 1) -> AsyncIterator[tuple[int, uvicorn.Server]]:
+    config = uvicorn.Config(echo, http=Impatient, log_config=None, timeout_keep_alive=keep_alive, lifespan="off")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = asyncio.create_task(server._serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0.005)
+        yield listener.getsockname()[1], server
+        server.should_exit = server.force_exit = True
+        await serving
+
+
+PLAIN = b"POST / HTTP/1.1\r\nHost: x\r\n"
+WHOLE = PLAIN + b"Content-Length: 2\r\n\r\n{}"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "answered"),
+    [
+        pytest.param([], [], id="nothing at all"),
+        pytest.param([b"POST / HTTP/1.1\r\nHos"], [408], id="half a head"),
+        pytest.param([PLAIN + b"Content-Length: 9\r\n\r\nhalf"], [408], id="half a body"),
+        pytest.param([PLAIN + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"], [408], id="chunks without an end"),
+        pytest.param([WHOLE], [200], id="nothing more on an idle connection"),
+        pytest.param([WHOLE, b"\r\n"], [200], id="an empty line on an idle connection"),
+        pytest.param([WHOLE, b"POST /"], [200, 408], id="half a head, the second time"),
+    ],
+)  # fmt: skip
+async def test_a_connection_on_which_nothing_more_comes_is_closed(pieces: list[bytes], answered: list[int]) -> None:
+    async with impatient() as (port, _):
+        seen = await asyncio.to_thread(told, port, *pieces)
+    assert statuses(seen) == answered
+    if answered[-1:] == [408]:
+        assert error_of(seen.rpartition(b"HTTP/1.1 ")[2])["code"] == "request_timeout"
+
+
+@pytest.mark.parametrize("part", ["head", "body"])
+async def test_a_byte_now_and_then_does_not_keep_a_connection_open(part: str) -> None:
+    """Slow loris."""
+    async with impatient() as (port, server):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(PLAIN + (b"" if part == "head" else b"Content-Length: 99999\r\n\r\n"))
+        began, seen = time.monotonic(), b""
+        while not seen and time.monotonic() - began < 10:
+            writer.write(b"x")
+            with_timeout = asyncio.wait_for(reader.read(65536), 0.1)
+            try:
+                seen = await with_timeout
+            except TimeoutError:
+                continue
+        assert statuses(seen) == [408]
+        assert time.monotonic() - began < 5
+        writer.close()
+        async with asyncio.timeout(5):
+            while server.server_state.connections:
+                await asyncio.sleep(0.02)
+
+
+async def test_a_hundred_slow_clients_hold_no_one_up() -> None:
+    async with impatient(keep_alive=60) as (port, _):
+        slow = [await asyncio.open_connection("127.0.0.1", port) for _ in range(100)]
+        for _, writer in slow:
+            writer.write(b"POST / HTTP/1.1\r\nX-")
+        request = PLAIN + b"Content-Length: 2\r\nConnection: close\r\n\r\n{}"
+        assert statuses(await asyncio.to_thread(told, port, request)) == [200]
+        ended = await asyncio.wait_for(asyncio.gather(*(reader.read() for reader, _ in slow)), 10)
+        for _, writer in slow:
+            writer.close()
+    assert {tuple(statuses(answer)) for answer in ended} == {(408,)}
+
+
+async def test_a_client_that_does_not_read_its_answer_is_left() -> None:
+    async with impatient() as (port, server):
+        with socket.socket() as wire:
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            wire.connect(("127.0.0.1", port))
+            wire.sendall(PLAIN.replace(b"/ ", b"/90000000 ") + b"Content-Length: 2\r\n\r\n{}")
+            async with asyncio.timeout(10):
+                while not server.server_state.connections:
+                    await asyncio.sleep(0.01)
+                while server.server_state.connections:
+                    await asyncio.sleep(0.02)
+
+
+async def test_a_client_that_reads_slowly_gets_its_whole_answer() -> None:
+    size = 3_000_000
+    async with impatient() as (port, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.write(PLAIN.replace(b"/ ", b"/%d " % size) + b"Content-Length: 2\r\nConnection: close\r\n\r\n{}")
+        seen = 0
+        while data := await reader.read(200_000):
+            seen += data.count(b"x")
+            await asyncio.sleep(0.05)
+        writer.close()
+    assert size <= seen <= size + 1000
