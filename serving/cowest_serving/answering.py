@@ -50,6 +50,7 @@ WEAK_MODEL = "weak"  # the name that every weak server answers to
 _OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "user"})  # not passed on as they are
 FELL_BACK = "fell_back"  # status of an answer that is not of the pair's own strong model
 _MAX_MODELS = 32
+_MAX_DEPTH = 250  # orjson writes some levels more
 LARGE = 32 * 1024  # bytes of a body in which identifiers are looked for beside the event loop
 
 
@@ -105,11 +106,18 @@ def parse_chat(
         messages=checked_messages(body.get("messages"), _check_content),
         parameters={name: value for name, value in body.items() if name not in _OWN_FIELDS},
         stream=bool(optional(body, "stream", bool, "true or false")),
-        wants_usage=bool(options.get("include_usage")),
+        wants_usage=_wants_usage(options),
         sticky_key=user or session,
         idempotency_key=idempotency_key or request_id,
         size=len(data),
     )
+
+
+def _wants_usage(options: Mapping[str, Any]) -> bool:
+    wants = options.get("include_usage")
+    if wants is None or isinstance(wants, bool):
+        return bool(wants)
+    raise bad_field("stream_options.include_usage", "true or false", wants)
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
@@ -119,7 +127,17 @@ def parse_object(data: bytes) -> dict[str, Any]:
         raise Refusal(400, f"The body is not JSON: {error}.", code="invalid_json") from None
     if not isinstance(body, dict):
         raise Refusal(400, f"The body: wanted an object, saw {kind_of(body)}.", code="invalid_json")
+    if data.count(b"[") + data.count(b"{") > _MAX_DEPTH:
+        _check_depth(body)
     return body
+
+
+def _check_depth(body: Mapping[str, Any]) -> None:
+    """More is read than can be written again, to the strong model and into the record."""
+    try:
+        orjson.dumps(body)
+    except orjson.JSONEncodeError:
+        raise Refusal(400, "The body: wanted less nesting, saw too many levels.", code="invalid_json") from None
 
 
 def optional(body: Mapping[str, Any], name: str, kind: type | tuple[type, ...], wanted: str) -> Any:

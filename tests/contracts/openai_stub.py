@@ -38,6 +38,10 @@ class Stub:
         self.calls.append({"body": asked, "headers": headers})
         script: Mapping[str, str] = asked.get("metadata") or {}
         try:
+            completion(asked)
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            return web.json_response({"error": {"message": f"{type(error).__name__}: {error}"}}, status=400)
+        try:
             if (failure := self._failure(script)) is not None:
                 return failure
             await asyncio.sleep(float(script.get("seconds", 0)))
