@@ -418,6 +418,7 @@ class Engine:
         command = self._python(
             "cowest_serving.app", "--routing", self.home.routing, "--job", self.home.job,
             "--store", self.home.store.as_uri(), "--spool", self.home.spool, "--port", self.port,
+            *(("--book", self.home.calls) if self.job.spec.strong.limits_live_answers else ()),
         )  # fmt: skip
         keys = self._order.client_keys or os.environ.get(CLIENT_KEYS)
         more = {CLIENT_KEYS: keys, FALLBACK_KEYS: self._order.fallback_keys}

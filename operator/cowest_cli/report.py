@@ -436,7 +436,7 @@ def _spent_table(story: Story) -> str:
     head = ("", "calls of the strong model", "input tokens", "output tokens", *(("money",) if prices else ()))
     note = (
         "<p>Live answers: those in the traces that are still kept (traces.retentionDays), by strong.prices and by the"
-        " tokens that the endpoint counted. No budget limits them.</p>"
+        " tokens that the endpoint counted. Only the limits of a day in strong.budget hold for them.</p>"
     )
     return _table(head, rows, frozenset(range(1, len(head)))) + note
 

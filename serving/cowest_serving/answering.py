@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 
 import orjson
 
+from cowest_serving.allowance import Allowance, BudgetUnknown, NoBudget
 from cowest_serving.collaborate import draft_messages, is_draftable, refine_messages, solo_messages
 from cowest_serving.contract import (
     HEADER_MODEL_DIGEST,
@@ -48,10 +49,12 @@ from cowest_serving.redaction import Redacted, Redactor, RestoredStream
 
 WEAK_MODEL = "weak"  # the name that every weak server answers to
 _OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "user"})  # not passed on as they are
+OVER_BUDGET = "over_budget"  # status of an answer for which the strong model was not asked: the budget has no room
 FELL_BACK = "fell_back"  # status of an answer that is not of the pair's own strong model
 _MAX_MODELS = 32
 _MAX_DEPTH = 250  # orjson writes some levels more
 LARGE = 32 * 1024  # bytes of a body in which identifiers are looked for beside the event loop
+NO_QUOTA = "insufficient_quota"  # OpenAI's word for money that is spent
 
 
 # ---------------------------------------------------------------- requests and refusals
@@ -186,6 +189,11 @@ def _check_content(name: str, content: Any) -> None:
 def refusal_of(error: ModelError, who: str) -> Refusal:
     """What a client is told when a model fails; who = "weak model" or "strong model"."""
     message = f"The {who} gave no answer. {error}"
+    if isinstance(error, BudgetUnknown):
+        return Refusal(503, str(error), "api_error", code="budget_unknown", retry_after=error.retry_after)
+    if isinstance(error, NoBudget):
+        # In vain within seconds, as the SDKs would try it: the wait is until midnight.
+        return Refusal(429, str(error), NO_QUOTA, code=NO_QUOTA, retry_after=error.retry_after, is_in_vain=True)
     if isinstance(error, RateLimited):
         return Refusal(429, message, "rate_limit_error", code="rate_limited", retry_after=error.retry_after)
     if is_clients_fault(error):
@@ -250,7 +258,7 @@ class Record:
             yield ModelCall(
                 "cowest", endpoint, WEAK_MODEL, served, self.draft_ms / 1000, *self.weak_tokens, error=error
             )
-        if self.answer_ms is not None:
+        if self.answer_ms is not None and self.status != OVER_BUDGET:
             pair, error = self.arm.pair, ""
             if self.status in ("strong_failed", "refused"):
                 error = kinds[-1]
@@ -315,8 +323,14 @@ class Models:
     `fallback_keys`: those of each of the strong model's fallbacks, in their order.
     """
 
-    def __init__(self, strong: Strong, strong_keys: Sequence[str], fallback_keys: Sequence[Sequence[str]] = ()) -> None:
-        self._settings, self._keys = strong, tuple(strong_keys)
+    def __init__(
+        self,
+        strong: Strong,
+        strong_keys: Sequence[str],
+        fallback_keys: Sequence[Sequence[str]] = (),
+        allowance: Allowance | None = None,
+    ) -> None:
+        self._settings, self._keys, self._allowance = strong, tuple(strong_keys), allowance
         self._fallback_keys = (*fallback_keys, *[()] * len(strong.fallbacks))
         self._open: OrderedDict[tuple[str, str], HttpChatModel | StrongDoor] = OrderedDict()
         self._retired: list[HttpChatModel | StrongDoor] = []
@@ -347,7 +361,8 @@ class Models:
             [
                 self._guarded(endpoint, model, self._keys_for(endpoint)),
                 *(self._guarded(other.endpoint, other.model, keys) for other, keys in fallbacks),
-            ]
+            ],
+            self._allowance,
         )
 
     def _keys_for(self, endpoint: str) -> Sequence[str]:
@@ -506,7 +521,7 @@ class Answering:
         if is_clients_fault(error):
             record.failed("refused", error)
             raise refusal_of(error, "strong model") from error
-        record.failed("strong_failed", error)
+        record.failed(OVER_BUDGET if isinstance(error, NoBudget) else "strong_failed", error)
         if draft is None or self._collaboration.when_strong_fails == "Fail":
             raise refusal_of(error, "strong model") from error
         record.mode = "WeakAlone"

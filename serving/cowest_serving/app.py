@@ -39,6 +39,8 @@ import orjson
 import uvicorn
 import yaml
 
+from cowest_serving.allowance import METRICS as ALLOWANCE_METRICS
+from cowest_serving.allowance import Allowance, allowance_of
 from cowest_serving.answering import (
     Answering,
     ChatRequest,
@@ -104,6 +106,7 @@ METRICS = {
     "cowest_routing_version": "Version of the routing that holds.",
     "cowest_routing_errors": "Routings that could not be read.",
     "cowest_arm_weight_percent": "Share of the traffic by arm.",
+    **ALLOWANCE_METRICS,
 }
 
 
@@ -188,11 +191,12 @@ def build_app(
     strong_keys: Keys | None = None,
     fallback_keys: Sequence[Keys] = (),
     client_keys: Keys | None = None,
+    allowance: Allowance | None = None,
     stop: Stop | None = None,
 ) -> App:
     """The gateway as an ASGI application."""
     keys = AllKeys(strong_keys or Keys(), tuple(fallback_keys), client_keys or Keys())
-    return App(Gateway(settings, routing, traces, keys, stop or Stop()))
+    return App(Gateway(settings, routing, traces, keys, stop or Stop(), allowance))
 
 
 class App:
@@ -259,11 +263,12 @@ class Gateway:
         traces: TraceSink,
         keys: AllKeys,
         stop: Stop,
+        allowance: Allowance | None = None,
     ) -> None:
         self.routing, self.traces = routing, traces
         self.count = Metrics(METRICS)
         self.in_flight = 0
-        self._settings, self._stop = settings, stop
+        self._settings, self._stop, self._allowance = settings, stop, allowance
         self._keys, self._client_keys = keys, keys.clients
         self._sample_percent = settings.traces.content_sample_percent if settings.traces else 100
         self._refuses_when_full = settings.traces is not None and settings.traces.when_spool_full == "Refuse"
@@ -273,7 +278,7 @@ class Gateway:
     def _answering(self) -> Answering:
         """With the strong keys of now. What the answers under way use stays open: rotations are few."""
         fallbacks = [keys.current for keys in self._keys.fallbacks]
-        self._models.append(Models(self._settings.strong, self._keys.strong.current, fallbacks))
+        self._models.append(Models(self._settings.strong, self._keys.strong.current, fallbacks, self._allowance))
         return Answering(self._settings.strong, self._settings.collaboration, self._models[-1])
 
     async def watch_keys(self) -> None:
@@ -290,6 +295,8 @@ class Gateway:
     async def start(self) -> list[asyncio.Task[None]]:
         watching = [asyncio.create_task(self.routing.watch()), asyncio.create_task(self.watch_keys())]
         await self.traces.start()
+        if self._allowance is not None:
+            await self._allowance.start()
         return watching
 
     async def end(self, watching: list[asyncio.Task[None]]) -> None:
@@ -298,6 +305,8 @@ class Gateway:
         await asyncio.gather(*watching, return_exceptions=True)
         for models in self._models:
             await models.aclose()
+        if self._allowance is not None:
+            await self._allowance.aclose()  # after all answers: what was not spent is given back
         await self.traces.aclose()  # last, after every answer has its record
 
     def check_key(self, authorization: str) -> None:
@@ -388,7 +397,8 @@ class Gateway:
         if self._client_keys.are_wanted and not self._client_keys.current:
             return _not_ready(f"no client keys: wanted files with one key a line in {self._client_keys.folder}")
         health = self._models[-1].strong_health
-        return _json({"ready": True, "routing_version": routing.version, "strong": health.word() if health else None})
+        word = {"ready": True, "routing_version": routing.version, "strong": health.word() if health else None}
+        return _json(word | ({"budget": self._allowance.word()} if self._allowance else {}))
 
     async def metrics(self, _: Scope, __: Receive) -> Whole:
         routing = self.routing.current
@@ -404,6 +414,7 @@ class Gateway:
                 "cowest_routing_version": {(): float(routing.version if routing else 0)},
                 "cowest_routing_errors": {(): float(self.routing.errors)},
                 "cowest_arm_weight_percent": {(("arm", name),): weight for name, weight in weights.items()},
+                **(self._allowance.gauges() if self._allowance else {}),
             }
         )
         return Whole(text.encode(), kind=b"text/plain; version=0.0.4; charset=utf-8")
@@ -678,7 +689,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop = Stop()
     try:
         listener = listen(options.host, options.port)
-        app = app_of(options.routing, options.job, options.store, stop, options.spool)
+        app = app_of(options.routing, options.job, options.store, stop, options.spool, options.book)
     except (SettingsError, StoreError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -709,7 +720,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def app_of(routing: Path, job: Path, store: str, stop: Stop | None = None, spool: Path | None = None) -> App:
+def app_of(
+    routing: Path,
+    job: Path,
+    store: str,
+    stop: Stop | None = None,
+    spool: Path | None = None,
+    book: str | None = None,
+) -> App:
     """The gateway that the files and the environment say. Raises `SettingsError`."""
     settings = load_settings(job)
     traces = _sink(store, spool, settings.traces)
@@ -720,6 +738,7 @@ def app_of(routing: Path, job: Path, store: str, stop: Stop | None = None, spool
         strong_keys=_keys("COWEST_STRONG_API_KEYS"),
         fallback_keys=fallback_keys_of(settings.strong),
         client_keys=_keys("COWEST_CLIENT_API_KEYS"),
+        allowance=allowance_of(settings.strong, book),
         stop=stop,
     )
 
@@ -795,6 +814,11 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--spool", type=Path, metavar="FOLDER",
         help="where records are made durable before the store has them (default: they wait in memory)",
+    )  # fmt: skip
+    flags.add_argument(
+        "--book", metavar="FILE|URL",
+        help="the book of paid calls, or the address of the proxy that keeps it; wanted where spec.strong.budget limits"
+        " a day",
     )  # fmt: skip
     flags.add_argument("--port", type=int, required=True)
     flags.add_argument("--host", default="127.0.0.1", help="0.0.0.0 or :: in a pod (default: %(default)s)")

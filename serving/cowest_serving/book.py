@@ -20,12 +20,19 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from cowest_serving.contract import Budget, Messages, Prices, SettingsError, Strong, digest_of
+from cowest_serving.estimates import (
+    UNKNOWN_OUTPUT_TOKENS,
+    likely_input_tokens,
+    likely_tokens,
+    most_output_tokens,
+)
+from cowest_serving.leases import SCHEMA as LEASES_SCHEMA
+from cowest_serving.leases import Amount, Ask, Lease, Limits, Room, Spent, day_of, lend, live_spent, shares
 from cowest_serving.models import ChatModel, ChatResult
 
 T = TypeVar("T")
@@ -38,10 +45,9 @@ HEADER_REPLAYED = "x-cowest-replayed"  # "true": this answer cost nothing
 CODE_BUDGET_SPENT = "budget_spent"  # of the error that comes with a 402
 
 DRAIN_SECONDS = 2.0  # calls in flight at the end get this long to bring home what is paid for
-_READ = ("tools", "functions", "response_format")  # parameters that a model reads like text
-UNKNOWN_OUTPUT_TOKENS = 1024  # reserved for an answer when nothing bounds it and none has been seen
 
-_SCHEMA = """
+_SCHEMA = (
+    """
 CREATE TABLE IF NOT EXISTS calls(
   key TEXT PRIMARY KEY, endpoint TEXT NOT NULL, asked_model TEXT NOT NULL, purpose TEXT NOT NULL,
   round INTEGER NOT NULL, time REAL NOT NULL, day TEXT NOT NULL,
@@ -55,20 +61,8 @@ CREATE TABLE IF NOT EXISTS completions(key TEXT PRIMARY KEY, request TEXT NOT NU
 CREATE TABLE IF NOT EXISTS scores(key TEXT PRIMARY KEY, score REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS facts(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What was paid."""
-
-    calls: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    money: float = 0.0
-
-    @property
-    def tokens(self) -> int:
-        return self.input_tokens + self.output_tokens
+    + LEASES_SCHEMA
+)
 
 
 @dataclass(frozen=True)
@@ -95,19 +89,12 @@ class Call:
     @property
     def most_output_tokens(self) -> int | None:
         """By what the call asks for; None where nothing bounds it."""
-        extra = self.params.get("extra") or {}
-        limit: int | None = self.params.get("max_tokens") or extra.get("max_completion_tokens")
-        return limit and limit * (extra.get("n") or 1)
+        return most_output_tokens(self.params.get("max_tokens"), self.params.get("extra"))
 
     @property
     def likely_input_tokens(self) -> int:
         """A generous guess for the reservation; the bill is settled with what the endpoint counts."""
-        extra = self.params.get("extra") or {}
-        read = [
-            *(message.get("content") for message in self.messages),
-            *(extra[name] for name in _READ if name in extra),
-        ]
-        return sum(4 + len(json.dumps(value, ensure_ascii=False)) // 3 for value in read)
+        return likely_input_tokens(self.messages, self.params.get("extra"))
 
 
 @dataclass(frozen=True)
@@ -168,10 +155,7 @@ class PaidCalls:
         drain_seconds: float = DRAIN_SECONDS,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if budget and prices is None and (budget.money_per_round is not None or budget.money_per_day is not None):
-            raise SettingsError(
-                "spec.strong.budget: wanted prices to keep a budget in money, saw none; set spec.strong.prices"
-            )
+        self.check_budget(budget, prices)
         self._budget = budget if budget and any(limit is not None for limit in vars(budget).values()) else None
         self._prices = prices
         self._behind_proxy = behind_proxy
@@ -194,6 +178,13 @@ class PaidCalls:
         self._paid: Counter[str] = Counter()
         self._cached: Counter[str] = Counter()
 
+    @staticmethod
+    def check_budget(budget: Budget | None, prices: Prices | None) -> None:
+        if budget and prices is None and (budget.money_per_round is not None or budget.money_per_day is not None):
+            raise SettingsError(
+                "spec.strong.budget: wanted prices to keep a budget in money, saw none; set spec.strong.prices"
+            )
+
     @classmethod
     def for_strong(
         cls, path: str | Path, strong: Strong, round_number: int | None = None, *, behind_proxy: bool = False
@@ -213,6 +204,10 @@ class PaidCalls:
         """64 hex digits over everything that decides the answer. `sample` tells repeats of one request apart."""
         given = {name: value for name, value in params.items() if value is not None}
         return digest_of([endpoint.rstrip("/"), model, list(messages), given, sample]).removeprefix("sha256:")
+
+    @property
+    def limits_a_day(self) -> bool:
+        return self._budget is not None and self._budget.limits_a_day
 
     @property
     def round(self) -> int:
@@ -324,6 +319,22 @@ class PaidCalls:
         """What was paid: all of it, or of one round, one day (`YYYY-MM-DD`, UTC), purposes that begin so."""
         return _spent(self._reader, round_number, day, purpose)
 
+    async def lend(self, ask: Ask) -> Lease:
+        """A gateway's slice of the day's budget, for live answers. What is granted is on disk before it is returned."""
+        lease: Lease = await self._commit(lambda db: lend(db, ask, self._limits(db, ask.day), self._clock()))
+        return lease
+
+    def live_spent(self) -> tuple[str, Spent, Room]:
+        """(today, what gateways say that live answers cost, what is left of the day's budget for everybody)."""
+        day = day_of(self._clock())
+        room = self._limits(self._reader, day).room(shares(self._reader, day))
+        return day, live_spent(self._reader, day), room
+
+    def _limits(self, db: sqlite3.Connection, day: str | None) -> Limits:
+        budget, on_day = self._budget or Budget(), day or day_of(self._clock())
+        paid, held = _spent(db, None, on_day).amount, _reserved(db, on_day)
+        return Limits(Room(budget.tokens_per_day, budget.money_per_day), paid + held)
+
     # ------------------------------------------------------------ one call
     def _known(self, call: Call) -> Answer | None:
         row = self._reader.execute(
@@ -410,7 +421,7 @@ class PaidCalls:
         """False: the book has an answer to this call already, and that one stays."""
         result = answer.result
         row = (
-            call.key, call.endpoint, call.name, answer.purpose, answer.round, answer.time, _day(answer.time),
+            call.key, call.endpoint, call.name, answer.purpose, answer.round, answer.time, day_of(answer.time),
             result.input_tokens, result.output_tokens, self._money(result.input_tokens, result.output_tokens),
             result.text, result.finish_reason, result.model, result.version or "",
         )  # fmt: skip
@@ -442,26 +453,27 @@ class PaidCalls:
             await landed.wait()
 
     def _try_reserve(self, db: sqlite3.Connection, call: Call, budget: Budget) -> None:
-        day = _day(self._clock())
+        day = day_of(self._clock())
         number = self._round_of(call)
         input_tokens = call.likely_input_tokens
         output_tokens = call.most_output_tokens or self._largest_output or UNKNOWN_OUTPUT_TOKENS
         tokens, money = input_tokens + output_tokens, self._money(input_tokens, output_tokens)
         db.execute("DELETE FROM reserved WHERE key = ?", (call.key,))  # left by a process that was killed
-        in_round, on_day = _spent(db, number, None), _spent(db, None, day)
+        in_round = _spent(db, number, None)
         held_round = db.execute("SELECT count(*), total(money) FROM reserved WHERE round = ?", (number,)).fetchone()
-        held_day = db.execute("SELECT total(tokens), total(money) FROM reserved WHERE day = ?", (day,)).fetchone()
+        live = shares(db, day)
+        on_day = _spent(db, None, day).amount + _reserved(db, day) + live
         currency = self._prices.currency if self._prices else ""
-        for limit, used, more, words in (
-            (budget.calls_per_round, in_round.calls + held_round[0], 1, f"calls in round {number}"),
-            (budget.tokens_per_day, on_day.tokens + held_day[0], tokens, f"tokens on {day}"),
-            (budget.money_per_round, in_round.money + held_round[1], money, f"{currency} in round {number}"),
-            (budget.money_per_day, on_day.money + held_day[1], money, f"{currency} on {day}"),
+        for limit, used, more, words, of_live in (
+            (budget.calls_per_round, in_round.calls + held_round[0], 1, f"calls in round {number}", 0),
+            (budget.tokens_per_day, on_day.tokens, tokens, f"tokens on {day}", live.tokens),
+            (budget.money_per_round, in_round.money + held_round[1], money, f"{currency} in round {number}", 0),
+            (budget.money_per_day, on_day.money, money, f"{currency} on {day}", live.money),
         ):
             if limit is not None and used + more > limit:
                 raise BudgetSpent(
                     f"The budget of the strong model is spent: wanted at most {limit:g} {words}, "
-                    f"saw {used:g} used and a call that needs about {more:g}; what is paid is kept. "
+                    f"saw {used:g} used{_of_it(of_live)} and a call that needs about {more:g}; what is paid is kept. "
                     "Raise spec.strong.budget or wait, then run again: it goes on from here."
                 )
         db.execute("INSERT INTO reserved VALUES(?, ?, ?, ?, ?)", (call.key, number, day, tokens, money))
@@ -531,10 +543,6 @@ def _counted(call: Call, result: ChatResult) -> ChatResult:
     )
 
 
-def likely_tokens(characters: int) -> int:
-    return -(-characters // 3)
-
-
 def new_call_key() -> str:
     """For a call that is not remembered: nobody can ask for its answer."""
     return f"once-{uuid.uuid4().hex}"
@@ -582,6 +590,15 @@ def _spent(db: sqlite3.Connection, round_number: int | None, day: str | None, pu
     return Spent(int(row[0]), int(row[1]), int(row[2]), float(row[3]))
 
 
+def _reserved(db: sqlite3.Connection, day: str) -> Amount:
+    tokens, money = db.execute("SELECT total(tokens), total(money) FROM reserved WHERE day = ?", (day,)).fetchone()
+    return Amount(int(tokens), float(money))
+
+
+def _of_it(live: float) -> str:
+    return f" ({live:g} of it by live answers)" if live else ""
+
+
 def _transaction(db: sqlite3.Connection, work: Sequence[Work]) -> list[Any]:
     """Results (or the exception) of each piece of work, all committed at once; a refused piece leaves no trace."""
     results: list[Any] = []
@@ -626,7 +643,3 @@ def _book_error(error: Exception, place: str = "") -> BookError:
         f"{place}The book of paid calls cannot be used: {error}. Wanted a writable SQLite file on a disk with room; "
         "nothing that was written is lost, run again once it is."
     )
-
-
-def _day(now: float) -> str:
-    return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d")

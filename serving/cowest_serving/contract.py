@@ -154,12 +154,16 @@ class Prices:
 
 @dataclass(frozen=True)
 class Budget:
-    """Hard limits on the strong model; `None` is no limit."""
+    """Hard limits on the strong model; `None` is no limit. Those of a day hold for live answers too."""
 
     calls_per_round: int | None = None
     tokens_per_day: int | None = None
     money_per_round: float | None = None
     money_per_day: float | None = None
+
+    @property
+    def limits_a_day(self) -> bool:
+        return self.tokens_per_day is not None or self.money_per_day is not None
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,10 @@ class Strong:
     prices: Prices | None = None
     budget: Budget | None = None
     fallbacks: tuple[Fallback, ...] = ()
+
+    @property
+    def limits_live_answers(self) -> bool:
+        return self.budget is not None and self.budget.limits_a_day
 
 
 @dataclass(frozen=True)
@@ -274,7 +282,7 @@ TRACE_COLUMNS: dict[str, str] = {
     "weight_percent": "int32",
     "mode": "string",
     # ok | weak_failed | strong_failed | fell_back (a fallback of the strong model answered) | client_gone
-    # | refused (the strong model finds the request itself wrong)
+    # | refused (the strong model finds the request itself wrong) | over_budget (it was not asked)
     "status": "string",
     "error": "string",
     "pair_digest": "string",

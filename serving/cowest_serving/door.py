@@ -7,10 +7,11 @@ neither gate nor training goes by it. Steps and the proxy ask the pair's own end
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from cowest_serving.allowance import Allowance
 from cowest_serving.contract import Messages
 from cowest_serving.health import Guarded
 from cowest_serving.models import ChatResult, ModelError, Unauthorized
@@ -20,12 +21,25 @@ FellBack = Callable[[ModelError], None]  # told why the pair's own endpoint did 
 
 
 class StrongDoor:
-    """Raises the error of the pair's own endpoint when no fallback answers either."""
+    """Raises the error of the pair's own endpoint when no fallback answers either.
 
-    def __init__(self, models: Sequence[Guarded]) -> None:
+    `allowance`: what may be spent on live answers, whichever endpoint gives them; None where nothing limits a day.
+    Its `NoBudget` is raised before any endpoint is asked.
+    """
+
+    def __init__(self, models: Sequence[Guarded], allowance: Allowance | None = None) -> None:
         self.own, *self._fallbacks = models
+        self._allowance = allowance
 
     async def __call__(self, messages: Messages, *, fell_back: FellBack, **options: Any) -> ChatResult:
+        if self._allowance is None:
+            return await self._answer(messages, fell_back, options)
+        async with self._allowance.paid(messages, options.get("extra"), options.get("max_tokens")) as bill:
+            result = await self._answer(messages, fell_back, options)
+            bill.read_result(result)
+            return result
+
+    async def _answer(self, messages: Messages, fell_back: FellBack, options: Mapping[str, Any]) -> ChatResult:
         try:
             return await self.own(messages, **options)
         except ModelError as error:
@@ -40,8 +54,14 @@ class StrongDoor:
             return result
         raise why
 
-    async def stream(self, messages: Messages, *, fell_back: FellBack, **options: Any) -> AsyncGenerator[bytes, None]:
+    def stream(self, messages: Messages, *, fell_back: FellBack, **options: Any) -> AsyncGenerator[bytes, None]:
         """Another endpoint is asked only until the first chunk: text has gone out then."""
+        chunks = self._chunks(messages, fell_back, options)
+        return chunks if self._allowance is None else _billed(chunks, self._allowance, messages, options)
+
+    async def _chunks(
+        self, messages: Messages, fell_back: FellBack, options: Mapping[str, Any]
+    ) -> AsyncGenerator[bytes, None]:
         why: ModelError | None = None
         for model in (self.own, *self._fallbacks):
             has_begun = False
@@ -72,6 +92,15 @@ class StrongDoor:
     async def aclose(self) -> None:
         for model in (self.own, *self._fallbacks):
             await model.aclose()
+
+
+async def _billed(
+    chunks: AsyncGenerator[bytes, None], allowance: Allowance, messages: Messages, options: Mapping[str, Any]
+) -> AsyncGenerator[bytes, None]:
+    async with allowance.paid(messages, options.get("extra"), options.get("max_tokens")) as bill, aclosing(chunks):
+        async for chunk in chunks:
+            bill.read_chunk(chunk)
+            yield chunk
 
 
 def _note(model: Guarded, error: ModelError) -> None:

@@ -2,7 +2,8 @@
 
     python -m cowest_serving.proxy --job job.json --book /var/lib/cowest/calls.sqlite --port 8080
 
-It alone holds the keys, the budget and the book of paid calls. A request with an `Idempotency-Key` is paid for once,
+It alone holds the keys, the budget and the book of paid calls; where the budget limits a day, gateways take slices of
+it for live answers. A request with an `Idempotency-Key` is paid for once,
 whoever asks and however often; one without is passed on, streams included, and counts in the budget all the same.
 Below /judge/v1 it asks the judge of spec.feedback.evaluator, whose answers cost money too.
 
@@ -52,7 +53,6 @@ from cowest_serving.book import (
     KeyReused,
     Meter,
     PaidCalls,
-    Spent,
     new_call_key,
 )
 from cowest_serving.certificates import trust
@@ -63,10 +63,12 @@ from cowest_serving.contract import (
     SettingsError,
     Strong,
     digest_of,
+    dump,
     parse,
 )
 from cowest_serving.error_bodies import OutspokenModel, body_of
 from cowest_serving.health import Watched
+from cowest_serving.leases import LEASE_PATH, Ask, Room, Spent
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Labels, Metrics, ModelCall
 from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, content_text, count
@@ -84,6 +86,8 @@ REFUSED_BY_BUDGET = "cowest_proxy_calls_refused_by_budget_total"
 FAILED = "cowest_proxy_calls_failed_total"
 IN_FLIGHT = "cowest_proxy_calls_in_flight"
 SPENT_CALLS, SPENT_TOKENS, SPENT_MONEY = (f"cowest_proxy_spent_{what}" for what in ("calls", "tokens", "money"))
+LIVE_CALLS, LIVE_TOKENS, LIVE_MONEY = (f"cowest_proxy_live_{what}_today" for what in ("calls", "tokens", "money"))
+LEFT = "cowest_proxy_budget_left_today"
 METRICS = {
     **GEN_AI,
     PAID: "Calls that were sent and paid, by purpose.",
@@ -94,6 +98,10 @@ METRICS = {
     SPENT_CALLS: "Calls in the book of paid calls.",
     SPENT_TOKENS: "Tokens in the book of paid calls, by direction.",
     SPENT_MONEY: "Money in the book of paid calls, in the currency of spec.strong.prices.",
+    LIVE_CALLS: "Calls of today's live answers, as gateways told; where the budget limits a day.",
+    LIVE_TOKENS: "Tokens of today's live answers, as gateways told.",
+    LIVE_MONEY: "Money of today's live answers, as gateways told.",
+    LEFT: "What is left of the day's budget, by unit, beside the slices that gateways have in hand.",
 }
 
 
@@ -154,6 +162,7 @@ def build_app(
             Route(f"{JUDGE_PATH}/chat/completions", proxy.judged, methods=["POST"]),
             Route("/v1/models", proxy.models, methods=["GET"]),
             Route("/v1/spent", proxy.spent, methods=["GET"]),
+            Route(LEASE_PATH, proxy.lease, methods=["POST"]),
             Route("/healthz", proxy.healthz, methods=["GET"]),
             Route("/readyz", proxy.readyz, methods=["GET"]),
             Route("/metrics", proxy.metrics, methods=["GET"]),
@@ -431,7 +440,23 @@ class Proxy:
         number = self._book.round if asked is None else asked
         of_round = self._book.spent(round_number=number)
         whole = _spent(self._book.spent())
-        return _json({**whole, "round": _spent(of_round), "strong": self.upstream.health.word()})
+        word: dict[str, Any] = {"round": _spent(of_round), "strong": self.upstream.health.word()}
+        if self._book.limits_a_day:
+            day, live, room = self._book.live_spent()
+            word["live"] = {**_spent(live), "day": day, "left": _left(room)}
+        return _json({**whole, **word})
+
+    async def lease(self, request: Request) -> Response:
+        """A slice of the day's budget for a gateway's live answers."""
+        try:
+            ask = parse(Ask, parse_object(await _body(request)), "lease")
+            return _json(dump(await self._book.lend(ask)))
+        except SettingsError as error:
+            raise Refusal(400, f"{error}.", code="invalid_lease") from None
+        except BookError as error:
+            refusal = _refusal_of(error)
+            assert refusal is not None
+            raise refusal from error
 
     async def healthz(self, _: Request) -> Response:
         return _json({"status": "ok"})
@@ -456,8 +481,21 @@ class Proxy:
             SPENT_CALLS: {(): float(spent.calls)},
             SPENT_TOKENS: tokens,
             SPENT_MONEY: {(): spent.money},
+            **self._of_live_answers(),
         }
         return PlainTextResponse(self._count.text(gauges), media_type="text/plain; version=0.0.4")
+
+    def _of_live_answers(self) -> dict[str, Mapping[Labels, float]]:
+        if not self._book.limits_a_day:
+            return {}
+        _, live, room = self._book.live_spent()
+        left = {"tokens": room.tokens, "money": room.money}
+        return {
+            LIVE_CALLS: {(): float(live.calls)},
+            LIVE_TOKENS: {(): float(live.tokens)},
+            LIVE_MONEY: {(): live.money},
+            LEFT: {(("unit", unit),): float(value) for unit, value in left.items() if value is not None},
+        }
 
     # ------------------------------------------------------------ shared
     def _missing_key(self) -> str:
@@ -637,6 +675,10 @@ def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
 
 def _spent(spent: Spent) -> dict[str, Any]:
     return {"calls": spent.calls, "tokens": spent.tokens, "money": decimal_text(spent.money)}
+
+
+def _left(room: Room) -> dict[str, Any]:
+    return {"tokens": room.tokens, "money": None if room.money is None else decimal_text(room.money)}
 
 
 def decimal_text(money: float) -> str:

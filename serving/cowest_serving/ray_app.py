@@ -38,6 +38,7 @@ class RaySettings:
     job: str
     store: str
     spool: str | None = None
+    book: str | None = None
     replicas: int = 1
     finish_seconds: int = 30
     log_level: str = "info"
@@ -51,7 +52,9 @@ def app(args: Mapping[str, Any]) -> Any:
     def build() -> gateway.App:  # in each replica
         log_to_stderr(settings.log_level)
         spool = Path(settings.spool) if settings.spool else None
-        return gateway.app_of(Path(settings.routing), Path(settings.job), settings.store, spool=spool)
+        return gateway.app_of(
+            Path(settings.routing), Path(settings.job), settings.store, spool=spool, book=settings.book
+        )
 
     deployment = serve.deployment(serve.ingress(build)()).options(
         name="gateway",
@@ -108,8 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _more(options: argparse.Namespace) -> dict[str, Any]:
-    spool = {"spool": str(options.spool)} if options.spool else {}
-    return spool | {name: getattr(options, name) for name in ("replicas", "finish_seconds", "log_level")}
+    given = {name: str(getattr(options, name)) for name in ("spool", "book") if getattr(options, name)}
+    return given | {name: getattr(options, name) for name in ("replicas", "finish_seconds", "log_level")}
 
 
 def _run(options: argparse.Namespace, application: Any) -> None:

@@ -412,6 +412,14 @@ def test_only_gateway_and_proxy_reach_the_strong_model() -> None:
 
 
 @needs_helm
+@pytest.mark.parametrize(("limit", "passes"), [("tokensPerDay=9", True), ("callsPerRound=9", False)])
+def test_a_gateway_reaches_the_proxy_only_where_a_days_budget_is_limited(limit: str, passes: bool) -> None:
+    found = policies("minimal", f"job.strong.budget.{limit}")
+    out, into = (json.dumps(found["gateway"]["egress"]), json.dumps(found["proxy"]["ingress"]))
+    assert ('"proxy"' in out, '"gateway"' in into) == (passes, passes)
+
+
+@needs_helm
 @pytest.mark.parametrize(
     ("endpoint", "port"),
     [

@@ -19,7 +19,7 @@ from cowest_operator.platform import Platform, troubles
 from cowest_operator.settings import Book, Images
 from cowest_operator.watched import see
 from cowest_serving.app import MAX_BODY, GatewaySettings
-from cowest_serving.contract import Fallback, SecretRef, parse
+from cowest_serving.contract import Budget, Fallback, SecretRef, parse
 from cowest_serving.proxy import ProxySettings
 from cowest_serving.ray_app import ray_settings
 from cowest_training.contract import Evaluator, Feedback
@@ -481,6 +481,31 @@ def test_a_gateways_spool_outlives_its_container_and_is_full_before_its_volume_i
     assert arguments[arguments.index("--spool") + 1] == mount["mountPath"]
     assert int(volume["emptyDir"]["sizeLimit"]) > 1 << 30
     assert "medium" not in volume["emptyDir"], "a disk: memory does not outlive a kill for want of memory"
+
+
+@pytest.mark.parametrize(
+    ("budget", "asks"),
+    [
+        pytest.param(None, False, id="no budget"),
+        pytest.param(Budget(calls_per_round=7), False, id="a round's, which is for steps alone"),
+        pytest.param(Budget(tokens_per_day=7), True, id="a day's"),
+    ],
+)
+def test_a_gateway_takes_slices_of_a_days_budget_from_the_proxy(budget: Budget | None, asks: bool) -> None:
+    seen = with_budget(context(), budget)
+    pod = next(pod for name, pod in pods(everything(seen)) if name == "Deployment claims-gateway")
+    arguments = pod["containers"][0]["args"]
+    assert ("--book" in arguments) is asks
+    if asks:
+        assert arguments[arguments.index("--book") + 1] == "http://claims-proxy.desks.svc"
+    (service,) = [child for child in everything(with_budget(on_ray(), budget)) if child["kind"] == "RayService"]
+    served = json.loads(service["spec"]["serveConfigV2"])["applications"][0]["args"]
+    assert ray_settings(served).book == ("http://claims-proxy.desks.svc" if asks else None)
+
+
+def with_budget(seen: Context, budget: Budget | None) -> Context:
+    spec = seen.job.spec
+    return replace(seen, job=replace(seen.job, spec=replace(spec, strong=replace(spec.strong, budget=budget))))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cowest_serving import book
-from cowest_serving.book import Answer, Asked, BookError, BudgetSpent, Call, Spent
+from cowest_serving.book import Answer, Asked, BookError, BudgetSpent, Call
 from cowest_serving.contract import SettingsError
+from cowest_serving.leases import Spent
 from cowest_serving.models import ChatModel
 
 from .contract import EXIT_BUDGET, EXIT_RETRY, StepError

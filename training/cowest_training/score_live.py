@@ -60,7 +60,7 @@ SOLO, CANDIDATE, CONTROL = "solo", "candidate", "control"
 PASS_SECONDS = 1.0
 FAILED = ("weak_failed", "strong_failed")
 # The user left, asked what no model answers, or a fallback of the strong model answered: says nothing about an arm.
-NOT_OURS = ("client_gone", "refused", "fell_back")
+NOT_OURS = ("client_gone", "refused", "fell_back", "over_budget")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -306,5 +306,10 @@ def job_volume(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"name": "job", "configMap": {"name": name}}, mount
 
 
+def book_of(context: Context) -> str | None:
+    """Where a gateway has slices of the day's budget from; None where no day is limited: it needs no proxy then."""
+    return f"http://{context.host('proxy')}" if context.job.spec.strong.limits_live_answers else None
+
+
 def canonical(value: Any) -> str:
     return canonical_json(value).decode()

@@ -64,7 +64,7 @@ def gateway(context: Context, pod: dict[str, Any], drain_seconds: int) -> Child:
 
 def _serve(context: Context, nodes: int, finish_seconds: int) -> dict[str, Any]:
     """JSON is YAML. One replica on each node, the head's too: a node without one has no proxy either."""
-    args = {
+    args: dict[str, Any] = {
         "routing": common.ROUTING_FILE,
         "job": f"{common.JOB_FOLDER}/job.json",
         "store": context.store,
@@ -72,6 +72,8 @@ def _serve(context: Context, nodes: int, finish_seconds: int) -> dict[str, Any]:
         "replicas": nodes,
         "finish_seconds": finish_seconds,
     }
+    if address := common.book_of(context):
+        args["book"] = address
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": common.PORT},

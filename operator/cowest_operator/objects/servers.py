@@ -63,7 +63,7 @@ def _gateway_pod(context: Context) -> dict[str, Any]:
         "cowest_serving.ray_app" if on_ray else "cowest_serving.app",
         ["--routing", common.ROUTING_FILE, "--job", f"{common.JOB_FOLDER}/job.json", "--store", context.store,
          "--spool", common.SPOOL, "--port", str(common.PORT), "--host", "0.0.0.0",
-         "--drain-seconds", str(DRAIN_SECONDS), "--finish-seconds", str(spec.strong.timeout_seconds)],
+         "--drain-seconds", str(DRAIN_SECONDS), "--finish-seconds", str(spec.strong.timeout_seconds), *_book(context)],
         ports=[{"name": "http", "containerPort": common.PORT}],
         env=[*common.store_env(context), *strong_env, *other_env, *client_env],
         resources=common.resources(spec.gateway.resources, *(("500m", "1Gi") if on_ray else ("100m", "256Mi"))),
@@ -92,6 +92,12 @@ def _gateway_pod(context: Context) -> dict[str, Any]:
              "labelSelector": {"matchLabels": common.selector(context, "gateway")}},
         ],
     )  # fmt: skip
+
+
+def _book(context: Context) -> list[str]:
+    """Where slices of the day's budget come from; without a limit of a day the gateway needs no proxy."""
+    address = common.book_of(context)
+    return ["--book", address] if address else []
 
 
 def _spool(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
