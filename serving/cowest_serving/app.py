@@ -336,7 +336,8 @@ class Gateway:
     def finish(self, record: Record) -> asyncio.Future[bool] | None:
         """Everything that remains of an answer. A fault here must not spoil it. Await it to know if it is durable."""
         row = record.row()
-        kept = self.traces.keep(row if self._sample_percent >= 100 else sampled(row, self._sample_percent))
+        kept_row = row if self._sample_percent >= 100 else sampled(row, self._sample_percent)
+        kept = self.traces.keep(kept_row, others=self.in_flight - 1)
         labels: dict[str, str] = {"arm": record.arm.name, "mode": record.mode}
         self.count.count("cowest_answers_total", **labels, status=record.status)
         seconds = time.monotonic() - record.started

@@ -21,7 +21,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import NamedTuple, Protocol
@@ -32,11 +32,12 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 2.0  # seconds that an answer waits for its record
 PROBE_EVERY = 1.0  # seconds between tries while the disk is in trouble
+RATE_OVER = 0.25  # seconds over which the rate of records is measured
 ADOPT_EVERY = 30.0  # seconds between looks for what processes left that died meanwhile
+MAX_REMEMBERED = 2  # closed files whose records stay in memory too, so that they need not be read again
 MAX_BACKOFF = 5.0  # seconds between tries while the store is away
 MAX_QUEUED = 64 * 1024 * 1024  # bytes in memory on their way to the disk
-MAX_GROUP = 4 * 1024 * 1024  # bytes of one commit
-GATHER = 0.004  # seconds between commits: under load they cost more CPU than their rows; a lone row does not wait
+STEP = 1024 * 1024  # bytes by which a file grows before they are written
 PROBE = b"N"  # the payload of a frame that is nobody's record
 
 _HEAD = struct.Struct("<IIq")
@@ -76,6 +77,20 @@ def _checksum(payload: bytes, time_us: int) -> int:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """How long a record waits for others to share its commit: under load commits cost more CPU than their rows."""
+
+    rows: int = 10  # that one commit should have
+    longest: float = 0.02  # seconds between commits
+    worth: int = 4  # rows that must be expected in that time
+    others: int = 5  # answers under way that must be left to wait for
+
+    def gap(self, rate: float) -> float:
+        """Seconds from one commit to the next while so many rows a second come."""
+        return min(self.longest, self.rows / rate) if rate * self.longest >= self.worth else 0.0
+
+
+@dataclass(frozen=True)
 class Pace:
     """When a file is closed, so that it can be shipped: soon while little comes, full while much does."""
 
@@ -84,6 +99,7 @@ class Pace:
     soon: float = 0.5  # seconds, for whoever watches live answers
     late: float = 5.0
     busy_rate: int = 100  # rows a second: above it, a put for every `soon` would be too many
+    groups: Groups = Groups()
 
     def is_due(self, size: int, rows: int, age: float, idle: float, waiting: int = 0) -> bool:
         """`waiting`: files before it that are not shipped. The slower the store takes them, the fewer they must be."""
@@ -105,10 +121,15 @@ class File(Protocol):
 
 
 class LogFile:
-    """A new file; its name is on the disk before its first byte."""
+    """A new file; its name is on the disk before its first byte.
+
+    It grows in steps: to sync bytes alone takes half the time of bytes and a new length. Behind its end lie zeros
+    until it is closed.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        self._end = self._room = 0
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             sync(path.parent)
         except OSError:
@@ -116,9 +137,19 @@ class LogFile:
             raise
 
     def write(self, data: bytes) -> None:
+        if self._end + len(data) > self._room:
+            self._make_room(len(data))
         rest = memoryview(data)
         while rest:
-            rest = rest[os.write(self._handle, rest) :]
+            done = os.pwrite(self._handle, rest, self._end)
+            self._end += done
+            rest = rest[done:]
+
+    def _make_room(self, size: int) -> None:
+        step = max(STEP, size)
+        with suppress(OSError):  # a disk that has no room for so much may have enough for the bytes
+            os.posix_fallocate(self._handle, self._end, step)
+            self._room = self._end + step
 
     def sync(self) -> None:
         os.fdatasync(self._handle)
@@ -127,9 +158,14 @@ class LogFile:
         """Take back what was written behind `size`."""
         os.ftruncate(self._handle, size)
         os.fsync(self._handle)
+        self._end = self._room = size
 
     def close(self) -> None:
-        os.close(self._handle)
+        try:
+            if self._room > self._end:
+                os.ftruncate(self._handle, self._end)
+        finally:
+            os.close(self._handle)
 
 
 class Home:
@@ -214,6 +250,7 @@ class _Active:
     appended: float
     size: int = 0  # bytes that are synced
     rows: int = 0
+    entries: list[_Entry] = field(default_factory=list)  # that are synced
 
 
 class Spool:
@@ -238,7 +275,14 @@ class Spool:
         self._root, self._writer, self._limit, self._patience = folder, writer, limit_bytes, patience
         self._lost, self._pace, self._open_file = lost, pace or Pace(), open_file
         self._shipper = _Shipper(folder, writer, ship)
-        self._queue: SimpleQueue[_Entry | None] = SimpleQueue()
+        self._queue: SimpleQueue[list[_Entry] | None] = SimpleQueue()
+        self._waiting: list[_Entry] = []  # for the next commit
+        self._is_committing = False
+        self._others = 0  # answers under way whose records are not on their way to the disk
+        self._next: asyncio.Handle | None = None  # commit, now or at its time
+        self._is_next_now = False
+        self._begun = float("-inf")  # when the last commit was handed over
+        self._rate = self._gap = 0.0  # rows a second; seconds between commits at that rate
         self._unsure: deque[tuple[float, asyncio.Future[bool]]] = deque()
         self._queued_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -246,7 +290,6 @@ class Spool:
         self._home: Home | None = None
         self._active: _Active | None = None
         self._number = 0
-        self._committed = float("-inf")  # when the last commit began
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.trouble = ""  # why the disk does not take records now
@@ -264,6 +307,10 @@ class Spool:
         """Commit what waits and try once to ship it. What the store does not take stays for the next process."""
         if self._thread is None:
             return
+        if self._next is not None:
+            self._next.cancel()
+        self._queue.put(self._waiting)
+        self._waiting = []
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join, 30)
         await self._shipper.aclose()
@@ -273,15 +320,20 @@ class Spool:
             self._home.close()
         self._thread = None
 
-    def append(self, payload: bytes) -> asyncio.Future[bool] | None:
-        """Begins at once. True: synced. False: not known to be, in time. None: there is no room for it."""
+    def append(self, payload: bytes, others: int = 0) -> asyncio.Future[bool] | None:
+        """True: synced. False: not known to be, in time. None: there is no room for it.
+
+        `others`: answers under way, this one not counted. Where few are left to wait for, the commit begins at once.
+        """
         assert self._loop is not None, "start() comes first"
         entry = _Entry(payload, time.time_ns() // 1000, self._loop.create_future())
         if not self._has_room(entry.size):
             self.unacknowledged += 1
             return None
         self._queued_bytes += entry.size
-        self._queue.put(entry)
+        self._waiting.append(entry)
+        self._others = others + 1 - len(self._waiting)
+        self._plan()
         assert entry.synced is not None
         if self._is_stalled:
             self._resolve(entry.synced, False)  # one answer has waited for nothing: not all of them should
@@ -290,6 +342,31 @@ class Spool:
             if self._timer is None:
                 self._timer = self._loop.call_later(self._patience, self._give_up)
         return entry.synced
+
+    def _plan(self) -> None:
+        """Hand over what waits: now, or when the time between two commits is up."""
+        if self._is_committing or self._is_next_now:
+            return
+        assert self._loop is not None
+        rest = self._begun + self._gap - self._loop.time() if self._others >= self._pace.groups.others else 0.0
+        if rest > 0:
+            self._next = self._next or self._loop.call_later(rest, self._hand_over)
+            return
+        if self._next is not None:
+            self._next.cancel()
+        self._next, self._is_next_now = self._loop.call_soon(self._hand_over), True
+
+    def _hand_over(self) -> None:
+        assert self._loop is not None
+        now = self._loop.time()
+        if (since := now - self._begun) < RATE_OVER:
+            self._rate += len(self._waiting) / RATE_OVER - self._rate * since / RATE_OVER
+        else:
+            self._rate = len(self._waiting) / since
+        self._begun, self._gap = now, self._pace.groups.gap(self._rate)
+        self._next, self._is_next_now, self._is_committing = None, False, True
+        self._queue.put(self._waiting)
+        self._waiting = []
 
     @property
     def is_full(self) -> bool:
@@ -303,7 +380,7 @@ class Spool:
     @property
     def rows(self) -> int:
         """Not shipped yet, of this process."""
-        return self._queue.qsize() + self._shipper.rows
+        return len(self._waiting) + self._shipper.rows
 
     @property
     def failed_ships(self) -> int:
@@ -332,6 +409,11 @@ class Spool:
             self._timer = self._loop.call_at(self._unsure[0][0] + self._patience, self._give_up)
 
     def _settle(self, group: list[_Entry], is_synced: bool, is_lost: bool) -> None:
+        if group[0].synced is not None:  # no probe
+            self._is_committing = False
+            self._others = max(0, self._others - len(group))
+            if self._waiting:
+                self._plan()
         for entry in group:
             if entry.synced is not None:
                 self._queued_bytes -= entry.size
@@ -368,28 +450,15 @@ class Spool:
         return self._pace.is_due(active.size, active.rows, age, idle, self._shipper.waiting)
 
     def _next_group(self) -> tuple[list[_Entry], bool]:
-        """All that waits, and whether nothing comes after it."""
+        """What was handed over, and whether nothing comes after it."""
         patience = PROBE_EVERY if self.trouble else self._pace.soon / 5 if self._active else None
-        group: list[_Entry] = []
-        size = 0
         try:
-            entry = self._queue.get(timeout=patience)
-            if (early := self._committed + GATHER - time.monotonic()) > 0:
-                time.sleep(early)
-            while entry is not None:
-                group.append(entry)
-                size += entry.size
-                if size >= MAX_GROUP:
-                    return group, False
-                entry = self._queue.get_nowait()
+            group = self._queue.get(timeout=patience)
         except Empty:
-            if not group and self.trouble:
-                group.append(_Entry(PROBE, time.time_ns() // 1000, None))
-            return group, False
-        return group, True
+            return [_Entry(PROBE, time.time_ns() // 1000, None)] if self.trouble else [], False
+        return group or [], group is None
 
     def _commit(self, group: list[_Entry]) -> None:
-        self._committed = time.monotonic()
         data = b"".join([frame(entry.payload, entry.time_us) for entry in group])
         try:
             active = self._active = self._active or self._open()
@@ -401,6 +470,7 @@ class Spool:
         rows = sum(entry.synced is not None for entry in group)
         active.size += len(data)
         active.rows += rows
+        active.entries += group
         active.appended = time.monotonic()
         self._shipper.grow(len(data), rows)
         if self.trouble:
@@ -435,7 +505,7 @@ class Spool:
         with suppress(Exception):
             active.file.close()
         if active.size or not is_sure:
-            self._shipper.add(_Closed(active.path, active.rows))
+            self._shipper.add(_Closed(active.path, active.size, active.rows, _frames(active) if is_sure else None))
         else:
             with suppress(OSError):
                 active.path.unlink()
@@ -446,11 +516,18 @@ class Spool:
             self._loop.call_soon_threadsafe(self._settle, group, is_synced, is_lost)
 
 
+def _frames(active: _Active) -> Frames:
+    """As they would be read from its file."""
+    return Frames(tuple(each.payload for each in active.entries), max(each.time_us for each in active.entries), 0)
+
+
 # ---------------------------------------------------------------- shipping
-@dataclass(frozen=True)
+@dataclass
 class _Closed:
     path: Path
+    size: int
     rows: int
+    frames: Frames | None  # None: to be read
 
 
 class _Shipper:
@@ -488,6 +565,8 @@ class _Shipper:
         return len(self._closed)
 
     def add(self, closed: _Closed) -> None:
+        if len(self._closed) > MAX_REMEMBERED:
+            closed.frames = None  # the store is slow or away: the disk remembers
         self._closed.append(closed)
         self._wake.set()
 
@@ -529,10 +608,10 @@ class _Shipper:
         while self._adopted:
             home = self._adopted[0]
             for path in home.logs():
-                self._ship_file(home.path.name, path, 0)
+                self._ship_left(home.path.name, path)
             self._adopted.pop(0).close()
         while self._closed:
-            self._ship_file(self._writer, self._closed[0].path, self._closed[0].rows)
+            self._ship_closed(self._closed[0])
             self._closed.popleft()
 
     def _adopt(self) -> None:
@@ -545,15 +624,29 @@ class _Shipper:
                 self._adopted.append(home)
                 self.grow(sum(file.stat().st_size for file in home.logs()), 0)
 
-    def _ship_file(self, writer: str, path: Path, rows: int) -> None:
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            log.warning("%s was taken away before it was shipped.", path)
-            return
-        frames = read_frames(data)
-        if frames.torn_bytes:
-            log.warning("%s: the last %d bytes are no whole record.", path, frames.torn_bytes)
-        self._ship(writer, int(path.stem), frames)
-        path.unlink()
-        self.grow(-len(data), -rows)
+    def _ship_closed(self, closed: _Closed) -> None:
+        frames = closed.frames or _read(closed.path)
+        if frames is not None:
+            self._ship(self._writer, int(closed.path.stem), frames)
+            closed.path.unlink(missing_ok=True)
+        self.grow(-closed.size, -closed.rows)
+
+    def _ship_left(self, writer: str, path: Path) -> None:
+        size = path.stat().st_size
+        frames = _read(path)
+        if frames is not None:
+            self._ship(writer, int(path.stem), frames)
+            path.unlink(missing_ok=True)
+        self.grow(-size, 0)
+
+
+def _read(path: Path) -> Frames | None:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        log.warning("%s was taken away before it was shipped.", path)
+        return None
+    frames = read_frames(data)
+    if data[len(data) - frames.torn_bytes :].strip(b"\0"):  # zeros are room that was not used
+        log.warning("%s: the last %d bytes are no whole record.", path, frames.torn_bytes)
+    return frames

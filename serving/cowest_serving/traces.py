@@ -25,15 +25,17 @@ from typing import Any, Literal, Protocol
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from cowest_serving import store
 from cowest_serving.contract import FEEDBACK_COLUMNS, FEEDBACK_PREFIX, TRACE_COLUMNS, TRACES_PREFIX
-from cowest_serving.spool import PROBE, File, Frames, LogFile, Pace, Spool
+from cowest_serving.spool import File, Frames, LogFile, Pace, Spool
 
 log = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 CONTENT_COLUMNS = ("query", "messages", "draft", "answer")
+UNIQUE_COLUMNS = {*CONTENT_COLUMNS, "trace_id", "feedback_id", "time", "draft_ms", "answer_ms", "reference", "comment"}
 
 _TYPES: Mapping[str, pa.DataType] = {
     "string": pa.string(),
@@ -61,7 +63,9 @@ class TraceSink(Protocol):
     process. False: it waits in memory, or was not on the disk in time. None: a row was dropped.
     """
 
-    def keep(self, row: Row) -> asyncio.Future[bool] | None: ...
+    def keep(self, row: Row, others: int = 0) -> asyncio.Future[bool] | None:
+        """`others`: answers under way besides this one, which may share its commit."""
+        ...
 
     def keep_feedback(self, row: Row) -> asyncio.Future[bool] | None: ...
 
@@ -116,7 +120,7 @@ class TraceWriter:
     def add_feedback(self, row: Row) -> bool:
         return self._put(self._feedback, row)
 
-    def keep(self, row: Row) -> asyncio.Future[bool] | None:
+    def keep(self, row: Row, others: int = 0) -> asyncio.Future[bool] | None:
         return _not_durable() if self.add(row) else None
 
     def keep_feedback(self, row: Row) -> asyncio.Future[bool] | None:
@@ -222,18 +226,29 @@ class _Lane:
     def _write(self, batch: list[Row]) -> int:
         number = self.segments
         self.segments += 1  # whatever comes of it: a number never names two contents
-        return _put_segment(self.folder, self.schema, batch, datetime.now(UTC), f"{self.writer_id}-{number}")
+        rows = [data for row in batch if (data := _json(row)) is not None]
+        return _put_segment(self.folder, self.schema, rows, datetime.now(UTC), f"{self.writer_id}-{number}")
 
 
-def _put_segment(folder: str, schema: pa.Schema, rows: list[Row], written: datetime, name: str) -> int:
-    """How many rows were written. One that the schema cannot hold would fail for ever: it is left out."""
+def _put_segment(folder: str, schema: pa.Schema, rows: Sequence[bytes], written: datetime, name: str) -> int:
+    """How many rows (JSON) were written. One that the schema cannot hold would fail for ever: it is left out."""
     try:
-        data = segment(rows, schema)
-    except (TypeError, ValueError):  # Arrow's errors are of these kinds
+        table = table_of(rows, schema)
+    except ValueError:  # Arrow's errors are of this kind
         rows = [row for row in rows if _fits(row, schema)]
-        data = segment(rows, schema)
-    store.put(store.join(folder, f"{written:%Y-%m-%d}", f"{written:%H%M%S}-{name}.parquet"), data)
+        table = table_of(rows, schema)
+    if rows:
+        written = max(written, _latest(table))
+        store.put(store.join(folder, f"{written:%Y-%m-%d}", f"{written:%H%M%S}-{name}.parquet"), segment(table))
     return len(rows)
+
+
+def _json(row: Row) -> bytes | None:
+    try:
+        return orjson.dumps(row)
+    except TypeError as error:  # half a character, say
+        log.warning("A record cannot be written as JSON and is dropped: %s.", type(error).__name__)
+        return None
 
 
 def _safe(writer_id: str) -> str:
@@ -247,21 +262,45 @@ def _not_durable() -> asyncio.Future[bool]:
     return future
 
 
-def _fits(row: Row, schema: pa.Schema) -> bool:
+def _fits(row: bytes, schema: pa.Schema) -> bool:
     try:
-        segment([row], schema)
-    except (TypeError, ValueError) as error:
+        table_of([row], schema)
+    except ValueError as error:
         log.warning("A record does not fit its columns and is dropped: %s.", type(error).__name__)
         return False
     return True
 
 
-def segment(rows: list[Row], schema: pa.Schema) -> bytes:
-    """Rows as one Parquet file. A column that a row lacks is null; a key that is no column is left out."""
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
-    buffer = BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
+def table_of(rows: Sequence[bytes], schema: pa.Schema) -> pa.Table:
+    """Rows as JSON made columns. A column that a row lacks is null; a key that is no column is left out.
+
+    Read by Arrow's own reader: while it works the event loop does too, and Arrow does not import pandas for it.
+    """
+    if not rows:
+        return schema.empty_table()
+    data = b"\n".join(rows)
+    table = pa_json.read_json(
+        pa.BufferReader(data),
+        read_options=pa_json.ReadOptions(use_threads=False, block_size=len(data) + 1),
+        parse_options=pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+    )
+    if table.num_rows != len(rows) or table["time"].null_count:
+        raise ValueError("a row without a time, or more than one in a line")
+    return table
+
+
+def segment(table: pa.Table) -> bytes:
+    """A Parquet file. To look for repeated texts and ids would cost more than it saves."""
+    sink = pa.BufferOutputStream()
+    repetitive = [name for name in table.column_names if name not in UNIQUE_COLUMNS]
+    pq.write_table(table, sink, compression="zstd", use_dictionary=repetitive)
+    return bytes(sink.getvalue())
+
+
+def _latest(table: pa.Table) -> datetime:
+    """A segment is never named before the time of a row of it, though a clock may be set back."""
+    latest: int = pc.max(table["time"].cast(pa.int64())).as_py()
+    return datetime.fromtimestamp(latest / 1_000_000, UTC)
 
 
 # ---------------------------------------------------------------- through the gateway's disk
@@ -296,18 +335,16 @@ class SpooledTraces:
         )
         self._written = self._dropped = 0
 
-    def keep(self, row: Row) -> asyncio.Future[bool] | None:
-        return self._keep(_TRACE, row) or self._memory.keep(row)
+    def keep(self, row: Row, others: int = 0) -> asyncio.Future[bool] | None:
+        return self._keep(_TRACE, row, others) or self._memory.keep(row)
 
     def keep_feedback(self, row: Row) -> asyncio.Future[bool] | None:
         return self._keep(_FEEDBACK, row) or self._memory.keep_feedback(row)
 
-    def _keep(self, kind: bytes, row: Row) -> asyncio.Future[bool] | None:
-        try:
-            payload = kind + orjson.dumps(row)
-        except TypeError:  # memory has its way with rows that no segment can hold
+    def _keep(self, kind: bytes, row: Row, others: int = 0) -> asyncio.Future[bool] | None:
+        if (data := _json(row)) is None:
             return None
-        return self._spool.append(payload)
+        return self._spool.append(kind + data, others)
 
     @property
     def is_full(self) -> bool:
@@ -344,35 +381,20 @@ class SpooledTraces:
 
     def _ship(self, writer: str, number: int, frames: Frames) -> None:
         """In the shipping thread. Counts at the end: a file that is not shipped whole is shipped again whole."""
-        rows: dict[bytes, list[Row]] = {kind: [] for kind in self._lanes}
-        dropped = 0
-        for payload in frames.payloads:
-            if payload == PROBE:
-                continue
-            try:
-                rows[payload[:1]].append(_row(payload))
-            except (ValueError, KeyError, TypeError):
-                log.warning("A record of %s that cannot be read is dropped.", writer)
-                dropped += 1
-        written = _latest(frames, [row for of_kind in rows.values() for row in of_kind])
-        done = 0
+        written = datetime.fromtimestamp(frames.last_us / 1_000_000, UTC)
+        done = records = 0
         for kind, (folder, schema) in self._lanes.items():
-            if rows[kind]:
-                done += _put_segment(folder, schema, rows[kind], written, f"{writer}-{number}")
+            if rows := [payload[1:] for payload in frames.payloads if payload[:1] == kind]:
+                done += _put_segment(folder, schema, rows, written, f"{writer}-{number}")
+                records += len(rows)
         self._written += done
-        self._dropped += sum(map(len, rows.values())) - done + dropped
+        self._dropped += records - done
 
 
 def _row(payload: bytes) -> Row:
     row: dict[str, Any] = orjson.loads(payload[1:])
     row["time"] = datetime.fromisoformat(row["time"])
     return row
-
-
-def _latest(frames: Frames, rows: Sequence[Row]) -> datetime:
-    """When the last of them was written. Never before a row's own time, though a clock may be set back."""
-    times: list[datetime] = [datetime.fromtimestamp(frames.last_us / 1_000_000, UTC), *(row["time"] for row in rows)]
-    return max(times)
 
 
 def sampled(row: Row, percent: int) -> Row:

@@ -21,8 +21,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from cowest_serving.spool import LogFile
-from cowest_serving.traces import TRACE_SCHEMA, SpooledTraces, TraceSink, TraceWriter, segment
+from cowest_serving.traces import TRACE_SCHEMA, SpooledTraces, TraceSink, TraceWriter, segment, table_of
+
+MODELS = 0.25  # seconds that the models take for an answer
 
 
 class Counted(LogFile):
@@ -49,17 +53,17 @@ def cpu() -> float:
 async def at_rate(sink: TraceSink, rows: int, rate: float) -> tuple[float, list[float]]:
     """CPU-microseconds a row above those of the clock that drives it, and the waits in ms."""
     waits: list[float] = []
+    tasks: set[asyncio.Task[None]] = set()
 
     async def one(i: int) -> None:
         begun = time.perf_counter()
-        kept = sink.keep(row(i))
+        kept = sink.keep(row(i), others=int(rate * MODELS) + len(tasks))
         if kept is not None:
             await kept
         waits.append((time.perf_counter() - begun) * 1000)
 
     async def drive(work: Any) -> float:
         begun, used = time.monotonic(), cpu()
-        tasks = set()
         for i in range(rows):
             await asyncio.sleep(max(0.0, begun + i / rate - time.monotonic()))
             task = asyncio.create_task(work(i))
@@ -101,7 +105,7 @@ def main() -> None:
     options = flags.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        segment([row(0)], TRACE_SCHEMA)  # the first one loads what Parquet needs
+        segment(table_of([orjson.dumps(row(0))], TRACE_SCHEMA))  # the first one loads what Parquet needs
         memory, _ = asyncio.run(at_rate(TraceWriter(str(folder / "m"), "m"), options.rows, options.rate))
         sink = SpooledTraces(str(folder / "d"), "d", folder / "spool", open_file=Counted)
         durable, waits = asyncio.run(at_rate(sink, options.rows, options.rate))

@@ -264,7 +264,7 @@ def serve(arguments: list[str], environment: Mapping[str, str], log: Path, fault
 
 def break_disk(fault: str, chance: random.Random) -> None:
     """As the kernel would: below the gateway's own code."""
-    real_sync, real_write = os.fdatasync, os.write
+    real_sync, real_write = os.fdatasync, os.pwrite
 
     def sync(handle: Any) -> None:
         if fault == "sync fails" and chance.random() < 0.1:
@@ -273,15 +273,15 @@ def break_disk(fault: str, chance: random.Random) -> None:
             time.sleep(chance.uniform(0.05, 0.4))
         real_sync(handle)
 
-    def write(handle: int, data: Any) -> int:
-        if handle > 2 and len(data) > 500 and chance.random() < 0.1:  # what is as long as a frame
-            real_write(handle, data[: len(data) // 2])
+    def write(handle: int, data: Any, offset: int) -> int:
+        if chance.random() < 0.1:
+            real_write(handle, data[: len(data) // 2], offset)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real_write(handle, data)
+        return real_write(handle, data, offset)
 
     os.fdatasync = sync  # type: ignore[assignment]
     if fault == "write is short":
-        os.write = write
+        os.pwrite = write
 
 
 class Gateways:

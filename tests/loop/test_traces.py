@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pyarrow.parquet as pq
 import pytest
 
@@ -223,7 +226,7 @@ async def test_a_segment_is_never_named_before_the_time_of_its_rows(tmp_path: Pa
 async def test_a_segment_shipped_again_after_a_crash_is_the_same_object(tmp_path: Path) -> None:
     """The process died after the put and before it deleted its file."""
     (tmp_path / "store").write_text("a file where the folder should be")
-    async with spooled(tmp_path) as sink:
+    async with spooled(tmp_path, pace=Pace(soon=600, late=600)) as sink:  # one file, however slow the disk
         for i in range(3):
             assert await kept(sink, row(i))
     shutil.copytree(tmp_path / "spool", tmp_path / "as-it-was")
@@ -260,6 +263,16 @@ async def test_a_durable_row_that_no_segment_can_hold_costs_no_other(tmp_path: P
         await kept(sink, row(2, draft="\udc00"))  # half a character: no JSON can hold it
     assert read_traces(str(tmp_path / "store"))["trace_id"].to_pylist() == ["t0"]
     assert sink.counts()["dropped"] == 2
+
+
+def test_shipping_loads_no_pandas(tmp_path: Path) -> None:
+    """Arrow imports it where rows are Python objects: more than a second, in the middle of answers."""
+    script = (
+        "import sys; from cowest_serving.traces import TRACE_SCHEMA, segment, table_of;"
+        f"segment(table_of([{orjson.dumps(row(0))!r}], TRACE_SCHEMA)); print('pandas' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 async def test_under_load_a_thousand_rows_cost_at_most_two_puts(tmp_path: Path) -> None:

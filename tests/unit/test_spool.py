@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cowest_serving.spool import Frames, LogFile, Pace, Spool, frame, read_frames
+from cowest_serving.spool import Frames, Groups, LogFile, Pace, Spool, frame, read_frames
 
 QUICK = Pace(soon=0.02, late=0.1)
 NEVER = Pace(soon=600, late=600)
@@ -346,3 +346,93 @@ async def test_a_disk_that_hangs_delays_one_answer_and_not_the_next(world: World
                 await asyncio.sleep(0.005)
         assert world.lost == []
     assert world.payloads[:2] == [b"Ta", b"Tb"]  # late is not lost
+
+
+# ---------------------------------------------------------------- groups
+@pytest.mark.parametrize(
+    ("rate", "milliseconds"),
+    [
+        pytest.param(20, 0, id="nobody comes in so short a time"),
+        pytest.param(190, 0, id="too few to be worth it"),
+        pytest.param(250, 20, id="five rows, and no record waits longer"),
+        pytest.param(500, 20, id="ten rows"),
+        pytest.param(2000, 5, id="ten rows are soon there"),
+    ],
+)
+def test_under_load_commits_are_so_far_apart_that_each_has_some_rows(rate: float, milliseconds: float) -> None:
+    assert Groups().gap(rate) == pytest.approx(milliseconds / 1000)
+
+
+def gathering(longest: float) -> Pace:
+    """Whatever the rate, once there is one."""
+    return Pace(soon=600, late=600, groups=Groups(rows=10**9, longest=longest, worth=0.001))
+
+
+async def test_a_record_waits_for_others_only_while_enough_of_them_are_under_way(world: World) -> None:
+    async with world.spool(pace=gathering(longest=600)) as spool:
+        for number in range(20):  # one after the other, as one user in a hurry
+            assert await kept(spool, b"T%d" % number)
+        assert world.disk.done.count("sync") == 20
+        first = [spool.append(b"Ta", others=50), spool.append(b"Tb", others=50)]
+        await asyncio.sleep(0.02)
+        assert world.disk.done.count("sync") == 20
+        last = spool.append(b"Tc", others=2)  # the two above: nobody is left to wait for
+        assert all([await asyncio.wait_for(future, 10) for future in [*first, last] if future])
+        assert world.disk.done.count("sync") == 21
+
+
+async def test_a_group_that_nobody_joins_is_committed_when_its_time_is_up(world: World) -> None:
+    async with world.spool(pace=gathering(longest=0.05)) as spool:
+        for number in range(3):
+            assert await kept(spool, b"T%d" % number)
+        future = spool.append(b"Ta", others=50)
+        assert future is not None and await asyncio.wait_for(future, 10)
+
+
+async def test_what_waits_for_others_is_committed_at_the_end(world: World) -> None:
+    async with world.spool(pace=gathering(longest=600)) as spool:
+        for number in range(3):
+            assert await kept(spool, b"T%d" % number)
+        last = spool.append(b"Ta", others=50)
+    await asyncio.sleep(0)
+    assert last is not None and last.result()
+    assert world.payloads[-1] == b"Ta"
+
+
+# ---------------------------------------------------------------- files
+def test_a_file_that_grows_in_steps_ends_where_its_records_end(tmp_path: Path) -> None:
+    path = tmp_path / "0.log"
+    file = LogFile(path)
+    file.write(THREE[0])
+    file.sync()
+    assert path.stat().st_size > len(THREE[0])
+    assert read_frames(path.read_bytes()).payloads == (b"Tone",)  # as after a kill
+    file.write(THREE[1] * 10_000)
+    file.write(THREE[2])
+    file.sync()
+    file.close()
+    assert path.read_bytes() == THREE[0] + THREE[1] * 10_000 + THREE[2]
+
+
+def test_what_is_cut_off_a_file_is_gone_and_it_can_be_written_on(tmp_path: Path) -> None:
+    path = tmp_path / "0.log"
+    file = LogFile(path)
+    for each in THREE:
+        file.write(each)
+    file.cut(len(THREE[0]))
+    assert path.read_bytes() == THREE[0]
+    file.write(THREE[2])
+    file.close()
+    assert path.read_bytes() == THREE[0] + THREE[2]
+
+
+async def test_room_that_a_killed_process_did_not_use_is_no_torn_record(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    (world.folder / "dead").mkdir(parents=True)
+    (world.folder / "dead" / "lock").touch()
+    (world.folder / "dead" / "0000000000.log").write_bytes(frame(b"Ta", 1) + bytes(1000))
+    async with world.spool():
+        await until(lambda: world.shipped)
+    assert world.payloads == [b"Ta"]
+    assert "no whole record" not in caplog.text
