@@ -18,7 +18,7 @@ from cowest_serving.routing import FileRouting
 class NoTraces:
     is_full, spool_bytes = False, 0
 
-    def keep(self, row: Any) -> asyncio.Future[bool] | None:
+    def keep(self, row: Any, others: int = 0) -> asyncio.Future[bool] | None:
         return None
 
     keep_feedback = keep
