@@ -93,6 +93,9 @@ BROKEN = (
     Broken("a pattern's name that is no word",
            {"collaboration.redaction": {"patterns": [{"name": "Policy_1", "regex": "PL"}]}},
            "spec.collaboration.redaction.patterns[0].name", "letters and digits"),
+    Broken("shortcuts without one", {"collaboration.shortcuts": {}}, "spec.collaboration.shortcuts", "saw none"),
+    Broken("a cache of nothing", {"collaboration.shortcuts": {"draftCache": {"maxEntries": 0}}},
+           "spec.collaboration.shortcuts.draftCache.maxEntries", "at least 1, saw 0"),
     Broken("an endless template", {"collaboration.prompts.draft": "{query}" * 3000}, "spec.collaboration.prompts.draft",
            "at most 16384 characters"),
     Broken("too many canary steps", {"canary.steps": [{"weightPercent": i + 1, "minAnswers": 1} for i in range(11)]},
@@ -271,6 +274,7 @@ VALID: Mapping[str, Mapping[str, Any]] = {
             "patterns": [{"name": "PolicyNumber", "regex": r"\bPL-\d{6}\b"}],
         }
     },
+    "drafts that are kept": {"collaboration.shortcuts": {"draftCache": {}}},
     "plain http on loopback": {"strong.endpoint": "http://127.0.0.1:8000/v1"},
     "plain http to IPv6 loopback": {"strong.endpoint": "http://[::1]:8000/v1"},
     "plain http to a Service": {"strong.endpoint": "http://strong.models.svc:80/v1"},

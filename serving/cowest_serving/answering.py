@@ -31,6 +31,7 @@ from cowest_serving.contract import (
     query_text,
 )
 from cowest_serving.door import StrongDoor
+from cowest_serving.drafts import Draft, DraftCache, Source, draft_key
 from cowest_serving.health import CircuitOpen, Guarded, Health
 from cowest_serving.metrics import ModelCall
 from cowest_serving.models import (
@@ -51,6 +52,7 @@ WEAK_MODEL = "weak"  # the name that every weak server answers to
 _OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "user"})  # not passed on as they are
 OVER_BUDGET = "over_budget"  # status of an answer for which the strong model was not asked: the budget has no room
 FELL_BACK = "fell_back"  # status of an answer that is not of the pair's own strong model
+DRAFT_CACHE = "draftCache"  # as the manifest names the shortcut
 _MAX_MODELS = 32
 _MAX_DEPTH = 250  # orjson writes some levels more
 LARGE = 32 * 1024  # bytes of a body in which identifiers are looked for beside the event loop
@@ -244,6 +246,8 @@ class Record:
     strong_tokens: tuple[int, int] = (0, 0)
     redacted: Redacted | None = None  # where the manifest hides identifiers
     shown: Messages | None = None  # the messages as the strong model and the trace may have them
+    shortcuts: list[str] = field(default_factory=list)  # taken, by their names in the manifest
+    draft_source: Source | None = None  # with a draft cache
 
     def failed(self, status: str, error: object) -> None:
         self.status = status
@@ -252,7 +256,7 @@ class Record:
     def model_calls(self) -> Iterator[ModelCall]:
         """The calls behind this answer, for metrics."""
         kinds = [error.partition(":")[0] for error in self.errors]
-        if self.draft_ms is not None and self.arm.weak_endpoint is not None:
+        if self.draft_ms is not None and self.arm.weak_endpoint is not None and DRAFT_CACHE not in self.shortcuts:
             error = "" if self.weak_digest else next(iter(kinds), "client_gone")
             served, endpoint = self.weak_digest, self.arm.weak_endpoint
             yield ModelCall(
@@ -306,6 +310,7 @@ class Record:
             "strong_input_tokens": self.strong_tokens[0],
             "strong_output_tokens": self.strong_tokens[1],
             "shadow": False,
+            "shortcut": ",".join(self.shortcuts),
         }
 
 
@@ -403,8 +408,10 @@ class Models:
 class Answering:
     """The collaboration at request time. Raises `Refusal`; whatever happens, `record` says so."""
 
-    def __init__(self, strong: Strong, collaboration: Collaboration, models: Models) -> None:
-        self._strong, self._collaboration, self._models = strong, collaboration, models
+    def __init__(
+        self, strong: Strong, collaboration: Collaboration, models: Models, drafts: DraftCache | None = None
+    ) -> None:
+        self._strong, self._collaboration, self._models, self._drafts = strong, collaboration, models, drafts
         self._redactor = Redactor(collaboration.redaction) if collaboration.redaction else None
 
     async def answer(self, record: Record) -> Mapping[str, Any]:
@@ -496,12 +503,7 @@ class Answering:
             return None
         started = time.monotonic()
         try:
-            result = await self._models.weak(record.arm)(
-                draft_messages(record.request.messages, record.arm.pair.prompts),
-                max_tokens=self._collaboration.draft_max_tokens,
-                temperature=0,
-            )
-            record.weak_digest = _served_digest(record.arm, result)
+            draft = await self._at_hand(record)
         except ModelError as error:
             if is_clients_fault(error):  # too long for it, say. In the steps too the strong model answers alone then
                 record.mode = "StrongAlone"
@@ -513,8 +515,26 @@ class Answering:
             return None
         finally:
             record.draft_ms = _ms_since(started)
-        record.draft, record.weak_tokens = result.text, (result.input_tokens, result.output_tokens)
-        return result.text
+        record.draft, record.weak_digest = draft.text, draft.weak_digest
+        if DRAFT_CACHE not in record.shortcuts:
+            record.weak_tokens = (draft.input_tokens, draft.output_tokens)
+        return draft.text
+
+    async def _at_hand(self, record: Record) -> Draft:
+        """A draft, made for this request only where an equal one has none."""
+        pair, limit = record.arm.pair, self._collaboration.draft_max_tokens
+        asked = draft_messages(record.request.messages, pair.prompts)
+
+        async def make() -> Draft:
+            result = await self._models.weak(record.arm)(asked, max_tokens=limit, temperature=0)
+            return Draft(result.text, _served_digest(record.arm, result), result.input_tokens, result.output_tokens)
+
+        if self._drafts is None:
+            return await make()
+        draft, record.draft_source = await self._drafts.get(draft_key(pair, asked, limit), make)
+        if record.draft_source != "made":
+            record.shortcuts.append(DRAFT_CACHE)
+        return draft
 
     def _stand_in(self, record: Record, draft: str | None, error: ModelError) -> str:
         """What is answered when the strong model fails: the draft, if the manifest says so."""

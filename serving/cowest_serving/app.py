@@ -71,6 +71,7 @@ from cowest_serving.contract import (
     parse,
     reference_text,
 )
+from cowest_serving.drafts import DraftCache
 from cowest_serving.front_door import FrontDoor
 from cowest_serving.ids import new_id
 from cowest_serving.logs import log_to_stderr
@@ -96,6 +97,8 @@ METRICS = {
     "cowest_answers_total": "Answers by arm, mode and status.",
     "cowest_answer_seconds": "Time from the request to the end of its answer.",
     "cowest_draft_seconds": "Time of the draft.",
+    "cowest_draft_cache_total": "Drafts by where they came from: made, cached, or shared with an equal request.",
+    "cowest_draft_cache_entries": "Drafts that are kept.",
     "cowest_feedback_total": "Feedback taken or refused.",
     "cowest_refused_requests_total": "Requests refused before any model was asked, by status.",
     "cowest_trace_rows": "Records by what became of them.",
@@ -273,13 +276,15 @@ class Gateway:
         self._sample_percent = settings.traces.content_sample_percent if settings.traces else 100
         self._refuses_when_full = settings.traces is not None and settings.traces.when_spool_full == "Refuse"
         self._models: list[Models] = []
+        limits = settings.collaboration.shortcuts and settings.collaboration.shortcuts.draft_cache
+        self._drafts = DraftCache(limits) if limits else None  # outlives a rotation of keys
         self.answering = self._answering()
 
     def _answering(self) -> Answering:
         """With the strong keys of now. What the answers under way use stays open: rotations are few."""
         fallbacks = [keys.current for keys in self._keys.fallbacks]
         self._models.append(Models(self._settings.strong, self._keys.strong.current, fallbacks, self._allowance))
-        return Answering(self._settings.strong, self._settings.collaboration, self._models[-1])
+        return Answering(self._settings.strong, self._settings.collaboration, self._models[-1], self._drafts)
 
     async def watch_keys(self) -> None:
         """Take up rotated keys until cancelled."""
@@ -344,6 +349,8 @@ class Gateway:
         self.count.observe("cowest_answer_seconds", seconds, **labels)
         if record.draft_ms is not None:
             self.count.observe("cowest_draft_seconds", record.draft_ms / 1000, arm=record.arm.name)
+        if record.draft_source is not None:
+            self.count.count("cowest_draft_cache_total", source=record.draft_source)
         for call in record.model_calls():
             self.count.observe_call(call)
         level = logging.DEBUG if record.status == "ok" else logging.WARNING
@@ -414,6 +421,7 @@ class Gateway:
                 "cowest_tasks": {(): float(len(asyncio.all_tasks()))},
                 "cowest_routing_version": {(): float(routing.version if routing else 0)},
                 "cowest_routing_errors": {(): float(self.routing.errors)},
+                **({"cowest_draft_cache_entries": {(): float(len(self._drafts))}} if self._drafts is not None else {}),
                 "cowest_arm_weight_percent": {(("arm", name),): weight for name, weight in weights.items()},
                 **(self._allowance.gauges() if self._allowance else {}),
             }

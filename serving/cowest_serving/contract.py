@@ -224,6 +224,19 @@ class Redaction:
 
 
 @dataclass(frozen=True)
+class DraftCacheLimits:
+    max_entries: int
+    ttl_seconds: int
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Ways to answer sooner or for less; None is off. No part of the pair: an edit acts at once."""
+
+    draft_cache: DraftCacheLimits | None = None
+
+
+@dataclass(frozen=True)
 class Collaboration:
     draft: DraftForm
     when_weak_fails: Literal["StrongAlone", "Fail"]
@@ -232,6 +245,7 @@ class Collaboration:
     draft_max_tokens: int
     prompts: Prompts | None = None  # resolved: inline, from the ConfigMap, or the built-in ones of the draft form
     redaction: Redaction | None = None
+    shortcuts: Shortcuts | None = None
 
 
 # ---------------------------------------------------------------- pairs and routing
@@ -303,6 +317,7 @@ TRACE_COLUMNS: dict[str, str] = {
     "strong_input_tokens": "int64",
     "strong_output_tokens": "int64",
     "shadow": "bool",  # a replay: never collected for training
+    "shortcut": "string",  # those of collaboration.shortcuts that were taken, separated by commas; null in old segments
 }
 FEEDBACK_COLUMNS: dict[str, str] = {
     "feedback_id": "string",
