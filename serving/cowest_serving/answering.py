@@ -54,6 +54,7 @@ OVER_BUDGET = "over_budget"  # status of an answer for which the strong model wa
 FELL_BACK = "fell_back"  # status of an answer that is not of the pair's own strong model
 DRAFT_CACHE = "draftCache"  # as the manifest names the shortcut
 _MAX_MODELS = 32
+_MAX_IDEMPOTENCY_KEY = 255
 _MAX_DEPTH = 250  # orjson writes some levels more
 LARGE = 32 * 1024  # bytes of a body in which identifiers are looked for beside the event loop
 NO_QUOTA = "insufficient_quota"  # OpenAI's word for money that is spent
@@ -116,6 +117,17 @@ def parse_chat(
         idempotency_key=idempotency_key or request_id,
         size=len(data),
     )
+
+
+def own_key(given: str, client_key: str) -> str | None:
+    """An Idempotency-Key as the strong endpoint gets it: what one client paid for is never another's answer."""
+    if not given:
+        return None
+    if len(given) > _MAX_IDEMPOTENCY_KEY or not (given.isascii() and given.isprintable()):
+        wanted = f"at most {_MAX_IDEMPOTENCY_KEY} printable ASCII characters"
+        message = f"Idempotency-Key: wanted {wanted}, saw {len(given)} characters."
+        raise Refusal(400, message, param="Idempotency-Key", code="invalid_header")
+    return hashlib.sha256(f"{client_key}\n{given}".encode()).hexdigest() if client_key else given
 
 
 def _wants_usage(options: Mapping[str, Any]) -> bool:

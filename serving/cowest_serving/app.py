@@ -49,6 +49,7 @@ from cowest_serving.answering import (
     Refusal,
     bad_field,
     optional,
+    own_key,
     parse_chat,
     parse_object,
     retry_hints,
@@ -314,14 +315,17 @@ class Gateway:
             await self._allowance.aclose()  # after all answers: what was not spent is given back
         await self.traces.aclose()  # last, after every answer has its record
 
-    def check_key(self, authorization: str) -> None:
+    def check_key(self, authorization: str) -> str:
+        """The client's key; "" where everybody may ask."""
         if not self._client_keys.are_wanted:
-            return  # everybody may ask
-        given = authorization.removeprefix("Bearer ").encode()
+            return ""
+        is_bearer = authorization[:7].lower() == "bearer "
+        given = authorization[7:] if is_bearer else authorization
         # All are compared, each in constant time, so that timing tells nothing.
-        if not any([hmac.compare_digest(given, key.encode()) for key in self._client_keys.current]):
+        if not any([hmac.compare_digest(given.encode("latin-1"), key.encode()) for key in self._client_keys.current]):
             message = "Wrong or missing API key: send `Authorization: Bearer <key>` with a key of this gateway."
             raise Refusal(401, message, "authentication_error", code="invalid_api_key")
+        return given
 
     def begin(self, request: ChatRequest) -> Record:
         """Choose the arm that answers. A client has no say in it."""
@@ -466,12 +470,12 @@ class Chat:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = new_id()
         try:
-            self._gateway.check_key(_header(scope, b"authorization"))
+            client_key = self._gateway.check_key(_header(scope, b"authorization"))
             request = parse_chat(
                 await _body(scope, receive),
                 request_id,
                 session=_header(scope, _SESSION) or None,
-                idempotency_key=_header(scope, _IDEMPOTENCY) or None,
+                idempotency_key=own_key(_header(scope, _IDEMPOTENCY), client_key),
             )
             record = self._gateway.begin(request)
         except Refusal as refusal:

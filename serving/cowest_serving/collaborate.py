@@ -7,6 +7,7 @@ what is measured is what is served.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -48,6 +49,18 @@ DEFAULT_PROMPTS: Mapping[DraftForm, Prompts] = MappingProxyType(
 
 _PLACEHOLDER = re.compile(r"\{(query|draft)\}")
 _CLOSING = re.compile(r"<\s*/\s*draft\s*>", re.IGNORECASE)
+# What looks like a closing delimiter: signs like < and /, letters that NFKC does not fold, and between them the unseen.
+_UNSEEN = (
+    "[\\s\u00ad\u034f\u061c\u115f\u1160\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    "\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]"
+)
+_LIKE_LESS, _LIKE_SLASH = (
+    "[<\u00ab\u02c2\u2039\u2329\u276e\u2770\u27e8\u3008\ufe64\uff1c]",
+    "[/\u2044\u2215\u2571\u29f8\uff0f]",
+)
+_LIKE_CLOSING = re.compile(f"{_LIKE_LESS}{_UNSEEN}*{_LIKE_SLASH}")
+_LIKE_LATIN = str.maketrans("\u0501\u1d05\u0280\u0433\uab47\u0430\u0251\u1d00\u0192\u0442\u1d1b", "ddrrraaaftt")
+_CONTROL_TOKEN = re.compile(r"<\|(\w+)\|>")  # <|im_start|>: servers of open models read it as the end of a message
 
 
 def draft_messages(messages: Messages, prompts: Prompts) -> list[dict[str, Any]]:
@@ -68,8 +81,15 @@ def solo_messages(messages: Messages, prompts: Prompts) -> list[dict[str, Any]]:
 
 
 def as_data(draft: str) -> str:
-    """A draft that cannot close its own delimiter: what follows would read as an instruction."""
-    return _CLOSING.sub("[/draft]", draft.strip())
+    """A draft that cannot close its own delimiter, or its message: what follows would read as an instruction."""
+    text = _CONTROL_TOKEN.sub(r"[|\1|]", _CLOSING.sub("[/draft]", draft.strip()))
+    return _LIKE_CLOSING.sub(lambda found: _opened(text, found), text)
+
+
+def _opened(text: str, found: re.Match[str]) -> str:
+    """What looks like the begin of the closing delimiter, to a model as to a reader, is made to look otherwise."""
+    seen = unicodedata.normalize("NFKC", re.sub(_UNSEEN, "", text[found.end() : found.end() + 64])).casefold()
+    return f"[{found[0][1:]}" if seen.translate(_LIKE_LATIN).startswith("draft") else found[0]
 
 
 def is_draftable(messages: Messages) -> bool:

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -293,3 +294,80 @@ async def test_a_client_that_reads_slowly_gets_its_whole_answer() -> None:
             await asyncio.sleep(0.05)
         writer.close()
     assert size <= seen <= size + 1000
+
+
+# ---------------------------------------------------------------- who asks, and what is believed
+@pytest.mark.parametrize("scheme", [b"Bearer ", b"bearer ", b"BEARER "])
+def test_the_scheme_of_a_key_is_written_as_one_likes(world: OpenAIWorld, scheme: bytes) -> None:
+    head = b"GET /v1/models HTTP/1.1\r\nConnection: close\r\n" + HOST
+    assert statuses(told(world.port, head + b"Authorization: " + scheme + KEYS[1].encode() + b"\r\n\r\n")) == [200]
+    assert statuses(told(world.port, head + b"Authorization: " + scheme + b"alpha\r\n\r\n")) == [401]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(KEYS[0].encode() + b" ", id="with more"),
+        pytest.param(b"\xff\xfe", id="no text"),
+        pytest.param((KEYS[0] + "," + KEYS[1]).encode(), id="two keys"),
+    ],
+)
+def test_what_is_no_key_opens_nothing(world: OpenAIWorld, key: bytes) -> None:
+    head = b"GET /v1/models HTTP/1.1\r\nConnection: close\r\n" + HOST
+    seen = told(world.port, head + b"Authorization: Bearer " + key + b"x\r\n\r\n")
+    assert statuses(seen) == [401] and error_of(seen)["code"] == "invalid_api_key"
+
+
+def test_headers_of_ours_in_a_request_change_nothing_and_go_nowhere(world: OpenAIWorld) -> None:
+    world.weak.forget()
+    names = ("arm", "mode", "pair", "weak", "strong", "model-digest", "trace", "anything")
+    forged = b"".join(b"X-CoWest-%s: forged\r\n" % name.encode() for name in names)
+    forged += b"X-Request-Id: forged\r\nX-Forwarded-For: forged\r\nForwarded: forged\r\n"
+    seen = told(world.port, POST + forged + LENGTH + b"Connection: close\r\n\r\n" + BODY)
+    assert statuses(seen) == [200] and b"forged" not in seen
+    assert b"\r\nx-cowest-mode: Pair\r\n" in seen and b"\r\nx-cowest-arm: stable\r\n" in seen
+    for call in (*world.weak.calls(), *world.strong.calls()):
+        assert "forged" not in json.dumps(call)
+
+
+# ---------------------------------------------------------------- what the log never says
+SECRET = "the merger of Nordlicht"
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_no_content_and_no_key_gets_into_the_log(tmp_path: Path, level: str) -> None:
+    with openai_world(tmp_path, flags=("--log-level", level), strong={"timeout_seconds": 2}) as world:
+        error = json.dumps({"message": SECRET, "code": SECRET, "param": SECRET})
+        scripts: list[dict[str, str]] = [
+            {},
+            {"say": SECRET},
+            *({"fail": status, "id": status, "error": error} for status in ("400", "401", "404", "429", "500")),
+            {"say": f"{SECRET} and more words", "cut": "2"},
+            {"seconds": "9"},
+            {"refuse": SECRET},
+        ]
+        for stream in (False, True):
+            for number, script in enumerate(scripts):
+                script = {name: f"{value}-{stream}" if name == "id" else value for name, value in script.items()}
+                message = {"role": "user", "content": f"{SECRET} {number}", "name": SECRET}
+                send(world, {"messages": [message], "stream": stream, "metadata": script, "user": SECRET})
+        send(world, {"messages": SECRET})
+        send(world, {"messages": [{"role": SECRET, "content": {}}]})
+        send(world, SECRET)
+        send(world, {"request_id": "r", "comment": SECRET, "reference": SECRET, "user": SECRET}, "/v1/feedback")
+        send(world, {"request_id": SECRET * 20, "comment": SECRET}, "/v1/feedback")
+        told(world.port, POST + b"Content-Length: 5\r\nTransfer-Encoding: " + SECRET.encode() + b"\r\n\r\n")
+        told(world.port, POST.replace(KEYS[0].encode(), b"wrong-key") + b"Connection: close\r\n\r\n")
+        world.process.terminate()
+        world.process.wait(30)
+        log = world.log.read_text()
+    assert "strong_failed" in log, "the log tells what failed"
+    for word in (SECRET, "Nordlicht", *KEYS, "wrong-key", "strong-key"):
+        assert word not in log
+
+
+def send(world: OpenAIWorld, body: Any, path: str = "/v1/chat/completions") -> bytes:
+    data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+    head = POST.replace(b"/v1/chat/completions", path.encode()) + b"Connection: close\r\n"
+    return told(world.port, head + b"Content-Length: %d\r\n\r\n" % len(data) + data)

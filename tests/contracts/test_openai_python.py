@@ -620,6 +620,19 @@ def test_an_idempotency_key_goes_along(world: OpenAIWorld, client: openai.OpenAI
     assert one == other
 
 
+def test_an_idempotency_key_of_two_clients_is_not_the_same_key(world: OpenAIWorld, client: openai.OpenAI) -> None:
+    for key in KEYS:
+        ask(client.with_options(api_key=key), extra_headers={"Idempotency-Key": "order-1"})
+    one, other = (call["headers"]["idempotency-key"] for call in world.strong.calls())
+    assert one != other and KEYS[0] not in one + other
+
+
+def test_an_idempotency_key_that_is_too_long_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, extra_headers={"Idempotency-Key": "k" * 256})
+    assert caught.value.param == "Idempotency-Key"
+
+
 def test_headers_of_the_sdk_stay_here(world: OpenAIWorld, client: openai.OpenAI) -> None:
     ask(client.with_options(default_headers={"OpenAI-Organization": "org-1", "OpenAI-Project": "p"}))
     for call in (*world.strong.calls(), *world.weak.calls()):
