@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -381,6 +383,19 @@ def trace_part(place: Place, found: Findings, rounds: int, rate: float, seconds:
     found.ratio("spool_over_memory", "records_cpu_us.spool", "records_cpu_us.memory")
 
 
+def disk(folder: Path, found: Findings, times: int = 500) -> None:
+    """How long a durable answer waits for the disk at least, whoever writes."""
+    waits = []
+    with (folder / "probe").open("ab", buffering=0) as file:
+        for _ in range(times):
+            file.write(b"x" * 4096)
+            begun = time.perf_counter()
+            os.fdatasync(file.fileno())
+            waits.append((time.perf_counter() - begun) * 1e6)
+            time.sleep(0.002)
+    found.facts["fdatasync_us"] = {"p50": _short(quantile(waits, 0.5)), "p99": _short(quantile(waits, 0.99))}
+
+
 # ---------------------------------------------------------------- the whole
 def compare(field: Field, found: Findings, options: argparse.Namespace) -> Rates:
     field.choose()
@@ -432,6 +447,7 @@ def main() -> int:
         stubs = Stubs(work / "stubs.log", LOAD, **ends)
         place = Place(work, stubs, GATEWAY)
         field = Field(place, options.peers, found)
+        disk(work, found)
         try:
             rate = options.rate
             if {"cpu", "latency", "stream"} & set(options.parts):
@@ -444,10 +460,17 @@ def main() -> int:
             field.stop()
             stubs.tree.stop()
     sum_up(found)
+    found.facts["machine"] = machine()
     found.facts["minutes"] = round((time.monotonic() - begun) / 60, 1)
     print(json.dumps({"medians": found.medians()}, indent=1))
     print(json.dumps(result(found)))
     return 0
+
+
+def machine() -> str:
+    model = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
+    name = model[1] if model else platform.machine()
+    return f"{os.cpu_count()} cores {name}, Linux {platform.release()}, Python {platform.python_version()}"
 
 
 def result(found: Findings) -> dict[str, Any]:

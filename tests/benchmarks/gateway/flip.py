@@ -6,8 +6,8 @@ The routing file is replaced atomically, as the embedded engine does it, while e
 arms are `StrongAlone` (one upstream call, so that two cores give a high rate), with records on the disk. The arm of an
 answer must be the one that the user's hash and the weights in force when it was sent demand; calls under way at a flip
 or sent within 50 ms after it are excepted. `flip_ms` of a flip is how long after it the last call was sent that the
-old weights still decided. The rate is the one asked for, or half of what the gateway can do where that is less. The
-last line is one JSON object.
+old weights still decided, `first_answer_ms` how long until the first answer that only the new ones explain. The rate
+is the one asked for, or half of what the gateway can do where that is less. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ def judge(calls: list[Call], made: list[Flip]) -> dict[str, Any]:
     judged = wrong = candidates = 0
     expected = variance = 0.0
     late = [0.0] * len(made)
+    first: dict[int, float] = {}
     at = 0
     for call in calls:
         while at + 1 < len(made) and made[at + 1].done <= call.sent:
@@ -112,6 +113,8 @@ def judge(calls: list[Call], made: list[Flip]) -> dict[str, Any]:
             continue  # the next weights may have decided it
         if at and call.arm != arm_of(now.routing, call.user) and call.arm == arm_of(made[at - 1].routing, call.user):
             late[at] = max(late[at], (call.sent - now.done) / 1e6)
+        if at and at not in first and call.arm != arm_of(made[at - 1].routing, call.user):
+            first[at] = (call.answered - now.done) / 1e6
         if call.sent - now.done < EXCEPTED_NS:
             continue
         judged += 1
@@ -126,6 +129,7 @@ def judge(calls: list[Call], made: list[Flip]) -> dict[str, Any]:
         "split_error": round(wrong / judged, 6) if judged else None,
         "flip_ms_p99": round(quantile(late[1:], 0.99), 2) if len(made) > 1 else None,
         "flip_ms_p50": round(quantile(late[1:], 0.5), 2) if len(made) > 1 else None,
+        "first_answer_ms_p50": round(quantile(list(first.values()), 0.5), 2) if first else None,
         "judged": judged,
         "flips": len(made) - 1,
         "candidate_share": round(candidates / judged, 5) if judged else None,

@@ -38,6 +38,11 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
     return above / sum((x - mean_x) ** 2 for x, _ in points)
 
 
+def by_minute(memory: Sequence[tuple[float, float]]) -> list[float]:
+    whole = {int(seconds // 60): mb for seconds, mb in memory}
+    return [round(mb, 1) for _, mb in sorted(whole.items())]
+
+
 def tasks(port: int) -> int | None:
     """Of the event loop, as the gateway's own metrics say."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
@@ -85,11 +90,11 @@ def soak(place: targets.Place, seconds: float) -> dict[str, Any]:
             "calls": sum(part["calls"] for part in seen),
             "failed": sum(part["failures"] for part in seen),
             "rss_mb_per_10_minutes": round(slope(late) * 600, 3),
-            "rss_mb": [round(memory[0][1], 1), round(late[0][1], 1), round(memory[-1][1], 1)],
             "before": before,
             "after": after,
             "ceiling": round(rate * 2),
             "rate": round(rate),
+            "rss_mb_by_minute": by_minute(memory),
             "p99_ms": [round(part["p99_us"] / 1000, 1) for part in seen],
         }
 
