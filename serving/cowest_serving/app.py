@@ -73,7 +73,7 @@ from cowest_serving.contract import (
     reference_text,
 )
 from cowest_serving.drafts import DraftCache
-from cowest_serving.front_door import FrontDoor
+from cowest_serving.front_door import WHEN_GONE, FrontDoor
 from cowest_serving.ids import new_id
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Metrics
@@ -485,7 +485,7 @@ class Chat:
         self._gateway.in_flight += 1
         reply = Reply(send, record, self._gateway)
         try:
-            await _unless_gone(self._respond(record, reply), reply, receive)
+            await _unless_gone(self._respond(record, reply), reply, scope, receive)
         finally:
             self._gateway.in_flight -= 1
 
@@ -529,6 +529,7 @@ class Reply:
         self._send, self._record, self._gateway = send, record, gateway
         self._is_begun = self._is_kept = False
         self.is_over = False  # the last byte is on its way: nobody can leave any more
+        self.is_deserted = False
 
     async def refuse(self, refusal: Refusal) -> None:
         body = orjson.dumps(refusal.body())
@@ -587,28 +588,33 @@ def _own_headers(arm: str, mode: str, pair: str, weak: str, strong: str) -> list
     """Few combinations, and many answers of each."""
     values = {HEADER_ARM: arm, HEADER_MODE: mode, HEADER_PAIR: pair, HEADER_WEAK: weak, HEADER_STRONG: strong}
     # A model name comes from outside: it must not break out of its header.
-    lines = {name: " ".join(value.split()) for name, value in values.items()}
-    return [(name.encode(), value.encode("latin-1", "replace")) for name, value in lines.items() if value]
+    lines = {name: "".join(each if each.isprintable() else " " for each in value) for name, value in values.items()}
+    return [(name.encode(), value.strip().encode("latin-1", "replace")) for name, value in lines.items() if value]
 
 
-async def _unless_gone(answering: Coroutine[Any, Any, None], reply: Reply, receive: Receive) -> None:
+async def _unless_gone(answering: Coroutine[Any, Any, None], reply: Reply, scope: Scope, receive: Receive) -> None:
     """Do the work, but stop it as soon as the client has left."""
-    work = asyncio.current_task()
+    work, watch = asyncio.current_task(), None
     assert work is not None
-    watch = asyncio.ensure_future(_stop_when_gone(work, reply, receive))
+
+    def stop() -> None:
+        if not reply.is_over:
+            reply.is_deserted = True
+            work.cancel()
+
+    if when_gone := scope.get("extensions", {}).get(WHEN_GONE):
+        when_gone(stop)
+    else:  # another server than our own
+        watch = asyncio.ensure_future(_disconnected(receive))
+        watch.add_done_callback(lambda watch: None if watch.cancelled() else stop())
     try:
         await answering
     except asyncio.CancelledError:
-        if not watch.done() or work.uncancel():  # it was not the client who left
+        if not reply.is_deserted or work.uncancel():  # it was not the client who left
             raise
     finally:
-        watch.cancel()
-
-
-async def _stop_when_gone(work: asyncio.Task[Any], reply: Reply, receive: Receive) -> None:
-    await _disconnected(receive)
-    if not reply.is_over:
-        work.cancel()
+        if watch is not None:
+            watch.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

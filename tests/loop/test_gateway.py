@@ -42,6 +42,7 @@ from cowest_serving.contract import (
     Strong,
     dump,
 )
+from cowest_serving.front_door import FrontDoor
 from cowest_serving.ray_app import ray_settings
 from cowest_serving.routing import FileRouting
 from cowest_serving.spool import LogFile
@@ -132,7 +133,7 @@ async def gateway(tmp_path: Path, settings: GatewaySettings, routing: Any, **opt
         routing = FixedRouting(routing)
     writer = TraceWriter(str(tmp_path), "test")
     app = build_app(settings, routing, options.pop("traces", writer), **options)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
+    server = uvicorn.Server(uvicorn.Config(app, http=FrontDoor, log_config=None, timeout_graceful_shutdown=2))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serving = asyncio.create_task(server._serve([listener]))  # without its signal handlers
         while not server.started:
