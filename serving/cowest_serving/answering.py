@@ -33,6 +33,7 @@ from cowest_serving.contract import (
 from cowest_serving.door import StrongDoor
 from cowest_serving.drafts import Draft, DraftCache, Source, draft_key
 from cowest_serving.health import CircuitOpen, Guarded, Health
+from cowest_serving.hedging import Hedging
 from cowest_serving.metrics import ModelCall
 from cowest_serving.models import (
     BadAnswer,
@@ -52,7 +53,7 @@ WEAK_MODEL = "weak"  # the name that every weak server answers to
 _OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "user"})  # not passed on as they are
 OVER_BUDGET = "over_budget"  # status of an answer for which the strong model was not asked: the budget has no room
 FELL_BACK = "fell_back"  # status of an answer that is not of the pair's own strong model
-DRAFT_CACHE = "draftCache"  # as the manifest names the shortcut
+DRAFT_CACHE, HEDGE = "draftCache", "hedge"  # shortcuts, as the manifest names them
 _MAX_MODELS = 32
 _MAX_IDEMPOTENCY_KEY = 255
 _MAX_DEPTH = 250  # orjson writes some levels more
@@ -289,6 +290,9 @@ class Record:
                 *self.strong_tokens,
                 error=error,
             )
+            if HEDGE in self.shortcuts:
+                endpoint, seconds = pair.strong_endpoint, self.answer_ms / 1000
+                yield ModelCall("openai", endpoint, pair.strong_model, "", seconds, error="hedge_lost")
 
     def row(self) -> dict[str, Any]:
         """By TRACE_COLUMNS."""
@@ -346,8 +350,10 @@ class Models:
         strong_keys: Sequence[str],
         fallback_keys: Sequence[Sequence[str]] = (),
         allowance: Allowance | None = None,
+        hedging: Hedging | None = None,
     ) -> None:
-        self._settings, self._keys, self._allowance = strong, tuple(strong_keys), allowance
+        self._settings, self._keys = strong, tuple(strong_keys)
+        self._allowance, self._hedging = allowance, hedging
         self._fallback_keys = (*fallback_keys, *[()] * len(strong.fallbacks))
         self._open: OrderedDict[tuple[str, str], HttpChatModel | StrongDoor] = OrderedDict()
         self._retired: list[HttpChatModel | StrongDoor] = []
@@ -380,6 +386,7 @@ class Models:
                 *(self._guarded(other.endpoint, other.model, keys) for other, keys in fallbacks),
             ],
             self._allowance,
+            self._hedging,
         )
 
     def _keys_for(self, endpoint: str) -> Sequence[str]:
@@ -439,6 +446,7 @@ class Answering:
                 idempotency_key=record.request.idempotency_key,
                 extra=self._parameters(record),
                 fell_back=partial(record.failed, FELL_BACK),
+                hedged=partial(record.shortcuts.append, HEDGE),
             )
         except ModelError as error:
             return _completion(record, self._stand_in(record, draft, error))
@@ -467,6 +475,7 @@ class Answering:
                 # The usage is always asked for, since the record needs it.
                 extra={**self._parameters(record), "stream_options": {"include_usage": True}},
                 fell_back=partial(record.failed, FELL_BACK),
+                hedged=partial(record.shortcuts.append, HEDGE),
             )
             async with aclosing(chunks):
                 async for payload in chunks:

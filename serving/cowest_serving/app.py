@@ -68,12 +68,14 @@ from cowest_serving.contract import (
     KEEP_ALIVE_SECONDS,
     Collaboration,
     SettingsError,
+    Shortcuts,
     Strong,
     parse,
     reference_text,
 )
 from cowest_serving.drafts import DraftCache
 from cowest_serving.front_door import WHEN_GONE, FrontDoor
+from cowest_serving.hedging import Hedging
 from cowest_serving.ids import new_id
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Metrics
@@ -100,6 +102,7 @@ METRICS = {
     "cowest_draft_seconds": "Time of the draft.",
     "cowest_draft_cache_total": "Drafts by where they came from: made, cached, or shared with an equal request.",
     "cowest_draft_cache_entries": "Drafts that are kept.",
+    "cowest_hedged_calls": "Second calls of the strong model: won or lost; held_back were due and not made.",
     "cowest_feedback_total": "Feedback taken or refused.",
     "cowest_refused_requests_total": "Requests refused before any model was asked, by status.",
     "cowest_trace_rows": "Records by what became of them.",
@@ -277,14 +280,16 @@ class Gateway:
         self._sample_percent = settings.traces.content_sample_percent if settings.traces else 100
         self._refuses_when_full = settings.traces is not None and settings.traces.when_spool_full == "Refuse"
         self._models: list[Models] = []
-        limits = settings.collaboration.shortcuts and settings.collaboration.shortcuts.draft_cache
-        self._drafts = DraftCache(limits) if limits else None  # outlives a rotation of keys
+        shortcuts = settings.collaboration.shortcuts or Shortcuts()  # these outlive a rotation of keys
+        self._drafts = DraftCache(shortcuts.draft_cache) if shortcuts.draft_cache else None
+        self._hedging = Hedging(shortcuts.hedge) if shortcuts.hedge else None
         self.answering = self._answering()
 
     def _answering(self) -> Answering:
         """With the strong keys of now. What the answers under way use stays open: rotations are few."""
         fallbacks = [keys.current for keys in self._keys.fallbacks]
-        self._models.append(Models(self._settings.strong, self._keys.strong.current, fallbacks, self._allowance))
+        keys = self._keys.strong.current
+        self._models.append(Models(self._settings.strong, keys, fallbacks, self._allowance, self._hedging))
         return Answering(self._settings.strong, self._settings.collaboration, self._models[-1], self._drafts)
 
     async def watch_keys(self) -> None:
@@ -428,6 +433,7 @@ class Gateway:
                 **({"cowest_draft_cache_entries": {(): float(len(self._drafts))}} if self._drafts is not None else {}),
                 "cowest_arm_weight_percent": {(("arm", name),): weight for name, weight in weights.items()},
                 **(self._allowance.gauges() if self._allowance else {}),
+                **(self._hedging.gauges() if self._hedging else {}),
             }
         )
         return Whole(text.encode(), kind=b"text/plain; version=0.0.4; charset=utf-8")

@@ -230,10 +230,17 @@ class DraftCacheLimits:
 
 
 @dataclass(frozen=True)
+class HedgeLimits:
+    after_milliseconds: int
+    max_percent: int
+
+
+@dataclass(frozen=True)
 class Shortcuts:
     """Ways to answer sooner or for less; None is off. No part of the pair: an edit acts at once."""
 
     draft_cache: DraftCacheLimits | None = None
+    hedge: HedgeLimits | None = None
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,24 @@ neither gate nor training goes by it. Steps and the proxy ask the pair's own end
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from cowest_serving.allowance import Allowance
 from cowest_serving.contract import Messages
 from cowest_serving.health import Guarded
-from cowest_serving.models import ChatResult, ModelError, Unauthorized
+from cowest_serving.hedging import Hedging
+from cowest_serving.models import ChatResult, ModelError, Unauthorized, new_key
 
 log = logging.getLogger(__name__)
+Hedged = Callable[[], None]  # told that a second call is made
 FellBack = Callable[[ModelError], None]  # told why the pair's own endpoint did not answer, once another one does
+
+
+def _unheard() -> None:
+    pass
 
 
 class StrongDoor:
@@ -25,23 +32,33 @@ class StrongDoor:
 
     `allowance`: what may be spent on live answers, whichever endpoint gives them; None where nothing limits a day.
     Its `NoBudget` is raised before any endpoint is asked.
+    `hedging`: when the pair's own endpoint is asked a second time beside the first; a second call is taken from the
+    allowance too.
     """
 
-    def __init__(self, models: Sequence[Guarded], allowance: Allowance | None = None) -> None:
+    def __init__(
+        self, models: Sequence[Guarded], allowance: Allowance | None = None, hedging: Hedging | None = None
+    ) -> None:
         self.own, *self._fallbacks = models
-        self._allowance = allowance
+        self._allowance, self._hedging = allowance, hedging
 
-    async def __call__(self, messages: Messages, *, fell_back: FellBack, **options: Any) -> ChatResult:
+    async def __call__(
+        self, messages: Messages, *, fell_back: FellBack, hedged: Hedged = _unheard, **options: Any
+    ) -> ChatResult:
         if self._allowance is None:
-            return await self._answer(messages, fell_back, options)
+            return await self._answer(messages, fell_back, hedged, options)
         async with self._allowance.paid(messages, options.get("extra"), options.get("max_tokens")) as bill:
-            result = await self._answer(messages, fell_back, options)
+            result = await self._answer(messages, fell_back, hedged, options)
             bill.read_result(result)
             return result
 
-    async def _answer(self, messages: Messages, fell_back: FellBack, options: Mapping[str, Any]) -> ChatResult:
+    async def _answer(
+        self, messages: Messages, fell_back: FellBack, hedged: Hedged, options: Mapping[str, Any]
+    ) -> ChatResult:
         try:
-            return await self.own(messages, **options)
+            if self._hedging is None:
+                return await self.own(messages, **options)
+            return await self._hedging.first(self.own, partial(self._one, messages, hedged, options))
         except ModelError as error:
             why = self._why(error)
         for model in self._fallbacks:
@@ -54,19 +71,21 @@ class StrongDoor:
             return result
         raise why
 
-    def stream(self, messages: Messages, *, fell_back: FellBack, **options: Any) -> AsyncGenerator[bytes, None]:
+    def stream(
+        self, messages: Messages, *, fell_back: FellBack, hedged: Hedged = _unheard, **options: Any
+    ) -> AsyncGenerator[bytes, None]:
         """Another endpoint is asked only until the first chunk: text has gone out then."""
-        chunks = self._chunks(messages, fell_back, options)
+        chunks = self._chunks(messages, fell_back, hedged, options)
         return chunks if self._allowance is None else _billed(chunks, self._allowance, messages, options)
 
     async def _chunks(
-        self, messages: Messages, fell_back: FellBack, options: Mapping[str, Any]
+        self, messages: Messages, fell_back: FellBack, hedged: Hedged, options: Mapping[str, Any]
     ) -> AsyncGenerator[bytes, None]:
         why: ModelError | None = None
         for model in (self.own, *self._fallbacks):
             has_begun = False
             try:
-                async with aclosing(model.stream(messages, **options)) as chunks:
+                async with aclosing(self._streamed(model, messages, hedged, options)) as chunks:
                     async for chunk in chunks:
                         if not has_begun and why is not None:
                             fell_back(why)
@@ -82,6 +101,38 @@ class StrongDoor:
                     _note(model, error)
         assert why is not None
         raise why
+
+    def _streamed(
+        self, model: Guarded, messages: Messages, hedged: Hedged, options: Mapping[str, Any]
+    ) -> AsyncGenerator[bytes, None]:
+        if self._hedging is None or model is not self.own:
+            return model.stream(messages, **options)
+        return self._hedging.stream(model, partial(self._one_stream, messages, hedged, options))
+
+    async def _one(self, messages: Messages, hedged: Hedged, options: Mapping[str, Any], is_second: bool) -> ChatResult:
+        if not is_second:
+            return await self.own(messages, **options)
+        async with self._second(messages, hedged, options) as changed:
+            return await self.own(messages, **changed)
+
+    async def _one_stream(
+        self, messages: Messages, hedged: Hedged, options: Mapping[str, Any], is_second: bool
+    ) -> AsyncGenerator[bytes, None]:
+        around = self._second(messages, hedged, options) if is_second else nullcontext(options)
+        async with around as given, aclosing(self.own.stream(messages, **given)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    @asynccontextmanager
+    async def _second(
+        self, messages: Messages, hedged: Hedged, options: Mapping[str, Any]
+    ) -> AsyncIterator[Mapping[str, Any]]:
+        """Room for it, as for a call of which nothing is known: what the answer cost stands on the first one's bill."""
+        none, extra = nullcontext(), options.get("extra")
+        room = self._allowance.paid(messages, extra, options.get("max_tokens")) if self._allowance else none
+        async with room:
+            hedged()
+            yield {**options, "idempotency_key": new_key()}
 
     def _why(self, error: ModelError) -> ModelError:
         """The fault that another endpoint may mend; any other one is raised."""

@@ -141,6 +141,11 @@ class Guarded(HttpChatModel):
         self.health = Health()
         self._circuit = Circuit(self.health)
 
+    @property
+    def is_at_ease(self) -> bool:
+        """It can do with a call that need not be: its last attempt was answered, and calls have places to spare."""
+        return not self.health.failures and self._places.are_at_ease
+
     async def _once(self, *attempt: Any) -> Any:
         with self._circuit.attempt(self.endpoint):
             return await super()._once(*attempt)

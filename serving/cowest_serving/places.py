@@ -42,6 +42,11 @@ class Places:
     ) -> None:
         self._leave()
 
+    @property
+    def are_at_ease(self) -> bool:
+        """One is free, and no refusal has lowered their number or not yet been made up for."""
+        return self.limit >= self.most and not self._waiting and self.taken < self.most
+
     def attempt(self) -> int:
         """The number of an attempt that begins now."""
         self._attempts += 1

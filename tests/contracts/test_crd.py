@@ -68,7 +68,7 @@ def test_a_section_with_defaults_inside_has_a_default_itself() -> None:
     required = {f".spec.{name}" for name in SPEC["required"]} | {".spec.feedback.evaluator"}
     for path, field in fields(SPEC, ".spec"):
         filled = [name for name, each in field.get("properties", {}).items() if "default" in each]
-        optional_object = path.rsplit(".", 1)[-1] in ("caBundleRef", "prices", "redaction", "draftCache")
+        optional_object = path.rsplit(".", 1)[-1] in ("caBundleRef", "prices", "redaction", "draftCache", "hedge")
         if filled and path not in required and not optional_object:
             assert field.get("default") == {}, path
 

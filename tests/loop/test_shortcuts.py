@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from cowest_serving.contract import DraftCacheLimits, Routing, Shortcuts
-from tests.fakes import ScriptedModel
+from cowest_serving.book import PaidCalls
+from cowest_serving.contract import Budget, DraftCacheLimits, Fallback, HedgeLimits, Routing, Shortcuts
+from tests.fakes import Fault, ScriptedModel
 from tests.loop.test_gateway import FixedRouting, arm_of, gateway, settings_of, streamed, world
+from tests.loop.test_live_budget import budgeted
 
 CACHE = Shortcuts(draft_cache=DraftCacheLimits(max_entries=100, ttl_seconds=60))
 OTHER: Any = [{"role": "user", "content": "how?"}]
@@ -114,3 +116,115 @@ async def test_a_weak_model_that_is_away_is_asked_anew_by_the_next_request(tmp_p
         second, _, headers = await door.post("/v1/chat/completions", body)
     assert (first, second) == (200 if failing == "StrongAlone" else 502, 200)
     assert headers["x-cowest-mode"] == "Pair" and len(weak.calls) == 3
+
+
+# ---------------------------------------------------------------- a second call when the first is slow
+HEDGE = Shortcuts(hedge=HedgeLimits(after_milliseconds=20, max_percent=100))
+
+
+async def test_a_slow_call_is_overtaken_by_a_second_one_with_a_key_of_its_own(tmp_path: Path) -> None:
+    async with world(tmp_path, shortcuts=HEDGE, strong={"faults": ["hang"]}) as (_, strong, door):
+        completion, headers = await door.ask(extra_headers={"Idempotency-Key": "mine"})
+        row, metrics = await door.row(), await door.metrics()
+    assert completion.choices[0].message.content == "the answer"
+    first, second = strong.calls
+    assert first.key == "mine" and second.key not in (None, "mine", headers["x-request-id"])
+    assert first.body == second.body
+    assert strong.broken_off == 1, "the call that lost is ended"
+    assert (row["shortcut"], row["status"], row["strong_output_tokens"]) == ("hedge", "ok", 2)
+    assert 'cowest_hedged_calls{result="won"} 1' in metrics
+    counted = [line for line in metrics.splitlines() if "duration_seconds_count" in line and '"openai"' in line]
+    assert len(counted) == 2 and any('error_type="hedge_lost"' in line for line in counted), "both are calls"
+
+
+async def test_a_stream_whose_first_chunk_is_late_is_begun_anew(tmp_path: Path) -> None:
+    async with world(tmp_path, shortcuts=HEDGE, strong={"faults": ["hang"]}) as (_, strong, door):
+        text, _, _ = await streamed(door)
+        row = await door.row()
+    assert text == row["answer"] == "the answer"
+    assert len(strong.calls) == 2 and row["shortcut"] == "hedge"
+
+
+async def test_a_quick_endpoint_is_asked_once(tmp_path: Path) -> None:
+    relaxed = Shortcuts(draft_cache=CACHE.draft_cache, hedge=HedgeLimits(60_000, 100))
+    async with world(tmp_path, shortcuts=relaxed) as (_, strong, door):
+        await door.ask()
+        await streamed(door)
+        rows = by_time(await door.rows())
+    assert len(strong.calls) == 2
+    assert [row["shortcut"] for row in rows] == ["", "draftCache"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "faults"),
+    [
+        pytest.param({"max_concurrency": 1}, [], id="no place is free"),
+        pytest.param({"max_retries": 1}, [Fault(429, {"retry-after": "0"})], id="a 429 is not made up for"),
+        pytest.param({"max_retries": 1}, [Fault(500, {"retry-after": "0"})], id="the last attempt failed"),
+    ],
+)
+async def test_no_second_call_goes_where_it_would_harm(
+    tmp_path: Path, limits: dict[str, Any], faults: list[Fault]
+) -> None:
+    async with world(tmp_path, shortcuts=HEDGE, strong={"faults": faults}, **limits) as (_, strong, door):
+        strong.gate.clear()
+        asking = asyncio.create_task(door.ask())
+        async with asyncio.timeout(5):
+            while 'cowest_hedged_calls{result="held_back"} 1' not in await door.metrics():
+                await asyncio.sleep(0.01)
+        strong.gate.set()
+        await asking
+        row = await door.row()
+    assert len(strong.calls) == 1 + len(faults) and row["shortcut"] == ""
+
+
+async def test_a_second_call_never_goes_to_a_fallback(tmp_path: Path) -> None:
+    async with ScriptedModel("of the fallback") as other:
+        fallbacks = (Fallback(other.url, "big"),)
+        async with world(tmp_path, shortcuts=HEDGE, strong={"faults": ["hang"]}, fallbacks=fallbacks) as (
+            _,
+            strong,
+            door,
+        ):
+            completion, _ = await door.ask()
+    assert completion.choices[0].message.content == "the answer"
+    assert len(strong.calls) == 2 and not other.calls
+
+
+async def test_where_the_pairs_endpoint_fails_a_fallback_answers_as_ever(tmp_path: Path) -> None:
+    async with ScriptedModel("of the fallback") as other:
+        fallbacks = (Fallback(other.url, "big"),)
+        async with world(tmp_path, shortcuts=HEDGE, strong={"faults": [500]}, fallbacks=fallbacks) as (_, _, door):
+            completion, _ = await door.ask()
+            row = await door.row()
+    assert completion.choices[0].message.content == "of the fallback" and row["status"] == "fell_back"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_both_calls_count_in_the_days_budget(tmp_path: Path, stream: bool) -> None:
+    budget = Budget(tokens_per_day=10_000)
+    async with budgeted(tmp_path, budget, shortcuts=HEDGE, strong={"faults": ["hang"]}) as (strong, door):
+        asked = await door.client.chat.completions.create(model="m", messages=OTHER, stream=stream, max_tokens=50)
+        if stream:
+            async for _ in asked:
+                pass
+    async with PaidCalls(tmp_path / "calls.sqlite", budget=budget) as book:
+        _, spent, _ = book.live_spent()
+    assert len(strong.calls) == 2
+    assert spent.calls == 2 and spent.output_tokens == 50 + 2, (
+        "the one that was ended may have cost all that it asked for"
+    )
+
+
+async def test_without_room_in_the_budget_there_is_no_second_call(tmp_path: Path) -> None:
+    async with budgeted(tmp_path, Budget(tokens_per_day=90), shortcuts=HEDGE) as (strong, door):
+        strong.gate.clear()
+        asking = asyncio.create_task(door.ask(max_tokens=50))
+        async with asyncio.timeout(5):
+            while "cowest_budget_refused_calls 1" not in await door.metrics():
+                await asyncio.sleep(0.01)
+        strong.gate.set()
+        completion, _ = await asking
+        row = await door.row()
+    assert completion.choices[0].message.content == "the answer"
+    assert len(strong.calls) == 1 and row["shortcut"] == ""
