@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from contextvars import Context
+from functools import partial
 from typing import Any
 
 from cowest_operator import api, farewell, reconcile, story
@@ -68,7 +69,8 @@ class Keeper:
         memory, failures = Memory(), 0
         while (family := self.watched.families.get(key)) is not None and family.job is not None:
             if memory.uid != (uid := family.job["metadata"]["uid"]):
-                memory = Memory(uid)  # a job that was made again under its name knows nothing of the one before
+                # A job that was made again under its name knows nothing of the one before.
+                memory = Memory(uid, wake=partial(self.wake, key))
             wake = self._wakes.setdefault(key, asyncio.Event())
             wake.clear()
             try:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
@@ -37,6 +37,7 @@ ACTION_ID = re.compile(r"(\d{20})-([a-z]+)")  # nanoseconds, so that ids sort by
 LIVE_EVERY, COUNT_EVERY, SPENT_EVERY, PROBE_EVERY, PROMPTS_EVERY = 2.0, 10.0, 10.0, 20.0, 30.0
 ARGO_SLOW, ARGO_RETRIES = 60.0, 240.0  # seconds until Argo must have seen a pod end; until it must have made another
 READINESS_EVERY = 10.0
+MOMENT = 0.2  # seconds that a look waits for a newer answer than the one it has
 ANSWERS_KEPT = 600.0  # seconds, longer than any of the above
 PATIENCE = 20.0  # seconds before a pod that is not there yet is called a trouble
 LONGEST_RETRY = 600.0
@@ -66,6 +67,49 @@ class Memory:
     version: int = 0  # resourceVersion of the job
     said: set[str] = field(default_factory=set)  # notes that were made known
     failing: dict[str, strong.Failing] = field(default_factory=dict)  # the strong endpoint, by who asks it
+    asking: dict[str, asyncio.Task[bool]] = field(default_factory=dict)  # questions under way
+    wake: Callable[[], None] = lambda: None  # a look, for an answer that came after the one that asked
+
+    def age(self, what: str) -> float:
+        """Seconds since the last answer, or since its door was found shut."""
+        return time.monotonic() - self.asked[what][0] if what in self.asked else float("inf")
+
+    def answer(self, what: str) -> Any:
+        return self.asked[what][1] if what in self.asked else None
+
+    async def ask(self, what: str, question: Coroutine[Any, Any, Any]) -> None:
+        """Until it is answered; where an older answer is at hand for a moment only, and a look follows the new one.
+
+        Where packets are dropped a door takes seconds to be found shut, and other jobs wait for this look.
+        """
+        known = what in self.asked
+        if what in self.asking:
+            question.close()
+        else:
+            self.asking[what] = asyncio.create_task(self._ask(what, question))
+            self.asking[what].add_done_callback(lambda _: self.asking.pop(what, None))
+        task = self.asking[what]
+        done, _ = await asyncio.wait({task}, timeout=MOMENT if known else None)
+        if done:
+            task.result()
+        else:
+            task.add_done_callback(self._came_late)
+
+    async def _ask(self, what: str, question: Coroutine[Any, Any, Any]) -> bool:
+        """Whether it is another answer than the one before."""
+        before = (self.answer(what), what in self.shut)
+        answer = before[0]
+        try:
+            answer = await question
+            self.shut.pop(what, None)
+        except DoorError as error:
+            self.shut[what] = error
+        self.asked[what] = (time.monotonic(), answer)
+        return (answer, what in self.shut) != before
+
+    def _came_late(self, task: asyncio.Task[bool]) -> None:
+        if not task.cancelled() and (task.exception() is not None or task.result()):
+            self.wake()
 
     def forget_answers(self, before: float) -> None:
         """Reports of trials that are over, counts since a time that has passed: nobody asks for them again."""
@@ -356,23 +400,16 @@ class _Look:
         current = api.Spent(int(part.get("calls", 0)), int(part.get("tokens", 0)), float(part.get("money", 0)))
         return api.Budget(int(data["calls"]), int(data["tokens"]), float(data["money"]), current)
 
-    async def _asked(self, what: str, every: float, question: Any) -> Any:
-        """The answer of a door, at most `every` seconds old; while the door is shut, the last one, and why."""
-        known = self.memory.asked.get(what)
-        if known and time.monotonic() - known[0] < every:
+    async def _asked(self, what: str, every: float, question: Coroutine[Any, Any, Any]) -> Any:
+        """The answer of a door, about `every` seconds old at most; while the door is shut, the last one, and why."""
+        if self.memory.age(what) < every:
             question.close()
         else:
-            answer = known[1] if known else None
-            try:
-                answer = await question
-                self.memory.shut.pop(what, None)
-            except DoorError as error:
-                self.memory.shut[what] = error
-            known = self.memory.asked[what] = (time.monotonic(), answer)
+            await self.memory.ask(what, question)
             self.memory.forget_answers(time.monotonic() - ANSWERS_KEPT)
         if what in self.memory.shut:
             self._store_trouble(self.memory.shut[what])
-        return known[1]
+        return self.memory.answer(what)
 
     def _store_trouble(self, error: DoorError) -> None:
         """While the pods start nobody answers: that is no trouble yet."""
@@ -385,13 +422,13 @@ class _Look:
     # ------------------------------------------------------------ the strong endpoint
     async def _ask_gateway(self, gateway: api.ServerState) -> None:
         """How the strong endpoint does for users; the proxy's word comes with what was spent."""
-        known = self.memory.asked.get("readiness")
-        if not gateway.ready or (known and time.monotonic() - known[0] < READINESS_EVERY):
+        if not gateway.ready:
             return
-        answer = None
-        with suppress(DoorError):  # a gateway that does not answer is what Ready tells
-            answer = await self.observer.doors.readiness(self.observer.base(self.context, "gateway"))
-        self.memory.asked["readiness"] = (time.monotonic(), None)
+        if self.memory.age("readiness") >= READINESS_EVERY:
+            base = self.observer.base(self.context, "gateway")
+            await self.memory.ask("readiness", self.observer.doors.readiness(base))
+        # A gateway that does not answer is what Ready tells; what it said before says nothing of now.
+        answer = None if "readiness" in self.memory.shut else self.memory.answer("readiness")
         self._note_strong(strong.USERS, (answer or {}).get("strong"))
 
     def _note_strong(self, who: str, word: Mapping[str, Any] | None) -> None:
@@ -430,17 +467,16 @@ class _Look:
                             and p.name.startswith(seen.name)), "")  # fmt: skip
             return api.ServerState(False, endpoint, message=trouble or seen.facts["message"] or "it starts")
         what = f"served {seen.name}"
-        known = self.memory.asked.get(what)
-        if known and known[1] and time.monotonic() - known[0] < PROBE_EVERY:
+        is_right = digest in (self.memory.answer(what) or ()) and what not in self.memory.shut
+        if not is_right or self.memory.age(what) >= PROBE_EVERY:
+            question = self.observer.doors.served(self.observer.weak_base(self.context, digest))
+            await self.memory.ask(what, question)
+        if what in self.memory.shut:
+            return api.ServerState(False, endpoint, message=str(self.memory.shut[what]))
+        served = self.memory.answer(what) or []
+        if digest in served:
             return api.ServerState(True, endpoint, digest)
-        try:
-            served = await self.observer.doors.served(self.observer.weak_base(self.context, digest))
-        except DoorError as error:
-            return api.ServerState(False, endpoint, message=str(error))
-        right = digest in served
-        self.memory.asked[what] = (time.monotonic(), right)
-        note = "" if right else f"it serves {', '.join(served) or 'nothing'}, wanted {digest}"
-        return api.ServerState(right, endpoint, digest if right else "", note)
+        return api.ServerState(False, endpoint, "", f"it serves {', '.join(served) or 'nothing'}, wanted {digest}")
 
     # ------------------------------------------------------------ pods
     def _pods(self, part: str) -> Iterator[Seen]:

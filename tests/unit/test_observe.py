@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -68,3 +69,59 @@ def test_answers_that_nobody_asks_for_any_more_are_forgotten() -> None:
     memory.shut = {what: observe.DoorError("observer", "is away") for what in memory.asked}
     memory.forget_answers(before=50.0)
     assert set(memory.asked) == set(memory.shut) == {"spent 2"}
+
+
+# ---------------------------------------------------------------- doors that take their time
+class Door:
+    """Answers each question when it is let to."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.opens = asyncio.Event()
+
+    async def says(self, answer: Any) -> Any:
+        self.asked += 1
+        await self.opens.wait()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+async def heard(answer: Any, first: Any = "old") -> tuple[observe.Memory, Door, list[str]]:
+    """What is remembered once a door gives a second answer long after a look has asked for it."""
+    woken: list[str] = []
+    memory, door = observe.Memory(wake=lambda: woken.append("look")), Door()
+    door.opens.set()
+    await memory.ask("spent", door.says(first))
+    assert memory.answer("spent") == first and not woken, "the first answer is waited for, and no news to the look"
+    door.opens.clear()
+    await memory.ask("spent", door.says(answer))
+    await memory.ask("spent", door.says(answer))
+    assert (memory.answer("spent"), door.asked) == (first, 2), "one question under way is enough"
+    door.opens.set()
+    await asyncio.gather(*memory.asking.values(), return_exceptions=True)
+    await asyncio.sleep(0)
+    return memory, door, woken
+
+
+async def test_a_look_does_not_wait_for_a_newer_answer_than_it_has() -> None:
+    memory, _, woken = await heard("new")
+    assert memory.answer("spent") == "new" and woken and not memory.asking
+
+
+async def test_an_answer_that_is_the_same_wakes_nobody() -> None:
+    assert (await heard("old"))[2] == []
+
+
+async def test_a_door_that_is_found_shut_late_is_said_by_the_look_that_follows() -> None:
+    memory, door, woken = await heard(observe.DoorError("proxy", "does not answer."))
+    assert memory.answer("spent") == "old" and "spent" in memory.shut and woken
+    await memory.ask("spent", door.says("new"))
+    assert memory.answer("spent") == "new" and memory.shut == {}
+
+
+async def test_a_fault_of_ours_in_an_answer_that_came_late_is_met_by_the_look_that_follows() -> None:
+    memory, door, woken = await heard(KeyError("spent"))
+    assert memory.answer("spent") == "old" and woken
+    with pytest.raises(KeyError):
+        await memory.ask("spent", door.says(KeyError("spent")))
