@@ -381,7 +381,9 @@ def test_a_strong_endpoint_that_fails_is_said_once_with_what_to_do_and_heals_wit
         told = playground.condition("claims", api.DEGRADED)
         assert "cannot be reached: does it run" in told["message"]
         assert "whenStrongFails: Fail" in told["message"]
-        assert playground.condition("claims", api.READY)["status"] == "True"
+        assert playground.condition("claims", api.READY)["reason"] == api.REASON_STRONG_FAILS, (
+            "every answer is an error"
+        )
 
         # Other failures, more of them, and a replica that knows of none: nothing is written.
         version = playground.job("claims")["status"]
@@ -393,6 +395,7 @@ def test_a_strong_endpoint_that_fails_is_said_once_with_what_to_do_and_heals_wit
         assert playground.job("claims")["status"] == version
         playground.script.strong = word(False, time.time())
         wait_for(api.REASON_AS_EXPECTED)
+        assert playground.condition("claims", api.READY)["status"] == "True"
 
 
 # ---------------------------------------------------------------- jobs beside and after each other
