@@ -38,6 +38,7 @@ from cowest_serving.metrics import ModelCall
 from cowest_serving.models import (
     BadAnswer,
     ChatResult,
+    Crowded,
     DeadlineExceeded,
     HttpChatModel,
     ModelError,
@@ -210,13 +211,14 @@ def refusal_of(error: ModelError, who: str) -> Refusal:
         # In vain within seconds, as the SDKs would try it: the wait is until midnight.
         return Refusal(429, str(error), NO_QUOTA, code=NO_QUOTA, retry_after=error.retry_after, is_in_vain=True)
     if isinstance(error, RateLimited):
-        return Refusal(429, message, "rate_limit_error", code="rate_limited", retry_after=error.retry_after)
+        wait, in_vain = error.retry_after, not error.retryable
+        return Refusal(429, message, "rate_limit_error", code="rate_limited", retry_after=wait, is_in_vain=in_vain)
     if is_clients_fault(error):
         return _refused_by_model(error, who)
     status = 502
     if isinstance(error, DeadlineExceeded):
         status = 504
-    elif error.status == 503 or isinstance(error, CircuitOpen):
+    elif error.status == 503 or isinstance(error, CircuitOpen | Crowded):
         status = 503
     code = f"{who.split()[0]}_failed"
     in_vain = not error.retryable
@@ -370,6 +372,16 @@ class Models:
         """Of the strong endpoint that was asked last."""
         doors = (model for model in reversed(self._open.values()) if isinstance(model, StrongDoor))
         return next((door.own.health for door in doors), None)
+
+    def gauges(self) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+        """Of the strong endpoints, by name of the metric and labels."""
+        found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+        for door in (model for model in self._open.values() if isinstance(model, StrongDoor)):
+            for model in door.models:
+                labels = (("endpoint", model.endpoint), ("model", model.model))
+                for name, value in model.gauges().items():
+                    found.setdefault(name, {})[labels] = value
+        return found
 
     def _weak(self, endpoint: str, model: str) -> HttpChatModel:
         # One quick second try: a request should not wait long for a draft that it can do without.

@@ -75,6 +75,7 @@ from cowest_serving.contract import (
 )
 from cowest_serving.drafts import DraftCache
 from cowest_serving.front_door import WHEN_GONE, FrontDoor
+from cowest_serving.health import METRICS as ENDPOINT_METRICS
 from cowest_serving.hedging import Hedging
 from cowest_serving.ids import new_id
 from cowest_serving.logs import log_to_stderr
@@ -114,6 +115,7 @@ METRICS = {
     "cowest_routing_errors": "Routings that could not be read.",
     "cowest_arm_weight_percent": "Share of the traffic by arm.",
     **ALLOWANCE_METRICS,
+    **ENDPOINT_METRICS,
 }
 
 
@@ -434,6 +436,7 @@ class Gateway:
                 "cowest_arm_weight_percent": {(("arm", name),): weight for name, weight in weights.items()},
                 **(self._allowance.gauges() if self._allowance else {}),
                 **(self._hedging.gauges() if self._hedging else {}),
+                **self._models[-1].gauges(),
             }
         )
         return Whole(text.encode(), kind=b"text/plain; version=0.0.4; charset=utf-8")

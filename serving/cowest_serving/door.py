@@ -16,7 +16,7 @@ from cowest_serving.allowance import Allowance
 from cowest_serving.contract import Messages
 from cowest_serving.health import Guarded
 from cowest_serving.hedging import Hedging
-from cowest_serving.models import ChatResult, ModelError, Unauthorized, new_key
+from cowest_serving.models import ChatResult, ModelError, RateLimited, Unauthorized, new_key
 
 log = logging.getLogger(__name__)
 Hedged = Callable[[], None]  # told that a second call is made
@@ -136,9 +136,14 @@ class StrongDoor:
 
     def _why(self, error: ModelError) -> ModelError:
         """The fault that another endpoint may mend; any other one is raised."""
-        if not self._fallbacks or not (error.retryable or isinstance(error, Unauthorized)):
+        if not self._fallbacks or not (error.retryable or isinstance(error, Unauthorized | RateLimited)):
             raise error
         return error
+
+    @property
+    def models(self) -> tuple[Guarded, ...]:
+        """In the order in which they are asked."""
+        return (self.own, *self._fallbacks)
 
     async def aclose(self) -> None:
         for model in (self.own, *self._fallbacks):

@@ -19,6 +19,14 @@ from cowest_serving.models import HttpChatModel, ModelError, RateLimited, is_cli
 MANY_FAILURES = 5  # in a row ...
 LONG_SECONDS = 5.0  # ... and over so long: calls that fail together may have met one short fault
 OPEN_SECONDS, LONGEST_OPEN_SECONDS = 2.0, 30.0
+METRICS = {
+    "cowest_endpoint_open_circuit": "1 while a strong endpoint is not asked, but for one call now and then.",
+    "cowest_endpoint_failures": "Failed attempts in a row at a strong endpoint.",
+    "cowest_endpoint_places": "Calls that a strong endpoint takes at once, as learned from its 429s.",
+    "cowest_endpoint_calls": "Calls under way at a strong endpoint.",
+    "cowest_endpoint_waiting": "Calls that wait for a place at a strong endpoint.",
+    "cowest_endpoint_keys_away": "Keys of a strong endpoint that rest (429) or are parked (401, 403).",
+}
 
 
 class CircuitOpen(ModelError):
@@ -78,10 +86,14 @@ class Circuit:
         self._until, self._seconds = 0.0, 0.0  # not asked until then; length of that rest, 0 while closed
         self._is_tried = False
 
+    @property
+    def is_open(self) -> bool:
+        return self._seconds > 0
+
     @contextmanager
     def attempt(self, endpoint: str) -> Iterator[None]:
         """Around one attempt. Raises `CircuitOpen`."""
-        is_open = self._seconds > 0
+        is_open = self.is_open
         if is_open and (self._is_tried or self._clock() < self._until):
             raise self._open(endpoint)
         self._is_tried = is_open
@@ -145,6 +157,22 @@ class Guarded(HttpChatModel):
     def is_at_ease(self) -> bool:
         """It can do with a call that need not be: its last attempt was answered, and calls have places to spare."""
         return not self.health.failures and self._places.are_at_ease
+
+    @property
+    def _patience(self) -> float | None:
+        """Users wait for a place no longer than for an answer: a line without an end would only grow."""
+        return self._timeout
+
+    def gauges(self) -> dict[str, float]:
+        """Of this endpoint, by the metric's name."""
+        return {
+            "cowest_endpoint_open_circuit": float(self._circuit.is_open),
+            "cowest_endpoint_failures": float(self.health.failures),
+            "cowest_endpoint_places": float(int(self._places.limit)),
+            "cowest_endpoint_calls": float(self._places.taken),
+            "cowest_endpoint_waiting": float(self._places.waiting),
+            "cowest_endpoint_keys_away": float(self.keys.away),
+        }
 
     async def _once(self, *attempt: Any) -> Any:
         with self._circuit.attempt(self.endpoint):

@@ -6,8 +6,9 @@ says which endpoint, what was seen and what to do:
     ModelError
       EndpointUnreachable   no connection, or it broke            (retryable)
       DeadlineExceeded      no answer within the deadline         (retryable)
-      RateLimited           429                                   (retryable)
+      RateLimited           429                                   (retryable, unless the account has no quota left)
       ServerFault           408, 409, 5xx                         (retryable)
+      Crowded               no free place in time, where waiting has an end  (another endpoint may have one)
       BadAnswer             2xx, but not a chat completion        (retryable, at most twice: it may cost)
       Unauthorized          401, 403 with every key
       BadRequest            any other 4xx, a redirect, a bad address
@@ -34,6 +35,7 @@ from typing import Any, ClassVar, Protocol, Self
 import orjson
 
 from cowest_serving.contract import HEADER_IDEMPOTENCY, Messages
+from cowest_serving.key_pool import Key, KeyPool
 from cowest_serving.places import Places
 from cowest_serving.wire import NoAddress, Response, TooMuch, Untrusted, Wire, WireError
 
@@ -111,6 +113,13 @@ class ServerFault(ModelError):
     default_retryable = True
 
 
+class Crowded(ModelError):
+    """All places were taken for as long as a call may take: it was not sent."""
+
+    default_retryable = True
+    max_retries = 0
+
+
 class BadAnswer(ModelError):
     default_retryable = True
     max_retries = 2
@@ -156,12 +165,13 @@ class HttpChatModel:
         self.endpoint = endpoint.rstrip("/")
         self.model = model
         self.max_retries = max_retries
-        self._keys = tuple(key for key in api_keys if key)
-        self._key = 0
+        self.keys = KeyPool(api_keys)
         self._timeout = timeout_seconds
         self._deadline = max(timeout_seconds, deadline_seconds or 0)
         self._backoff = backoff_seconds
-        self._places = Places(max_concurrency)  # how many calls may be under way: learned from 429s
+        self._places = Places(
+            max_concurrency, self._patience, self._crowded
+        )  # how many calls may be under way: learned from 429s
         self._wire: Wire | None = None
         self._not_taken: dict[str, str] = {}  # parameter -> its other name, "" where it has none
 
@@ -236,27 +246,61 @@ class HttpChatModel:
         self, body: Mapping[str, Any], key: str, read: bool, give_up_at: float
     ) -> tuple[Response, Mapping[str, Any]]:
         """A response with status 2xx and, when `read`, its parsed body; tried again while that may help."""
-        attempt, keys_left = 0, len(self._keys) - 1
+        attempt, keys_left = 0, len(self.keys) - 1
         while True:
-            used, number = self._key, self._places.attempt()
+            used, number = await self._key(give_up_at), self._places.attempt()
             sent = _without(body, self._not_taken)
             try:
-                return await self._once(orjson.dumps(sent), key, read, give_up_at)
+                answer = await self._once(orjson.dumps(sent), key, read, give_up_at)
+                self.keys.answered(used)
+                return answer
             except ModelError as error:
                 if error.parameter in sent and self._can_do_without(error):
                     continue  # at once, and no more than once a parameter: the next call does not have it
-                if isinstance(error, Unauthorized | RateLimited) and keys_left > 0:
+                if isinstance(error, Unauthorized | RateLimited) and self._has_another_key(used, error, keys_left):
                     keys_left -= 1
-                    if self._key == used:  # else another call has moved on already
-                        self._key += 1  # the next key may still be good; nothing to wait for
-                    continue
+                    continue  # nothing to wait for
                 if isinstance(error, RateLimited):
                     self._places.refused(number)
                 wait = next_wait(error, attempt, self.max_retries, self._backoff)
+                if wait is not None and error.retry_after is not None:
+                    wait = min(wait, self.keys.rest)  # another key may be free before
                 if wait is None or time.monotonic() + wait >= give_up_at:
                     raise
             attempt += 1
             await asyncio.sleep(wait)
+
+    async def _key(self, give_up_at: float) -> Key:
+        """The key of the next attempt. Waits while the endpoint has said so for all keys, unless it is in vain."""
+        while (rest := self.keys.rest) > 0:
+            if time.monotonic() + rest >= give_up_at:
+                raise RateLimited(
+                    f"{self.endpoint} has answered 429 to every key, and wants to be left alone for {rest:.0f} s more. "
+                    f"Wait {rest:.0f} s, lower maxConcurrency, or give more keys.",
+                    status=429,
+                    retry_after=rest,
+                )
+            await asyncio.sleep(rest)
+        return self.keys.take()
+
+    def _has_another_key(self, used: Key, error: ModelError, keys_left: int) -> bool:
+        if isinstance(error, RateLimited) and error.retryable:
+            self.keys.limited(used, error.retry_after)
+        else:
+            self.keys.refused(used)
+        return keys_left > 0 and self.keys.rest <= 0
+
+    def _crowded(self) -> Crowded:
+        return Crowded(
+            f"{self.endpoint} was not asked: no place was free within {self._timeout:g} s, with "
+            f"{self._places.limit:.0f} calls at once. Raise strong.maxConcurrency where the endpoint takes more.",
+            retry_after=1,
+        )
+
+    @property
+    def _patience(self) -> float | None:
+        """Seconds that a call waits for a place; None: without an end, as steps do, which make all their calls."""
+        return None
 
     def _can_do_without(self, error: ModelError) -> bool:
         """Remembers the parameter that was refused. A limit that has no other name stays: without it answers cost."""
@@ -288,12 +332,15 @@ class HttpChatModel:
     def _refusal(self, response: Response) -> ModelError:
         """What a status other than 2xx means."""
         error = {} if response.status < 400 else error_object(response.body)
-        return fault(self.endpoint, response.status, error, retry_after(response.headers, time.time()))
+        wait = retry_after(response.headers, time.time())
+        if wait is None and response.status == 429:
+            wait = limit_reset(response.headers)
+        return fault(self.endpoint, response.status, error, wait)
 
     def _headers(self, key: str) -> dict[str, str]:
         headers = {"content-type": "application/json", HEADER_IDEMPOTENCY: key}
-        if self._keys:
-            headers["authorization"] = f"Bearer {self._keys[self._key % len(self._keys)]}"
+        if key_in_use := self.keys.current.value:
+            headers["authorization"] = f"Bearer {key_in_use}"
         return headers
 
     def _connected(self) -> Wire:
@@ -348,6 +395,25 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     return max(0.0, at - now)
 
 
+_RESETS = ("requests", "tokens")
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "": 1.0}
+
+
+def limit_reset(headers: Mapping[str, str]) -> float | None:
+    """Seconds until what is used up is given anew, by OpenAI's `x-ratelimit-*` ("1s", "6m0s", "120ms"), without a
+    Retry-After. Of what is not used up the reset is no wait: it says when the whole is there again."""
+    used_up = [kind for kind in _RESETS if headers.get(f"x-ratelimit-remaining-{kind}", "").strip() == "0"]
+    resets = [_duration(headers.get(f"x-ratelimit-reset-{kind}", "")) for kind in used_up]
+    return max((seconds for seconds in resets if seconds is not None), default=None)
+
+
+def _duration(text: str) -> float | None:
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|h|m|s|)", text.strip())
+    if not parts or "".join(number + unit for number, unit in parts) != text.strip():
+        return None
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
 # ---------------------------------------------------------------- parameters that a model does not take
 _OTHER_NAMES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 _OPTIONAL = (
@@ -385,6 +451,9 @@ def fault(endpoint: str, status: int, error: Mapping[str, Any], wait: float | No
     seen = f"{endpoint} answered {status}" + (f" ({said})" if said else "")
     if status in (401, 403):
         return Unauthorized(f"{seen}. Check that the API key given for this endpoint is right.", status=status)
+    if status == 429 and "insufficient_quota" in (error.get("code"), error.get("type")):
+        remedy = "Its account has no money or quota left: top it up, then run again."
+        return RateLimited(f"{seen}. {remedy}", retryable=False, status=status, retry_after=wait)
     if status == 429:
         after = f"Wait {wait:.0f} s" if wait is not None else "Wait"
         remedy = f"{after}, lower maxConcurrency, or give more keys."

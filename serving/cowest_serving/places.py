@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 
 
 class Places:
-    """A semaphore whose number is learned. First come, first served."""
+    """A semaphore whose number is learned. First come, first served.
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    Who waits longer than `patience` for a place is sent away with what `crowded` makes; None: everybody waits.
+    """
+
+    def __init__(
+        self, most: int, patience: float | None = None, crowded: Callable[[], Exception] = TimeoutError
+    ) -> None:
+        self.most, self._patience, self._crowded = most, patience, crowded
         self.limit = float(most)
         self.taken = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -27,15 +33,22 @@ class Places:
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
             try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():  # it was given a place while it was cancelled
-                    self._leave()
-                else:
-                    self._waiting.remove(turn)
-                raise
+                async with asyncio.timeout(self._patience):
+                    await self._wait(turn)
+            except TimeoutError:
+                raise self._crowded() from None
         else:
             self.taken += 1
+
+    async def _wait(self, turn: asyncio.Future[None]) -> None:
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # it was given a place while it was cancelled
+                self._leave()
+            elif turn in self._waiting:  # else one who left at that moment has struck it out
+                self._waiting.remove(turn)
+            raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -62,6 +75,10 @@ class Places:
         if self.limit < self.most and self.taken >= self._whole:
             self.limit = min(float(self.most), self.limit + 1 / self.limit)
             self._admit()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
 
     @property
     def _whole(self) -> int:

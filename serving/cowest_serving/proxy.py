@@ -68,6 +68,7 @@ from cowest_serving.contract import (
 )
 from cowest_serving.error_bodies import OutspokenModel, body_of
 from cowest_serving.health import Watched
+from cowest_serving.key_pool import Key
 from cowest_serving.leases import LEASE_PATH, Ask, Room, Spent
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Labels, Metrics, ModelCall
@@ -239,6 +240,7 @@ class Upstream(Watched, OutspokenModel):
 
     async def listed(self) -> Mapping[str, Any] | None:
         """How the endpoint lists this model; None where it does not."""
+        self.keys.renew(self._read_keys())
         try:
             response = await self._connected().ask("GET", "/models", self._headers(""), b"", MODELS_SECONDS)
             entries = orjson.loads(response.body)["data"]
@@ -246,8 +248,11 @@ class Upstream(Watched, OutspokenModel):
         except (WireError, TimeoutError, ValueError, KeyError, TypeError):
             return None
 
+    async def _key(self, give_up_at: float) -> Key:
+        self.keys.renew(self._read_keys())
+        return await super()._key(give_up_at)
+
     def _headers(self, key: str) -> dict[str, str]:
-        self._keys = tuple(self._read_keys())
         headers = super()._headers(key)
         return headers if key else {name: value for name, value in headers.items() if name != HEADER_IDEMPOTENCY}
 

@@ -569,6 +569,28 @@ async def test_readiness_tells_how_the_strong_endpoint_does(tmp_path: Path) -> N
     assert (seen[2]["failures"], seen[2]["error"], seen[2]["failing"]) == (1, "ServerFault", False)
 
 
+async def test_metrics_tell_how_each_strong_endpoint_does(tmp_path: Path) -> None:
+    async with ScriptedModel("a hint") as weak, ScriptedModel(faults=[500]) as strong, ScriptedModel() as other:
+        settings = settings_of(strong, fallbacks=(Fallback(other.url, "b"),))
+        async with gateway(tmp_path, settings, arm_of(weak, strong)) as door:
+            await door.ask()
+            metrics = await door.metrics()
+    own, fallback = (f'{{endpoint="{model.url}",model="{name}"}}' for model, name in ((strong, "big"), (other, "b")))
+    assert f"cowest_endpoint_failures{own} 1" in metrics and f"cowest_endpoint_failures{fallback} 0" in metrics
+    for name, value in (("open_circuit", 0), ("places", 16), ("calls", 0), ("waiting", 0), ("keys_away", 0)):
+        assert f"cowest_endpoint_{name}{own} {value}" in metrics
+
+
+async def test_a_request_waits_for_a_place_no_longer_than_for_an_answer(tmp_path: Path) -> None:
+    async with world(tmp_path, max_concurrency=1, timeout_seconds=1) as (_, strong, door):
+        strong.gate.clear()
+        asks = [door.post("/v1/chat/completions", {"messages": ASKED}) for _ in range(3)]
+        found = await asyncio.gather(*asks)
+        assert sorted({status for status, _, _ in found}) == [503, 504]
+        told = next(body["error"]["message"] for status, body, _ in found if status == 503)
+    assert "no place was free within 1 s, with 1 calls at once" in told
+
+
 @pytest.mark.parametrize("as_files", [False, True], ids=["in the environment", "as files"])
 def test_the_keys_of_fallbacks_are_told_apart_by_their_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_files: bool

@@ -21,6 +21,7 @@ from cowest_serving.models import (
     RateLimited,
     ServerFault,
     Unauthorized,
+    limit_reset,
     next_wait,
     refused_parameter,
     retry_after,
@@ -196,6 +197,70 @@ async def test_a_retry_after_beyond_the_deadline_ends_at_once_and_is_told() -> N
         with pytest.raises(RateLimited, match="Wait 120 s") as caught:
             await model(ASKED)
     assert caught.value.retry_after == 120
+
+
+LIMITED = Fault(429, {"retry-after": "120"})
+
+
+async def test_a_key_that_is_limited_gives_way_and_rests_while_the_other_serves() -> None:
+    async with (
+        ScriptedModel("fine", faults=[LIMITED]) as server,
+        model_of(server, api_keys=["a", "b"]) as model,
+    ):
+        await asyncio.gather(*(model(ASKED) for _ in range(3)))
+        await model(ASKED)
+    sent = [call.headers["authorization"] for call in server.calls]
+    assert sent.count("Bearer a") <= 3 and sent[-1] == "Bearer b", "those that began together met the same limit"
+
+
+async def test_with_all_keys_at_rest_the_shortest_rest_is_waited_for() -> None:
+    faults = [Fault(429, {"retry-after": "120"}), Fault(429, {"retry-after-ms": "150"})]
+    async with (
+        ScriptedModel("fine", faults=faults) as server,
+        model_of(server, api_keys=["a", "b"]) as model,
+    ):
+        started = time.monotonic()
+        await model(ASKED)
+    assert 0.15 <= time.monotonic() - started < 5
+    assert [call.headers["authorization"] for call in server.calls] == [f"Bearer {key}" for key in "abb"]
+
+
+async def test_a_call_that_begins_while_all_keys_rest_ends_at_once_where_the_rest_is_too_long() -> None:
+    async with ScriptedModel(faults=[LIMITED]) as server, model_of(server) as model:
+        for _ in range(3):
+            with pytest.raises(RateLimited, match=r"Wait 1[12]\d s") as caught:
+                await model(ASKED)
+    assert len(server.calls) == 1, "the endpoint said to leave it alone"
+    assert 110 < (caught.value.retry_after or 0) <= 120
+
+
+async def test_a_call_that_begins_while_all_keys_rest_waits_where_there_is_time() -> None:
+    fault = Fault(429, {"retry-after-ms": "300"})
+    async with ScriptedModel(faults=[fault]) as server, model_of(server, max_retries=0) as model:
+        with pytest.raises(RateLimited):
+            await model(ASKED)
+        started = time.monotonic()
+        await model(ASKED)
+        assert time.monotonic() - started >= 0.2
+
+
+async def test_an_account_without_quota_is_not_asked_again_but_by_another_key() -> None:
+    error = json.dumps({"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}})
+    empty = Fault(429, {}, error)
+    async with ScriptedModel("fine", faults=[empty]) as server, model_of(server, api_keys=["a", "b"]) as model:
+        assert (await model(ASKED)).text == "fine"
+    async with ScriptedModel("fine", faults=[empty] * 9) as server, model_of(server) as model:
+        with pytest.raises(RateLimited, match="no money or quota left: top it up") as caught:
+            await model(ASKED)
+    assert len(server.calls) == 1 and not caught.value.retryable
+
+
+async def test_the_reset_of_a_limit_that_is_used_up_is_waited_for_where_there_is_no_retry_after() -> None:
+    headers = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "150ms"}
+    async with ScriptedModel("fine", faults=[Fault(429, headers)]) as server, model_of(server) as model:
+        started = time.monotonic()
+        await model(ASKED)
+    assert time.monotonic() - started >= 0.15
 
 
 async def test_an_endpoint_that_hangs_ends_at_the_deadline() -> None:
@@ -408,6 +473,38 @@ NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 )
 def test_retry_after_is_read_in_each_form(headers: dict[str, str], expected: float | None) -> None:
     assert retry_after(headers, NOW.timestamp()) == expected
+
+
+@pytest.mark.parametrize(
+    ("reset", "expected"),
+    [
+        ("1s", 1.0),
+        ("6m0s", 360.0),
+        ("120ms", 0.12),
+        ("1h2m3.5s", 3723.5),
+        ("17.2s", 17.2),
+        ("12", 12.0),
+        ("", None),
+        ("soon", None),
+        ("2026-11-26T00:00:00Z", None),
+    ],
+)
+def test_the_reset_of_a_limit_is_read_as_openai_writes_it(reset: str, expected: float | None) -> None:
+    headers = {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": reset}
+    assert limit_reset(headers) == expected
+
+
+@pytest.mark.parametrize(
+    ("requests", "tokens", "expected"),
+    [
+        pytest.param("0", "5", 1.0, id="requests are used up"),
+        pytest.param("0", "0", 60.0, id="both are: the longer one"),
+        pytest.param("5", "5", None, id="neither: the resets say when all is there again, which is no wait"),
+    ],
+)
+def test_only_the_reset_of_what_is_used_up_is_a_wait(requests: str, tokens: str, expected: float | None) -> None:
+    headers = {"x-ratelimit-remaining-requests": requests, "x-ratelimit-remaining-tokens": tokens}
+    assert limit_reset(headers | {"x-ratelimit-reset-requests": "1s", "x-ratelimit-reset-tokens": "1m0s"}) == expected
 
 
 def test_waits_grow_up_to_a_limit() -> None:

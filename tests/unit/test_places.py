@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from cowest_serving.places import Places
 
 
@@ -101,3 +103,25 @@ async def test_a_place_that_was_given_to_one_who_left_at_that_moment_goes_on_to_
     assert places.taken == 1 and not third.done()
     await leave(third)
     assert places.taken == 0
+
+
+async def test_who_waits_longer_than_may_be_is_sent_away_and_leaves_the_line() -> None:
+    places = Places(1, 0.05, lambda: RuntimeError("crowded"))
+    tasks = await enter(places, 1)
+    with pytest.raises(RuntimeError, match="crowded"):
+        async with places:
+            pass
+    assert (places.taken, places.waiting) == (1, 0)
+    await leave(*tasks)
+    async with places:
+        assert places.taken == 1
+
+
+async def test_the_holder_and_all_who_wait_may_leave_at_one_moment() -> None:
+    places = Places(1)
+    tasks = await enter(places, 4)
+    for task in tasks:
+        task.cancel()
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(error, asyncio.CancelledError) for error in ended)
+    assert (places.taken, places.waiting) == (0, 0)
