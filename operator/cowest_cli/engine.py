@@ -418,6 +418,7 @@ class Engine:
         command = self._python(
             "cowest_serving.app", "--routing", self.home.routing, "--job", self.home.job,
             "--store", self.home.store.as_uri(), "--spool", self.home.spool, "--port", self.port,
+            *(("--workers", workers) if (workers := self.job.spec.gateway.workers) > 1 else ()),
             *(("--book", self.home.calls) if self.job.spec.strong.limits_live_answers else ()),
         )  # fmt: skip
         keys = self._order.client_keys or os.environ.get(CLIENT_KEYS)

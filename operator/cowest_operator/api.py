@@ -201,6 +201,7 @@ class Gateway:
     resources: Resources | None = None
     client_keys_secret_ref: NameRef | None = None
     ingress: Ingress | None = None
+    workers: int = 1
 
 
 @dataclass(frozen=True)

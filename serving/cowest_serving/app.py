@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -83,6 +83,7 @@ from cowest_serving.metrics import GEN_AI, Metrics
 from cowest_serving.routing import FileRouting, RoutingSource, choose_arm
 from cowest_serving.store import StoreError
 from cowest_serving.traces import SpooledTraces, TraceSink, TraceWriter, sampled
+from cowest_serving.workers import OWN_METRICS, Place, Siblings, add_flags, listeners_beside, supervise
 
 log = logging.getLogger(__name__)
 MAX_BODY = 4 * 1024 * 1024
@@ -212,7 +213,7 @@ class App:
     """Dispatch by path, and the life of what runs beside the requests. No object of a framework for a request."""
 
     def __init__(self, gateway: Gateway) -> None:
-        self._gateway, self._chat = gateway, Chat(gateway)
+        self.gateway, self._chat = gateway, Chat(gateway)
         self._small: Mapping[str, tuple[str, Small]] = {
             MODELS: ("GET", gateway.models),
             FEEDBACK: ("POST", gateway.feedback),
@@ -238,7 +239,7 @@ class App:
             if path in self._small:
                 wanted, endpoint = self._small[path]
             elif path.startswith(f"{MODELS}/"):
-                wanted, endpoint = "GET", self._gateway.model
+                wanted, endpoint = "GET", self.gateway.model
             elif path == CHAT:
                 return _unknown(scope, 405, "Method Not Allowed", {"allow": "POST"})
             else:
@@ -252,13 +253,13 @@ class App:
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         try:
-            watching = await self._gateway.start()
+            watching = await self.gateway.start()
         except BaseException as error:
             await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
             raise
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        await self._gateway.end(watching)
+        await self.gateway.end(watching)
         await send({"type": "lifespan.shutdown.complete"})
 
 
@@ -277,6 +278,7 @@ class Gateway:
         self.routing, self.traces = routing, traces
         self.count = Metrics(METRICS)
         self.in_flight = 0
+        self.siblings: Siblings | None = None  # where several workers share the port
         self._settings, self._stop, self._allowance = settings, stop, allowance
         self._keys, self._client_keys = keys, keys.clients
         self._sample_percent = settings.traces.content_sample_percent if settings.traces else 100
@@ -419,7 +421,7 @@ class Gateway:
         word = {"ready": True, "routing_version": routing.version, "strong": health.word() if health else None}
         return _json(word | ({"budget": self._allowance.word()} if self._allowance else {}))
 
-    async def metrics(self, _: Scope, __: Receive) -> Whole:
+    async def metrics(self, scope: Scope, _: Receive) -> Whole:
         routing = self.routing.current
         weights = {arm.name: float(arm.weight_percent) for arm in routing.arms} if routing else {}
         rows = self.traces.counts()
@@ -439,6 +441,8 @@ class Gateway:
                 **self._models[-1].gauges(),
             }
         )
+        if self.siblings is not None and scope.get("query_string") != OWN_METRICS.encode():
+            text = await self.siblings.metrics(text)
         return Whole(text.encode(), kind=b"text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -716,16 +720,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_stderr(options.log_level)
     stop = Stop()
     try:
-        listener = listen(options.host, options.port)
-        app = app_of(options.routing, options.job, options.store, stop, options.spool, options.book)
+        if options.worker is None:
+            listener = listen(options.host, options.port)
+            if options.workers > 1:
+                return _keep_workers(options, listener, arguments)
+        listening = [listener] if options.worker is None else list(options.worker.sockets)
+        app = app_of(
+            options.routing, options.job, options.store, stop, options.spool, options.book, place=options.worker
+        )
     except (SettingsError, StoreError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     except OSError as error:
         sys.stderr.write(f"{port_trouble(options, error)}\n")
         return 2
-    if options.die_with_parent:
-        threading.Thread(target=follow_parent, args=(os.getppid(),), daemon=True).start()
+    _follow_parent(options)
     # uvicorn raises the signal again after its shutdown; asked to stop and stopped is a success.
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)
@@ -743,9 +752,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     gc.collect()
     gc.freeze()  # what is there now stays: the collector need not look at it again and again
-    log.info("The gateway listens on http://%s:%d", *listener.getsockname()[:2])
-    DrainingServer(config, stop, options.drain_seconds).run(sockets=[listener])
+    log.info("The gateway listens on http://%s:%d", *listening[0].getsockname()[:2])
+    DrainingServer(config, stop, options.drain_seconds).run(sockets=listening)
     return 0
+
+
+def _keep_workers(options: argparse.Namespace, listener: socket.socket, arguments: Sequence[str] | None) -> int:
+    load_settings(options.job)  # said once, and not by each
+    _follow_parent(options)
+    given = sys.argv[1:] if arguments is None else arguments
+    return supervise(listeners_beside(listener, options.workers), given, options.drain_seconds)
+
+
+def _follow_parent(options: argparse.Namespace) -> None:
+    if options.die_with_parent or options.worker is not None:
+        # A worker's keeper may have ended before the worker came this far.
+        parent = options.worker.keeper if options.worker is not None else os.getppid()
+        threading.Thread(target=follow_parent, args=(parent,), daemon=True).start()
 
 
 def app_of(
@@ -755,11 +778,14 @@ def app_of(
     stop: Stop | None = None,
     spool: Path | None = None,
     book: str | None = None,
+    *,
+    place: Place | None = None,
 ) -> App:
-    """The gateway that the files and the environment say. Raises `SettingsError`."""
-    settings = load_settings(job)
+    """The gateway that the files and the environment say, or a worker's part of it. Raises `SettingsError`."""
+    workers = len(place.siblings.ports) if place else 1
+    settings = shared_by(workers, load_settings(job))
     traces = _sink(store, spool, settings.traces)
-    return build_app(
+    app = build_app(
         settings,
         FileRouting(routing),
         traces,
@@ -769,6 +795,17 @@ def app_of(
         allowance=allowance_of(settings.strong, book),
         stop=stop,
     )
+    app.gateway.siblings = place.siblings if place else None
+    return app
+
+
+def shared_by(workers: int, settings: GatewaySettings) -> GatewaySettings:
+    """Of what is limited for a gateway as a whole, each of its workers has an equal part."""
+    strong, traces = settings.strong, settings.traces
+    if traces is not None and traces.spool_bytes is not None:
+        traces = replace(traces, spool_bytes=traces.spool_bytes // workers)
+    calls = max(1, strong.max_concurrency // workers)
+    return replace(settings, strong=replace(strong, max_concurrency=calls), traces=traces)
 
 
 def _sink(store: str, spool: Path | None, settings: TraceSettings | None) -> TraceSink:
@@ -858,6 +895,7 @@ def parser() -> argparse.ArgumentParser:
         "--finish-seconds", type=int, default=30, metavar="N",
         help="then let the answers under way finish for at most so long (default: %(default)s)",
     )  # fmt: skip
+    add_flags(flags)
     flags.add_argument("--die-with-parent", action="store_true", help="stop when the process that started it ends")
     flags.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return flags

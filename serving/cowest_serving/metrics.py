@@ -88,6 +88,30 @@ class Metrics:
         return [f"# HELP {name} {self._help[name]}", f"# TYPE {name} {kind}"]
 
 
+def merged(texts: Mapping[str, str]) -> str:
+    """The text of several workers as one, by the name of each in a label `worker`."""
+    heads: dict[str, list[str]] = {}
+    samples: dict[str, list[str]] = {}
+    for worker, text in texts.items():
+        name = ""
+        for line in text.splitlines():
+            if line.startswith("#"):
+                name = line.split(" ", 3)[2]
+                if line not in heads.setdefault(name, []):
+                    heads[name].append(line)
+            else:
+                samples.setdefault(name, []).append(_of_worker(line, worker))
+    return "\n".join([line for name in heads for line in (*heads[name], *samples.get(name, ()))] + [""])
+
+
+def _of_worker(sample: str, worker: str) -> str:
+    name, brace, rest = sample.partition("{")
+    if brace and " " not in name:
+        return f'{name}{{worker="{worker}",{rest}'
+    name, _, value = sample.partition(" ")
+    return f'{name}{{worker="{worker}"}} {value}'
+
+
 class _Histogram:
     def __init__(self, limits: tuple[float, ...]) -> None:
         self._limits = limits

@@ -483,6 +483,20 @@ def test_a_gateways_spool_outlives_its_container_and_is_full_before_its_volume_i
     assert "medium" not in volume["emptyDir"], "a disk: memory does not outlive a kill for want of memory"
 
 
+@pytest.mark.parametrize(("workers", "given"), [(1, False), (4, True)])
+def test_a_gateways_workers_are_given_to_its_process_and_one_rolls_no_gateway_of_before(
+    workers: int, given: bool
+) -> None:
+    seen = context(gateway={"workers": workers})
+    pod = next(pod for name, pod in pods(everything(seen)) if name == "Deployment claims-gateway")
+    arguments = pod["containers"][0]["args"]
+    assert ("--workers" in arguments) is given
+    if given:
+        assert arguments[arguments.index("--workers") + 1] == str(workers)
+    else:
+        assert pod == next(pod for name, pod in pods(everything(context())) if name == "Deployment claims-gateway")
+
+
 @pytest.mark.parametrize(
     ("budget", "asks"),
     [
