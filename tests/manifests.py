@@ -253,6 +253,8 @@ BROKEN = (
     Broken("a loss above all", {"canary.maxLossPoints": "101"}, "spec.canary.maxLossPoints", "from 0 to 100"),
     Broken("fewer gateways at most than always", {"gateway": {"replicas": 3, "maxReplicas": 2}},
            "spec.gateway.maxReplicas", "must be at least replicas"),
+    Broken("no request a minute", {"gateway.limits.requestsPerMinute": 0},
+           "spec.gateway.limits.requestsPerMinute", "1"),
     Broken("clients' keys in a Secret named in capitals", {"gateway.clientKeysSecretRef.name": "Clients"},
            "spec.gateway.clientKeysSecretRef.name", "must be the name of a Secret"),
     Broken("a host in capitals", {"gateway.ingress.host": "Answers.example.com"}, "spec.gateway.ingress.host",

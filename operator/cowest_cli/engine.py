@@ -48,6 +48,7 @@ READINESS_EVERY = 5.0  # seconds between questions to a gateway that is ready
 COUNT_OFTEN, COUNT_SELDOM = 2.0, 60.0  # seconds between counts of the traces
 DRAIN = 3.0  # seconds that a weak model outlives its last traffic
 CLIENT_KEYS = "COWEST_CLIENT_API_KEYS"  # who may ask the gateway: for no other child
+CLIENT_NAMES = "COWEST_CLIENT_APPLICATIONS"  # whose keys those are
 FALLBACK_KEYS = "COWEST_STRONG_FALLBACK_API_KEYS"  # of the strong model's fallbacks: for the gateway only
 EVALUATOR_KEY = "COWEST_EVALUATOR_API_KEY"  # for the steps that score: the gateway never does
 MAX_RESTARTS = 4  # of a gateway that never became ready
@@ -101,13 +102,14 @@ class Order:
     keys: Mapping[str, str] = field(default_factory=dict)
     client_keys: str | None = None
     fallback_keys: str | None = None
+    client_names: str | None = None
 
     @property
     def of_gateway(self) -> tuple[Any, ...]:
         """All that the gateway reads as it starts."""
         spec = self.declared.document["spec"]
         read = tuple(spec.get(name) for name in ("strong", "collaboration", "traces", "gateway"))
-        return (*read, self.keys, self.client_keys, self.fallback_keys)
+        return (*read, self.keys, self.client_keys, self.client_names, self.fallback_keys)
 
 
 def read_order(file: Path, secrets: Path | None) -> Order:
@@ -119,6 +121,7 @@ def read_order(file: Path, secrets: Path | None) -> Order:
         jobs.keys_environment(declared.job, secrets),
         jobs.client_keys(declared.job, secrets),
         jobs.fallback_keys(declared.job, secrets),
+        jobs.client_names(declared.job, secrets),
     )
 
 
@@ -422,7 +425,8 @@ class Engine:
             *(("--book", self.home.calls) if self.job.spec.strong.limits_live_answers else ()),
         )  # fmt: skip
         keys = self._order.client_keys or os.environ.get(CLIENT_KEYS)
-        more = {CLIENT_KEYS: keys, FALLBACK_KEYS: self._order.fallback_keys}
+        names = self._order.client_names or os.environ.get(CLIENT_NAMES)
+        more = {CLIENT_KEYS: keys, CLIENT_NAMES: names, FALLBACK_KEYS: self._order.fallback_keys}
         of_strong = {name: key for name, key in self._order.keys.items() if name != EVALUATOR_KEY}
         environment = {**self._environment(), **of_strong, **{name: value for name, value in more.items() if value}}
         return self._start("gateway", command, environment, self.home.logs / "gateway.log")

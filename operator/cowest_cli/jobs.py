@@ -263,18 +263,30 @@ def fallback_keys(job: api.Job, folder: Path | None) -> str | None:
 
 def client_keys(job: api.Job, folder: Path | None) -> str | None:
     """All values of gateway.clientKeysSecretRef, one a line; None when no key is asked for. Raises `StepError`."""
+    named = _named_client_keys(job, folder)
+    return None if named is None else "\n".join(key for _, key in named)
+
+
+def client_names(job: api.Job, folder: Path | None) -> str | None:
+    """The application of each of those keys, a line each: its file's name, "" for one of the environment."""
+    named = _named_client_keys(job, folder)
+    return "\n".join(name for name, _ in named) if named else None
+
+
+def _named_client_keys(job: api.Job, folder: Path | None) -> list[tuple[str, str]] | None:
     reference = job.spec.gateway.client_keys_secret_ref
     if reference is None:
         return None
     variable = "COWEST_SECRET_" + "".join(c if c.isalnum() else "_" for c in reference.name).upper()
     files = sorted(p for p in (folder / reference.name).glob("*") if p.is_file()) if folder else []
-    keys = [os.environ.get(variable, ""), *(path.read_text("utf-8") for path in files)]
-    if not any(key.strip() for key in keys):
+    texts = [("", os.environ.get(variable, "")), *((path.name, path.read_text("utf-8")) for path in files)]
+    named = [(name, line.strip()) for name, text in texts for line in text.splitlines() if line.strip()]
+    if not named:
         raise StepError(
             f"gateway.clientKeysSecretRef {reference.name}: wanted client keys, one a line, in the environment variable"
             f" {variable} or as files in --secrets FOLDER/{reference.name}/, saw none."
         )
-    return "\n".join(key.strip() for key in keys if key.strip())
+    return named
 
 
 # Fields that only a cluster can follow, by dotted path; where they are set, a run on one machine says so.

@@ -263,6 +263,7 @@ class Record:
     shown: Messages | None = None  # the messages as the strong model and the trace may have them
     shortcuts: list[str] = field(default_factory=list)  # taken, by their names in the manifest
     draft_source: Source | None = None  # with a draft cache
+    application: str = ""  # whose client key it was
 
     def failed(self, status: str, error: object) -> None:
         self.status = status
@@ -329,6 +330,7 @@ class Record:
             "strong_output_tokens": self.strong_tokens[1],
             "shadow": False,
             "shortcut": ",".join(self.shortcuts),
+            "application": self.application,
         }
 
 

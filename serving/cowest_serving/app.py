@@ -5,7 +5,8 @@
 Which arm answers is said by the routing file that it follows; the gateway itself never decides. Keys come from the
 environment, separated by newlines, or as files in a folder that is followed, so that a Secret may be rotated:
 COWEST_STRONG_API_KEYS and COWEST_STRONG_API_KEYS_FOLDER for the strong model, COWEST_CLIENT_API_KEYS and
-COWEST_CLIENT_API_KEYS_FOLDER for who may ask (neither given: everybody). COWEST_STRONG_FALLBACK_API_KEYS has a line
+COWEST_CLIENT_API_KEYS_FOLDER for who may ask (neither given: everybody); the name of a key's file, or its line of
+COWEST_CLIENT_APPLICATIONS, is its application's. COWEST_STRONG_FALLBACK_API_KEYS has a line
 for each of spec.strong.fallbacks, empty for one without a key; its _FOLDER has a folder for each: 00, 01, ...
 
 With --spool a record is on this machine's disk before its answer is complete, and the answer says so: header
@@ -55,6 +56,7 @@ from cowest_serving.answering import (
     retry_hints,
     user_hash,
 )
+from cowest_serving.client_limits import ClientLimits, Gate, LimitReached, Ticket
 from cowest_serving.contract import (
     HEADER_ARM,
     HEADER_IDEMPOTENCY,
@@ -106,6 +108,8 @@ METRICS = {
     "cowest_draft_cache_entries": "Drafts that are kept.",
     "cowest_hedged_calls": "Second calls of the strong model: won or lost; held_back were due and not made.",
     "cowest_feedback_total": "Feedback taken or refused.",
+    "cowest_client_requests_total": "Chats by the application whose key they came with.",
+    "cowest_client_requests_limited_total": "Of these, those refused by spec.gateway.limits, by limit.",
     "cowest_refused_requests_total": "Requests refused before any model was asked, by status.",
     "cowest_trace_rows": "Records by what became of them.",
     "cowest_trace_spool_bytes": "Records on this machine's disk that the store has not taken yet.",
@@ -128,12 +132,18 @@ class TraceSettings:
 
 
 @dataclass(frozen=True)
+class GatewayLimits:
+    limits: ClientLimits | None = None  # of each client key
+
+
+@dataclass(frozen=True)
 class GatewaySettings:
     """The sections of a defaulted spec that the gateway reads."""
 
     strong: Strong
     collaboration: Collaboration
     traces: TraceSettings | None = None
+    gateway: GatewayLimits | None = None
 
 
 class Keys:
@@ -142,10 +152,11 @@ class Keys:
     The folder is a Secret as Kubernetes mounts it: names that start with ".." are its own links.
     """
 
-    def __init__(self, given: Sequence[str] = (), folder: Path | None = None) -> None:
+    def __init__(self, given: Sequence[str] = (), folder: Path | None = None, given_names: Sequence[str] = ()) -> None:
         self.folder = folder
         self.current: tuple[str, ...] = ()
-        self._given = tuple(given)
+        self.names: Mapping[str, str] = {}  # of each key its file's, "" where nobody said
+        self._given = dict(zip(given, (*given_names, *[""] * len(given)), strict=False))
         self._trouble = ""
         self.load()
 
@@ -157,20 +168,21 @@ class Keys:
     def load(self) -> bool:
         """Look at the folder. True: other keys hold now."""
         try:
-            found = dict.fromkeys([*self._given, *(_keys_in(self.folder) if self.folder else ())])
+            found = self._given | (_keys_in(self.folder) if self.folder else {})
         except (OSError, UnicodeDecodeError) as error:
             if self._trouble != str(error):
                 log.warning("Keys in %s cannot be read (%s); those read before go on.", self.folder, error)
             self._trouble = str(error)
             return False
         self._trouble = ""
-        before, self.current = self.current, tuple(found)
+        before, self.current, self.names = self.current, tuple(found), found
         return before != self.current
 
 
-def _keys_in(folder: Path) -> list[str]:
+def _keys_in(folder: Path) -> dict[str, str]:
+    """Keys with the names of their files."""
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("..") and not path.is_dir())
-    return [key for path in files for key in _lines(path.read_text("utf-8"))]
+    return {key: path.name for path in files for key in _lines(path.read_text("utf-8"))}
 
 
 def _lines(text: str) -> list[str]:
@@ -281,6 +293,8 @@ class Gateway:
         self.siblings: Siblings | None = None  # where several workers share the port
         self._settings, self._stop, self._allowance = settings, stop, allowance
         self._keys, self._client_keys = keys, keys.clients
+        limits = settings.gateway.limits if settings.gateway else None
+        self._gate = Gate(limits) if limits else None
         self._sample_percent = settings.traces.content_sample_percent if settings.traces else 100
         self._refuses_when_full = settings.traces is not None and settings.traces.when_spool_full == "Refuse"
         self._models: list[Models] = []
@@ -302,6 +316,8 @@ class Gateway:
             await asyncio.sleep(KEYS_EVERY_SECONDS)
             if self._client_keys.load():
                 log.info("%d client keys are read anew.", len(self._client_keys.current))
+                if self._gate is not None:
+                    self._gate.keep(self._client_keys.current)
             changed = [keys for keys in (self._keys.strong, *self._keys.fallbacks) if keys.load()]
             if changed:
                 log.info("%d keys of the strong model are read anew.", sum(len(keys.current) for keys in changed))
@@ -335,6 +351,20 @@ class Gateway:
             message = "Wrong or missing API key: send `Authorization: Bearer <key>` with a key of this gateway."
             raise Refusal(401, message, "authentication_error", code="invalid_api_key")
         return given
+
+    def admit(self, key: str, record: Record) -> Ticket | None:
+        """Count a request of this key, which may have come too often. None: nothing is limited."""
+        if key:
+            record.application = self._client_keys.names.get(key, "")
+            self.count.count("cowest_client_requests_total", application=record.application)
+        if self._gate is None:
+            return None
+        try:
+            return self._gate.enter(key, record.request)
+        except LimitReached as refusal:
+            labels = {"application": record.application, "limit": refusal.kind}
+            self.count.count("cowest_client_requests_limited_total", **labels)
+            raise
 
     def begin(self, request: ChatRequest) -> Record:
         """Choose the arm that answers. A client has no say in it."""
@@ -491,16 +521,19 @@ class Chat:
                 idempotency_key=own_key(_header(scope, _IDEMPOTENCY), client_key),
             )
             record = self._gateway.begin(request)
+            ticket = self._gateway.admit(client_key, record)
         except Refusal as refusal:
             self._gateway.count.count("cowest_refused_requests_total", status=str(refusal.status))
             await _refusal(refusal, request_id).send(send)
             return
         self._gateway.in_flight += 1
-        reply = Reply(send, record, self._gateway)
+        reply = Reply(send, record, self._gateway, _encoded(ticket.headers) if ticket else [])
         try:
             await _unless_gone(self._respond(record, reply), reply, scope, receive)
         finally:
             self._gateway.in_flight -= 1
+            if ticket is not None:
+                ticket.close(sum(record.weak_tokens) + sum(record.strong_tokens))
 
     async def _respond(self, record: Record, response: Reply) -> None:
         """Answer, and keep the record whatever happens."""
@@ -538,8 +571,10 @@ class Chat:
 class Reply:
     """One response. Its record is kept before its last byte goes out; a client is told where it is durable by then."""
 
-    def __init__(self, send: Send, record: Record, gateway: Gateway) -> None:
-        self._send, self._record, self._gateway = send, record, gateway
+    def __init__(
+        self, send: Send, record: Record, gateway: Gateway, headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> None:
+        self._send, self._record, self._gateway, self._headers = send, record, gateway, headers
         self._is_begun = self._is_kept = False
         self.is_over = False  # the last byte is on its way: nobody can leave any more
         self.is_deserted = False
@@ -590,7 +625,7 @@ class Reply:
     async def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self._is_begun = True
         record = self._record
-        headers.append((_REQUEST_ID, record.request.id.encode()))
+        headers += [(_REQUEST_ID, record.request.id.encode()), *self._headers]
         pair = record.arm.pair.digest
         headers += _own_headers(record.arm.name, record.mode, pair, record.weak_digest, record.strong_model)
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
@@ -705,6 +740,8 @@ def _not_ready(reason: str) -> Whole:
 
 def _refusal(refusal: Refusal, request_id: str) -> Whole:
     headers = {HEADER_REQUEST_ID: request_id, **retry_hints(refusal)}
+    if isinstance(refusal, LimitReached):
+        headers |= refusal.headers
     return _json(refusal.body(), refusal.status, headers)
 
 
@@ -791,7 +828,7 @@ def app_of(
         traces,
         strong_keys=_keys("COWEST_STRONG_API_KEYS"),
         fallback_keys=fallback_keys_of(settings.strong),
-        client_keys=_keys("COWEST_CLIENT_API_KEYS"),
+        client_keys=_keys("COWEST_CLIENT_API_KEYS", os.environ.get("COWEST_CLIENT_APPLICATIONS", "")),
         allowance=allowance_of(settings.strong, book),
         stop=stop,
     )
@@ -901,9 +938,10 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def _keys(name: str) -> Keys:
+def _keys(name: str, whose: str = "") -> Keys:
     folder = os.environ.get(f"{name}_FOLDER")
-    return Keys(_lines(os.environ.get(name, "")), Path(folder) if folder else None)
+    names = [line.strip() for line in whose.split("\n")] if whose else []
+    return Keys(_lines(os.environ.get(name, "")), Path(folder) if folder else None, names)
 
 
 def fallback_keys_of(strong: Strong) -> list[Keys]:

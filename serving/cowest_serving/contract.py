@@ -325,6 +325,7 @@ TRACE_COLUMNS: dict[str, str] = {
     "strong_output_tokens": "int64",
     "shadow": "bool",  # a replay: never collected for training
     "shortcut": "string",  # those of collaboration.shortcuts that were taken, separated by commas; null in old segments
+    "application": "string",  # whose client key it was: the name of its file in the Secret; "" or null: not known
 }
 FEEDBACK_COLUMNS: dict[str, str] = {
     "feedback_id": "string",

@@ -223,6 +223,7 @@ async def test_the_record_of_an_answer_says_everything(tmp_path: Path) -> None:
         "strong_output_tokens": 2,
         "shadow": False,
         "shortcut": "",
+        "application": "",
     }
 
 
