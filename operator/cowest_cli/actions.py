@@ -336,7 +336,8 @@ def _show_answer(answer: Mapping[str, Any], feedback: Iterable[Mapping[str, Any]
         elif name == "draft" and answer["mode"] == "StrongAlone":
             typer.echo(f"{name:15} none: the strong model answered alone")
     for said in feedback:
-        parts = (f"{name} {said[name]}" for name in ("score", "reference", "comment") if said[name] not in (None, ""))
+        names = ("thumb", "score", "reference", "correction", "accepted", "comment")
+        parts = (f"{name} {said[name]}" for name in names if said[name] not in (None, ""))
         typer.echo(printable(f"{'feedback':15} {said['time']} {', '.join(parts)}"))
 
 

@@ -30,7 +30,6 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
@@ -48,13 +47,9 @@ from cowest_serving.answering import (
     Models,
     Record,
     Refusal,
-    bad_field,
-    optional,
     own_key,
     parse_chat,
-    parse_object,
     retry_hints,
-    user_hash,
 )
 from cowest_serving.client_limits import ClientLimits, Gate, LimitReached, Ticket
 from cowest_serving.contract import (
@@ -73,7 +68,6 @@ from cowest_serving.contract import (
     Shortcuts,
     Strong,
     parse,
-    reference_text,
 )
 from cowest_serving.drafts import DraftCache
 from cowest_serving.front_door import WHEN_GONE, FrontDoor
@@ -85,6 +79,7 @@ from cowest_serving.metrics import GEN_AI, Metrics
 from cowest_serving.routing import FileRouting, RoutingSource, choose_arm
 from cowest_serving.store import StoreError
 from cowest_serving.traces import SpooledTraces, TraceSink, TraceWriter, sampled
+from cowest_serving.words import TEXTS, Repeats, feedback_row, word_key
 from cowest_serving.workers import OWN_METRICS, Place, Siblings, add_flags, listeners_beside, supervise
 
 log = logging.getLogger(__name__)
@@ -301,6 +296,7 @@ class Gateway:
         shortcuts = settings.collaboration.shortcuts or Shortcuts()  # these outlive a rotation of keys
         self._drafts = DraftCache(shortcuts.draft_cache) if shortcuts.draft_cache else None
         self._hedging = Hedging(shortcuts.hedge) if shortcuts.hedge else None
+        self._repeats = Repeats()
         self.answering = self._answering()
 
     def _answering(self) -> Answering:
@@ -421,20 +417,26 @@ class Gateway:
         An unknown id is no error: the answer's record may come later, or by another gateway. Nor is a reference that
         the evaluator cannot go by: the gateway knows none, and the counts of traces say so.
         """
-        self.check_key(_header(scope, b"authorization"))
+        client_key = self.check_key(_header(scope, b"authorization"))
         try:
             self._check_spool()
-            row = feedback_row(await _body(scope, receive), _header(scope, _SESSION) or None)
-            row |= {name: self.answering.hidden(row[name]) for name in ("reference", "comment")}
+            data, key = await _body(scope, receive), word_key(_header(scope, _IDEMPOTENCY), client_key)
+            row = feedback_row(data, _header(scope, _SESSION) or None, key)
+            is_durable = self._repeats.again(key, data)
+            if is_durable is None:
+                is_durable = await self._keep_word(row)
+                self._repeats.remember(key, data, is_durable)
         except Refusal:
             self.count.count("cowest_feedback_total", result="refused")
             raise
-        kept = self.traces.keep_feedback(row)
+        self.count.count("cowest_feedback_total", result="taken")
+        return _json({"id": row["feedback_id"]}, headers={HEADER_TRACE: DURABLE} if is_durable else {})
+
+    async def _keep_word(self, row: dict[str, Any]) -> bool:
+        kept = self.traces.keep_feedback(row | {name: self.answering.hidden(row[name]) for name in TEXTS})
         if kept is None:
             raise Refusal(503, "Feedback cannot be kept now.", "api_error", code="store_full", retry_after=5)
-        headers = {HEADER_TRACE: DURABLE} if await kept else {}
-        self.count.count("cowest_feedback_total", result="taken")
-        return _json({"id": row["feedback_id"]}, headers=headers)
+        return await kept
 
     async def healthz(self, _: Scope, __: Receive) -> Whole:
         return _json({"status": "ok"})
@@ -474,33 +476,6 @@ class Gateway:
         if self.siblings is not None and scope.get("query_string") != OWN_METRICS.encode():
             text = await self.siblings.metrics(text)
         return Whole(text.encode(), kind=b"text/plain; version=0.0.4; charset=utf-8")
-
-
-def feedback_row(data: bytes, session: str | None) -> dict[str, Any]:
-    """By FEEDBACK_COLUMNS. Raises `Refusal` 400 that names the field."""
-    body = parse_object(data)
-    trace_id = body.get("request_id")
-    if not isinstance(trace_id, str) or not trace_id.strip() or len(trace_id) > 200:
-        raise bad_field("request_id", "the x-request-id of an answer", trace_id)
-    score = body.get("score")
-    is_number = isinstance(score, int | float) and not isinstance(score, bool)
-    if score is not None and not (is_number and 0 <= score <= 1):
-        raise bad_field("score", "a number from 0 to 1", score)
-    reference = reference_text(body.get("reference"))
-    if reference is None:
-        raise bad_field("reference", "text, a number or a list of texts, as in data files", body["reference"])
-    comment = optional(body, "comment", str, "text")
-    if score is None and not reference and not comment:
-        raise Refusal(400, "Wanted at least one of score, reference and comment, saw none.", code="no_feedback")
-    return {
-        "feedback_id": new_id(),
-        "trace_id": trace_id.strip(),
-        "time": datetime.now(UTC),
-        "score": None if score is None else float(score),
-        "reference": reference or None,
-        "comment": comment,
-        "source": user_hash(optional(body, "user", str, "text") or session),
-    }
 
 
 # ---------------------------------------------------------------- chat

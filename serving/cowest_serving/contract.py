@@ -331,9 +331,12 @@ FEEDBACK_COLUMNS: dict[str, str] = {
     "feedback_id": "string",
     "trace_id": "string",
     "time": "timestamp[us, UTC]",
-    "score": "double",  # in [0, 1] or null
-    "reference": "string",  # a late reference or null
+    "score": "double",  # in [0, 1] or null; of a thumb 1 or 0
+    "reference": "string",  # a late reference or null; of words without one the correction, or the accepted text
     "comment": "string",
+    "thumb": "string",  # up | down or null
+    "correction": "string",  # what the answer should have been, as a user wrote it
+    "accepted": "string",  # the text that a user went on with
     "source": "string",  # user hash or application
 }
 TRACES_PREFIX = "traces"  # <store>/traces/<YYYY-MM-DD>/<HHMMSS>-<writer>-<n>.parquet

@@ -418,8 +418,12 @@ def read_columns(store_uri: str, columns: Sequence[str]) -> pa.Table:
 
 
 def read_feedback(store_uri: str, since: float | datetime | None = None) -> pa.Table:
-    """All rows by FEEDBACK_COLUMNS, oldest first."""
-    return _read(store.join(store_uri, FEEDBACK_PREFIX), FEEDBACK_SCHEMA, since)
+    """All rows by FEEDBACK_COLUMNS, oldest first; a word that came twice by the same Idempotency-Key once."""
+    table = _read(store.join(store_uri, FEEDBACK_PREFIX), FEEDBACK_SCHEMA, since)
+    first: dict[Any, int] = {}
+    for row, word in enumerate(table["feedback_id"].to_pylist()):
+        first.setdefault(word or row, row)
+    return table if len(first) == table.num_rows else table.take(pa.array(list(first.values()), pa.int64()))
 
 
 def _read(folder: str, schema: pa.Schema, since: float | datetime | None) -> pa.Table:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from cowest_serving import store, traces
@@ -57,7 +58,8 @@ class Desk:
 
     def record(self, lane: str, schema: Any, *rows: Mapping[str, Any]) -> None:
         name = f"{NOW:%Y-%m-%d}/{NOW:%H%M%S}-gateway-0.parquet"
-        store.put(self.uri(f"{lane}/{name}"), traces.segment(list(rows), schema))
+        table = traces.table_of([orjson.dumps(row) for row in rows], schema)
+        store.put(self.uri(f"{lane}/{name}"), traces.segment(table))
 
     def run(self, step: str, out: str, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
         """In an empty folder, as in a pod whose file system is read-only."""

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from cowest_serving import store, traces
@@ -52,7 +53,8 @@ class Desk:
     def _segment(self, schema: Any, kind: str, row: dict[str, Any]) -> None:
         self.segments += 1
         name = f"120000-test-{self.segments}.parquet"
-        store.put(store.join(self.store, kind, "2026-01-05", name), traces.segment([row], schema))
+        table = traces.table_of([orjson.dumps(row)], schema)
+        store.put(store.join(self.store, kind, "2026-01-05", name), traces.segment(table))
 
     def freeze(self, number: int = 1) -> dict[str, Any]:
         arguments = {

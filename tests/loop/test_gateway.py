@@ -31,6 +31,7 @@ from cowest_serving.answering import user_hash
 from cowest_serving.app import GatewaySettings, Keys, TraceSettings, build_app, fallback_keys_of
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import (
+    KEEP_ALIVE_SECONDS,
     TRACE_COLUMNS,
     Arm,
     Collaboration,
@@ -133,7 +134,8 @@ async def gateway(tmp_path: Path, settings: GatewaySettings, routing: Any, **opt
         routing = FixedRouting(routing)
     writer = TraceWriter(str(tmp_path), "test")
     app = build_app(settings, routing, options.pop("traces", writer), **options)
-    server = uvicorn.Server(uvicorn.Config(app, http=FrontDoor, log_config=None, timeout_graceful_shutdown=2))
+    limits: Any = {"timeout_graceful_shutdown": 2, "timeout_keep_alive": KEEP_ALIVE_SECONDS}
+    server = uvicorn.Server(uvicorn.Config(app, http=FrontDoor, log_config=None, **limits))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serving = asyncio.create_task(server._serve([listener]))  # without its signal handlers
         while not server.started:
@@ -965,6 +967,9 @@ async def test_feedback_joins_its_answer_by_the_request_id(tmp_path: Path) -> No
         "score": 1.0,
         "reference": "42",
         "comment": "good",
+        "thumb": None,
+        "correction": None,
+        "accepted": None,
         "source": user_hash("ann"),
     }
 
@@ -987,6 +992,11 @@ async def test_feedback_for_an_unknown_answer_is_taken(tmp_path: Path) -> None:
         pytest.param({"request_id": "r", "score": -0.1}, "score", id="a score below 0"),
         pytest.param({"request_id": "r", "reference": {"a": 3}}, "reference", id="a reference that is an object"),
         pytest.param({"request_id": "r", "comment": []}, "comment", id="a comment that is a list"),
+        pytest.param({"request_id": "r", "thumb": "sideways"}, "thumb", id="a thumb that is neither"),
+        pytest.param({"request_id": "r", "thumb": True}, "thumb", id="a thumb as true"),
+        pytest.param({"request_id": "r", "correction": 3}, "correction", id="a correction that is a number"),
+        pytest.param({"request_id": "r", "accepted": ["x"]}, "accepted", id="accepted text as a list"),
+        pytest.param({"request_id": "r", "correction": "", "comment": ""}, None, id="empty texts"),
         pytest.param(b"nothing", None, id="no JSON"),
     ],
 )

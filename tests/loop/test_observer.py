@@ -20,6 +20,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import urlopen
 
+import orjson
 import pytest
 
 from cowest_serving import store, traces
@@ -215,7 +216,7 @@ def answer_now(desk: Desk, number: int, query: str) -> None:
     messages = json.dumps([{"role": "user", "content": query}])
     now = datetime.now(UTC)
     row = {"trace_id": f"n{number}", "status": "ok", "shadow": False, "messages": messages, "time": now}
-    data = traces.segment([row], traces.TRACE_SCHEMA)
+    data = traces.segment(traces.table_of([orjson.dumps(row)], traces.TRACE_SCHEMA))
     store.put(store.join(desk.store, "traces", f"{now:%Y-%m-%d}", f"{now:%H%M%S}-gateway-{number}.parquet"), data)
 
 

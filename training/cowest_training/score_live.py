@@ -34,6 +34,7 @@ from cowest_serving import store
 from cowest_serving.contract import Pair
 from cowest_serving.models import ModelError
 from cowest_serving.traces import Lane, Mark, read_new
+from cowest_serving.words import counted, scores_of
 
 from . import steps
 from .asking import Asking, generate_greedy, load_generator, open_asking, read_pair
@@ -154,7 +155,7 @@ class LiveAnswer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What feedback says of one answer; the latest word counts."""
+    """What feedback says of one answer."""
 
     score: float | None = None
     reference: str | None = None
@@ -186,15 +187,13 @@ def live_answer(trace: Mapping[str, Any], arm: str) -> LiveAnswer:
 
 
 def verdicts(feedback: Sequence[Mapping[str, Any]]) -> dict[str, Verdict]:
-    """By trace id. `feedback` in order of time: a later word replaces an earlier one of its kind."""
-    found: dict[str, Verdict] = {}
+    """By trace id. `feedback` in order of time: a source's later score replaces its earlier one, the mean of several
+    sources counts; the last reference counts, whoever gave it."""
+    found = {trace_id: Verdict(score=score) for trace_id, score in scores_of(feedback).items()}
     for word in feedback:
-        said = found.get(word["trace_id"], Verdict())
-        if word["score"] is not None:
-            said = replace(said, score=float(word["score"]))
+        said = found.setdefault(word["trace_id"], Verdict())
         if word["reference"] is not None:
-            said = replace(said, reference=word["reference"])
-        found[word["trace_id"]] = said
+            found[word["trace_id"]] = replace(said, reference=word["reference"])
     return found
 
 
@@ -224,7 +223,7 @@ class Records:
     store_uri: str
     answers: dict[str, LiveAnswer] = field(default_factory=dict)
     seen: dict[str, Mark] = field(default_factory=dict)  # by lane
-    _words: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    _words: list[Mapping[str, Any]] = field(default_factory=list)
 
     def read(self) -> None:
         """Take up what was recorded since the last pass. Blocks; raises StoreError."""
@@ -233,8 +232,7 @@ class Records:
                 "trace_id"
             ] not in self.answers:
                 self.answers[trace["trace_id"]] = live_answer(trace, arm)
-        for word in self._new("feedback"):
-            self._words[word["feedback_id"]] = word
+        self._words.extend(self._new("feedback"))
 
     def _new(self, lane: Lane) -> list[dict[str, Any]]:
         until = self.canary.until.of(lane)
@@ -245,7 +243,7 @@ class Records:
 
     @property
     def verdicts(self) -> dict[str, Verdict]:
-        return verdicts(sorted(self._words.values(), key=lambda word: (word["time"], word["feedback_id"])))
+        return verdicts(counted(self._words))
 
 
 # ---------------------------------------------------------------- scoring
