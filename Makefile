@@ -76,7 +76,7 @@ bench-spool: setup  ## what a durable record costs: CPU of its path and the disk
 torture-spool: setup  ## kill -9 writers of durable records 200 times; nothing acknowledged lost, nothing twice
 	$(BIN)/python tests/benchmarks/torture_spool.py --kills 200
 
-torture-gateway: setup  ## kill -9 the gateway under load 200 times, with the store gone and disks that fail; 10 minutes
+torture-gateway: setup  ## kill -9 the gateway under load 200 times, with the store gone and disks that fail, then LiteLLM's; 20 minutes
 	$(BIN)/python -m tests.benchmarks.torture_gateway --kills 200
 
 e2e: setup  ## the cluster tests against the current kubeconfig

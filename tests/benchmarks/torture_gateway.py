@@ -1,6 +1,6 @@
 """Kill the gateway with SIGKILL under load and break what it stands on: no trace that a client was promised is lost.
 
-    python -m tests.benchmarks.torture_gateway [--kills 200] [--rate 500] [--seed 0]
+    python -m tests.benchmarks.torture_gateway [--kills 200] [--rate 500] [--seed 0] [--without-litellm]
 
 A real gateway process on a spool, with stubs of the weak and the strong model, is asked by whole answers and streams in
 turn, and killed again and again. Meanwhile the object store is gone for a minute, and the spool's disk of some lives is
@@ -12,7 +12,8 @@ what a write cut off by a power cut leaves. At the end the public reader looks t
   duplicated     traces that are there twice, whoever heard of them
   broken_answers wrong, cut or failed while the process lived
 
-The last line is one JSON object.
+Then the same kills and the same outage for the S3 logger of a LiteLLM proxy, at half of its own ceiling: `litellm_lost`
+are answers given whose log object never comes. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -46,6 +48,8 @@ from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Arm, Collaboration, Pair, Routing, Strong, dump
 from cowest_serving.spool import read_frames
 from cowest_serving.traces import read_traces
+from tests.benchmarks.gateway import tools
+from tests.benchmarks.gateway.processes import Unavailable
 from tests.benchmarks.plain_http import Client, Reply, answer_to, question, text_of
 
 LIFE = (0.3, 1.7)  # seconds under load from ready to the kill
@@ -61,13 +65,22 @@ FAULTS = ("", "", "sync fails", "", "sync is slow", "", "write is short", "")  #
 
 
 # ---------------------------------------------------------------- what is counted
+@dataclass(frozen=True)
+class Options:
+    kills: int = 200
+    rate: float = 500.0
+    outage: float = 60.0
+    seed: int = 0
+    beside_litellm: bool = False
+
+
 @dataclass
 class Seen:
     """Of all lives together."""
 
     asked: int = 0
     not_asked: int = 0  # the schedule said so, but too many were under way
-    answered: int = 0
+    given: list[str] = field(default_factory=list)  # the calls that were answered
     not_durable: int = 0  # of these
     cut_by_kills: int = 0
     acknowledged: list[str] = field(default_factory=list)
@@ -101,19 +114,36 @@ class Users:
                 if len(self._tasks) >= MAX_IN_FLIGHT:
                     self.seen.not_asked += 1
                     continue
-                task = asyncio.create_task(self._one(client, life, f"{self.seen.asked:x}"))
+                task = asyncio.create_task(self.one(client, life, f"{self.seen.asked:x}"))
                 self.seen.asked += 1
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
             await asyncio.sleep(1 / self._rate)
         self.seen.seconds += time.monotonic() - begun
 
+    async def ceiling(self, life: Life, seconds: float) -> float:
+        """Calls a second of 32 users who ask as soon as they are answered."""
+        client = Client(life.port)
+
+        async def user(number: int) -> None:
+            for turn in range(1_000_000):
+                await self.one(client, life, f"{(number + 1 << 40) + turn:x}")
+
+        everybody = asyncio.gather(*(user(number) for number in range(32)))
+        await asyncio.sleep(seconds / 3)
+        before = len(self.seen.given)
+        await asyncio.sleep(seconds * 2 / 3)
+        found = (len(self.seen.given) - before) / (seconds * 2 / 3)
+        everybody.cancel()
+        await asyncio.gather(everybody, return_exceptions=True)
+        return found
+
     async def settled(self) -> None:
         """Each answer has come, or its connection is broken."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _one(self, client: Client, life: Life, call: str) -> None:
+    async def one(self, client: Client, life: Life, call: str) -> None:
         is_stream = int(call, 16) % 2 == 1
         messages = [{"role": "user", "content": question(call, size=1000)}]
         body = json.dumps({"model": self._model, "messages": messages, "stream": is_stream}).encode()
@@ -123,7 +153,7 @@ class Users:
         if name := promised(reply):
             self.seen.acknowledged.append(name)
         if reply.is_whole and reply.status == 200 and is_right(reply, call):
-            self.seen.answered += 1
+            self.seen.given.append(call)
             self.seen.not_durable += not name
         elif life.is_killed and not reply.is_whole:
             self.seen.cut_by_kills += 1
@@ -356,6 +386,94 @@ def small_disk(folder: Path) -> Iterator[bool]:
             subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+class LiteLLM:
+    """Its proxy with its S3 logger, flushed each second; one model call an answer."""
+
+    def __init__(self, folder: Path, store: ObjectStore, strong: int) -> None:
+        python = tools.venv(f"litellm-{tools.LITELLM}", f"litellm[proxy]=={tools.LITELLM}") / "python"
+        model = {"model": "openai/stub", "api_base": f"http://127.0.0.1:{strong}/v1", "api_key": "any"}
+        logger = {
+            "s3_bucket_name": BUCKET,
+            "s3_path": "litellm",
+            "s3_region_name": "us-east-1",
+            "s3_endpoint_url": store.environment["COWEST_S3_ENDPOINT"],
+            "s3_aws_access_key_id": KEYS[0],
+            "s3_aws_secret_access_key": KEYS[1],
+        }
+        config = {
+            "model_list": [{"model_name": "pair", "litellm_params": model}],
+            "litellm_settings": {"callbacks": ["s3_v2"], "s3_callback_params": logger, "telemetry": False},
+        }
+        (folder / "litellm.yaml").write_text(json.dumps(config))
+        said = {
+            "CONFIG_FILE_PATH": str(folder / "litellm.yaml"),
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "LITELLM_LOG": "ERROR",
+            "DEFAULT_S3_FLUSH_INTERVAL_SECONDS": "1",  # 10 by default: hardly a life lasts as long
+            "DISABLE_ADMIN_UI": "True",
+            "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+        }
+        script = str(Path(__file__).with_name("torture_litellm.py"))
+        with (folder / "litellm.log").open("wb") as log:
+            self._launcher = subprocess.Popen(
+                [python, script], stdin=-1, stdout=-1, stderr=log, text=True, env=os.environ | said
+            )
+        self.log = folder / "litellm.log"
+
+    @asynccontextmanager
+    async def one(self, *_: Any) -> AsyncIterator[Life]:
+        life = Life(free_port())
+        child = await asyncio.to_thread(self._start, life.port)
+        try:
+            await until(lambda: _listens(life.port), 120, f"a LiteLLM that is ready; see {self.log}")
+            for call in ("fffffff0", "fffffff1"):  # its first answers take a second each
+                await Users(0).one(Client(life.port), life, call)
+            yield life
+        finally:
+            life.is_killed = True
+            os.kill(child, signal.SIGKILL)
+            await until(lambda: not _listens(life.port), 30, "an end of LiteLLM")
+
+    def _start(self, port: int) -> int:
+        assert self._launcher.stdin is not None and self._launcher.stdout is not None
+        self._launcher.stdin.write(f"{port}\n")
+        self._launcher.stdin.flush()
+        while (said := self._launcher.stdout.readline()) and not said.strip().isdigit():
+            pass
+        if not said:
+            raise Unavailable(f"its launcher ended: {self.log.read_text()[-400:]}")
+        return int(said)
+
+    def close(self) -> None:
+        self._launcher.kill()
+        self._launcher.communicate()
+
+
+async def torture_litellm(
+    folder: Path, store: ObjectStore, strong: int, options: Options, chance: random.Random
+) -> dict[str, Any]:
+    """The same kills and the same outage, at half of its own ceiling. Lost: its log object never comes."""
+    litellm = LiteLLM(folder, store, strong)
+    try:
+        async with litellm.one() as life:
+            ceiling = await Users(0).ceiling(life, seconds=6)
+        users = Users(ceiling / 2)
+        await kill_again_and_again(litellm, users, Faults(), store, options, chance)
+        async with litellm.one():
+            await asyncio.sleep(15)  # whatever a start may bring up
+        names = await asyncio.to_thread(store.names)
+    finally:
+        litellm.close()
+    logged = {name.rpartition("chatcmpl-")[2].removesuffix(".json") for name in names if name.startswith("litellm/")}
+    return {
+        "litellm_lost": sum(call not in logged for call in users.seen.given),
+        "litellm_answers": len(users.seen.given),
+        "litellm_logged": len(logged),
+        "litellm_calls_per_second": round(ceiling / 2, 1),
+        "litellm_version": tools.LITELLM,
+    }
+
+
 def tear(spool: Path, chance: random.Random) -> bool:
     """Leave behind the last whole frame of a log what a write leaves that a power cut stopped."""
     logs = [path for path in spool.glob("*/*.log") if path.stat().st_size]
@@ -381,14 +499,6 @@ class Faults:
 
 
 # ---------------------------------------------------------------- the torture
-@dataclass(frozen=True)
-class Options:
-    kills: int = 200
-    rate: float = 500.0
-    outage: float = 60.0
-    seed: int = 0
-
-
 async def torture(folder: Path, options: Options) -> dict[str, Any]:
     chance = random.Random(options.seed)
     store, users, faults = ObjectStore(folder), Users(options.rate), Faults()
@@ -399,17 +509,30 @@ async def torture(folder: Path, options: Options) -> dict[str, Any]:
             await kill_again_and_again(gateways, users, faults, store, options, chance)
             await gateways.ship_the_rest()
         found = await asyncio.to_thread(look, store, users.seen)
+        try:
+            peer = await torture_litellm(folder, store, strong, options, chance) if options.beside_litellm else {}
+        except Unavailable as error:
+            peer = {"litellm_lost": None, "reason": str(error)}
         store.go()
-    return found | {
-        "store": store.kind,
-        "store_gone_s": options.outage,
-        "small_disk": "a mount of its own" if is_mounted else "traces.spoolBytes",
-        **asdict(faults),
-    }
+    return (
+        found
+        | peer
+        | {
+            "store": store.kind,
+            "store_gone_s": options.outage,
+            "small_disk": "a mount of its own" if is_mounted else "traces.spoolBytes",
+            **asdict(faults),
+        }
+    )
 
 
 async def kill_again_and_again(
-    gateways: Gateways, users: Users, faults: Faults, store: ObjectStore, options: Options, chance: random.Random
+    gateways: Gateways | LiteLLM,
+    users: Users,
+    faults: Faults,
+    store: ObjectStore,
+    options: Options,
+    chance: random.Random,
 ) -> None:
     outage = None
     for number in range(options.kills):
@@ -422,9 +545,10 @@ async def kill_again_and_again(
         await users.settled()
         faults.full_disk += is_full
         faults.disk += bool(fault)
-        faults.torn_frames += chance.random() < 0.5 and tear(gateways.spool(is_full), chance)
+        if isinstance(gateways, Gateways):
+            faults.torn_frames += chance.random() < 0.5 and tear(gateways.spool(is_full), chance)
         if number % 20 == 19:
-            print(f"{number + 1} kills, {users.seen.answered} answers, {len(users.seen.broken)} broken", flush=True)
+            print(f"{number + 1} kills, {len(users.seen.given)} answers, {len(users.seen.broken)} broken", flush=True)
     if outage is not None:
         await outage
 
@@ -443,7 +567,7 @@ def look(store: ObjectStore, seen: Seen) -> dict[str, Any]:
         "broken_answers": len(seen.broken),
         "stored": len(stored),
         "asked": seen.asked,
-        "answered": seen.answered,
+        "answered": len(seen.given),
         "not_durable": seen.not_durable,
         "cut_by_kills": seen.cut_by_kills,
         "calls_per_second": round(seen.asked / seen.seconds, 1),
@@ -469,8 +593,9 @@ def main() -> None:
     flags.add_argument("--outage", type=float, default=Options.outage, help="seconds for which the store is gone")
     flags.add_argument("--seed", type=int, default=Options.seed)
     flags.add_argument("--folder", type=Path, help="on the disk to be tried; default: a temporary one")
+    flags.add_argument("--without-litellm", action="store_true")
     given = flags.parse_args()
-    options = Options(given.kills, given.rate, given.outage, given.seed)
+    options = Options(given.kills, given.rate, given.outage, given.seed, not given.without_litellm)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         found = uvloop.run(torture(Path(folder), options))
     print(json.dumps({"kills": options.kills, **found}))
