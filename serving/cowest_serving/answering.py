@@ -491,16 +491,10 @@ class Answering:
                 fell_back=partial(record.failed, FELL_BACK),
                 hedged=partial(record.shortcuts.append, HEDGE),
             )
-            async with aclosing(chunks):
-                async for payload in chunks:
-                    if not _take(record, payload):
-                        if not record.request.wants_usage:
-                            continue
-                        payload = _with_both_models(record, payload)
+            async with aclosing(_passed_on(record, chunks, restored)) as events:
+                async for event in events:
                     begun = True
-                    yield b"data: " + (restored.chunk(payload) if restored else payload) + b"\n\n"
-            for rest in restored.rest() if restored else ():
-                yield b"data: " + rest + b"\n\n"
+                    yield event
             yield b"data: [DONE]\n\n"
         except ModelError as error:
             if begun:
@@ -536,6 +530,8 @@ class Answering:
         if record.arm.mode == "StrongAlone" or not record.request.is_draftable:
             record.mode = "StrongAlone"
             return None
+        if record.mode == "Pair":
+            self._models.strong(record.arm).expect_call()
         started = time.monotonic()
         try:
             draft = await self._at_hand(record)
@@ -609,7 +605,38 @@ def _served_digest(arm: Arm, result: ChatResult) -> str:
     return served
 
 
-def _take(record: Record, payload: bytes) -> bool:
+async def _passed_on(
+    record: Record, chunks: AsyncGenerator[bytes, None], restored: RestoredStream | None
+) -> AsyncGenerator[bytes, None]:
+    """The strong model's chunks as events for this client. The first is read before, since the headers tell of it; of
+    the others those that can be nothing else go to the client first, and to the record then."""
+    parts: list[str] = []  # of the answer's text
+    begun = False
+    try:
+        async with aclosing(chunks):
+            async for payload in chunks:
+                if begun and restored is None and _is_plain(payload):
+                    yield b"data: %b\n\n" % payload
+                    _take(record, payload, parts)
+                    continue
+                if not _take(record, payload, parts):
+                    if not record.request.wants_usage:
+                        continue
+                    payload = _with_both_models(record, payload)
+                begun = True
+                yield b"data: %b\n\n" % (restored.chunk(payload) if restored else payload)
+        for rest in restored.rest() if restored else ():
+            yield b"data: %b\n\n" % rest
+    finally:
+        record.answer = "".join(parts)
+
+
+def _is_plain(payload: bytes) -> bool:
+    """A chunk that goes to every client as it is: neither an error nor usage, as far as its bytes can tell."""
+    return b'"error"' not in payload and (b'"usage"' not in payload or b'"usage":null' in payload)
+
+
+def _take(record: Record, payload: bytes, parts: list[str]) -> bool:
     """Note what a chunk says. True if it is for every client: one of usage alone is for those who asked."""
     try:
         chunk = orjson.loads(payload)
@@ -622,7 +649,7 @@ def _take(record: Record, payload: bytes) -> bool:
         choices = chunk.get("choices") or []
         for choice in choices:
             if choice.get("index", 0) == 0:
-                record.answer += content_text((choice.get("delta") or {}).get("content"))
+                parts.append(content_text((choice.get("delta") or {}).get("content")))
     except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError):
         raise BadAnswer("The strong model sent a chunk that is no chat completion chunk.") from None
     return bool(choices) or not usage

@@ -82,6 +82,8 @@ def solo_messages(messages: Messages, prompts: Prompts) -> list[dict[str, Any]]:
 
 def as_data(draft: str) -> str:
     """A draft that cannot close its own delimiter, or its message: what follows would read as an instruction."""
+    if "<" not in draft and draft.isascii():
+        return draft.strip()  # nothing in it looks like either
     text = _CONTROL_TOKEN.sub(r"[|\1|]", _CLOSING.sub("[/draft]", draft.strip()))
     return _LIKE_CLOSING.sub(lambda found: _opened(text, found), text)
 

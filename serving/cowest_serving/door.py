@@ -42,6 +42,10 @@ class StrongDoor:
         self.own, *self._fallbacks = models
         self._allowance, self._hedging = allowance, hedging
 
+    def expect_call(self) -> None:
+        """One comes as soon as there is a draft."""
+        self.own.expect_call()
+
     async def __call__(
         self, messages: Messages, *, fell_back: FellBack, hedged: Hedged = _unheard, **options: Any
     ) -> ChatResult:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -25,8 +26,7 @@ BUCKETS: Mapping[str, tuple[float, ...]] = {  # those that the conventions name
 Labels = tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
-class ModelCall:
+class ModelCall(NamedTuple):
     """One call of a model, for `Metrics.observe_call`. `provider`: whose protocol it speaks."""
 
     provider: str
@@ -48,28 +48,26 @@ class Metrics:
         self._observed: dict[str, dict[Labels, _Histogram]] = defaultdict(dict)
 
     def count(self, name: str, **labels: str) -> None:
-        self._counts[name][_labels(labels)] += 1
+        self._counts[name][_labels(*labels.items())] += 1
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        histograms, key = self._observed[name], _labels(labels)
-        if key not in histograms:
-            histograms[key] = _Histogram(BUCKETS.get(name, SECONDS))
-        histograms[key].add(value)
+        self._histogram(name, _labels(*labels.items())).add(value)
 
     def observe_call(self, call: ModelCall) -> None:
-        labels = {
-            "gen_ai_operation_name": "chat",
-            "gen_ai_provider_name": call.provider,
-            "gen_ai_request_model": call.model,
-            "server_address": urlsplit(call.endpoint).hostname or "",
-        }
-        if call.answered_by:
-            labels["gen_ai_response_model"] = call.answered_by
-        error = {"error_type": call.error} if call.error else {}
-        self.observe(DURATION, call.seconds, **labels, **error)
-        for kind, tokens in (("input", call.input_tokens), ("output", call.output_tokens)):
-            if tokens:
-                self.observe(TOKEN_USAGE, tokens, **labels, gen_ai_token_type=kind)
+        duration, taken_in, given_out = _labels_of_call(
+            call.provider, call.endpoint, call.model, call.answered_by, call.error
+        )
+        self._histogram(DURATION, duration).add(call.seconds)
+        if call.input_tokens:
+            self._histogram(TOKEN_USAGE, taken_in).add(call.input_tokens)
+        if call.output_tokens:
+            self._histogram(TOKEN_USAGE, given_out).add(call.output_tokens)
+
+    def _histogram(self, name: str, labels: Labels) -> _Histogram:
+        histograms = self._observed[name]
+        if (histogram := histograms.get(labels)) is None:
+            histogram = histograms[labels] = _Histogram(BUCKETS.get(name, SECONDS))
+        return histogram
 
     def text(self, gauges: Mapping[str, Mapping[Labels, float]] | None = None) -> str:
         """Everything, with `gauges` that are read now rather than counted."""
@@ -131,8 +129,27 @@ class _Histogram:
         yield _sample(f"{name}_count", labels, seen)
 
 
-def _labels(labels: Mapping[str, str]) -> Labels:
-    return tuple(sorted(labels.items()))
+@lru_cache(4096)
+def _labels(*labels: tuple[str, str]) -> Labels:
+    return tuple(sorted(labels))
+
+
+@lru_cache(4096)
+def _labels_of_call(
+    provider: str, endpoint: str, model: str, answered_by: str, error: str
+) -> tuple[Labels, Labels, Labels]:
+    """Of its duration, of the tokens that it took in, and of those that it gave out."""
+    labels = {
+        "gen_ai_operation_name": "chat",
+        "gen_ai_provider_name": provider,
+        "gen_ai_request_model": model,
+        "server_address": urlsplit(endpoint).hostname or "",
+    }
+    if answered_by:
+        labels["gen_ai_response_model"] = answered_by
+    of_errors = {"error_type": error} if error else {}
+    taken_in, given_out = ({**labels, "gen_ai_token_type": kind} for kind in ("input", "output"))
+    return _labels(*{**labels, **of_errors}.items()), _labels(*taken_in.items()), _labels(*given_out.items())
 
 
 def _samples(name: str, values: Mapping[Labels, float]) -> list[str]:

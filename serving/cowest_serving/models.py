@@ -26,8 +26,8 @@ import random
 import re
 import time
 import urllib.parse
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
@@ -35,6 +35,7 @@ from typing import Any, ClassVar, Protocol, Self
 import orjson
 
 from cowest_serving.contract import HEADER_IDEMPOTENCY, Messages
+from cowest_serving.ids import new_id
 from cowest_serving.key_pool import Key, KeyPool
 from cowest_serving.places import Places
 from cowest_serving.wire import NoAddress, Response, TooMuch, Untrusted, Wire, WireError
@@ -189,6 +190,11 @@ class HttpChatModel:
         if wire is not None:
             await wire.aclose()
 
+    def expect_call(self) -> None:
+        """One comes soon: its connection may be made meanwhile."""
+        with suppress(WireError):
+            self._connected().warm()
+
     async def __call__(
         self,
         messages: Messages,
@@ -231,6 +237,7 @@ class HttpChatModel:
             try:
                 async for chunk in _events(self.endpoint, response, self._timeout):
                     yield chunk
+                response.finish()
             finally:
                 response.close()
 
@@ -249,7 +256,7 @@ class HttpChatModel:
         attempt, keys_left = 0, len(self.keys) - 1
         while True:
             used, number = await self._key(give_up_at), self._places.attempt()
-            sent = _without(body, self._not_taken)
+            sent = _without(body, self._not_taken) if self._not_taken else body
             try:
                 answer = await self._once(orjson.dumps(sent), key, read, give_up_at)
                 self.keys.answered(used)
@@ -364,7 +371,7 @@ def _origin(endpoint: str) -> tuple[str, str, int | None]:
 
 
 def new_key() -> str:
-    return uuid.uuid4().hex
+    return new_id()
 
 
 # ---------------------------------------------------------------- when to try again
@@ -563,9 +570,9 @@ async def _events(endpoint: str, response: Response, timeout: float) -> AsyncIte
             payload = line[5:].strip()
             if payload == b"[DONE]":
                 return
-            seen += 1
-            finished = finished or _FINISHED.search(payload) is not None
             yield payload
+            seen += 1
+            finished = finished or _FINISHED.search(payload) is not None  # when the client has it already
         if data:
             continue
         if not seen:

@@ -33,6 +33,7 @@ MAX_HEAD = 64 * 1024
 MAX_BODY = 64 * 1024 * 1024  # of an answer that is read whole
 MAX_REFUSAL = 8 * 1024  # of the body that comes with another status than 2xx; the rest is not read
 MAX_AHEAD = 256 * 1024  # bytes of a stream that nobody has taken yet: then its connection is not read from
+END_SECONDS = 1.0  # for the end of an answer of which all that is wanted has come
 IDLE_SECONDS = 15.0  # well below what servers and balancers keep: none is sent into as it closes
 CONNECT_SECONDS = 10.0
 NEXT_ADDRESS_SECONDS = 0.25  # where a host has several: the next one is tried beside one that is silent
@@ -100,15 +101,8 @@ class Response:
     """An answer. `body` is there where it was asked for whole, and with a status other than 2xx; else take `some`."""
 
     __slots__ = (
-        "_chunks",
-        "_connection",
-        "_error",
-        "_is_complete",
-        "_is_whole",
-        "_size",
-        "_waiter",
-        "headers",
-        "status",
+        *("_chunks", "_connection", "_error", "_is_complete", "_is_whole", "_size", "_waiter"),
+        *("headers", "is_finished", "status"),
     )
 
     def __init__(self, connection: _Connection, is_whole: bool) -> None:
@@ -116,6 +110,7 @@ class Response:
         self.headers: dict[str, str] = {}  # names in lower case
         self._connection: _Connection | None = connection  # while it has more to say
         self._is_whole, self._is_complete = is_whole, False
+        self.is_finished = False  # what still comes is for nobody
         self._chunks: list[bytes] = []
         self._size = 0  # of the chunks
         self._error: Exception | None = None
@@ -139,9 +134,15 @@ class Response:
             raise self._error
         return b""
 
+    def finish(self) -> None:
+        """All that is wanted has come: its connection is kept if the answer ends soon and shortly."""
+        if self._connection is not None:
+            self.is_finished, self._size = True, 0
+            self._connection.let_end()
+
     def close(self) -> None:
         """Nothing more is wanted of it. Its connection is kept only where it was complete."""
-        if self._connection is not None:
+        if self._connection is not None and not self.is_finished:
             self._connection.abort()
 
 
@@ -186,6 +187,10 @@ class _Connection(asyncio.Protocol):
         finally:
             response._waiter = None
 
+    def let_end(self) -> None:
+        self._wake_at(self._loop.time() + END_SECONDS)
+        self.go_on()
+
     def go_on(self) -> None:
         if self._is_paused and self._transport is not None:
             self._is_paused = False
@@ -209,11 +214,14 @@ class _Connection(asyncio.Protocol):
 
     def _look(self) -> None:
         self._timer = None
-        waiter = self._response._waiter if self._response is not None else None
-        if waiter is None or waiter.done():
+        response = self._response
+        waiter = response._waiter if response is not None else None
+        if response is None or not (response.is_finished or (waiter is not None and not waiter.done())):
             return
         if self._loop.time() < self._until:
             self._wake_at(self._until)
+        elif waiter is None:
+            self.abort()
         else:
             waiter.set_exception(TimeoutError())
 
@@ -264,7 +272,6 @@ class _Connection(asyncio.Protocol):
         response._connection = None
         self.go_on()
         if self._may_stay and self.is_open:
-            self.idle_since = self._loop.time()
             self._wire.keep(self)
         else:
             self.abort()
@@ -307,8 +314,12 @@ class _Connection(asyncio.Protocol):
         response = self._response
         if response is None or response._is_complete:
             return
-        response._chunks.append(data)
         response._size += len(data)
+        if response.is_finished:
+            if response._size > MAX_REFUSAL:
+                self.abort()
+            return
+        response._chunks.append(data)
         if not response._is_whole:
             if response._size > MAX_AHEAD and not self._is_paused and self._transport is not None:
                 self._is_paused = True
@@ -347,6 +358,7 @@ class Wire:
         self._open: set[_Connection] = set()
         self._idle: list[_Connection] = []  # the last one used is the next one asked
         self._sweeper: asyncio.TimerHandle | None = None
+        self._warming: asyncio.Task[None] | None = None
         self._heads: dict[tuple[str, str], bytes] = {}
         self._credentials = _authorization("authorization", self._address)
 
@@ -363,8 +375,15 @@ class Wire:
         await connection.wait(response, until - asyncio.get_running_loop().time())
         return response
 
+    def warm(self) -> None:
+        """See to it that a connection is there for a call that comes soon. Trouble is for that call to meet."""
+        if not self._idle and self._warming is None:
+            self._warming = asyncio.get_running_loop().create_task(self._warm())
+
     async def aclose(self) -> None:
         """Calls under way fail."""
+        if self._warming is not None:
+            self._warming.cancel()
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
@@ -374,6 +393,10 @@ class Wire:
             connection.abort()
         self._idle.clear()
         await asyncio.sleep(0)  # lets the transports close
+
+    @property
+    def idle(self) -> int:
+        return len(self._idle)
 
     @property
     def connections(self) -> int:
@@ -402,7 +425,16 @@ class Wire:
                 return connection
         return None
 
+    async def _warm(self) -> None:
+        try:
+            self.keep(await self._connected(CONNECT_SECONDS))
+        except (WireError, TimeoutError):
+            pass
+        finally:
+            self._warming = None
+
     def keep(self, connection: _Connection) -> None:
+        connection.idle_since = asyncio.get_running_loop().time()
         self._idle.append(connection)
         if self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(IDLE_SECONDS / 3, self._sweep)

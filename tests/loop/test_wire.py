@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,6 +23,7 @@ from cowest_serving.wire import (
     WireError,
     address_of,
 )
+from tests.fakes import unused_port
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-Name: a\r\nx-name: b\r\n\r\nhello"
 Talk = Callable[["Talker"], Awaitable[None]]
@@ -355,6 +355,61 @@ async def test_calls_beside_each_other_have_connections_of_their_own() -> None:
     assert [answer.body for answer in answers] == [b"a", b"b", b"c"]
 
 
+async def test_a_connection_that_is_expected_to_be_used_is_made_meanwhile() -> None:
+    connections: list[Talker] = []
+    arrived = asyncio.Event()
+
+    async def talk(talker: Talker) -> None:
+        connections.append(talker)
+        arrived.set()
+        await talker.answer(ANSWER)
+        await talker.has_gone()
+
+    async with wire_to(talk) as wire:
+        wire.warm()
+        wire.warm()
+        await asyncio.wait_for(arrived.wait(), 5)
+        assert (await ask(wire)).body == b"hello"
+        wire.warm()
+        await asyncio.sleep(0)
+        assert len(connections) == 1, "one that is idle is enough"
+
+
+async def test_trouble_with_a_connection_is_met_by_the_call_that_needs_it() -> None:
+    async with unused_port() as port:
+        wire = Wire(f"http://127.0.0.1:{port}/v1")
+        wire.warm()
+        with pytest.raises(WireError):
+            await ask(wire)
+        await wire.aclose()
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["and ends", "and goes on"])
+async def test_of_a_stream_that_has_said_all_the_connection_is_kept_if_it_ends(ends: bool) -> None:
+    connections: list[Talker] = []
+    said = asyncio.Event()
+
+    async def talk(talker: Talker) -> None:
+        connections.append(talker)
+        await talker.answer(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nDONE\r\n")
+        await said.wait()
+        await talker.say(*([b"0\r\n\r\n"] if ends else [b"3e8\r\n" + b"x" * 1000 + b"\r\n"] * 20))
+        await talker.answer(ANSWER)
+        await talker.has_gone()
+
+    async with wire_to(talk) as wire:
+        response = await ask(wire, is_whole=False)
+        assert await response.some(5) == b"DONE"
+        response.finish()
+        response.close()
+        said.set()
+        async with asyncio.timeout(5):
+            while wire.idle != (1 if ends else 0) or (not ends and wire.connections):
+                await asyncio.sleep(0.005)
+        assert (await ask(wire, is_whole=False)).status == 200
+    assert len(connections) == (1 if ends else 2)
+
+
 @pytest.mark.parametrize("leave", ["cancelled", "closed"])
 async def test_who_leaves_in_the_middle_hangs_up(leave: str) -> None:
     heard, gone = asyncio.Event(), asyncio.Event()
@@ -458,8 +513,3 @@ async def test_a_proxy_that_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("https_proxy", proxy.removesuffix("/v1"))
         with pytest.raises(WireError, match="407"):
             await ask(Wire("https://strong.test/v1"))
-
-
-async def test_nobody_listening_is_an_error(unused_tcp_port: Any) -> None:
-    with pytest.raises(WireError, match=r"refused|failed"):
-        await ask(Wire(f"http://127.0.0.1:{unused_tcp_port}/v1"))
