@@ -21,3 +21,9 @@ def test_ids_of_forked_processes_are_their_own() -> None:
 
     ids = [*ids_of_a_fork(), *ids_of_a_fork(), new_id(), new_id()]
     assert len(set(ids)) == 8
+
+
+def test_ids_are_all_different_and_of_one_form() -> None:
+    ids = [new_id() for _ in range(10_000)]
+    assert len(set(ids)) == 10_000
+    assert all(len(each) == 32 and int(each, 16) >= 0 for each in ids)
