@@ -143,11 +143,14 @@ def read_budget(home: Home, status: api.Status) -> api.Budget:
     """
     if not home.calls.exists():
         return status.budget
-    from cowest_training.paid_calls import read_spent
+    from cowest_training.paid_calls import read_live_spent, read_spent
 
     number = status.candidate.number if status.candidate else max(0, status.trials - 1)
     whole, part = read_spent(home.calls), read_spent(home.calls, round_number=number)
-    return api.Budget(whole.calls, whole.tokens, whole.money, api.Spent(part.calls, part.tokens, part.money))
+    day, seen = read_live_spent(home.calls)
+    # Without a limit of a day nobody tells the book of live answers.
+    live = api.Live(day, seen.calls, seen.tokens, seen.money) if seen.calls else None
+    return api.Budget(whole.calls, whole.tokens, whole.money, api.Spent(part.calls, part.tokens, part.money), live)
 
 
 def append_event(home: Home, event: api.Event, now: float) -> None:

@@ -67,11 +67,13 @@ def spent(status: api.Status, job: Mapping[str, Any] | None = None) -> str:
     """What the steps have paid for; `job` is the manifest that names the currency."""
     prices = ((job or {}).get("spec") or {}).get("strong", {}).get("prices")
 
-    def words(seen: api.Spent | api.Budget) -> str:
+    def words(seen: api.Spent | api.Budget | api.Live) -> str:
         money = f", {seen.money:.2f} {prices['currency']}" if prices else ""
         return f"{seen.calls} calls, {seen.tokens} tokens{money}"
 
-    return f"{words(status.budget)}; the current round {words(status.budget.round)} (by steps, without live answers)"
+    live = f"; live answers on {seen.day} {words(seen)}" if (seen := status.budget.live) else ""
+    part = words(status.budget.round)
+    return f"{words(status.budget)}; the current round {part} (by steps, without live answers){live}"
 
 
 def traces(counts: api.TraceCounts) -> str:

@@ -378,6 +378,16 @@ class Spent:
 
 
 @dataclass(frozen=True)
+class Live:
+    """What live answers have cost on a day, as gateways told the book."""
+
+    day: str  # UTC
+    calls: int = 0
+    tokens: int = 0
+    money: float = 0.0
+
+
+@dataclass(frozen=True)
 class Budget:
     """What the steps have paid for so far, in all and in the current round. Live answers are in the traces."""
 
@@ -385,6 +395,7 @@ class Budget:
     tokens: int = 0
     money: float = 0.0
     round: Spent = field(default_factory=Spent)
+    live: Live | None = None  # where strong.budget limits a day
 
 
 @dataclass(frozen=True)

@@ -398,7 +398,8 @@ class _Look:
         self._note_strong(strong.STEPS, data.get("strong"))
         part = data.get("round") or {}
         current = api.Spent(int(part.get("calls", 0)), int(part.get("tokens", 0)), float(part.get("money", 0)))
-        return api.Budget(int(data["calls"]), int(data["tokens"]), float(data["money"]), current)
+        live = live_of(data.get("live"))
+        return api.Budget(int(data["calls"]), int(data["tokens"]), float(data["money"]), current, live)
 
     async def _asked(self, what: str, every: float, question: Coroutine[Any, Any, Any]) -> Any:
         """The answer of a door, about `every` seconds old at most; while the door is shut, the last one, and why."""
@@ -670,3 +671,10 @@ def _sentence(text: str) -> str:
 
 
 __all__ = ["HoldError", "KubeError", "Memory", "Observed", "Observer", "blocked_by", "not_understood", "read_actions"]
+
+
+def live_of(told: Mapping[str, Any] | None) -> api.Live | None:
+    """What the proxy says of live answers; nothing where no day is limited, or the proxy is an older one."""
+    if not told:
+        return None
+    return api.Live(str(told["day"]), int(told["calls"]), int(told["tokens"]), float(told["money"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -145,6 +146,7 @@ def _budget(budget: api.Budget) -> dict[str, Any]:
         "tokens": budget.tokens,
         "money": f"{budget.money:.4f}",
         "round": {"calls": part.calls, "tokens": part.tokens, "money": f"{part.money:.4f}"},
+        **({"live": dataclasses.asdict(live) | {"money": f"{live.money:.4f}"}} if (live := budget.live) else {}),
     }
 
 

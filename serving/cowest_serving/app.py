@@ -51,7 +51,7 @@ from cowest_serving.answering import (
     parse_chat,
     retry_hints,
 )
-from cowest_serving.client_limits import ClientLimits, Gate, LimitReached, Ticket
+from cowest_serving.client_limits import ClientLimits, Gate, LimitReached, Ticket, part_of
 from cowest_serving.contract import (
     HEADER_ARM,
     HEADER_IDEMPOTENCY,
@@ -817,7 +817,8 @@ def shared_by(workers: int, settings: GatewaySettings) -> GatewaySettings:
     if traces is not None and traces.spool_bytes is not None:
         traces = replace(traces, spool_bytes=traces.spool_bytes // workers)
     calls = max(1, strong.max_concurrency // workers)
-    return replace(settings, strong=replace(strong, max_concurrency=calls), traces=traces)
+    gateway = settings.gateway and replace(settings.gateway, limits=part_of(settings.gateway.limits, workers))
+    return replace(settings, strong=replace(strong, max_concurrency=calls), traces=traces, gateway=gateway)
 
 
 def _sink(store: str, spool: Path | None, settings: TraceSettings | None) -> TraceSink:

@@ -559,6 +559,15 @@ def read_spent(path: str | Path, *, round_number: int | None = None, day: str | 
         db.close()
 
 
+def read_live_spent(path: str | Path) -> tuple[str, Spent]:
+    """(today, what gateways told the book of today's live answers), for a status line."""
+    day, db = day_of(time.time()), _open(path)
+    try:
+        return day, live_spent(db, day)
+    finally:
+        db.close()
+
+
 def _open(path: str | Path) -> sqlite3.Connection:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
-"""What one client key may ask of this gateway: spec.gateway.limits. Each gateway counts for itself; without keys all
-clients are one.
+"""What one client key may ask of this gateway: spec.gateway.limits. Each gateway counts for itself, and each of its
+workers has an equal part; without keys all clients are one.
 
 Buckets that fill up over a minute: a client that was silent may ask a minute's worth at once. Tokens are those of the
 answer's usage, both models; a likely number is taken before the answer and settled after it, and a bucket that went
@@ -24,6 +24,13 @@ class ClientLimits:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     max_concurrency: int | None = None
+
+
+def part_of(limits: ClientLimits | None, workers: int) -> ClientLimits | None:
+    """An equal part for each of several processes of a gateway, which share no counts; one at least."""
+    if limits is None:
+        return None
+    return ClientLimits(*(value and max(1, value // workers) for value in vars(limits).values()))
 
 
 class Bucket:

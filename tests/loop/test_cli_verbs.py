@@ -27,6 +27,7 @@ from cowest_cli.processes import free_port
 from cowest_operator import api, manifest
 from cowest_operator.schema import check
 from cowest_serving.contract import Arm, Routing, dump
+from cowest_serving.leases import Amount, Ask, Spent
 from cowest_serving.models import HttpChatModel
 from cowest_serving.traces import TraceWriter, read_feedback, read_traces
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_RETRY, ArmReport, Manifest, SliceReport
@@ -184,7 +185,8 @@ def test_status_shows_what_answers_and_each_round(cowest: Any, place: jobs.Home)
 
 def test_status_as_json_has_the_fields_and_forms_of_the_crd(cowest: Any, place: jobs.Home) -> None:
     trial = w.trial("Canary", number=3, origin="Proposal", step=1)
-    spent = api.Budget(1200, 34567, 0.030557499999999963, api.Spent(200, 4567, 0.25))
+    live = api.Live("2026-11-26", 9, 900, 0.01)
+    spent = api.Budget(1200, 34567, 0.030557499999999963, api.Spent(200, 4567, 0.25), live)
     jobs.write_status(place, replace(STATUS, candidate=trial, budget=spent))
     arms = (Arm("stable", 80, "Pair", w.STABLE), Arm("candidate", 20, "Pair", w.CANDIDATE))
     jobs.write_json(place.routing, dump(Routing(4, "s", arms)))
@@ -193,6 +195,7 @@ def test_status_as_json_has_the_fields_and_forms_of_the_crd(cowest: Any, place: 
     told = seen["status"]
     assert list(check(manifest.field_schema("status"), told)) == []
     assert told["budget"]["money"] == "0.0306" and told["budget"]["round"]["money"] == "0.2500"
+    assert told["budget"]["live"] == {"day": "2026-11-26", "calls": 9, "tokens": 900, "money": "0.0100"}
     assert told["conditions"][0]["lastTransitionTime"] == "1970-01-01T00:00:05Z"
     assert told["rounds"][1]["startedAt"] == "1970-01-01T00:00:10Z" and told["rounds"][1]["difference"] == "0.1"
     assert told["candidate"]["stage"] == "Canary" and told["traffic"] == {"candidatePercent": 20, "step": 1}
@@ -222,9 +225,13 @@ def test_what_was_paid_before_a_kill_is_shown_though_the_status_was_not_written_
             asked = [{"role": "user", "content": "?"}]
             await calls.ask(model, asked, endpoint=strong.url, name="m", purpose="p", params={})
 
+            await calls.lend(Ask("gateway", 1, spent=Spent(3, 20, 10), wanted=Amount(40)))
+
     asyncio.run(pay())
     budget = json.loads(cowest("status", "--home", place.root, "-o", "json").out)["status"]["budget"]
     assert budget["calls"] == budget["round"]["calls"] == 1, "the last trial is number 2"
+    assert (budget["live"]["calls"], budget["live"]["tokens"]) == (3, 30)
+    assert f"live answers on {budget['live']['day']} 3 calls, 30 tokens" in cowest("status", "--home", place.root).out
 
 
 def test_status_says_whether_a_run_is_alive(cowest: Any, place: jobs.Home) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from cowest_serving.app import GatewaySettings, TraceSettings, shared_by
+from cowest_serving.app import GatewayLimits, GatewaySettings, TraceSettings, shared_by
+from cowest_serving.client_limits import ClientLimits
 from cowest_serving.traces import read_traces
 from tests.fakes import ScriptedModel
 from tests.loop.test_gateway import ASKED, command, settings_of, spec_of, started
@@ -117,8 +118,10 @@ def test_a_bad_start_is_said_once(tmp_path: Path, wrong: str) -> None:
 
 def test_what_is_limited_for_a_gateway_is_divided_among_its_workers() -> None:
     settings = settings_of(ScriptedModel())
-    settings = GatewaySettings(settings.strong, settings.collaboration, TraceSettings(100, 10_001, "Answer"))
+    limits = GatewayLimits(ClientLimits(requests_per_minute=60, max_concurrency=2))
+    settings = GatewaySettings(settings.strong, settings.collaboration, TraceSettings(100, 10_001, "Answer"), limits)
     shared = shared_by(4, settings)
+    assert shared.gateway and shared.gateway.limits == ClientLimits(requests_per_minute=15, max_concurrency=1)
     assert settings.strong.max_concurrency == 16
     assert (shared.strong.max_concurrency, shared.traces and shared.traces.spool_bytes) == (4, 2500)
     assert shared_by(1, settings) == settings

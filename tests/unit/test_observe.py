@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cowest_operator import observe
+from cowest_operator import api, observe
 from cowest_operator.observe import ACTION, not_understood, read_actions
 
 WHEN = f"{100:020d}"
@@ -125,3 +125,15 @@ async def test_a_fault_of_ours_in_an_answer_that_came_late_is_met_by_the_look_th
     assert memory.answer("spent") == "old" and woken
     with pytest.raises(KeyError):
         await memory.ask("spent", door.says(KeyError("spent")))
+
+
+@pytest.mark.parametrize(
+    ("told", "live"),
+    [
+        pytest.param(None, None, id="no limit of a day"),
+        pytest.param({"day": "2026-11-26", "calls": 2, "tokens": 30, "money": "0.5", "left": {"tokens": 7}},
+                     api.Live("2026-11-26", 2, 30, 0.5), id="a day's live answers"),
+    ],
+)  # fmt: skip
+def test_the_proxy_says_what_live_answers_have_spent(told: Any, live: api.Live | None) -> None:
+    assert observe.live_of(told) == live
