@@ -34,7 +34,6 @@ from tests.benchmarks.gateway.targets import Place, Target
 GATEWAY, LOAD = 0, 1  # cores
 CONNECTIONS = 32
 SETTLE = 0.7  # seconds after a window that count as well: records are shipped then
-FRESH_EVERY = 2  # rounds
 PARTS = ("cpu", "latency", "stream", "pair", "trace")
 PEERS = ("litellm_python", "litellm_rust", "portkey", "rust_router", "nginx")
 RUST_MODE = "answers chat completions in Python although the deployment says `rust: true`: no header x-litellm-rust"
@@ -190,16 +189,31 @@ def warm(target: Target) -> None:
     time.sleep(SETTLE)
 
 
+DISTURBED: list[float] = []  # shares of the gateway's core that others had, a window each
+
+
+def busy_us(core: int) -> float:
+    """What the core has worked so far, for whomever."""
+    found = re.search(rf"^cpu{core} (.*)", Path("/proc/stat").read_text(), re.M)
+    assert found is not None
+    user, nice, system, _, _, *rest = map(int, found[1].split()[:8])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK") * 1e6
+
+
 def cpu_of(target: Target, ask: Ask | None, rate: float, seconds: float) -> tuple[float, dict[str, Any]]:
     """Microseconds of CPU a call at a fixed rate, of the whole process tree until it is at rest again."""
     assert ask is not None
+    begun, busy = time.monotonic(), busy_us(GATEWAY)
     flags = ["-rate", str(rate), "-seconds", str(seconds), "-watch", "X-Cowest-Mode", "-watch", "X-Cowest-Trace"]
     with Window(ask, LOAD, *flags, connections=CONNECTIONS) as window:
         time.sleep(0.1)
         before = target.tree.cpu_us()
         seen = window.run()
         time.sleep(SETTLE)
-        return (target.tree.cpu_us() - before) / max(1, seen["calls"]), seen
+        used = target.tree.cpu_us() - before
+        others = busy_us(GATEWAY) - busy - used
+        DISTURBED.append(max(0.0, others / (time.monotonic() - begun) / 1e6))
+        return used / max(1, seen["calls"]), seen
 
 
 # ---------------------------------------------------------------- the parts
@@ -402,7 +416,7 @@ def compare(field: Field, found: Findings, options: argparse.Namespace) -> Rates
     field.renew()
     rates = find_rates(field, found)
     for number in range(options.rounds):
-        if number and number % FRESH_EVERY == 0:
+        if number and number % options.fresh_every == 0:
             field.renew()
         if "cpu" in options.parts:
             cpu_round(field, found, rates, options.seconds)
@@ -461,6 +475,7 @@ def main() -> int:
             stubs.tree.stop()
     sum_up(found)
     found.facts["machine"] = machine()
+    found.facts["core_taken_by_others"] = _short(statistics.median(DISTURBED)) if DISTURBED else None
     found.facts["minutes"] = round((time.monotonic() - begun) / 60, 1)
     print(json.dumps({"medians": found.medians()}, indent=1))
     print(json.dumps(result(found)))
@@ -485,6 +500,7 @@ def parser() -> argparse.ArgumentParser:
     some = lambda known: lambda text: _some(text, known)  # noqa: E731
     flags.add_argument("--rounds", type=int, default=7)
     flags.add_argument("--seconds", type=float, default=2.0, help="of a window of CPU; the others go by it")
+    flags.add_argument("--fresh-every", type=int, default=2, help="rounds after which all processes are new")
     flags.add_argument("--peers", type=some(PEERS), default=PEERS, help=f"some of {','.join(PEERS)}")
     flags.add_argument("--parts", type=some(PARTS), default=PARTS, help=f"some of {','.join(PARTS)}")
     flags.add_argument("--rate", type=float, default=200, help="of records, where no part before finds one")

@@ -143,6 +143,7 @@ def main() -> int:
     flags.add_argument("--flips", type=int, default=50)
     flags.add_argument("--rate", type=float, default=2000, help="calls a second")
     flags.add_argument("--between", type=float, default=0.6, help="seconds between two flips, about")
+    flags.add_argument("--workers", type=int, default=1, help="of the gateway, all on one core here")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--folder", type=Path, help="on the disk to be used; default: a temporary one")
     options = flags.parse_args()
@@ -160,7 +161,7 @@ def main() -> int:
 def run(work: Path, stubs: Stubs, options: argparse.Namespace) -> dict[str, Any]:
     place, first = targets.Place(work, stubs, GATEWAY), routing_of(stubs, 1, 50)
     made: list[Flip] = []
-    with stopping(targets.cowest(place, first)) as target:
+    with stopping(targets.cowest(place, first, "spool", "--workers", str(options.workers))) as target:
         warm(target)
         able = measure(target.plain, LOAD, ["-seconds", "3", "-users"], CONNECTIONS)
         ceiling = able["calls"] / able["seconds"]

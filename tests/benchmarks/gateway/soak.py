@@ -112,7 +112,7 @@ def under_load(target: Target, rate: float, seconds: float) -> tuple[list[dict[s
     for run in runs:
         run.start()
     while any(run.is_alive() for run in runs):
-        memory.append((time.monotonic() - begun, target.tree.rss_bytes() / 1e6))
+        memory.append((time.monotonic() - begun, target.tree.resident_bytes() / 1e6))
         runs[0].join(EVERY)
     return found, memory
 

@@ -124,7 +124,7 @@ def ray(place: Place, routing: Routing) -> Target:
         lambda: Tree(command, folder / "log", None, env),
         lambda tree: Target("ray", tools.RAY, tree, plain=(ask := _ask(port, "pair")), slow=ask),
         f"http://127.0.0.1:{port}/readyz",
-        within=180,
+        within=240,
     )
 
 
@@ -267,7 +267,7 @@ def _started(
     target: Callable[[Tree], T],
     url: str,
     *,
-    within: float = 120,
+    within: float = 240,
     headers: Mapping[str, str] | None = None,
     body: bytes = b"",
 ) -> T:
