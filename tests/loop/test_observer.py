@@ -241,6 +241,21 @@ def test_traces_are_counted_while_it_runs_and_shown_in_the_metrics(desk: Desk) -
         assert served.process.wait(20) == 0
 
 
+def test_it_takes_traces_away_that_are_older_than_the_manifest_wants(desk: Desk) -> None:
+    job = json.loads((desk.folder / "job.json").read_text())
+    (desk.folder / "job.json").write_text(json.dumps(job | {"traces": {"retentionDays": 3}}))
+    days = [f"{datetime.now(UTC) - timedelta(days=back):%Y-%m-%d}" for back in (5, 1)]
+    old, young = (store.join(desk.store, "traces", day, "120000-w-0.parquet") for day in days)
+    for uri in (old, young):
+        store.put(uri, traces.segment(traces.TRACE_SCHEMA.empty_table()))
+    with running(desk, desk.store):
+        end = time.monotonic() + 30
+        while store.exists(old):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert store.exists(young)
+
+
 def test_a_store_that_hangs_is_503_within_five_seconds_and_asked_once(desk: Desk) -> None:
     """It takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
