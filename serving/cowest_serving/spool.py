@@ -55,7 +55,11 @@ class Frames:
 
 
 def frame(payload: bytes, time_us: int) -> bytes:
-    return _HEAD.pack(len(payload), _checksum(payload, time_us), time_us) + payload
+    return head(payload, time_us) + payload
+
+
+def head(payload: bytes, time_us: int) -> bytes:
+    return _HEAD.pack(len(payload), _checksum(payload, time_us), time_us)
 
 
 def read_frames(data: bytes) -> Frames:
@@ -231,9 +235,15 @@ Lost = Callable[[list[bytes]], None]
 
 
 class _Entry(NamedTuple):
+    head: bytes  # made at once, while the payload is in the processor's cache
     payload: bytes
     time_us: int
     synced: asyncio.Future[bool] | None
+
+    @staticmethod
+    def of(payload: bytes, synced: asyncio.Future[bool] | None) -> _Entry:
+        now = time.time_ns() // 1000
+        return _Entry(head(payload, now), payload, now, synced)
 
     @property
     def size(self) -> int:
@@ -326,7 +336,7 @@ class Spool:
         `others`: answers under way, this one not counted. Where few are left to wait for, the commit begins at once.
         """
         assert self._loop is not None, "start() comes first"
-        entry = _Entry(payload, time.time_ns() // 1000, self._loop.create_future())
+        entry = _Entry.of(payload, self._loop.create_future())
         if not self._has_room(entry.size):
             self.unacknowledged += 1
             return None
@@ -455,11 +465,11 @@ class Spool:
         try:
             group = self._queue.get(timeout=patience)
         except Empty:
-            return [_Entry(PROBE, time.time_ns() // 1000, None)] if self.trouble else [], False
+            return [_Entry.of(PROBE, None)] if self.trouble else [], False
         return group or [], group is None
 
     def _commit(self, group: list[_Entry]) -> None:
-        data = b"".join([frame(entry.payload, entry.time_us) for entry in group])
+        data = b"".join([part for entry in group for part in (entry.head, entry.payload)])
         try:
             active = self._active = self._active or self._open()
             active.file.write(data)
