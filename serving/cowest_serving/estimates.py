@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
+
+import orjson
 
 from cowest_serving.contract import Messages
 
@@ -21,7 +22,7 @@ def likely_input_tokens(messages: Messages, extra: Mapping[str, Any] | None) -> 
         *(given[name] for name in _READ if name in given),
     ]
     pictures = sum(_pictures(message.get("content")) for message in messages)
-    return sum(4 + len(json.dumps(value, ensure_ascii=False).encode()) // 3 for value in read) + pictures * IMAGE_TOKENS
+    return sum(4 + _bytes(value) // 3 for value in read) + pictures * IMAGE_TOKENS
 
 
 def most_output_tokens(max_tokens: int | None, extra: Mapping[str, Any] | None) -> int | None:
@@ -33,6 +34,11 @@ def most_output_tokens(max_tokens: int | None, extra: Mapping[str, Any] | None) 
 
 def likely_tokens(characters: int) -> int:
     return -(-characters // 3)
+
+
+def _bytes(value: Any) -> int:
+    """Of it as JSON, or nearly: escapes do not count."""
+    return len(value.encode("utf-8", "replace")) + 2 if isinstance(value, str) else len(orjson.dumps(value))
 
 
 def _text_of(content: Any) -> Any:

@@ -270,8 +270,8 @@ class HttpChatModel:
                 if isinstance(error, RateLimited):
                     self._places.refused(number)
                 wait = next_wait(error, attempt, self.max_retries, self._backoff)
-                if wait is not None and error.retry_after is not None:
-                    wait = min(wait, self.keys.rest)  # another key may be free before
+                if wait is not None and isinstance(error, RateLimited) and len(self.keys) > 1:
+                    wait = min(wait, max(self.keys.rest, self._backoff))  # another key may be free before
                 if wait is None or time.monotonic() + wait >= give_up_at:
                     raise
             attempt += 1

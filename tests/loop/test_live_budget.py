@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import signal
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 
 from cowest_serving.allowance import Allowance, allowance_of
 from cowest_serving.book import PaidCalls
-from cowest_serving.contract import Budget, Prices
+from cowest_serving.contract import Budget, Prices, Routing, dump
 from cowest_serving.leases import Amount, Ask, day_of, live_spent, shares
-from tests.fakes import ScriptedModel
-from tests.loop.test_gateway import ASKED, Gateway, arm_of, gateway, settings_of, strong_settings, world
+from tests.fakes import ScriptedModel, _usage
+from tests.loop.test_gateway import (
+    ASKED,
+    Gateway,
+    arm_of,
+    command,
+    free_port,
+    gateway,
+    ready,
+    settings_of,
+    spec_of,
+    strong_settings,
+    world,
+)
 from tests.loop.test_proxy import proxy
+from tests.loop.test_workers import workers_of
 
 PRICES = Prices(1_000_000.0, 1_000_000.0, "EUR")
 DRAFTING: Any = {"headers": {"x-cowest-model-digest": "sha256:weak"}, "answers": "a hint"}
@@ -160,6 +178,37 @@ async def test_what_was_spent_survives_a_restart_and_a_killed_gateways_slice_is_
         assert before.tokens is not None and live_spent(book._reader, day).tokens <= before.tokens
 
 
+async def test_workers_that_are_killed_under_load_never_send_more_than_the_budget_allows(tmp_path: Path) -> None:
+    limit, port = 1_500, free_port()
+    async with ScriptedModel(**DRAFTING) as weak, ScriptedModel("the answer") as strong:
+        spec = spec_of(strong)
+        spec = spec | {"strong": spec["strong"] | {"budget": {"tokensPerDay": limit}}}
+        (tmp_path / "job.yaml").write_text(json.dumps({"spec": spec}))
+        (tmp_path / "routing.json").write_text(json.dumps(dump(Routing(1, "s", (arm_of(weak, strong),)))))
+        flags = ("--workers", "2", "--book", str(tmp_path / "calls.sqlite"))
+        process = subprocess.Popen(command(tmp_path, port, *flags), stderr=subprocess.DEVNULL)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            await ready(url, process)
+            kills, seen = 0, {200}
+            while 200 in seen:
+                asking = asyncio.gather(*(_status(url) for _ in range(20)))
+                if kills < 2:
+                    strong.arrived.clear()
+                    await asyncio.wait_for(strong.arrived.wait(), 60)
+                    os.kill(workers_of(process)[str(kills % 2)], signal.SIGKILL)
+                    kills += 1
+                seen = set(await asking)
+        finally:
+            process.terminate()
+            await asyncio.to_thread(process.wait, 30)
+    tokens = sum(usage["total_tokens"] for usage in (_usage(call, "the answer") for call in strong.paid))
+    assert kills == 2 and limit / 4 < tokens <= limit
+    async with PaidCalls(tmp_path / "calls.sqlite", budget=Budget(tokens_per_day=limit)) as book:
+        day, told, _ = book.live_spent()
+        assert told.tokens <= tokens <= shares(book._reader, day).tokens <= limit
+
+
 async def test_a_wrong_ask_for_a_lease_names_the_field(tmp_path: Path) -> None:
     async with (
         proxy(tmp_path, strong_settings("http://127.0.0.1:9/v1")) as keeper,
@@ -174,6 +223,16 @@ async def test_without_a_limit_of_a_day_a_gateway_counts_nothing(tmp_path: Path)
         await door.ask()
         assert "cowest_budget" not in await door.metrics()
     assert not (tmp_path / "calls.sqlite").exists()
+
+
+async def _status(url: str) -> int:
+    """0: its worker was killed."""
+    body = {"messages": ASKED, "max_tokens": 20}
+    try:
+        async with aiohttp.ClientSession() as http, http.post(url + "/v1/chat/completions", json=body) as response:
+            return response.status
+    except aiohttp.ClientError:
+        return 0
 
 
 async def _use_up(allowance: Allowance) -> None:

@@ -183,9 +183,11 @@ async def test_when_no_key_is_taken_the_call_ends() -> None:
     assert len(server.calls) == 2
 
 
-async def test_retry_after_is_waited_for() -> None:
-    fault = Fault(429, {"retry-after-ms": "150"})
-    async with ScriptedModel(faults=[fault]) as server, model_of(server) as model:
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("keys", [[], ["a", "b"]], ids=["no key", "two keys"])
+async def test_retry_after_is_waited_for(status: int, keys: list[str]) -> None:
+    faults = [Fault(status, {"retry-after-ms": "150"})] * (2 if status == 429 and keys else 1)
+    async with ScriptedModel(faults=faults) as server, model_of(server, api_keys=keys) as model:
         started = time.monotonic()
         await model(ASKED)
     assert time.monotonic() - started >= 0.15
