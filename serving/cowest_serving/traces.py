@@ -145,7 +145,7 @@ class TraceWriter:
         return {
             "written": sum(lane.written for lane in lanes),
             "dropped": sum(lane.dropped for lane in lanes),
-            "waiting": sum(len(lane.waiting) for lane in lanes),
+            "waiting": sum(len(lane.waiting) + len(lane.trying) for lane in lanes),
             "failed_writes": sum(lane.failed_writes for lane in lanes),
         }
 
@@ -186,22 +186,30 @@ class _Lane:
         self.folder, self.schema, self.max_waiting = folder, schema, max_waiting
         self.writer_id = _safe(writer_id)
         self.waiting: deque[Row] = deque()
+        self.trying: deque[Row] = deque()  # of a segment that may be in the store or not
+        self.began = datetime.min
         self.written = self.dropped = self.failed_writes = self.segments = 0
         self.failing = False
 
     def put(self, row: Row) -> bool:
         self.waiting.append(row)
-        if len(self.waiting) <= self.max_waiting:
+        if len(self.waiting) + len(self.trying) <= self.max_waiting:
             return True
-        self.waiting.popleft()
+        (self.trying or self.waiting).popleft()
         self.dropped += 1
         return False
 
     async def flush(self) -> None:
-        batch = list(self.waiting)
-        if not batch:
-            return
-        self.waiting.clear()
+        while self.trying or self.waiting:
+            if not await self._flush_one():
+                return
+
+    async def _flush_one(self) -> bool:
+        if not self.trying:
+            self.trying, self.waiting = self.waiting, deque()
+            self.began = datetime.now(UTC)
+            self.segments += 1
+        batch = list(self.trying)
         try:
             written = await asyncio.to_thread(self._write, batch)
         except Exception as error:  # whatever it is, it must not reach an answer
@@ -209,25 +217,19 @@ class _Lane:
             if not self.failing:
                 log.warning("Records cannot be written to %s (%s); they wait in memory.", self.folder, error)
             self.failing = True
-            self._take_back(batch)
-            return
+            return False
         if self.failing:
             log.warning("Records are written to %s again.", self.folder)
         self.failing = False
         self.written += written
-        self.dropped += len(batch) - written
-
-    def _take_back(self, batch: list[Row]) -> None:
-        self.waiting.extendleft(reversed(batch))
-        while len(self.waiting) > self.max_waiting:
-            self.waiting.popleft()
-            self.dropped += 1
+        self.dropped += len(self.trying) - written  # without those that were dropped, and counted, meanwhile
+        self.trying.clear()
+        return True
 
     def _write(self, batch: list[Row]) -> int:
-        number = self.segments
-        self.segments += 1  # whatever comes of it: a number never names two contents
+        """Under the same name as often as it is tried: a store that did not answer may have it all the same."""
         rows = [data for row in batch if (data := _json(row)) is not None]
-        return _put_segment(self.folder, self.schema, rows, datetime.now(UTC), f"{self.writer_id}-{number}")
+        return _put_segment(self.folder, self.schema, rows, self.began, f"{self.writer_id}-{self.segments - 1}")
 
 
 def _put_segment(folder: str, schema: pa.Schema, rows: Sequence[bytes], written: datetime, name: str) -> int:
