@@ -85,13 +85,14 @@ class Repeats:
         self._seen: OrderedDict[str, tuple[bytes, bool]] = OrderedDict()  # id -> digest of its body, whether durable
 
     def again(self, key: str | None, data: bytes) -> bool | None:
-        """Whether that word is durable; None: it is new. Raises `Refusal` 422 where the key was of another word."""
+        """Whether that word is durable; None: it is new. Raises `Refusal` 409 where the key was of another word."""
         if key is None or key not in self._seen:
             return None
         digest, is_durable = self._seen[key]
         if digest != hashlib.sha256(data).digest():
             message = "Idempotency-Key: this key came with another body before; take a new one for a new word."
-            raise Refusal(422, message, param="Idempotency-Key", code="idempotency_key_reused")
+            code = "idempotency_key_reused"
+            raise Refusal(409, message, param="Idempotency-Key", code=code, is_in_vain=True)
         return is_durable
 
     def remember(self, key: str | None, data: bytes, is_durable: bool) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import random
 import re
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,64 @@ def test_chunks_make_one_body(world: OpenAIWorld) -> None:
     seen = told(world.port, POST + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
     assert statuses(seen) == [200]
     assert world.strong.bodies()[0]["messages"][0]["content"].startswith("why?")
+
+
+SEEDS = (
+    POST + LENGTH + b"\r\n" + BODY,
+    POST + LENGTH + b"Expect: 100-continue\r\n\r\n" + BODY,
+    POST + LENGTH + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n" + BODY,
+    POST + b"Transfer-Encoding: chunked\r\n\r\n10\r\n" + BODY[:16] + b"\r\n23\r\n" + BODY[16:] + b"\r\n0\r\n\r\n",
+    b"GET http://elsewhere/v1/models HTTP/1.1\r\n" + HOST + KEY + b"\r\n",
+    b"HEAD /v1/models HTTP/1.0\r\n" + KEY + b"\r\n",
+    b"CONNECT elsewhere:443 HTTP/1.1\r\n" + HOST + b"\r\n",
+    b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n",
+)
+BITS = (
+    *(b"\r\n", b"\n", b"\r", b"\x00", b" ", b":", b";", b"\xff", b"%00", b"0\r\n\r\n", b"ffffffff\r\n", b"HTTP/1.1"),
+    *(
+        b"Content-Length: 3\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"Connection: close\r\n",
+        b"Expect: 100-continue\r\n",
+    ),
+)
+
+
+def spoilt(chance: random.Random) -> bytes:
+    """A request with some bytes changed, put in, left out, repeated or cut off, or with another one behind it."""
+    data = bytearray(chance.choice(SEEDS))
+    for _ in range(chance.choice([1, 1, 2, 4])):
+        at, kind = chance.randrange(len(data) + 1), chance.randrange(6)
+        if kind == 0:
+            data[at : at + 1] = bytes([chance.randrange(256)])
+        elif kind == 1:
+            data[at:at] = chance.choice(BITS)
+        elif kind == 2:
+            del data[at : at + chance.choice([1, 2, 8, 40])]
+        elif kind == 3:
+            data[at:at] = data[: chance.choice([1, 10, 60])]
+        elif kind == 4:
+            data += chance.choice(SEEDS)
+        else:
+            del data[max(at, 1) :]
+    return bytes(data)
+
+
+def test_whatever_bytes_come_nothing_breaks(world: OpenAIWorld) -> None:
+    chance, seen = random.Random(1), set()
+    for _ in range(int(os.environ.get("COWEST_FUZZ_EXAMPLES", "40")) * 4):
+        data = spoilt(chance)
+        cut = chance.randrange(len(data) + 1)
+        with socket.create_connection(("127.0.0.1", world.port), timeout=10) as wire:
+            wire.sendall(data[:cut])
+            wire.settimeout(0.05)  # what waits for more says nothing
+            with suppress(OSError):
+                wire.sendall(data[cut:])
+                while answer := wire.recv(65536):
+                    seen |= set(statuses(answer))
+    assert {200, 400} <= seen <= {100, *range(200, 500)}
+    assert statuses(told(world.port, POST + LENGTH + b"Connection: close\r\n\r\n" + BODY)) == [200]
+    assert "Traceback" not in world.log.read_text()
 
 
 # ---------------------------------------------------------------- sizes

@@ -703,7 +703,7 @@ def test_threads_share_one_client(client: openai.OpenAI) -> None:
 
 
 def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -16,7 +16,7 @@ import yaml
 from tests.contracts.openai_world import KEYS, OpenAIWorld, openai_world
 
 DESCRIPTION = Path(__file__).parents[2] / "docs" / "openapi.yaml"
-EXAMPLES = os.environ.get("COWEST_FUZZ_EXAMPLES", "60")  # of each address
+EXAMPLES = os.environ.get("COWEST_FUZZ_EXAMPLES", "40")  # of each address
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAIWorld]:
         yield running
 
 
+@pytest.mark.timeout(900)
 def test_schemathesis_finds_nothing_that_the_description_does_not_say(world: OpenAIWorld, tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("schemathesis")
     ended = subprocess.run(
@@ -35,7 +36,7 @@ def test_schemathesis_finds_nothing_that_the_description_does_not_say(world: Ope
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-2000:]

@@ -125,8 +125,9 @@ async def test_a_request_sent_again_with_its_key_is_answered_again_and_kept_once
 async def test_a_key_that_comes_with_another_word_is_refused(tmp_path: Path) -> None:
     async with world(tmp_path) as (_, _, door):
         await say(door, "k1", request_id="r", thumb="up")
-        status, answer, _ = await say(door, "k1", request_id="r", thumb="down")
-    assert (status, answer["error"]["code"]) == (422, "idempotency_key_reused")
+        status, answer, headers = await say(door, "k1", request_id="r", thumb="down")
+    assert (status, answer["error"]["code"]) == (409, "idempotency_key_reused")
+    assert headers["x-should-retry"] == "false"
     assert read_feedback(str(tmp_path))["thumb"].to_pylist() == ["up"]
 
 
