@@ -523,6 +523,20 @@ async def test_a_fallback_answers_for_a_strong_model_that_fails_and_the_record_s
     assert other.calls[0].body["model"] == "equal" and other.calls[0].last == "why? | a hint"
 
 
+async def test_an_account_without_quota_gives_way_to_a_fallback_and_is_said_to_be_in_vain_without_one(
+    tmp_path: Path,
+) -> None:
+    error = json.dumps({"error": {"message": "You exceeded your current quota", "type": "insufficient_quota"}})
+    options: dict[str, Any] = {"strong": {"faults": [Fault(429, {}, error)]}, "max_retries": 3}
+    async with ScriptedModel("another answer") as other, with_fallbacks(tmp_path, other, **options) as (strong, door):
+        completion, _ = await door.ask()
+        assert completion.choices[0].message.content == "another answer" and len(strong.calls) == 1
+    async with world(tmp_path / "alone", **options) as (_, strong, door):
+        status, body, headers = await door.post("/v1/chat/completions", {"messages": ASKED})
+    assert (status, headers["x-should-retry"], len(strong.calls)) == (429, "false", 1)
+    assert "top it up" in body["error"]["message"]
+
+
 async def test_a_stream_falls_back_before_its_first_chunk_and_never_after(tmp_path: Path) -> None:
     async with (
         ScriptedModel("another answer", name="equal-1") as other,

@@ -233,6 +233,14 @@ def test_each_child_gets_the_keys_that_it_needs_and_no_other(engine, starts, mon
     assert keys == [{"secret", "strong"}, set(), {"strong", "judge"}, set()]
 
 
+def test_only_where_the_budget_limits_a_day_does_the_gateway_get_the_book(tmp_path, starts):
+    for budget in ({"callsPerRound": 7}, {"tokensPerDay": 7}):
+        make(tmp_path, starts, **{"strong.budget": budget})._start_gateway()
+    without, with_book = starts.commands
+    assert "--book" not in without
+    assert with_book[with_book.index("--book") + 1].endswith("/calls.sqlite")
+
+
 def test_a_step_gets_the_threads_that_the_servers_leave(engine, starts, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     engine._cores = 8
