@@ -131,8 +131,8 @@ def record(place: jobs.Home, *rows: dict[str, Any]) -> None:
 def give(place: jobs.Home, *words: dict[str, Any]) -> None:
     async def write() -> None:
         writer = TraceWriter(place.store.as_uri(), "gw")
-        for word in words:
-            writer.add_feedback({"feedback_id": "f", "time": datetime.now(UTC), **word})
+        for number, word in enumerate(words):
+            writer.add_feedback({"feedback_id": f"f{number}", "time": datetime.now(UTC), **word})
         await writer.aclose()
 
     asyncio.run(write())
