@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cowest_serving.contract import Collaboration, Mode, Pair, Prompts, Routing, Strong, digest_of, parse
-from cowest_training.contract import Data, EvaluationReport, Feedback, LiveReport, Training, evaluator_digest
+from cowest_training.contract import (
+    Data,
+    EvaluationReport,
+    Feedback,
+    LiveReport,
+    RouteReport,
+    Training,
+    evaluator_digest,
+)
 
 GROUP, VERSION, KIND, PLURAL = "cowest.dev", "v1alpha1", "CollaborationJob", "collaborationjobs"
 
@@ -34,6 +42,7 @@ REASONS_OF_STEPS: Mapping[str, str] = {
     "publish": "ImportingModel",
     "collect": "CollectingData",
     "feedback": "CollectingFeedback",
+    "predictor": "LearningShortcuts",
     "dpo": "PreferenceTuning",
     "evaluate": "Evaluating",
 }
@@ -326,6 +335,16 @@ class Word:
 
 
 @dataclass(frozen=True)
+class Routes:
+    """What going by a predictor was measured to cost one pair on the held-out queries."""
+
+    pair: str  # digest
+    uri: str  # of the predictor's file
+    digest: str
+    reports: tuple[RouteReport, ...] = ()
+
+
+@dataclass(frozen=True)
 class Trial:
     """The candidate on its way: prepared by steps, gated, canaried, watched. `number` 0 is the baseline."""
 
@@ -351,6 +370,7 @@ class Trial:
     score: float | None = None
     note: str = ""  # what the evaluation showed besides, as a sentence
     evaluator: str | None = None  # digest of the evaluator that the evaluation went by
+    routes: Routes | None = None  # where a predictor was measured with its pair
     live_difference: float | None = None
     live_answers: int | None = None
     by: str | None = None  # who proposed it
@@ -405,6 +425,7 @@ class Status:
     stable_round: int | None = None
     serving: Mode = "StrongAlone"  # what the stable arm answers with: Pair, or StrongAlone while drafts hurt
     standing: Standing | None = None  # what is known of the stable pair; `serving` follows from it and the manifest
+    routes: Routes | None = None  # of the stable pair, where a predictor was measured with it
     previous: Pair | None = None  # what a rollback by a person goes back to
     previous_serving: Mode = "StrongAlone"
     previous_standing: Standing | None = None

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cowest_operator import api, people, promotion, rounds
+from cowest_operator import api, people, promotion, rounds, routes
 from cowest_operator.api import Event, Plan, Status, Trial, World
 from cowest_serving.contract import Arm, Mode, Pair, Routing
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_FAILED, EXIT_RETRY, EvaluationReport, LiveReport
@@ -286,8 +286,9 @@ def _gate(world: World, trial: Trial) -> Move:
     if not refusal and not spec.canary.steps and _awaits_approval(world, trial):
         message = f"the gate is passed with {promotion.points(seen)}; `cowest approve` or `cowest rollback` decides."
         return Move(world.status, api.REASON_AWAITING_APPROVAL, message)
-    trial = _measured(trial, world.report)
-    status = replace(status, looks=status.looks + 1, candidate=trial)
+    trial = _measured(world, trial, world.report)
+    of_control = routes.measured(world.report, "control", rounds.run_uri(world, trial, "predictor"))
+    status = replace(status, looks=status.looks + 1, candidate=trial, routes=of_control or status.routes)
     status, followed = _strong_follows(world, status, trial, case)
     world = replace(world, status=status)
     if refusal:
@@ -333,14 +334,16 @@ def _awaits_approval(world: World, trial: Trial) -> bool:
     return world.job.spec.canary.approval == "Manual" and trial.approved_by is None
 
 
-def _measured(trial: Trial, report: EvaluationReport) -> Trial:
+def _measured(world: World, trial: Trial, report: EvaluationReport) -> Trial:
     seen = report.against_control
+    notes = (promotion.weak_alone(report), routes.note(report, world.trial_job.spec.collaboration.shortcuts))
     return replace(
         trial,
         difference=seen.difference,
         p_value=seen.p_better,
         score=report.arm("candidate").score,
-        note=promotion.weak_alone(report),
+        note=" ".join(filter(None, notes)),
+        routes=routes.measured(report, "candidate", rounds.run_uri(world, trial, "predictor")),
     )
 
 
@@ -357,7 +360,7 @@ def _revalidated(world: World, trial: Trial) -> Move:
         world = replace(world, status=replace(status, standing="NotPassed", serving=mode))
     serving = world.status.serving
     message = f"the stable pair against the strong model alone: {promotion.points(seen)}; answers come from {serving}."
-    trial = _measured(trial, report)
+    trial = _measured(world, trial, report)
     decision: api.Decision = "Promoted" if serving == "Pair" else "Refused"
     closed = _closed(world, trial, decision, api.REASON_REVALIDATED, message, None)
     closed = replace(closed, evaluator=trial.evaluator or world.trial_evaluator)
@@ -496,6 +499,7 @@ def _end(world: World, trial: Trial, decision: api.Decision, reason: str, messag
             stable_round=trial.number,
             serving="Pair",
             standing="Chosen" if by else "Passed",
+            routes=trial.routes,
             previous=world.status.stable,
             previous_serving=world.status.serving,
             previous_standing=world.status.standing,
@@ -626,6 +630,8 @@ def _routing(world: World) -> Routing:
                 replace(arms[0], weight_percent=100 - weight),
                 _arm(world, "candidate", weight, "Pair", trial.pair),
             )
+    if arms[0].mode == "Pair" and (by := routes.in_force(world)):
+        arms = (replace(arms[0], predictor=by), *arms[1:])
     return Routing(0, salt, arms)
 
 

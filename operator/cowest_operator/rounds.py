@@ -222,6 +222,8 @@ def _tune(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
     assert stable is not None
     number = ("--round", str(trial.number))
     dataset, feedback = run_uri(world, trial, "collect"), run_uri(world, trial, "feedback")
+    learns = (("--feedback", feedback), ("--dataset", dataset), ("--calls", world.calls), number)
+    predictor = (_step(world, trial, "predictor", *learns, calls_strong=True),) if _has_routes(world) else ()
     return (
         _step(
             world,
@@ -242,8 +244,20 @@ def _tune(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
             files=(("--pair", dump(at_declared_address(world, stable))),),
             calls_strong=True,
         ),
+        *predictor,
         _step(world, trial, "dpo", ("--model", stable.weak_uri), ("--feedback", feedback)),
     )
+
+
+def _has_routes(world: api.World) -> bool:
+    """The manifest lets a predictor choose the way of a query, once it is measured."""
+    shortcuts = world.trial_job.spec.collaboration.shortcuts
+    return shortcuts is not None and bool(shortcuts.strong_alone or shortcuts.weak_alone)
+
+
+def _learns_routes(world: api.World, trial: api.Trial) -> bool:
+    """Only a tuned round has a gain ledger to learn from."""
+    return trial.origin == "Round" and _has_routes(world)
 
 
 def _evaluation(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
@@ -259,6 +273,7 @@ def _evaluation(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
             ("--calls", world.calls),
             ("--round", str(trial.number)),
             *(() if served else (("--control", SOLO),)),
+            *((("--predictor", run_uri(world, trial, "predictor")),) if _learns_routes(world, trial) else ()),
             files=(
                 ("--candidate", dump(at_declared_address(world, pair))),
                 *((("--control", dump(at_declared_address(world, served))),) if served else ()),
@@ -323,8 +338,11 @@ def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baselin
     queries = 0 if baseline else min(rows, spec.feedback.max_queries)
     with_draft = queries * spec.feedback.drafts_per_query + held_out
     alone = queries + (held_out if baseline else 0)
-    # A judge is asked in both orders, and of the weak model's own drafts on the held-out queries too.
-    judged = 2 * (with_draft + alone + held_out) if spec.feedback.evaluator.type == "Judge" else 0
+    # A judge is asked in both orders, and of the weak model's own drafts on the held-out queries too; where a draft may
+    # be the answer, on all queries.
+    shortcuts = spec.collaboration.shortcuts
+    as_answers = held_out + (queries if shortcuts and shortcuts.weak_alone else 0)
+    judged = 2 * (with_draft + alone + as_answers) if spec.feedback.evaluator.type == "Judge" else 0
     question = query_chars / 4 + len(job.prompts.refine) / 4
     draft = spec.collaboration.draft_max_tokens
     answer = spec.strong.max_tokens or 256

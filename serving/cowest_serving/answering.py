@@ -49,6 +49,7 @@ from cowest_serving.models import (
     is_same_origin,
 )
 from cowest_serving.redaction import Redacted, Redactor, RestoredStream
+from cowest_serving.routes import MODES, USUAL, Routes, Way
 
 WEAK_MODEL = "weak"  # the name that every weak server answers to
 _OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "user"})  # not passed on as they are
@@ -264,6 +265,7 @@ class Record:
     shortcuts: list[str] = field(default_factory=list)  # taken, by their names in the manifest
     draft_source: Source | None = None  # with a draft cache
     application: str = ""  # whose client key it was
+    way: Way = USUAL
 
     def failed(self, status: str, error: object) -> None:
         self.status = status
@@ -331,6 +333,7 @@ class Record:
             "shadow": False,
             "shortcut": ",".join(self.shortcuts),
             "application": self.application,
+            "propensity": self.way.propensity,
         }
 
 
@@ -442,9 +445,15 @@ class Answering:
     """The collaboration at request time. Raises `Refusal`; whatever happens, `record` says so."""
 
     def __init__(
-        self, strong: Strong, collaboration: Collaboration, models: Models, drafts: DraftCache | None = None
+        self,
+        strong: Strong,
+        collaboration: Collaboration,
+        models: Models,
+        drafts: DraftCache | None = None,
+        routes: Routes | None = None,
     ) -> None:
-        self._strong, self._collaboration, self._models, self._drafts = strong, collaboration, models, drafts
+        self._strong, self._collaboration, self._models = strong, collaboration, models
+        self._drafts, self._routes = drafts, routes
         self._redactor = Redactor(collaboration.redaction) if collaboration.redaction else None
 
     async def answer(self, record: Record) -> Mapping[str, Any]:
@@ -530,6 +539,8 @@ class Answering:
         if record.arm.mode == "StrongAlone" or not record.request.is_draftable:
             record.mode = "StrongAlone"
             return None
+        if self._routes is not None and record.arm.predictor is not None and self._route(self._routes, record):
+            return None
         if record.mode == "Pair":
             self._models.strong(record.arm).expect_call()
         started = time.monotonic()
@@ -550,6 +561,16 @@ class Answering:
         if DRAFT_CACHE not in record.shortcuts:
             record.weak_tokens = (draft.input_tokens, draft.output_tokens)
         return draft.text
+
+    def _route(self, routes: Routes, record: Record) -> bool:
+        """Take the shortcut that the predictor finds for this request, if any. True: there is no draft to make."""
+        request = record.request
+        record.way = routes.way(record.arm.predictor, query_text(request.messages), request.parameters)
+        if record.way.taken is None:
+            return False
+        record.mode = MODES[record.way.taken]
+        record.shortcuts.append(record.way.taken)
+        return record.mode == "StrongAlone"
 
     async def _at_hand(self, record: Record) -> Draft:
         """A draft, made for this request only where an equal one has none."""

@@ -76,6 +76,7 @@ from cowest_serving.hedging import Hedging
 from cowest_serving.ids import new_id
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Metrics
+from cowest_serving.routes import Routes
 from cowest_serving.routing import FileRouting, RoutingSource, choose_arm
 from cowest_serving.store import StoreError
 from cowest_serving.traces import SpooledTraces, TraceSink, TraceWriter, sampled
@@ -101,6 +102,7 @@ METRICS = {
     "cowest_draft_seconds": "Time of the draft.",
     "cowest_draft_cache_total": "Drafts by where they came from: made, cached, or shared with an equal request.",
     "cowest_draft_cache_entries": "Drafts that are kept.",
+    "cowest_routed_total": "Requests for which a predictor found a shortcut, and how they went: shortcut or usual.",
     "cowest_hedged_calls": "Second calls of the strong model: won or lost; held_back were due and not made.",
     "cowest_feedback_total": "Feedback taken or refused.",
     "cowest_client_requests_total": "Chats by the application whose key they came with.",
@@ -297,6 +299,7 @@ class Gateway:
         self._drafts = DraftCache(shortcuts.draft_cache) if shortcuts.draft_cache else None
         self._hedging = Hedging(shortcuts.hedge) if shortcuts.hedge else None
         self._repeats = Repeats()
+        self._routes = Routes(shortcuts) if shortcuts.strong_alone or shortcuts.weak_alone else None
         self.answering = self._answering()
 
     def _answering(self) -> Answering:
@@ -304,7 +307,8 @@ class Gateway:
         fallbacks = [keys.current for keys in self._keys.fallbacks]
         keys = self._keys.strong.current
         self._models.append(Models(self._settings.strong, keys, fallbacks, self._allowance, self._hedging))
-        return Answering(self._settings.strong, self._settings.collaboration, self._models[-1], self._drafts)
+        settings, models = self._settings, self._models[-1]
+        return Answering(settings.strong, settings.collaboration, models, self._drafts, self._routes)
 
     async def watch_keys(self) -> None:
         """Take up rotated keys until cancelled."""
@@ -388,6 +392,9 @@ class Gateway:
         self.count.observe("cowest_answer_seconds", seconds, **labels)
         if record.draft_ms is not None:
             self.count.observe("cowest_draft_seconds", record.draft_ms / 1000, arm=record.arm.name)
+        if record.way.found is not None:
+            went = "shortcut" if record.way.taken else "usual"
+            self.count.count("cowest_routed_total", shortcut=record.way.found, went=went)
         if record.draft_source is not None:
             self.count.count("cowest_draft_cache_total", source=record.draft_source)
         for call in record.model_calls():

@@ -236,11 +236,21 @@ class HedgeLimits:
 
 
 @dataclass(frozen=True)
+class RouteLimits:
+    """How far a predictor may be gone by."""
+
+    max_loss: float  # of the mean score on the held-out queries: the upper end of its 95 % interval
+    explore_percent: int  # of what it would route goes the usual way all the same
+
+
+@dataclass(frozen=True)
 class Shortcuts:
     """Ways to answer sooner or for less; None is off. No part of the pair: an edit acts at once."""
 
     draft_cache: DraftCacheLimits | None = None
     hedge: HedgeLimits | None = None
+    strong_alone: RouteLimits | None = None
+    weak_alone: RouteLimits | None = None
 
 
 @dataclass(frozen=True)
@@ -274,6 +284,15 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class PredictorRef:
+    """Where a predictor lies, the digest of its file, and for which shortcuts its loss was measured to be small."""
+
+    uri: str
+    digest: str
+    shortcuts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Arm:
     """One way to answer, with its share of the live traffic in percent."""
 
@@ -282,6 +301,7 @@ class Arm:
     mode: Mode
     pair: Pair
     weak_endpoint: str | None = None  # http://host:port/v1; None while mode is StrongAlone
+    predictor: PredictorRef | None = None  # None: every query goes the usual way
 
 
 @dataclass(frozen=True)
@@ -326,6 +346,7 @@ TRACE_COLUMNS: dict[str, str] = {
     "shadow": "bool",  # a replay: never collected for training
     "shortcut": "string",  # those of collaboration.shortcuts that were taken, separated by commas; null in old segments
     "application": "string",  # whose client key it was: the name of its file in the Secret; "" or null: not known
+    "propensity": "double",  # chance of the way it was answered, given the query; null in old segments: 1
 }
 FEEDBACK_COLUMNS: dict[str, str] = {
     "feedback_id": "string",
@@ -339,6 +360,7 @@ FEEDBACK_COLUMNS: dict[str, str] = {
     "accepted": "string",  # the text that a user went on with
     "source": "string",  # user hash or application
 }
+PREDICTOR_FILE = "predictor.json"  # of the step `predictor`
 TRACES_PREFIX = "traces"  # <store>/traces/<YYYY-MM-DD>/<HHMMSS>-<writer>-<n>.parquet
 FEEDBACK_PREFIX = "feedback"  # same layout
 

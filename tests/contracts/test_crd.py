@@ -66,9 +66,10 @@ def test_no_field_of_the_spec_is_a_float() -> None:
 def test_a_section_with_defaults_inside_has_a_default_itself() -> None:
     """Or its defaults would only hold where somebody writes the section."""
     required = {f".spec.{name}" for name in SPEC["required"]} | {".spec.feedback.evaluator"}
+    shortcuts = ("draftCache", "hedge", "strongAlone", "weakAlone")
     for path, field in fields(SPEC, ".spec"):
         filled = [name for name, each in field.get("properties", {}).items() if "default" in each]
-        optional_object = path.rsplit(".", 1)[-1] in ("caBundleRef", "prices", "redaction", "draftCache", "hedge")
+        optional_object = path.rsplit(".", 1)[-1] in ("caBundleRef", "prices", "redaction", *shortcuts)
         if filled and path not in required and not optional_object:
             assert field.get("default") == {}, path
 

@@ -226,6 +226,7 @@ async def test_the_record_of_an_answer_says_everything(tmp_path: Path) -> None:
         "shadow": False,
         "shortcut": "",
         "application": "",
+        "propensity": 1.0,
     }
 
 

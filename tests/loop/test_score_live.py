@@ -118,6 +118,7 @@ def test_late_references_score_the_answers_of_each_arm(tmp_path: Path) -> None:
     [
         pytest.param({"pair_digest": "sha256:older"}, id="another pair's"),
         pytest.param({"shadow": True}, id="a replay"),
+        pytest.param({"propensity": 0.9}, id="a predictor could choose its way"),
         pytest.param({"status": "client_gone"}, id="the user left"),
         pytest.param({"status": "refused"}, id="a request that no model takes"),
         pytest.param({"status": "fell_back"}, id="another strong model's"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cowest_operator import api, reconcile, rounds
+from cowest_serving.contract import RouteLimits, Shortcuts
 from cowest_training.contract import ArmReport, Evaluator, evaluator_digest
 from tests import world as w
 
@@ -74,7 +75,8 @@ def test_the_reason_says_which_step_a_round_is_at_and_each_finished_step_changes
 
 def test_every_step_has_a_reason_of_its_own():
     trials = (w.trial(origin=origin) for origin in ("Baseline", "Round", "Proposal", "Edit", "Revalidation"))
-    chains = [rounds.chain(replace(FRESH, status=w.on_trial()), trial) for trial in trials]
+    routed = w.job(collaboration={"shortcuts": Shortcuts(strong_alone=RouteLimits(0.01, 10))})
+    chains = [rounds.chain(replace(FRESH, job=routed, status=w.on_trial()), trial) for trial in trials]
     unchecked = rounds.chain(FRESH, w.trial(origin="Baseline", number=1))
     names = {step.name.partition("-")[2] for chain in (*chains, unchecked) for step in chain}
     assert names - {"check"} == api.REASONS_OF_STEPS.keys() - {"check"}

@@ -106,6 +106,20 @@ def dataset_card(card: DatasetCard) -> str:
     )
 
 
+def predictor_card(digest: str, inputs: Mapping[str, Any], metrics: Mapping[str, Any], version: str) -> str:
+    """The README.md of what says which queries need no draft or no strong model."""
+    learnt = {name: value for name, value in metrics.items() if isinstance(value, Mapping)}
+    made = {"made by": "`predictor`", "digest": f"`{digest}`", "CoWest": version or "unknown", **inputs}
+    return _document(
+        {"tags": ["cowest", "predictor"]},
+        "Which queries need no draft, or no strong model",
+        "Logistic regression over hashed words of the query, learnt from what the drafts of the training queries were"
+        " worth. It holds no text. The figures below are of training queries that were held back while fitting; what"
+        " counts is the loss on the held-out queries, in report.json of the round's `evaluate`.",
+        {"Where it comes from": made, "On training queries": {"queries": metrics["queries"], **learnt}},
+    )
+
+
 def license_of(readme: str) -> str:
     """The licence that a card declares in its front matter, `unknown` when it declares none."""
     match = _FRONT_MATTER.match(readme)

@@ -195,7 +195,7 @@ LEDGER_COLUMNS: dict[str, str] = {
 class Manifest:
     """manifest.json of every artifact, written last."""
 
-    kind: str  # Model | Dataset | Feedback | Evaluation | LiveScore
+    kind: str  # Model | Dataset | Feedback | Predictor | Evaluation | LiveScore
     digest: str  # of the outputs' content
     inputs_digest: str  # of everything that went in: settings, input digests, seed, code version
     inputs: Mapping[str, Any]
@@ -248,6 +248,19 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class RouteReport:
+    """What going by a predictor would cost one arm on the held-out queries, against the usual way for all of them."""
+
+    arm: str  # candidate | control
+    shortcut: str  # strongAlone | weakAlone
+    n: int
+    routed: int  # queries; each saves a draft (strongAlone) or a call of the strong model (weakAlone)
+    loss: float  # of the mean score over all n
+    low: float  # 95 %
+    high: float
+
+
+@dataclass(frozen=True)
 class EvaluationReport:
     """report.json of the evaluate step."""
 
@@ -263,6 +276,8 @@ class EvaluationReport:
     slices: tuple[SliceReport, ...] = ()
     # arm (candidate, control, solo) -> version of the strong model -> answers; "" where the endpoint named none
     strong_versions: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    routes: tuple[RouteReport, ...] = ()  # where a predictor was measured
+    predictor: str = ""  # digest of its file
 
     def arm(self, name: str) -> ArmReport:
         return next(arm for arm in self.arms if arm.name == name)
@@ -295,6 +310,7 @@ def load_report(data: Mapping[str, Any]) -> EvaluationReport:
         "against_control": Comparison(**data["against_control"]),
         "against_solo": Comparison(**data["against_solo"]),
         "slices": tuple(SliceReport(**part) for part in data.get("slices", ())),
+        "routes": tuple(RouteReport(**part) for part in data.get("routes", ())),
     }
     return EvaluationReport(**{**data, **nested})
 

@@ -17,14 +17,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cowest_serving.contract import Pair, digest_of, message_text, normalised
+from cowest_serving import store
+from cowest_serving.contract import PREDICTOR_FILE, Pair, digest_of, message_text, normalised
+from cowest_serving.predictor import Predictor, digest_of_file, features, load_predictor
 
 from . import steps
 from .asking import (
@@ -50,6 +52,7 @@ from .contract import (
     EvaluationReport,
     Evaluator,
     Manifest,
+    RouteReport,
     Row,
     SliceReport,
     StepSettings,
@@ -72,13 +75,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     control = None if args.control == SOLO else read_pair(args.control)
     rows = read_rows(args.held_out)
     check_references(rows, settings.feedback.evaluator)
-    inputs = _inputs(settings, candidate, control, rows)
+    found = read_predictor(args.predictor) if args.predictor else None
+    inputs = _inputs(settings, candidate, control, rows) | ({"predictor": found[1]} if found else {})
     output = steps.open_output(args.out, step="evaluate", inputs=inputs)
     if isinstance(output, Manifest):
         return EXIT_OK
     job = _Job(settings, candidate, control, args.calls, args.round, f"evaluate:{digest_of(inputs)[7:19]}")
     run = asyncio.run(_ask_all(job, rows, steps.Progress(args.progress, "evaluate")))
     report = make_report(run, job, rows)
+    if found:
+        predictor, digest = found
+        report = replace(report, predictor=digest, routes=routes(run, job, rows, predictor))
     report_json = json.dumps(asdict(report), indent=1, ensure_ascii=False)
     (output.folder / REPORT).write_text(report_json, encoding="utf-8")
     write_items(output.folder / ITEMS, rows, run.arms)
@@ -97,7 +104,15 @@ def _flags(argv: Sequence[str] | None) -> Any:
     flags.add_argument("--held-out", required=True, metavar="URI", help="held-out rows, JSONL or Parquet")
     flags.add_argument("--calls", required=True, metavar="FILE", help="book of paid calls (SQLite, local)")
     flags.add_argument("--round", type=int, metavar="N", help="whose budget pays; default: the book's latest round")
+    flags.add_argument("--predictor", metavar="URI", help="output of `predictor`: what going by it would cost")
     return flags.parse_args(argv)
+
+
+def read_predictor(uri: str) -> tuple[Predictor, str]:
+    """And the digest of its file. Raises `StepError` where there is none."""
+    steps.need_manifest(uri, what="--predictor")
+    data = store.get(store.join(uri, PREDICTOR_FILE))
+    return load_predictor(data), digest_of_file(data)
 
 
 def _inputs(settings: StepSettings, candidate: Pair, control: Pair | None, rows: Sequence[Row]) -> dict[str, Any]:
@@ -283,6 +298,26 @@ def slices(
         of_slice = [together[i] for i in inside] if together else None
         seen = compare_paired([candidate[i] for i in inside], [control[i] for i in inside], of_slice, seed)
         reports.append(SliceReport(group, seen.n, seen.difference, seen.low, seen.high))
+    return tuple(reports)
+
+
+def routes(run: Run, job: _Job, rows: Sequence[Row], predictor: Predictor) -> tuple[RouteReport, ...]:
+    """Each shortcut by itself, for each arm that drafts."""
+    found = [features(row.query) for row in rows]
+    together = clusters(rows)
+    reports = []
+    for arm in job.arms_with_drafts:
+        usual = _scores(run, arm)
+        for name, head in predictor.heads.items():
+            if name == "weakAlone" and arm != "candidate":
+                continue  # what the control's drafts score as answers is not asked
+            instead = _scores(run, SOLO if name == "strongAlone" else "weak")
+            is_routed = [head.routes(each) for each in found]
+            scores = [b if routed else a for a, b, routed in zip(usual, instead, is_routed, strict=True)]
+            seen = compare_paired(scores, usual, together, job.settings.training.seed)
+            # Nothing lost in n queries leaves a loss of 3 in n possible (95 %), which no resampling shows.
+            high = max(-seen.low, 3 / len(rows))
+            reports.append(RouteReport(arm, name, len(rows), sum(is_routed), -seen.difference, -seen.high, high))
     return tuple(reports)
 
 

@@ -163,11 +163,16 @@ class Verdict:
 
 def arm_of(trace: Mapping[str, Any], candidate: Pair, control: Pair | None) -> str | None:
     """Whose answer it is; None for neither's, a replay, or one that says nothing about an arm."""
-    if trace["shadow"] or trace["status"] in NOT_OURS:
+    if trace["shadow"] or trace["status"] in NOT_OURS or is_routed(trace):
         return None
     if trace["arm"] == "candidate":
         return CANDIDATE if trace["pair_digest"] == candidate.digest else None
     return CONTROL if control is None or trace["pair_digest"] == control.digest else None
+
+
+def is_routed(trace: Mapping[str, Any]) -> bool:
+    """A predictor could choose its way. Arms are compared while none does; some such answers may still come then."""
+    return (trace.get("propensity") or 1.0) < 1.0
 
 
 def live_answer(trace: Mapping[str, Any], arm: str) -> LiveAnswer:
