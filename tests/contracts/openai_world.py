@@ -88,7 +88,7 @@ def openai_world(
     """`strong` changes single settings of the strong model; `keys`: none lets everybody in."""
     with ExitStack() as stack:
         weak, big = (stack.enter_context(stub_model()) for _ in range(2))
-        settings = Strong(f"{big.url}/v1", "big", (), timeout_seconds=20, max_concurrency=256, max_retries=0)
+        settings = Strong(f"{big.url}/v1", "big", (), timeout_seconds=240, max_concurrency=256, max_retries=0)
         settings = replace(settings, **(strong or {}))
         how = Collaboration("Explanation", "StrongAlone", "Fail", "StrongAlone", draft_max_tokens=64)
         spec = {"strong": dump(settings), "collaboration": dump(replace(how, **collaboration))}

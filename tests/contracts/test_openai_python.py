@@ -681,7 +681,7 @@ async def test_a_cancelled_call_frees_the_strong_model(world: OpenAIWorld) -> No
 async def test_a_thousand_calls_at_once_are_all_answered_each_with_its_own(world: OpenAIWorld) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
-    async with openai.AsyncOpenAI(base_url=f"{world.url}/v1", api_key=KEYS[0], max_retries=0, timeout=120) as client:
+    async with openai.AsyncOpenAI(base_url=f"{world.url}/v1", api_key=KEYS[0], max_retries=0, timeout=240) as client:
 
         async def one(number: int) -> bool:
             messages: Any = [{"role": "user", "content": f"number {number}."}]
