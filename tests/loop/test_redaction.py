@@ -74,6 +74,7 @@ async def test_nothing_that_is_stored_has_a_value(tmp_path: Path) -> None:
     async with world(tmp_path, **pair(strong=strong)) as (_, _, door):
         _, headers = await door.ask(messages=ASKED)
         said = {"request_id": headers["x-request-id"], "reference": f"paid by {CARD}", "comment": f"ask {ANN}"}
+        said |= {"correction": f"{ANN} paid", "accepted": f"{POLICY} is paid"}
         assert (await door.post("/v1/feedback", said))[0] == 200
         row = await door.row()
         (told,) = read_feedback(str(tmp_path)).to_pylist()
@@ -82,6 +83,7 @@ async def test_nothing_that_is_stored_has_a_value(tmp_path: Path) -> None:
     assert row["draft"] == "[Policy_1] is paid, write to [Email_1]"
     assert row["answer"] == "Write to [Email_2] or [Email_1]."
     assert (told["reference"], told["comment"]) == ("paid by [CreditCard_1]", "ask [Email_1]")
+    assert (told["correction"], told["accepted"]) == ("[Email_1] paid", "[Policy_1] is paid")
     assert all(secret.encode() not in file.read_bytes() for file in tmp_path.rglob("*.*") for secret in SECRETS)
 
 
