@@ -331,7 +331,7 @@ def pair_part(place: Place, peers: Sequence[str], found: Findings, rounds: int) 
     makers: dict[str, Callable[[], Target]] = {"pair": lambda: targets.cowest(place, routing)}
     if "litellm_python" in peers and "litellm_python" not in found.reasons:
         makers["litellm_pair"] = lambda: targets.litellm(place, rust=False)
-    makers["ray_pair"] = lambda: targets.ray(place, routing)
+    makers["ray_pair"] = lambda: again(lambda: targets.ray(place, routing))
     asks = {"ideal": Ask((chat(stubs.v1("slow_weak")), chat(stubs.v1("slow_strong"))))}
     running: dict[str, Target] = {}
     with ExitStack() as all_of_them:
@@ -350,6 +350,14 @@ def pair_part(place: Place, peers: Sequence[str], found: Findings, rounds: int) 
             pair_round(asks, running, found)
     for name in makers:
         found.ratio(f"{name}_over_ideal", f"pair_us.{name}", "pair_us.ideal")
+
+
+def again(maker: Callable[[], Target]) -> Target:
+    """Ray gives its parts 30 s to start, which a busy machine may not have the first time."""
+    try:
+        return maker()
+    except Unavailable:
+        return maker()
 
 
 def pair_round(asks: dict[str, Ask], running: dict[str, Target], found: Findings) -> None:
