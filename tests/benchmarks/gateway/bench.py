@@ -478,6 +478,8 @@ def main() -> int:
                 pair_part(place, options.peers, found, options.rounds)
             if "trace" in options.parts:
                 trace_part(place, found, options.rounds, rate, options.seconds)
+        except KeyboardInterrupt:
+            found.reasons["interrupted"] = "the rounds before the interruption count"
         finally:
             field.stop()
             stubs.tree.stop()
