@@ -16,7 +16,7 @@ from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Arm, Pair, Routing, dump
 from tests.benchmarks.gateway import tools
 from tests.benchmarks.gateway.load import Ask, Stubs, chat
-from tests.benchmarks.gateway.processes import Tree, Unavailable
+from tests.benchmarks.gateway.processes import Tree
 
 T = TypeVar("T")
 Records = Literal["spool", "memory", "none"]
@@ -107,10 +107,9 @@ def cowest(place: Place, routing: Routing, records: Records = "spool", *more: st
     flags = cowest_files(folder, routing) + (["--spool", str(folder / "spool")] if records == "spool" else [])
     command = [sys.executable, "-m", module, *flags, "--port", str(port), "--log-level", "warning", *more]
     tree = Tree(command, folder / "log", place.core, cowest_environment(place.stubs) | {"PYTHONPATH": str(tools.ROOT)})
-    tree.ready(f"http://127.0.0.1:{port}/readyz")
-    tree.pin()
     ask = Ask((chat(f"http://127.0.0.1:{port}/v1", "pair"),))
-    return Target("cowest", "this checkout", tree, plain=ask, paced=ask, slow=ask)
+    target = Target("cowest", "this checkout", tree, plain=ask, paced=ask, slow=ask)
+    return _started(lambda: tree, lambda _: target, f"http://127.0.0.1:{port}/readyz")
 
 
 def ray(place: Place, routing: Routing) -> Target:
@@ -210,7 +209,7 @@ def _router(name: str, version: str, place: Place, command: list[Any]) -> Target
     tree, paced = one("paced")
     try:
         beside, plain = one("plain")
-    except Unavailable:
+    except BaseException:
         tree.stop()
         raise
     return Target(name, version, tree, plain, paced, beside=beside)
@@ -274,7 +273,7 @@ def _started(
     tree = start()
     try:
         tree.ready(url, within, headers, body)
-    except Unavailable:
+    except BaseException:  # also when it is interrupted: nothing is left running
         tree.stop()
         raise
     tree.pin()
