@@ -237,6 +237,13 @@ class ObjectStore:
             "AWS_SECRET_ACCESS_KEY": KEYS[1],
         }
 
+    async def __aenter__(self) -> ObjectStore:
+        await self.come()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.go()
+
     async def be_gone(self, seconds: float) -> None:
         self.go()
         self.is_gone = True
@@ -502,8 +509,7 @@ class Faults:
 async def torture(folder: Path, options: Options) -> dict[str, Any]:
     chance = random.Random(options.seed)
     store, users, faults = ObjectStore(folder), Users(options.rate), Faults()
-    async with stub("weak") as weak, stub("strong") as strong:
-        await store.come()
+    async with stub("weak") as weak, stub("strong") as strong, store:
         with small_disk(folder / "small") as is_mounted:
             gateways = Gateways(folder, store, weak, strong, is_mounted)
             await kill_again_and_again(gateways, users, faults, store, options, chance)
@@ -513,7 +519,6 @@ async def torture(folder: Path, options: Options) -> dict[str, Any]:
             peer = await torture_litellm(folder, store, strong, options, chance) if options.beside_litellm else {}
         except Unavailable as error:
             peer = {"litellm_lost": None, "reason": str(error)}
-        store.go()
     return (
         found
         | peer
