@@ -17,7 +17,7 @@ import yaml
 from cowest_operator import manifest
 from cowest_operator.manifest import ManifestError
 from cowest_operator.schema import UNKNOWN, Schema
-from tests.apiserver.conftest import CRDS, JOBS, ApiServer
+from tests.apiserver.conftest import CRDS, JOBS, ApiServer, wait_until
 from tests.manifests import BROKEN, VALID, Broken, edited, smallest
 
 DRY = "?fieldValidation=Strict&dryRun=All"
@@ -32,9 +32,13 @@ def ours(job: Mapping[str, Any]) -> manifest.Loaded | ManifestError:
 
 
 def test_the_crd_is_accepted_without_warnings_or_conditions_against_it(server: ApiServer) -> None:
-    _, crd = server.request("GET", f"{CRDS}/collaborationjobs.cowest.dev")
-    conditions = {each["type"]: each["status"] for each in crd["status"]["conditions"]}
-    assert conditions["NamesAccepted"] == conditions["Established"] == "True"
+    def conditions_of() -> dict[str, str]:
+        _, crd = server.request("GET", f"{CRDS}/collaborationjobs.cowest.dev")
+        return {each["type"]: each["status"] for each in crd["status"]["conditions"]}
+
+    wait_until(lambda: conditions_of().get("Established") == "True", "the CRD to be established")  # served before that
+    conditions = conditions_of()
+    assert conditions["NamesAccepted"] == "True"
     assert "NonStructuralSchema" not in conditions
 
 

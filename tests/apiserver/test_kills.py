@@ -286,7 +286,9 @@ def submitted(tap: Tap) -> dict[str, int]:
 
 
 def said(playground: Playground) -> list[tuple[str, str]]:
-    return sorted((event["reason"], event["message"]) for event in playground.items(EVENTS))
+    """By the operator: the API server says things of its own, of addresses that it looks after."""
+    ours = (event for event in playground.items(EVENTS) if event["source"].get("component") == "cowest-operator")
+    return sorted((event["reason"], event["message"]) for event in ours)
 
 
 def steps_run(playground: Playground) -> list[tuple[str, str]]:
