@@ -76,6 +76,7 @@ from cowest_serving.hedging import Hedging
 from cowest_serving.ids import new_id
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Metrics
+from cowest_serving.open_files import allow_many_connections
 from cowest_serving.routes import Routes
 from cowest_serving.routing import FileRouting, RoutingSource, choose_arm
 from cowest_serving.store import StoreError
@@ -737,6 +738,7 @@ def _unknown(scope: Scope, status: int, what: str, more: Mapping[str, str] | Non
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     log_to_stderr(options.log_level)
+    allow_many_connections()
     stop = Stop()
     try:
         if options.worker is None:

@@ -73,6 +73,7 @@ from cowest_serving.leases import LEASE_PATH, Ask, Room, Spent
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Labels, Metrics, ModelCall
 from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, content_text, count
+from cowest_serving.open_files import allow_many_connections
 from cowest_serving.wire import WireError
 
 log = logging.getLogger(__name__)
@@ -707,6 +708,7 @@ class Server(uvicorn.Server):
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     log_to_stderr(options.log_level)
+    allow_many_connections()
     try:
         settings = load_settings(options.job)
         if more := os.environ.get("COWEST_MORE_CA"):

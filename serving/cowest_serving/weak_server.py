@@ -45,6 +45,7 @@ from cowest_serving.logs import (
 )
 from cowest_serving.metrics import Metrics
 from cowest_serving.model_files import ModelFolderError, check_model_folder, resolve_model
+from cowest_serving.open_files import allow_many_connections
 from cowest_serving.store import StoreError
 from cowest_serving.weak_api import Asked, Prompt, Reply, parse_chat, parse_completion
 from cowest_serving.weak_worker import Job, Worker
@@ -345,6 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.die_with_parent is not None:
         _die_with_parent(args.die_with_parent)
     log_to_stderr("info")
+    allow_many_connections()
     # Threads that wait for work must sleep: other processes share these cores. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

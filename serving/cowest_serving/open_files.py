@@ -1,0 +1,18 @@
+"""As many open files as this process may have: each connection is one, and many systems begin with 1,024 of them."""
+
+from __future__ import annotations
+
+import resource
+from contextlib import suppress
+
+MOST = 65_536
+
+
+def allow_many_connections() -> None:
+    """The soft limit up to the hard one, which is the administrator's. Children inherit it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    with suppress(ValueError, OSError):  # some systems allow less than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
