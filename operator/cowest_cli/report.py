@@ -92,7 +92,7 @@ def _spent(place: jobs.Home) -> Mapping[str, Any]:
 
 
 def _live(place: jobs.Home, document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of live answers, which no book counts: from the traces that retention has left."""
+    """Of live answers: from the traces that retention has left. A book counts them only where a day is limited."""
     import pyarrow.compute as pc
 
     from cowest_serving.traces import read_columns

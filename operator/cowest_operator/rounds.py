@@ -252,7 +252,7 @@ def _tune(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
 def _has_routes(world: api.World) -> bool:
     """The manifest lets a predictor choose the way of a query, once it is measured."""
     shortcuts = world.trial_job.spec.collaboration.shortcuts
-    return shortcuts is not None and bool(shortcuts.strong_alone or shortcuts.weak_alone)
+    return shortcuts is not None and bool(shortcuts.routed)
 
 
 def _learns_routes(world: api.World, trial: api.Trial) -> bool:
@@ -349,11 +349,7 @@ def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baselin
     inputs = with_draft * (question + draft) + alone * question + judged * (question + 2 * answer + JUDGE_TOKENS)
     outputs = (with_draft + alone) * answer + judged * JUDGE_TOKENS
     prices = spec.strong.prices
-    money = (
-        (inputs * prices.input_per_million_tokens + outputs * prices.output_per_million_tokens) / 1e6
-        if prices
-        else None
-    )
+    money = prices.of(inputs, outputs) if prices else None
     name = "baseline" if baseline else "tuned round"
     return Estimate(
         name, with_draft + alone + judged, int(inputs + outputs), money, prices.currency if prices else None

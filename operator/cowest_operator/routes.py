@@ -40,9 +40,7 @@ def _is_allowed(seen: RouteReport, shortcuts: Shortcuts | None) -> bool:
 
 
 def _limits(seen: RouteReport, shortcuts: Shortcuts | None) -> RouteLimits | None:
-    if shortcuts is None:
-        return None
-    return {"strongAlone": shortcuts.strong_alone, "weakAlone": shortcuts.weak_alone}.get(seen.shortcut)
+    return shortcuts.routed.get(seen.shortcut) if shortcuts else None
 
 
 def _sentence(seen: RouteReport, shortcuts: Shortcuts | None) -> str:

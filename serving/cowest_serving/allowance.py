@@ -27,7 +27,7 @@ import orjson
 
 from cowest_serving.book import BookError, PaidCalls
 from cowest_serving.contract import Messages, Prices, SettingsError, Strong, dump, parse
-from cowest_serving.estimates import UNKNOWN_OUTPUT_TOKENS, likely_input_tokens, most_output_tokens
+from cowest_serving.estimates import UNKNOWN_OUTPUT_TOKENS, likely_input_tokens, likely_tokens, most_output_tokens
 from cowest_serving.leases import LEASE_PATH, Amount, Ask, Lease, Room, Spent
 from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, count
 
@@ -146,7 +146,7 @@ class Bill:
 
     def read_result(self, result: ChatResult) -> None:
         self.has_begun = True
-        self._count(result.input_tokens, result.output_tokens or -(-len(result.text) // 3))
+        self._count(result.input_tokens, result.output_tokens or likely_tokens(len(result.text)))
 
     def read_chunk(self, chunk: bytes) -> None:
         """Without parsing what has no usage."""
@@ -251,10 +251,7 @@ class Allowance:
         )
 
     def _money(self, input_tokens: int, output_tokens: int) -> float:
-        if self._prices is None:
-            return 0.0
-        prices = self._prices
-        return (input_tokens * prices.input_per_million_tokens + output_tokens * prices.output_per_million_tokens) / 1e6
+        return self._prices.of(input_tokens, output_tokens) if self._prices else 0.0
 
     # ------------------------------------------------------------ the book
     async def _wait_for(self, amount: Amount) -> Share:

@@ -300,7 +300,7 @@ class Gateway:
         self._drafts = DraftCache(shortcuts.draft_cache) if shortcuts.draft_cache else None
         self._hedging = Hedging(shortcuts.hedge) if shortcuts.hedge else None
         self._repeats = Repeats()
-        self._routes = Routes(shortcuts) if shortcuts.strong_alone or shortcuts.weak_alone else None
+        self._routes = Routes(shortcuts) if shortcuts.routed else None
         self.answering = self._answering()
 
     def _answering(self) -> Answering:

@@ -479,10 +479,7 @@ class PaidCalls:
         db.execute("INSERT INTO reserved VALUES(?, ?, ?, ?, ?)", (call.key, number, day, tokens, money))
 
     def _money(self, input_tokens: int, output_tokens: int) -> float:
-        if self._prices is None:
-            return 0.0
-        prices = self._prices
-        return (input_tokens * prices.input_per_million_tokens + output_tokens * prices.output_per_million_tokens) / 1e6
+        return self._prices.of(input_tokens, output_tokens) if self._prices else 0.0
 
     # ------------------------------------------------------------ group commit
     async def _commit(self, work: Work) -> Any:

@@ -151,6 +151,10 @@ class Prices:
     output_per_million_tokens: float
     currency: str
 
+    def of(self, input_tokens: float, output_tokens: float) -> float:
+        """Money."""
+        return (input_tokens * self.input_per_million_tokens + output_tokens * self.output_per_million_tokens) / 1e6
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -251,6 +255,12 @@ class Shortcuts:
     hedge: HedgeLimits | None = None
     strong_alone: RouteLimits | None = None
     weak_alone: RouteLimits | None = None
+
+    @property
+    def routed(self) -> dict[str, RouteLimits]:
+        """Those that go by a predictor, by their names in the manifest."""
+        named = {"weakAlone": self.weak_alone, "strongAlone": self.strong_alone}
+        return {name: limits for name, limits in named.items() if limits is not None}
 
 
 @dataclass(frozen=True)

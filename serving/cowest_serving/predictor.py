@@ -11,7 +11,6 @@ some 40 microseconds for a query of 50 words.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -111,7 +110,3 @@ def _head(value: Mapping[str, Any]) -> Head:
     if len(weights) != BUCKETS:
         raise ValueError(f"{len(weights)} weights")
     return Head(weights, float(value["bias"]), float(value["threshold"]))
-
-
-def digest_of_file(data: bytes) -> str:
-    return "sha256:" + hashlib.sha256(data).hexdigest()

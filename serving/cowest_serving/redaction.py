@@ -239,22 +239,16 @@ class Redacted:
 
     def messages(self, messages: Messages) -> list[dict[str, Any]]:
         """Texts, their parts, and the arguments of tool calls; images and the like pass as they are."""
-        return [{name: self._value(name, value) for name, value in message.items()} for message in messages]
+        return [{name: _changed(name, value, self._hidden) for name, value in message.items()} for message in messages]
 
     def parameters(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """Those of a request that carry texts of an application's users."""
-        return {name: self._value(name, value) if name in _WITH_TEXT else value for name, value in given.items()}
+        return {
+            name: _changed(name, value, self._hidden) if name in _WITH_TEXT else value for name, value in given.items()
+        }
 
-    def _value(self, name: str, value: Any) -> Any:
-        if name in _NO_TEXT:
-            return value
-        if isinstance(value, str):
-            return self.text(value)
-        if isinstance(value, list):
-            return [self._value(name, item) for item in value]
-        if isinstance(value, Mapping):
-            return {key: self._value(key, item) for key, item in value.items()}
-        return value
+    def _hidden(self, _: str, text: str) -> str:
+        return self.text(text)
 
     def _placeholder(self, kind: str, value: str) -> str:
         known = self._placeholders.get((kind, value))
@@ -281,19 +275,27 @@ class Redacted:
     def restored_body(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """A chat completion, its texts and the arguments of its tool calls restored."""
         choices = [
-            {**choice, "message": self._restored_value("", choice["message"])} if "message" in choice else choice
+            {**choice, "message": _changed("", choice["message"], self.put_back)} if "message" in choice else choice
             for choice in body.get("choices") or []
         ]
         return {**body, "choices": choices}
 
-    def _restored_value(self, name: str, value: Any) -> Any:
-        if isinstance(value, str):
-            return self.restored(value, within_json=name == "arguments")
-        if isinstance(value, list):
-            return [self._restored_value(name, item) for item in value]
-        if isinstance(value, Mapping):
-            return {key: self._restored_value(key, item) for key, item in value.items()}
+    def put_back(self, name: str, text: str) -> str:
+        """`name`: of the field; the arguments of a tool are JSON within a text."""
+        return self.restored(text, within_json=name == "arguments")
+
+
+def _changed(name: str, value: Any, change: Callable[[str, str], str]) -> Any:
+    """A value of a message with each text in it changed, by the name of its field."""
+    if name in _NO_TEXT:
         return value
+    if isinstance(value, str):
+        return change(name, value)
+    if isinstance(value, list):
+        return [_changed(name, item, change) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _changed(key, item, change) for key, item in value.items()}
+    return value
 
 
 _WITH_TEXT = frozenset({"metadata", "prediction"})
@@ -322,18 +324,17 @@ class RestoredStream:
             is_last = choice.get("finish_reason") is not None
             for place, name, where in list(_texts(index, delta)):
                 where[name] = self._next(place, where[name], is_last)
-            if is_last:
-                self._flush(index, choice)
+            if is_last and (left := self._left(index)):
+                calls = [*(delta.get("tool_calls") or []), *left.pop("tool_calls", [])]
+                choice["delta"] = {**delta, **left, **({"tool_calls": calls} if calls else {})}
         self._last = {name: chunk.get(name) for name in ("id", "object", "created", "model")}
         return orjson.dumps(chunk)
 
     def rest(self) -> Iterator[bytes]:
         """What was held back of choices that never ended; to be sent before the end of the stream."""
-        for (index, name, *_), text in list(self._rests.items()):
-            if text and name == "content":
-                delta = {"index": index, "delta": {"content": text}, "finish_reason": None}
-                yield orjson.dumps({**self._last, "choices": [delta]})
-        self._rests.clear()
+        for index in dict.fromkeys(place[0] for place in self._rests):
+            choice = {"index": index, "delta": self._left(index), "finish_reason": None}
+            yield orjson.dumps({**self._last, "choices": [choice]})
 
     def _next(self, place: tuple[Any, ...], text: str, is_last: bool) -> str:
         whole = self._rests.pop(place, "") + text
@@ -341,11 +342,18 @@ class RestoredStream:
         if begun is not None:
             self._rests[place] = begun[0]
             whole = whole[: begun.start()]
-        return self._redacted.restored(whole, within_json=place[1] == "arguments")
+        return self._redacted.put_back(place[1], whole)
 
-    def _flush(self, index: int, choice: dict[str, Any]) -> None:
-        if text := self._rests.pop((index, "content"), ""):
-            choice["delta"] = {**(choice.get("delta") or {}), "content": text}
+    def _left(self, index: int) -> dict[str, Any]:
+        """What was held back of a choice, as a delta: it never became a placeholder."""
+        delta: dict[str, Any] = {}
+        for place in [place for place in self._rests if place[0] == index]:
+            text = self._rests.pop(place)
+            if place[1] == "arguments":
+                delta.setdefault("tool_calls", []).append({"index": place[2], "function": {"arguments": text}})
+            else:
+                delta[place[1]] = text
+        return delta
 
 
 def _texts(index: int, delta: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], str, dict[str, Any]]]:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cowest_serving import store
-from cowest_serving.contract import Mode, PredictorRef, RouteLimits, SettingsError, Shortcuts
-from cowest_serving.predictor import Predictor, Route, digest_of_file, load_predictor
+from cowest_serving.contract import Mode, PredictorRef, SettingsError, Shortcuts, digest_of
+from cowest_serving.predictor import Predictor, Route, load_predictor
 
 log = logging.getLogger(__name__)
 AGAIN_SECONDS = 30.0  # after a predictor could not be read
@@ -48,9 +48,7 @@ class Routes:
         draw: Callable[[], float] = random.random,
         read: Callable[[str], bytes] = store.get,
     ) -> None:
-        declared: Mapping[Route, RouteLimits | None]
-        declared = {"weakAlone": shortcuts.weak_alone, "strongAlone": shortcuts.strong_alone}
-        self._explore = {name: limits.explore_percent / 100 for name, limits in declared.items() if limits}
+        self._explore = {name: limits.explore_percent / 100 for name, limits in shortcuts.routed.items()}
         self._draw, self._read = draw, read
         self._loaded: dict[str, Predictor] = {}  # by digest
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -80,7 +78,7 @@ class Routes:
     async def load(self, ref: PredictorRef) -> None:
         try:
             data = await asyncio.to_thread(self._read, ref.uri)
-            if (digest := digest_of_file(data)) != ref.digest:
+            if (digest := digest_of(data)) != ref.digest:
                 raise SettingsError(f"{ref.uri}: wanted the predictor {ref.digest}, saw {digest}")
             self._loaded = {ref.digest: load_predictor(data)}
         except (store.StoreError, SettingsError) as error:

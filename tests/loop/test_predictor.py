@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from cowest_serving.contract import PREDICTOR_FILE, PredictorRef, RouteLimits, Shortcuts
-from cowest_serving.predictor import BUCKETS, Head, Predictor, digest_of_file, dump_predictor, features, load_predictor
+from cowest_serving.contract import PREDICTOR_FILE, PredictorRef, RouteLimits, Shortcuts, digest_of
+from cowest_serving.predictor import BUCKETS, Head, Predictor, dump_predictor, features, load_predictor
 from cowest_serving.traces import TraceWriter
 from cowest_training import evaluate, predictor, steps
 from cowest_training.asking import Draft, Reply
@@ -84,7 +84,7 @@ def test_both_shortcuts_are_learnt_from_what_drafts_were_worth(tmp_path: Path, s
     manifest = step.run()
     assert (manifest.kind, manifest.metrics["queries"]) == ("Predictor", 120)
     data = (tmp_path / "predictor" / PREDICTOR_FILE).read_bytes()
-    assert manifest.digest == digest_of_file(data) and "freight" not in data.decode()
+    assert manifest.digest == digest_of(data) and "freight" not in data.decode()
     learnt = step.learnt()
     for name in ("strongAlone", "weakAlone"):
         assert [learnt.route(text, [name]) for text in ("hello 4 thanks", "customs 4 freight")] == [name, None]
@@ -152,7 +152,7 @@ def test_the_loss_is_that_of_the_queries_that_would_be_routed(tmp_path: Path, st
     assert (seen.arm, seen.shortcut, seen.n, seen.routed) == ("candidate", "strongAlone", 8, 4)
     assert lost > 0 and seen.loss == pytest.approx(lost)
     assert seen.low <= seen.loss <= seen.high
-    assert report.predictor == digest_of_file((tmp_path / "predictor" / PREDICTOR_FILE).read_bytes())
+    assert report.predictor == digest_of((tmp_path / "predictor" / PREDICTOR_FILE).read_bytes())
 
 
 def test_nothing_lost_in_few_queries_is_no_proof(tmp_path: Path, strong: ScriptedModel) -> None:
@@ -173,7 +173,7 @@ def gone_by(folder: Path, *shortcuts: str, explore: int = 10, **heads: Head) -> 
     """What `gateway_world` needs for an arm with this predictor."""
     data = dump_predictor(Predictor(heads))
     (folder / PREDICTOR_FILE).write_bytes(data)
-    ref = PredictorRef((folder / PREDICTOR_FILE).as_uri(), digest_of_file(data), shortcuts)
+    ref = PredictorRef((folder / PREDICTOR_FILE).as_uri(), digest_of(data), shortcuts)
     limits = RouteLimits(0.05, explore)
     return {"arm": {"predictor": ref}, "shortcuts": Shortcuts(strong_alone=limits, weak_alone=limits)}
 

@@ -10,13 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cowest_serving.contract import PredictorRef, RouteLimits, SettingsError, Shortcuts
+from cowest_serving.contract import PredictorRef, RouteLimits, SettingsError, Shortcuts, digest_of
 from cowest_serving.predictor import (
     BUCKETS,
     MOST_WORDS,
     Head,
     Predictor,
-    digest_of_file,
     dump_predictor,
     features,
     load_predictor,
@@ -132,7 +131,7 @@ def test_the_threshold_lies_between_chances_and_equal_ones_go_the_same_way() -> 
 # ---------------------------------------------------------------- the way of a request
 def routes(predictor: Predictor, draw: float, **changes: object) -> tuple[Routes, PredictorRef]:
     data = dump_predictor(predictor)
-    ref = PredictorRef("s3://b/p", digest_of_file(data), ("strongAlone", "weakAlone"))
+    ref = PredictorRef("s3://b/p", digest_of(data), ("strongAlone", "weakAlone"))
     built = Routes(replace(SHORTCUTS, **changes), lambda: draw, lambda _: data)
     asyncio.run(built.load(ref))
     return built, ref
@@ -172,7 +171,7 @@ def test_only_what_is_declared_and_was_measured_well_is_taken() -> None:
 
 async def test_until_the_predictor_is_there_requests_go_the_usual_way() -> None:
     data = dump_predictor(Predictor({"strongAlone": ALWAYS}))
-    ref = PredictorRef("s3://b/p", digest_of_file(data), ("strongAlone",))
+    ref = PredictorRef("s3://b/p", digest_of(data), ("strongAlone",))
     built = Routes(SHORTCUTS, lambda: 0.9, lambda _: data)
     assert built.way(ref, "x", {}) == USUAL
     async with asyncio.timeout(5):

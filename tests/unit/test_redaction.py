@@ -204,6 +204,24 @@ def test_arguments_of_a_tool_that_come_in_parts_get_their_values_back() -> None:
     assert json.loads(arguments) == {"to": ANN}
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_only_began_like_a_placeholder_is_lost_of_no_text(ends: bool) -> None:
+    """A refusal, and the arguments of a tool call that break off."""
+    redacted = SOME.begin()
+    redacted.text(ANN)
+    stream = RestoredStream(redacted)
+    delta = {"refusal": "no [Em", "tool_calls": [{"index": 1, "function": {"arguments": '{"to": "[Email'}}]}
+    sent = [stream.chunk(orjson.dumps({"choices": [{"index": 0, "delta": delta}]}))]
+    if ends:
+        sent.append(stream.chunk(orjson.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})))
+    sent += stream.rest()
+    deltas = [orjson.loads(each)["choices"][0]["delta"] for each in sent]
+    assert "".join(each.get("refusal") or "" for each in deltas) == "no [Em"
+    calls = [call for each in deltas for call in each.get("tool_calls") or []]
+    assert {call["index"] for call in calls} == {1}
+    assert "".join(call["function"]["arguments"] for call in calls) == '{"to": "[Email'
+
+
 # ---------------------------------------------------------------- the manifest
 def test_the_kinds_of_the_manifest_are_those_that_are_looked_for() -> None:
     section = manifest.field_schema("spec")["properties"]["collaboration"]["properties"]["redaction"]

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from cowest_serving import store
 from cowest_serving.contract import PREDICTOR_FILE, Pair, digest_of, message_text, normalised
-from cowest_serving.predictor import Predictor, digest_of_file, features, load_predictor
+from cowest_serving.predictor import Predictor, features, load_predictor
 
 from . import steps
 from .asking import (
@@ -112,7 +112,7 @@ def read_predictor(uri: str) -> tuple[Predictor, str]:
     """And the digest of its file. Raises `StepError` where there is none."""
     steps.need_manifest(uri, what="--predictor")
     data = store.get(store.join(uri, PREDICTOR_FILE))
-    return load_predictor(data), digest_of_file(data)
+    return load_predictor(data), digest_of(data)
 
 
 def _inputs(settings: StepSettings, candidate: Pair, control: Pair | None, rows: Sequence[Row]) -> dict[str, Any]:

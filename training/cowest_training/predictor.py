@@ -32,7 +32,7 @@ from scipy.sparse import csr_matrix
 
 from cowest_serving import store
 from cowest_serving.contract import PREDICTOR_FILE, RouteLimits, digest_of
-from cowest_serving.predictor import BUCKETS, ROUTES, Head, Predictor, digest_of_file, dump_predictor, features
+from cowest_serving.predictor import BUCKETS, Head, Predictor, dump_predictor, features
 from cowest_serving.predictor import scale as scale_of
 
 from . import steps
@@ -78,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if found.head is None:
             steps.say(f"{name}: no query is seen to do without; nothing will be routed by it.")
     (output.folder / PREDICTOR_FILE).write_bytes(data)
-    card = predictor_card(digest_of_file(data), inputs, metrics, steps.code_version())
+    card = predictor_card(digest_of(data), inputs, metrics, steps.code_version())
     (output.folder / "README.md").write_text(card, encoding="utf-8")
-    output.finish(kind="Predictor", metrics=metrics, digest=digest_of_file(data))
+    output.finish(kind="Predictor", metrics=metrics, digest=digest_of(data))
     return EXIT_OK
 
 
@@ -96,8 +96,7 @@ def _flags(argv: Sequence[str] | None) -> Any:
 def declared(settings: StepSettings) -> dict[str, RouteLimits]:
     """The shortcuts that need a predictor, by their names in the manifest."""
     shortcuts = settings.collaboration.shortcuts
-    found = {"weakAlone": shortcuts.weak_alone, "strongAlone": shortcuts.strong_alone} if shortcuts else {}
-    return {name: limits for name in ROUTES if (limits := found.get(name)) is not None}
+    return shortcuts.routed if shortcuts else {}
 
 
 # ---------------------------------------------------------------- what is learnt from

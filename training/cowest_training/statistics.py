@@ -113,17 +113,15 @@ def compare_independent(
     rng = np.random.default_rng(seed)
     our_clusters, their_clusters = clusters or (None, None)
     drawn, others = _by_cluster(ours, our_clusters), _by_cluster(theirs, their_clusters)
-    if len(drawn[0]) < len(ours) or len(others[0]) < len(theirs):
-        test = "ClusterPermutation"
-        p_better, p_worse = permutation_of_clusters(drawn, others, rng)
-    elif is_binary(ours) and is_binary(theirs):
+    clustered = len(drawn[0]) < len(ours) or len(others[0]) < len(theirs)
+    if not clustered and is_binary(ours) and is_binary(theirs):
         test = "FisherExact"
         wins, losses = int(ours.sum()), int(theirs.sum())
         p_better = fisher(wins, len(ours), losses, len(theirs))
         p_worse = fisher(losses, len(theirs), wins, len(ours))
     else:
-        test = "Permutation"
-        p_better, p_worse = permutation(ours, theirs, rng)
+        test = "ClusterPermutation" if clustered else "Permutation"
+        p_better, p_worse = permutation(drawn, others, rng)
     our_means, their_means = (
         _resampled_means(ours, our_clusters, rng),
         _resampled_means(theirs, their_clusters, rng),
@@ -187,24 +185,8 @@ def sign_flip(differences: Floats, rng: np.random.Generator) -> tuple[float, flo
     return _tails(observed, sums, exact=False)
 
 
-def permutation(ours: Floats, theirs: Floats, rng: np.random.Generator) -> tuple[float, float]:
-    """One-sided (p_better, p_worse) of two means: all splits for few scores, sampled ones otherwise."""
-    pooled = np.concatenate([ours, theirs])
-    observed = float(ours.sum())  # with the pooled sum fixed this orders like the difference of the means
-    if math.comb(len(pooled), len(ours)) <= EXACT_SPLITS:
-        sums = np.asarray([pooled[list(split)].sum() for split in combinations(range(len(pooled)), len(ours))])
-        return _tails(observed, sums, exact=True)
-    sums = np.concatenate(
-        [
-            rng.permuted(np.broadcast_to(pooled, (rows, len(pooled))), axis=1)[:, : len(ours)].sum(axis=1)
-            for rows in _blocks(PERMUTATIONS, len(pooled))
-        ]
-    )
-    return _tails(observed, sums, exact=False)
-
-
-def permutation_of_clusters(ours: Clusters, theirs: Clusters, rng: np.random.Generator) -> tuple[float, float]:
-    """One-sided (p_better, p_worse) of two means of scores that come in clusters: whose each cluster is, is permuted.
+def permutation(ours: Clusters, theirs: Clusters, rng: np.random.Generator) -> tuple[float, float]:
+    """One-sided (p_better, p_worse) of two means of scores in clusters of one or more: whose each is, is permuted.
 
     All splits for few clusters, sampled ones otherwise. Answers to one user are alike: from few users they say less
     than as many from many.
