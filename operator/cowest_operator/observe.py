@@ -207,12 +207,11 @@ class Observer:
         if not reference:
             return {}
         namespace, name = body["metadata"]["namespace"], reference["name"]
-        known = memory.asked.get(f"prompts {name}")
-        if known and time.monotonic() - known[0] < PROMPTS_EVERY:
-            found = known[1]
-        else:
+        what = f"prompts {name}"
+        if memory.age(what) >= PROMPTS_EVERY:
             found = await self.kube.get("ConfigMap", namespace, name)
-            memory.asked[f"prompts {name}"] = (time.monotonic(), found)
+            memory.asked[what] = (time.monotonic(), found)
+        found = memory.answer(what)
         return {name: found.get("data") or {}} if found else {}
 
 
