@@ -166,13 +166,25 @@ def desk(operator: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[D
         run("kubectl", "delete", "namespace", NAMESPACE, "--wait=false", check=False)
 
 
+def rolled_out(name: str) -> None:
+    """Waits for a Deployment; fails with what its pods, their claims and the cluster's volumes say."""
+    ready = ["kubectl", "--namespace", NAMESPACE, "rollout", "status", f"deployment/{name}", "--timeout=180s"]
+    done = subprocess.run(ready, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pods = kubectl("describe", "pods", "--selector", f"app={name}", check=False)[-4000:]
+        rooms = kubectl("get", "persistentvolumeclaims,persistentvolumes", check=False)
+        log = kubectl("logs", f"deployment/{name}", "--tail=20", check=False)
+        pytest.fail(f"deployment/{name}: {done.stdout}{done.stderr}\n{pods}\n{rooms}\n{log}")
+
+
 @contextmanager
 def reached(folder: Path) -> Iterator[Desk]:
     """The desk whose namespace is there: its data made again here, its store behind a port-forward."""
     run(
         sys.executable, str(EXAMPLE / "make_data.py"), "--out", str(folder / "data"), "--seed", "0", OMP_NUM_THREADS="1"
     )
-    kubectl("rollout", "status", "deployment/minio", "deployment/strong", "--timeout=180s")
+    for name in ("minio", "strong"):
+        rolled_out(name)
     with forwarded("minio", 9000) as port:
         yield Desk(folder, {**KEYS, "COWEST_S3_ENDPOINT": f"http://127.0.0.1:{port}", "AWS_REGION": "us-east-1"})
 
