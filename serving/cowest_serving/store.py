@@ -27,6 +27,7 @@ from urllib.parse import quote, unquote, urlsplit
 from cowest_serving.outward import proxy_of
 
 LAST = "manifest.json"  # an output without it does not exist: uploaded last
+AT_ONCE = 8  # reads of one process that a store is asked for side by side; as many connections are kept
 _PART = ".part"  # suffix of a file that is still being written; never listed
 _RETRYABLE_CODES = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "XMinioServerNotInitialized"}
 _KEY_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
@@ -407,6 +408,7 @@ def _pool(settings: _S3Settings) -> Any:
     import urllib3
 
     options: dict[str, Any] = {
+        "maxsize": AT_ONCE,
         "timeout": urllib3.Timeout(connect=5, read=60),
         "retries": urllib3.Retry(total=3, backoff_factor=0.2, status_forcelist=(500, 502, 503, 504)),
         "cert_reqs": "CERT_REQUIRED",

@@ -248,7 +248,8 @@ def _store() -> list[dict[str, Any]]:
             {"name": "HOME", "value": "/data"},
         ],
         "ports": [{"name": "http", "containerPort": 9000}],
-        "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+        # A folder of this run: a volume that is not made anew for each claim still holds what the last run left.
+        "volumeMounts": [{"name": "data", "mountPath": "/data", "subPath": f"{datetime.now(UTC):%Y%m%dT%H%M%S}"}],
         "readinessProbe": {"httpGet": {"path": "/minio/health/ready", "port": 9000}, **PATIENT},
         "securityContext": SAFE,
     }

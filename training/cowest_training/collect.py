@@ -22,7 +22,7 @@ from typing import Any
 
 from cowest_serving import store
 from cowest_serving.contract import FEEDBACK_PREFIX, TRACES_PREFIX
-from cowest_serving.traces import read_feedback, read_traces
+from cowest_serving.traces import read_columns, read_feedback
 from cowest_training.cards import DatasetCard, dataset_card
 from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row, evaluator_digest
 from cowest_training.data import (
@@ -166,8 +166,7 @@ def merged(train: Sequence[Row], traces: Sequence[Row]) -> tuple[list[Row], int]
 def usable_traces(store_uri: str, evaluator: Evaluator, held_out: Known, since: float | None = None) -> Usable:
     """The traces (since an epoch time) that can be learnt from."""
     late = late_references(read_feedback(store_uri).select(["trace_id", "reference"]).to_pylist())
-    columns = ["trace_id", "status", "shadow", "messages"]
-    traces = read_traces(store_uri, since).select(columns).to_pylist()
+    traces = read_columns(store_uri, ["trace_id", "status", "shadow", "messages"], since).to_pylist()
     excluded: Counter[str] = Counter()
     latest: dict[Any, Row] = {}
     for trace in traces:
