@@ -752,8 +752,3 @@ def retry_hints(refusal: Refusal) -> dict[str, str]:
         return hints
     exactly = {} if float(wait).is_integer() else {"retry-after-ms": str(math.ceil(wait * 1000))}
     return {"retry-after": str(math.ceil(wait)), **exactly, **hints}
-
-
-def seconds_to_wait(refusal: Refusal) -> str | None:
-    """The value of Retry-After."""
-    return None if refusal.retry_after is None else str(math.ceil(refusal.retry_after))

@@ -40,7 +40,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from cowest_serving.answering import Refusal, bad_field, kind_of, parse_chat, parse_object, seconds_to_wait
+from cowest_serving.answering import Refusal, bad_field, kind_of, parse_chat, parse_object, retry_hints
 from cowest_serving.book import (
     CODE_BUDGET_SPENT,
     HEADER_PURPOSE,
@@ -553,8 +553,10 @@ def _header_text(text: str) -> str:
 
 
 # ---------------------------------------------------------------- refusals
-def _unavailable(status: int, message: str, retry_after: float | None = None) -> Refusal:
-    return Refusal(status, message, "api_error", code="strong_unavailable", retry_after=retry_after)
+def _unavailable(status: int, message: str, retry_after: float | None = None, is_in_vain: bool = False) -> Refusal:
+    return Refusal(
+        status, message, "api_error", code="strong_unavailable", retry_after=retry_after, is_in_vain=is_in_vain
+    )
 
 
 def _refusal_of(error: Exception) -> Refusal | None:
@@ -564,25 +566,25 @@ def _refusal_of(error: Exception) -> Refusal | None:
     if isinstance(error, BudgetSpent):
         return Refusal(402, str(error), "insufficient_quota", code=CODE_BUDGET_SPENT)
     if isinstance(error, KeyReused):
-        return Refusal(409, str(error), code="idempotency_key_reused")
+        return Refusal(409, str(error), code="idempotency_key_reused", is_in_vain=True)
     if isinstance(error, BookError):
         return Refusal(503, str(error), "api_error", code="book_unavailable", retry_after=5)
     if not isinstance(error, ModelError):
         return None
     said = body_of(error)
     if said is not None and said.status < 500:
-        return Declined(said.status, said.error, error.retry_after)
+        return Declined(said.status, said.error, error.retry_after, is_in_vain=not error.retryable)
     status = 504 if isinstance(error, DeadlineExceeded) else 502
-    return _unavailable(status, str(error), error.retry_after)
+    return _unavailable(status, str(error), error.retry_after, is_in_vain=not error.retryable)
 
 
 class Declined(Refusal):
     """The strong model's own refusal, handed on in its words."""
 
-    def __init__(self, status: int, error: Mapping[str, Any], retry_after: float | None) -> None:
+    def __init__(self, status: int, error: Mapping[str, Any], retry_after: float | None, is_in_vain: bool) -> None:
         code = error.get("code")
         super().__init__(status, str(error["message"]), code=None if code is None else str(code))
-        self.retry_after = retry_after
+        self.retry_after, self.is_in_vain = retry_after, is_in_vain
         self._error = error
 
     def body(self) -> dict[str, Any]:
@@ -591,8 +593,7 @@ class Declined(Refusal):
 
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    wait = seconds_to_wait(error)
-    return _json(error.body(), error.status, {"retry-after": wait} if wait else None)
+    return _json(error.body(), error.status, retry_hints(error))
 
 
 async def _refused_by_router(request: Request, error: Exception) -> Response:

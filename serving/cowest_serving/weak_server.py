@@ -33,7 +33,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
-from cowest_serving.answering import WEAK_MODEL, Refusal, parse_object, seconds_to_wait
+from cowest_serving.answering import WEAK_MODEL, Refusal, parse_object, retry_hints
 from cowest_serving.contract import HEADER_MODEL_DIGEST, KEEP_ALIVE_SECONDS
 from cowest_serving.logs import (
     REASON_BAD_START,
@@ -289,8 +289,7 @@ def _json(value: Mapping[str, Any], status: int = 200, headers: Mapping[str, str
 # ---------------------------------------------------------------- refusals
 def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    wait = seconds_to_wait(error)
-    return _json(error.body(), error.status, {"retry-after": wait} if wait else None)
+    return _json(error.body(), error.status, retry_hints(error))
 
 
 def _http_error(_: Request, error: Exception) -> Response:

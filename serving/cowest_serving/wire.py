@@ -69,8 +69,16 @@ class Address:
 
     @property
     def authority(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.is_tls else 80) else f"{host}:{self.port}"
+        return self._host if self.port == (443 if self.is_tls else 80) else self.target
+
+    @property
+    def target(self) -> str:
+        """What a forward proxy is asked to connect to: always with the port."""
+        return f"{self._host}:{self.port}"
+
+    @property
+    def _host(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
 
 
 def address_of(url: str) -> Address:
@@ -488,7 +496,7 @@ class Wire:
         assert self._proxy is not None
         if self._proxy.is_tls:
             raise WireError("a proxy that wants TLS itself cannot carry TLS here: name it as http://")
-        loop, target = asyncio.get_running_loop(), f"{self._address.host}:{self._address.port}"
+        loop, target = asyncio.get_running_loop(), self._address.target
         ask = f"CONNECT {target} HTTP/1.1\r\nhost: {target}\r\n".encode()
         await loop.sock_sendall(sock, ask + _authorization("proxy-authorization", self._proxy) + b"\r\n")
         head = b""

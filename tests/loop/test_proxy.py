@@ -29,6 +29,7 @@ from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, Evaluator, Row
 from tests.fakes import Call, Fault, ScriptedModel, unused_port
 
 PRICES = Prices(input_per_million_tokens=1e6, output_per_million_tokens=2e6, currency="USD")  # 1 and 2 USD a token
+HINTS = ("retry-after", "retry-after-ms", "x-should-retry")
 PROMPTS = Prompts(draft="DRAFT {query}", refine="{query} | {draft}", solo="{query}")
 
 
@@ -304,6 +305,34 @@ async def test_the_upstreams_own_refusal_comes_back_in_its_words(tmp_path: Path)
     assert (refused.status, refused.error) == (400, error)
     assert (limited.status, limited.headers["retry-after"], limited.error["message"]) == (429, "7", "scripted 429")
     assert answered.status == 200
+
+
+QUOTA = json.dumps({"error": {"message": "no money left", "code": "insufficient_quota"}})
+
+
+@pytest.mark.parametrize(
+    ("fault", "hints"),
+    [
+        pytest.param(Fault(429, {"retry-after-ms": "1500"}), {"retry-after": "2", "retry-after-ms": "1500"}, id="soon"),
+        pytest.param(Fault(429, body=QUOTA), {"x-should-retry": "false"}, id="an account without money"),
+        pytest.param(500, {}, id="a fault that may pass"),
+        pytest.param("garbage", {}, id="no answer in the form of one"),
+    ],
+)
+async def test_a_client_is_told_whether_and_when_to_ask_again(
+    tmp_path: Path, fault: Any, hints: Mapping[str, str]
+) -> None:
+    async with ScriptedModel(faults=[fault]) as strong, proxy(tmp_path, strong_settings(strong.url)) as door:
+        refused = await door.ask("x", "k")
+    assert refused.status >= 400
+    assert {name: refused.headers[name] for name in HINTS if name in refused.headers} == hints
+
+
+async def test_a_key_of_another_call_is_not_worth_asking_again_as_the_sdks_would(tmp_path: Path) -> None:
+    async with ScriptedModel() as strong, proxy(tmp_path, strong_settings(strong.url)) as door:
+        await door.ask("x", "k")
+        refused = await door.ask("y", "k")
+    assert (refused.status, refused.headers["x-should-retry"]) == (409, "false")
 
 
 async def test_a_strong_model_that_is_away_is_a_502_and_one_that_hangs_a_504(tmp_path: Path) -> None:

@@ -505,6 +505,20 @@ async def test_tls_goes_through_a_proxy_from_end_to_end(tmp_path: Path, monkeypa
     assert b"proxy-authorization: Basic bWU6cHc=\r\n" in seen[0]
 
 
+async def test_a_proxy_is_asked_for_an_ipv6_address_in_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bytes] = []
+
+    async def talk(talker: Talker) -> None:
+        seen.append(await talker.heard())
+        await talker.say(b"HTTP/1.1 502 Bad Gateway\r\n\r\n")
+
+    async with server(talk) as proxy:
+        monkeypatch.setenv("https_proxy", proxy.removesuffix("/v1"))
+        with pytest.raises(WireError, match="502"):
+            await ask(Wire("https://[fd00::7]:8443/v1"))
+    assert seen[0].startswith(b"CONNECT [fd00::7]:8443 HTTP/1.1\r\nhost: [fd00::7]:8443\r\n")
+
+
 async def test_a_proxy_that_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     async def talk(talker: Talker) -> None:
         await talker.answer(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
