@@ -168,7 +168,7 @@ class Keeper:
                     self.wake(key)
 
     def _kinds(self) -> set[str]:
-        return PLURALS.keys() - {api.KIND, "Event"} - (set() if self.observer.settings.rayservices else {"RayService"})
+        return PLURALS.keys() - {api.KIND, "Event"} - (set() if self.observer.discovery.rayservices else {"RayService"})
 
     async def _look_at_all(self, kind: str, namespace: str) -> None:
         try:

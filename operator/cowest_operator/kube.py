@@ -18,6 +18,7 @@ CHILDREN, STATUS = "cowest-operator", "cowest-status"  # field managers
 TIMEOUT = 30.0  # seconds of one request
 WRITES_AT_ONCE = 16
 ONLY_METADATA = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+AUTHORIZATION = "authorization.k8s.io/v1"
 CHUNK = 250  # objects of one answer to a list: a thousand jobs' pods at once would be hundreds of megabytes
 
 PLURALS: Final[Mapping[str, tuple[str, str]]] = {
@@ -96,6 +97,14 @@ class Kube:
             if error.code == 404:
                 return None
             raise
+
+    async def may(self, verb: str, kind: str, namespace: str) -> bool:
+        """Whether our own account has this right; in all namespaces where none is named. Every account may ask that."""
+        version, plural = PLURALS[kind]
+        right = {"verb": verb, "group": version.rpartition("/")[0], "resource": plural, "namespace": namespace}
+        body = {"apiVersion": AUTHORIZATION, "kind": "SelfSubjectAccessReview", "spec": {"resourceAttributes": right}}
+        answer = await self._call("POST", f"/apis/{AUTHORIZATION}/selfsubjectaccessreviews", None, body)
+        return bool(answer["status"]["allowed"])
 
     async def list(self, kind: str, namespace: str, chunk: int = CHUNK, **query: str) -> AsyncIterator[dict[str, Any]]:
         """All of a kind, held a chunk at a time."""

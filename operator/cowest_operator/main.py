@@ -49,9 +49,9 @@ def login(**told: Any) -> kopf.ConnectionInfo | None:
     return kopf.login_with_service_account(**told) or kopf.login_with_kubeconfig(**told)
 
 
-def children(told: settings.Settings) -> tuple[str, ...]:
+def children(rayservices: bool) -> tuple[str, ...]:
     """The kinds that are watched: what the operator has no right to is not."""
-    return tuple(kind for kind in CHILDREN if told.rayservices or kind != "RayService")
+    return tuple(kind for kind in CHILDREN if rayservices or kind != "RayService")
 
 
 def registry(watched: Watched, keeper: Keeper, kinds: tuple[str, ...] = CHILDREN) -> kopf.OperatorRegistry:
@@ -109,7 +109,7 @@ class Operator:
         self.told, self.kube, self.doors = told, api_server, doors
         self.metrics = Metrics()
         self.watched = Watched()
-        self.discovery = Discovery(api_server, told.kserve_mode, told.rayservices)
+        self.discovery = Discovery(api_server, told.kserve_mode, told.rayservices, told.namespaces)
         self.keeper = Keeper(
             self.watched, Observer(api_server, doors, told, self.discovery), Applier(api_server), self.metrics
         )
@@ -123,7 +123,7 @@ class Operator:
         looking = [asyncio.create_task(each) for each in (self.discovery.follow(self.wake_all), self.keeper.follow())]
         try:
             await kopf.operator(
-                registry=registry(self.watched, self.keeper, children(self.told)),
+                registry=registry(self.watched, self.keeper, children(self.discovery.rayservices)),
                 settings=kopf_settings(),
                 memories=Forgetful(),
                 clusterwide=not self.told.namespaces,

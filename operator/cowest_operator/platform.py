@@ -25,9 +25,16 @@ log = logging.getLogger("cowest.platform")
 
 EVERY = 10.0  # seconds between two looks; a look that changes nothing wakes nobody
 SERVING, RAY, KUEUE = "serving.kserve.io", "ray.io", "kueue.x-k8s.io"
+RAY_VERBS = ("list", "watch", "patch", "delete")
 CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/inferenceservices.serving.kserve.io"
 
 NO_KSERVE = api.Trouble(api.REASON_NO_KSERVE, "KServe is not installed: no InferenceService can be made. Install it.")
+NO_RIGHT_TO_RAY = api.Trouble(
+    api.REASON_NO_RIGHT,
+    "spec.gateway.engine: wanted a RayService, since KubeRay is installed, but the operator's roles give it no right to"
+    " ray.io RayServices: Ray runs in a Deployment. Upgrade the chart cowest-operator, whose roles have it, or set"
+    " rayservice.enabled: false there.",
+)
 NO_ARGO = api.Trouble(api.REASON_NO_ARGO, "Argo Workflows is not installed: no step can run. Install it.")
 
 
@@ -40,6 +47,7 @@ class Platform:
     has_kuberay: bool = False  # and the operator may make RayServices
     has_kueue: bool = False
     kserve_mode: str = "RawDeployment"
+    ray_is_forbidden: bool = False  # KubeRay is there, and the operator has no right that it was told to have
 
     def lacks(self, other: Platform) -> bool:
         """Has the other something that this one has not?"""
@@ -63,6 +71,8 @@ def troubles(platform: Platform, job: api.Job, training: Mapping[str, Any]) -> I
         )
     gateway = job.spec.gateway
     on_ray = gateway.engine == "RayServe" and platform.has_kuberay
+    if gateway.engine == "RayServe" and platform.ray_is_forbidden:
+        yield NO_RIGHT_TO_RAY
     if gateway.max_replicas is not None and not on_ray and not _asks_for_cpu(gateway.resources):
         yield api.Trouble(
             api.REASON_CANNOT_SCALE,
@@ -87,8 +97,11 @@ def _asks_for_cpu(resources: api.Resources | None) -> bool:
 class Discovery:
     """The platform as it was last seen. `mode` overrides what KServe's mode is found to be."""
 
-    def __init__(self, kube: Kube, mode: str | None = None, rayservices: bool = True) -> None:
-        self.kube, self._mode, self._rayservices = kube, mode, rayservices
+    def __init__(
+        self, kube: Kube, mode: str | None = None, rayservices: bool = True, namespaces: tuple[str, ...] = ()
+    ) -> None:
+        self.kube, self._mode, self._namespaces = kube, mode, namespaces
+        self.rayservices, self._told = rayservices, rayservices  # may they be watched and made; were we told so
         self.now = Platform()
         self._doubted: Platform | None = None
 
@@ -97,6 +110,7 @@ class Discovery:
         pause = 1.0
         while True:
             try:
+                self.rayservices = self._told and await self._has_right_to_ray()
                 self.now = await self.look()
                 break
             except KubeError as error:
@@ -104,6 +118,28 @@ class Discovery:
             await asyncio.sleep(pause)
             pause = min(2 * pause, EVERY)
         log.info("installed: %s", self.now)
+
+    async def _has_right_to_ray(self) -> bool:
+        """An older chart's roles do not name RayServices. Watched without a right, they would hold up every job."""
+        for namespace in self._namespaces or ("",):
+            for verb in RAY_VERBS:
+                if not await self._may(verb, namespace):
+                    where = f"in namespace {namespace}" if namespace else "in all namespaces"
+                    log.warning(
+                        "no right to %s rayservices.ray.io %s: gateways with engine RayServe run in Deployments."
+                        " Upgrade the chart cowest-operator, or begin this operator anew once its roles have the right",
+                        verb, where,
+                    )  # fmt: skip
+                    return False
+        return True
+
+    async def _may(self, verb: str, namespace: str) -> bool:
+        try:
+            return await self.kube.may(verb, "RayService", namespace)
+        except KubeError as error:
+            if error.code not in (403, 404):
+                raise
+            return True  # a cluster that does not let us ask: as we were told
 
     async def follow(self, changed: Callable[[], None], every: float = EVERY) -> None:
         """Looks for ever; calls `changed` when something has come or gone."""
@@ -135,12 +171,14 @@ class Discovery:
         groups = {group["name"]: group for group in (await self.kube.read("/apis") or {})["groups"]}
         serving = [await self._kinds(each["groupVersion"]) for each in groups.get(SERVING, {}).get("versions", ())]
         has_kserve = any("InferenceService" in kinds for kinds in serving)
+        has_kuberay = self._told and await self._has(groups, "RayService")
         return Platform(
             has_kserve,
             await self._has(groups, "Workflow"),
-            self._rayservices and await self._has(groups, "RayService"),
+            has_kuberay and self.rayservices,
             KUEUE in groups,
             self._mode or (await self._kserve_mode(serving) if has_kserve else Platform.kserve_mode),
+            has_kuberay and not self.rayservices,
         )
 
     async def _has(self, groups: Mapping[str, Any], kind: str) -> bool:

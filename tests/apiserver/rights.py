@@ -44,9 +44,9 @@ class Chart:
     since: int = 0  # where the audit log ended when the account was installed
 
     @classmethod
-    def rendered(cls, server: ApiServer, namespace: str, *sets: str) -> Chart:
+    def rendered(cls, server: ApiServer, namespace: str, *sets: str, chart: Path = OPERATOR) -> Chart:
         more = [word for text in sets for word in ("--set", text)]
-        command = [str(HELM), "template", ACCOUNT, str(OPERATOR), "--namespace", namespace, "--kube-version", "1.34.0"]
+        command = [str(HELM), "template", ACCOUNT, str(chart), "--namespace", namespace, "--kube-version", "1.34.0"]
         done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return cls(server, namespace, [each for each in yaml.safe_load_all(done.stdout) if each])

@@ -32,6 +32,7 @@ RAY = ("ray.io", "v1", "RayService", "rayservices", True)
 LOCAL_QUEUE = ("kueue.x-k8s.io", "v1beta1", "LocalQueue", "localqueues", True)
 LLM = ("serving.kserve.io", "v1alpha1", "LLMInferenceService", "llminferenceservices", True)
 WHOLE = Platform(has_kserve=True, has_argo=True, has_kuberay=True, has_kueue=True)
+FORBIDDEN = replace(WHOLE, has_kuberay=False, ray_is_forbidden=True)
 
 
 @contextmanager
@@ -154,6 +155,8 @@ ON_RAY = {"engine": "RayServe", "replicas": 2, "max_replicas": 5}
         pytest.param(replace(WHOLE, has_kueue=False), {}, QUEUED, ["KueueMissing"], id="a queue without Kueue"),
         pytest.param(WHOLE, ON_RAY, {}, ["NotOnRay"], id="a RayService that is to grow"),
         pytest.param(replace(WHOLE, has_kuberay=False), ON_RAY, {}, [], id="Ray in a Deployment grows"),
+        pytest.param(FORBIDDEN, ON_RAY, {}, ["RightMissing"], id="a RayService without the right to one"),
+        pytest.param(FORBIDDEN, {}, {}, [], id="nobody wants a RayService"),
     ],
 )
 def test_what_cannot_be_had_is_said_with_a_remedy(
@@ -161,7 +164,7 @@ def test_what_cannot_be_had_is_said_with_a_remedy(
 ) -> None:
     said = list(troubles(platform, world.job(gateway=gateway), training))
     assert [each.reason for each in said] == reasons
-    assert all(re.search("Install it|Raise", each.message) for each in said)
+    assert all(re.search("Install it|Raise|Upgrade", each.message) for each in said)
 
 
 # ---------------------------------------------------------------- what the operator makes of it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from tests.apiserver.conftest import JOBS
 from tests.apiserver.playground import (
     CHILDREN,
+    DEPLOYMENTS,
     MAPS,
     NAMESPACE,
     SERVING,
@@ -27,9 +29,10 @@ from tests.apiserver.playground import (
 )
 from tests.apiserver.rights import Chart, Right, of_clusters, of_operators, refused, rights, used
 from tests.apiserver.test_platform import RAY, RAY_SERVICES, engine, installed
-from tests.contracts.test_charts import needs_helm
+from tests.contracts.test_charts import OPERATOR, ROOT, needs_helm
 
 SYSTEM = "cowest-system"
+FIRST = ROOT / "tests" / "charts-first" / "cowest-operator-0.1.0.tgz"
 # Of a job's own accounts, beside the operator's: who uses it where no kubelet runs pods?
 ONLY_ON_A_CLUSTER: Mapping[Right, str] = {
     ("argoproj.io", "workflowtaskresults", "create"): "Argo's executor reports from within a step's pod",
@@ -39,8 +42,10 @@ ONLY_ON_A_CLUSTER: Mapping[Right, str] = {
 
 @pytest.fixture
 def as_operator(playground: Playground, request: pytest.FixtureRequest) -> Iterator[Chart]:
-    """A chart of its own values; operators of this playground run as its account, told what it tells them."""
-    chart = Chart.rendered(playground.server, SYSTEM, *getattr(request, "param", ()))
+    """A chart of its own values, or an older one: operators of this playground are its account, told what it says."""
+    told = getattr(request, "param", ())
+    sets, path = ((), told) if isinstance(told, Path) else (told, OPERATOR)
+    chart = Chart.rendered(playground.server, SYSTEM, *sets, chart=path)
     playground.token = chart.install()
     playground.lead(playground.server.kubeconfig())
     playground.told = chart.environment()
@@ -160,6 +165,25 @@ def test_with_named_namespaces_nothing_is_missing(playground: Playground, as_ope
     assert here
     assert refused(here) == []
     assert {("", "namespaces", "list"), ("", "namespaces", "watch")} <= used(here), "granted, and not needed"
+
+
+@needs_helm
+@pytest.mark.parametrize("as_operator", [FIRST], indirect=True, ids=["of the first chart"])
+def test_roles_that_know_no_rayservices_hold_up_no_job_and_one_that_wants_them_is_told(
+    playground: Playground, as_operator: Chart
+) -> None:
+    """Today's operator as an older chart starts it: with its roles, and without a word of RayServices."""
+    assert not any(resource == "rayservices" for _, resource, _ in as_operator.granted)
+    with installed(playground.server, RAY), playground.operator():
+        apply(playground, manifest_of("claims", gateway={"engine": "RayServe"}))
+        playground.wait(lambda: playground.condition("claims", "Degraded").get("reason") == "RightMissing", "a word")
+        assert "Upgrade the chart cowest-operator" in playground.condition("claims", "Degraded")["message"]
+        playground.wait(lambda: len(decisions(playground, "claims")) == 1, "the baseline", 120)
+        assert playground.condition("claims", "Ready")["status"] == "True"
+        assert playground.get(f"{DEPLOYMENTS}/claims-gateway") is not None
+        assert playground.items(RAY_SERVICES) == []
+    assert refused(as_operator.asked()) == []
+    assert "no right to list rayservices.ray.io in all namespaces" in playground.log()
 
 
 def test_what_a_jobs_own_accounts_may_do_is_used(playground: Playground) -> None:

@@ -524,8 +524,6 @@ def release(folder: str) -> None:
                         ("operator", "domain"))  # fmt: skip
     known = [x for x in operator_values() if x != "--set" and ("first" not in folder or "servingRay" not in x)]
     sets = [x for value in known for x in ("--set", value)]
-    if "first" in folder:  # which gives no right to RayServices, so that today's operator is told not to ask for them
-        sets += ["--set", "extraEnv[0].name=COWEST_RAYSERVICES", "--set-string", "extraEnv[0].value=false"]
     run("helm", "upgrade", "cowest-operator", str(operator), "--namespace", SYSTEM, "--wait", "--timeout", "3m", *sets)
     run("helm", "upgrade", JOB, str(domain), "--namespace", NAMESPACE, "-f", "-", stdin=yaml.safe_dump(faults_values()))
 
