@@ -79,7 +79,7 @@ from cowest_serving.metrics import GEN_AI, Metrics
 from cowest_serving.open_files import allow_many_connections
 from cowest_serving.routes import Routes
 from cowest_serving.routing import FileRouting, RoutingSource, choose_arm
-from cowest_serving.store import StoreError
+from cowest_serving.store import StoreError, prepare
 from cowest_serving.traces import SpooledTraces, TraceSink, TraceWriter, sampled
 from cowest_serving.words import TEXTS, Repeats, feedback_row, word_key
 from cowest_serving.workers import OWN_METRICS, Place, Siblings, add_flags, listeners_beside, supervise
@@ -831,6 +831,7 @@ def shared_by(workers: int, settings: GatewaySettings) -> GatewaySettings:
 
 
 def _sink(store: str, spool: Path | None, settings: TraceSettings | None) -> TraceSink:
+    prepare(store)
     writer_id = f"{socket.gethostname()}.{os.getpid()}.{new_id()[:6]}"
     if spool is None:
         return TraceWriter(store, writer_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -185,3 +187,13 @@ def test_a_key_that_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("COWEST_S3_KEYS_FOLDER", str(tmp_path))
     with pytest.raises(StoreError, match=r"saw no AWS_SECRET_ACCESS_KEY; add the key to the Secret"):
         store.get("s3://bucket/key")
+
+
+def test_what_reaches_s3_is_loaded_in_advance_and_what_is_wrong_is_said_when_it_is_used() -> None:
+    code = (
+        "import sys; from cowest_serving import store;"
+        " store.prepare('/tmp'); before = 'minio' in sys.modules;"
+        " store.prepare('s3://bucket/key'); store.prepare('s3:///no-bucket'); print(before, 'minio' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["False", "True"]
