@@ -140,9 +140,14 @@ class Bill:
     most_output: int
     output_tokens: int | None = None
     has_begun: bool = False
+    is_out: bool = True  # sent, and maybe answered: so it is unless who sends it says otherwise
     _chunks: int = 0
     _bytes: int = 0
     _shortest: int = 400  # bytes of a chunk without text, at most
+
+    def on_wire(self, is_out: bool) -> None:
+        """For who sends it: what only waits for its turn costs nothing."""
+        self.is_out = is_out
 
     def read_result(self, result: ChatResult) -> None:
         self.has_begun = True
@@ -213,6 +218,9 @@ class Allowance:
         except ModelError as error:
             # What hung may have been answered, and billed, all the same; what was refused was not.
             may_be_paid = bill.has_begun or isinstance(error, DeadlineExceeded)
+            raise
+        except BaseException:  # its client left
+            may_be_paid = bill.has_begun or bill.is_out
             raise
         finally:
             self._settle(bill, may_be_paid)

@@ -32,6 +32,7 @@ from cowest_serving.contract import (
 )
 from cowest_serving.door import StrongDoor
 from cowest_serving.drafts import Draft, DraftCache, Source, draft_key
+from cowest_serving.estimates import likely_input_tokens, likely_tokens
 from cowest_serving.health import CircuitOpen, Guarded, Health
 from cowest_serving.hedging import Hedging
 from cowest_serving.metrics import ModelCall
@@ -270,6 +271,15 @@ class Record:
     def failed(self, status: str, error: object) -> None:
         self.status = status
         self.errors.append(str(error) if isinstance(error, str) else f"{type(error).__name__}: {error}")
+
+    @property
+    def tokens(self) -> int:
+        """Of both models; where no usage came, as its client left a stream, say, as its text is long."""
+        weak, strong = sum(self.weak_tokens), sum(self.strong_tokens)
+        if not strong and self.answer and self.mode != "WeakAlone":
+            read = likely_input_tokens(self.request.messages, self.request.parameters)
+            strong = read + likely_tokens(len(self.answer))
+        return weak + strong
 
     def model_calls(self) -> Iterator[ModelCall]:
         """The calls behind this answer, for metrics."""

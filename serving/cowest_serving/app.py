@@ -516,7 +516,7 @@ class Chat:
         finally:
             self._gateway.in_flight -= 1
             if ticket is not None:
-                ticket.close(sum(record.weak_tokens) + sum(record.strong_tokens))
+                ticket.close(record.tokens)
 
     async def _respond(self, record: Record, response: Reply) -> None:
         """Answer, and keep the record whatever happens."""

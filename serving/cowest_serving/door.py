@@ -12,7 +12,7 @@ from contextlib import aclosing, asynccontextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from cowest_serving.allowance import Allowance
+from cowest_serving.allowance import Allowance, Bill
 from cowest_serving.contract import Messages
 from cowest_serving.health import Guarded
 from cowest_serving.hedging import Hedging
@@ -52,7 +52,7 @@ class StrongDoor:
         if self._allowance is None:
             return await self._answer(messages, fell_back, hedged, options)
         async with self._allowance.paid(messages, options.get("extra"), options.get("max_tokens")) as bill:
-            result = await self._answer(messages, fell_back, hedged, options)
+            result = await self._answer(messages, fell_back, hedged, _telling(bill, options))
             bill.read_result(result)
             return result
 
@@ -79,8 +79,20 @@ class StrongDoor:
         self, messages: Messages, *, fell_back: FellBack, hedged: Hedged = _unheard, **options: Any
     ) -> AsyncGenerator[bytes, None]:
         """Another endpoint is asked only until the first chunk: text has gone out then."""
-        chunks = self._chunks(messages, fell_back, hedged, options)
-        return chunks if self._allowance is None else _billed(chunks, self._allowance, messages, options)
+        if self._allowance is None:
+            return self._chunks(messages, fell_back, hedged, options)
+        return self._billed(self._allowance, messages, fell_back, hedged, options)
+
+    async def _billed(
+        self, allowance: Allowance, messages: Messages, fell_back: FellBack, hedged: Hedged, options: Mapping[str, Any]
+    ) -> AsyncGenerator[bytes, None]:
+        async with (
+            allowance.paid(messages, options.get("extra"), options.get("max_tokens")) as bill,
+            aclosing(self._chunks(messages, fell_back, hedged, _telling(bill, options))) as chunks,
+        ):
+            async for chunk in chunks:
+                bill.read_chunk(chunk)
+                yield chunk
 
     async def _chunks(
         self, messages: Messages, fell_back: FellBack, hedged: Hedged, options: Mapping[str, Any]
@@ -134,9 +146,9 @@ class StrongDoor:
         """Room for it, as for a call of which nothing is known: what the answer cost stands on the first one's bill."""
         none, extra = nullcontext(), options.get("extra")
         room = self._allowance.paid(messages, extra, options.get("max_tokens")) if self._allowance else none
-        async with room:
+        async with room as bill:
             hedged()
-            yield {**options, "idempotency_key": new_key()}
+            yield {**(_telling(bill, options) if bill else options), "idempotency_key": new_key()}
 
     def _why(self, error: ModelError) -> ModelError:
         """The fault that another endpoint may mend; any other one is raised."""
@@ -154,13 +166,10 @@ class StrongDoor:
             await model.aclose()
 
 
-async def _billed(
-    chunks: AsyncGenerator[bytes, None], allowance: Allowance, messages: Messages, options: Mapping[str, Any]
-) -> AsyncGenerator[bytes, None]:
-    async with allowance.paid(messages, options.get("extra"), options.get("max_tokens")) as bill, aclosing(chunks):
-        async for chunk in chunks:
-            bill.read_chunk(chunk)
-            yield chunk
+def _telling(bill: Bill, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """So that the model says when the call is on the wire."""
+    bill.on_wire(False)
+    return {**options, "on_wire": bill.on_wire}
 
 
 def _note(model: Guarded, error: ModelError) -> None:

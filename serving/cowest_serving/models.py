@@ -26,7 +26,7 @@ import random
 import re
 import time
 import urllib.parse
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -56,6 +56,9 @@ class ChatResult:
     version: str
     raw: Mapping[str, Any] = field(repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # of the response, names in lower case
+
+
+OnWire = Callable[[bool], None]  # told whether a call is sent, and maybe answered; before that nobody tells it
 
 
 class ChatModel(Protocol):
@@ -205,11 +208,13 @@ class HttpChatModel:
         stop: str | Sequence[str] | None = None,
         idempotency_key: str | None = None,
         extra: Mapping[str, Any] | None = None,
+        on_wire: OnWire | None = None,
     ) -> ChatResult:
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
         body = self._body(messages, options, extra)
         async with self._places:
-            response, payload = await self._with_retries(body, idempotency_key or new_key(), True, self._give_up_at())
+            key, give_up_at = idempotency_key or new_key(), self._give_up_at()
+            response, payload = await self._with_retries(body, key, True, give_up_at, on_wire)
             self._places.answered()
             return _result(self.endpoint, response, payload)
 
@@ -223,6 +228,7 @@ class HttpChatModel:
         stop: str | Sequence[str] | None = None,
         idempotency_key: str | None = None,
         extra: Mapping[str, Any] | None = None,
+        on_wire: OnWire | None = None,
     ) -> AsyncGenerator[bytes, None]:
         """The answer's chunks as the endpoint wrote them: the JSON of each `data:` event, without `[DONE]`.
 
@@ -232,7 +238,8 @@ class HttpChatModel:
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
         body = self._body(messages, options, extra) | {"stream": True}
         async with self._places:
-            response, _ = await self._with_retries(body, idempotency_key or new_key(), False, self._give_up_at())
+            key, give_up_at = idempotency_key or new_key(), self._give_up_at()
+            response, _ = await self._with_retries(body, key, False, give_up_at, on_wire)
             self._places.answered()
             try:
                 async for chunk in _events(self.endpoint, response, self._timeout):
@@ -250,18 +257,23 @@ class HttpChatModel:
         return time.monotonic() + self._deadline
 
     async def _with_retries(
-        self, body: Mapping[str, Any], key: str, read: bool, give_up_at: float
+        self, body: Mapping[str, Any], key: str, read: bool, give_up_at: float, on_wire: OnWire | None
     ) -> tuple[Response, Mapping[str, Any]]:
         """A response with status 2xx and, when `read`, its parsed body; tried again while that may help."""
-        attempt, keys_left = 0, len(self.keys) - 1
+        attempt, keys_left, has_hung = 0, len(self.keys) - 1, False
         while True:
             used, number = await self._key(give_up_at), self._places.attempt()
             sent = _without(body, self._not_taken) if self._not_taken else body
+            if on_wire is not None:
+                on_wire(True)
             try:
                 answer = await self._once(orjson.dumps(sent), key, read, give_up_at)
                 self.keys.answered(used)
                 return answer
             except ModelError as error:
+                if on_wire is not None:
+                    has_hung = has_hung or isinstance(error, DeadlineExceeded)
+                    on_wire(has_hung)  # what hung may be answered, and paid, all the same
                 if error.parameter in sent and self._can_do_without(error):
                     continue  # at once, and no more than once a parameter: the next call does not have it
                 if isinstance(error, Unauthorized | RateLimited) and self._has_another_key(used, error, keys_left):

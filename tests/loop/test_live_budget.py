@@ -20,7 +20,8 @@ from cowest_serving.allowance import Allowance, allowance_of
 from cowest_serving.book import PaidCalls
 from cowest_serving.contract import Budget, Prices, Routing, dump
 from cowest_serving.leases import Amount, Ask, day_of, live_spent, shares
-from tests.fakes import ScriptedModel, _usage
+from tests.fakes import Fault, ScriptedModel, _usage
+from tests.loop.test_client_keys import shows
 from tests.loop.test_gateway import (
     ASKED,
     Gateway,
@@ -85,6 +86,37 @@ async def test_a_budget_that_is_spent_is_said_in_openais_words_and_until_when(tm
     assert [(row["status"], row["strong_output_tokens"]) for row in records] == [("ok", 2), *[("over_budget", 0)] * 2]
     assert "cowest_budget_refused_calls 2" in metrics and 'cowest_budget_left_today{unit="tokens"}' in metrics
     assert word["refused"] == 2 and word["trouble"] is None
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "stream"])
+async def test_a_call_whose_client_left_before_it_was_sent_costs_nothing_of_the_budget(
+    tmp_path: Path, streamed: bool
+) -> None:
+    async with budgeted(tmp_path, Budget(tokens_per_day=10_000), max_concurrency=1) as (strong, door):
+        strong.gate.clear()
+        first = asyncio.create_task(door.ask(max_tokens=5))
+        await asyncio.wait_for(strong.arrived.wait(), 5)
+        body = {"messages": ASKED, "max_tokens": 500, "stream": streamed}
+        waiting = asyncio.create_task(door.post("/v1/chat/completions", body))
+        await shows(door, "cowest_endpoint_waiting{.*} 1")
+        waiting.cancel()
+        await shows(door, "cowest_requests_in_flight 1")
+        strong.gate.set()
+        await first
+    async with PaidCalls(tmp_path / "calls.sqlite", budget=Budget(tokens_per_day=10_000)) as book:
+        _, spent, _ = book.live_spent()
+    assert len(strong.calls) == 1 and (spent.calls, spent.tokens) == (1, 6)
+
+
+async def test_a_call_whose_client_left_while_it_was_to_be_made_again_costs_nothing(tmp_path: Path) -> None:
+    busy = {"faults": [Fault(429, {"retry-after": "3"})]}
+    async with budgeted(tmp_path, Budget(tokens_per_day=10_000), strong=busy, max_retries=2) as (strong, door):
+        waiting = asyncio.create_task(door.post("/v1/chat/completions", {"messages": ASKED, "max_tokens": 500}))
+        await shows(door, "cowest_endpoint_failures{.*} 1")
+        waiting.cancel()
+        await shows(door, "cowest_requests_in_flight 0")
+    async with PaidCalls(tmp_path / "calls.sqlite", budget=Budget(tokens_per_day=10_000)) as book:
+        assert len(strong.calls) == 1 and book.live_spent()[1].tokens == 0
 
 
 async def test_the_draft_stands_in_for_a_budget_that_is_spent_where_the_manifest_says_so(tmp_path: Path) -> None:
