@@ -259,6 +259,8 @@ BROKEN = (
     Broken("a loss above all", {"canary.maxLossPoints": "101"}, "spec.canary.maxLossPoints", "from 0 to 100"),
     Broken("fewer gateways at most than always", {"gateway": {"replicas": 3, "maxReplicas": 2}},
            "spec.gateway.maxReplicas", "must be at least replicas"),
+    Broken("bodies larger than a record may be", {"gateway.maxBodyBytes": 33554433}, "spec.gateway.maxBodyBytes",
+           "33554432"),
     Broken("no request a minute", {"gateway.limits.requestsPerMinute": 0},
            "spec.gateway.limits.requestsPerMinute", "1"),
     Broken("clients' keys in a Secret named in capitals", {"gateway.clientKeysSecretRef.name": "Clients"},

@@ -212,6 +212,7 @@ class Gateway:
     client_keys_secret_ref: NameRef | None = None
     ingress: Ingress | None = None
     workers: int = 1
+    max_body_bytes: int = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ from cowest_serving.words import TEXTS, Repeats, feedback_row, word_key
 from cowest_serving.workers import OWN_METRICS, Place, Siblings, add_flags, listeners_beside, supervise
 
 log = logging.getLogger(__name__)
-MAX_BODY = 4 * 1024 * 1024
+MAX_BODY = 4 * 1024 * 1024  # bytes, where no manifest says it
 KEYS_EVERY_SECONDS = 1.0
 DURABLE = "durable"
 DONE = b"data: [DONE]\n\n"
@@ -132,6 +132,7 @@ class TraceSettings:
 @dataclass(frozen=True)
 class GatewayLimits:
     limits: ClientLimits | None = None  # of each client key
+    max_body_bytes: int = MAX_BODY
 
 
 @dataclass(frozen=True)
@@ -291,8 +292,9 @@ class Gateway:
         self.siblings: Siblings | None = None  # where several workers share the port
         self._settings, self._stop, self._allowance = settings, stop, allowance
         self._keys, self._client_keys = keys, keys.clients
-        limits = settings.gateway.limits if settings.gateway else None
-        self._gate = Gate(limits) if limits else None
+        limits = settings.gateway or GatewayLimits()
+        self._gate = Gate(limits.limits) if limits.limits else None
+        self.max_body = limits.max_body_bytes
         self._sample_percent = settings.traces.content_sample_percent if settings.traces else 100
         self._refuses_when_full = settings.traces is not None and settings.traces.when_spool_full == "Refuse"
         self._models: list[Models] = []
@@ -428,7 +430,7 @@ class Gateway:
         client_key = self.check_key(_header(scope, b"authorization"))
         try:
             self._check_spool()
-            data, key = await _body(scope, receive), word_key(_header(scope, _IDEMPOTENCY), client_key)
+            data, key = await _body(scope, receive, self.max_body), word_key(_header(scope, _IDEMPOTENCY), client_key)
             row = feedback_row(data, _header(scope, _SESSION) or None, key)
             is_durable = self._repeats.again(key, data)
             if is_durable is None:
@@ -498,7 +500,7 @@ class Chat:
         try:
             client_key = self._gateway.check_key(_header(scope, b"authorization"))
             request = parse_chat(
-                await _body(scope, receive),
+                await _body(scope, receive, self._gateway.max_body),
                 request_id,
                 session=_header(scope, _SESSION) or None,
                 idempotency_key=own_key(_header(scope, _IDEMPOTENCY), client_key),
@@ -692,12 +694,11 @@ def _encoded(headers: Mapping[str, str]) -> tuple[tuple[bytes, bytes], ...]:
     return tuple((name.encode(), value.encode()) for name, value in headers.items())
 
 
-async def _body(scope: Scope, receive: Receive) -> bytes:
+async def _body(scope: Scope, receive: Receive, most: int) -> bytes:
     """The whole body. Raises `Refusal` 413 as soon as it is known to be too large."""
     declared = _header(scope, b"content-length")
-    too_large = Refusal(413, f"The body is larger than {MAX_BODY // 1024 // 1024} MiB.", code="body_too_large")
-    if declared.isdigit() and int(declared) > MAX_BODY:
-        raise too_large
+    if declared.isdigit() and int(declared) > most:
+        raise _too_large(most, f"{int(declared)} by its Content-Length")
     parts: list[bytes] = []
     size = 0
     while True:
@@ -706,11 +707,19 @@ async def _body(scope: Scope, receive: Receive) -> bytes:
             raise Refusal(400, "The client left in the middle of its request.", code="client_gone")
         part: bytes = event.get("body", b"")
         size += len(part)
-        if size > MAX_BODY:
-            raise too_large
+        if size > most:
+            raise _too_large(most, f"{size} so far")
         if not event.get("more_body"):
             return b"".join([*parts, part]) if parts else part
         parts.append(part)
+
+
+def _too_large(most: int, saw: str) -> Refusal:
+    message = (
+        f"The body: wanted at most {most} bytes, saw {saw}. "
+        "Send fewer turns or smaller pictures, or have spec.gateway.maxBodyBytes raised."
+    )
+    return Refusal(413, message, code="body_too_large")
 
 
 def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Whole:

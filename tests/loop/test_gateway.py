@@ -28,7 +28,7 @@ import pytest
 import uvicorn
 
 from cowest_serving.answering import user_hash
-from cowest_serving.app import GatewaySettings, Keys, TraceSettings, build_app, fallback_keys_of
+from cowest_serving.app import GatewayLimits, GatewaySettings, Keys, TraceSettings, build_app, fallback_keys_of
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import (
     KEEP_ALIVE_SECONDS,
@@ -68,11 +68,12 @@ def settings_of(strong: ScriptedModel, **changes: Any) -> GatewaySettings:
     collaboration = Collaboration("Explanation", "StrongAlone", "Fail", "StrongAlone", draft_max_tokens=99)
     of_strong = {name: changes.pop(name) for name in list(changes) if name in Strong.__dataclass_fields__}
     percent = changes.pop("content_sample_percent", 100)
-    when_full = changes.pop("when_spool_full", "Answer")
+    when_full, most = changes.pop("when_spool_full", "Answer"), changes.pop("max_body_bytes", None)
     return GatewaySettings(
         strong_settings(strong.url, **of_strong),
         replace(collaboration, **changes),
         TraceSettings(percent, None, when_full),
+        GatewayLimits(max_body_bytes=most) if most else None,
     )
 
 
@@ -710,18 +711,33 @@ async def test_a_bad_request_names_the_field(tmp_path: Path, body: Any, param: s
     assert not weak.calls and not strong.calls
 
 
+@pytest.mark.parametrize("limit", [4 * 1024 * 1024, 2_000], ids=["default", "declared"])
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_a_body_above_the_limit_is_refused(tmp_path: Path, chunked: bool) -> None:
-    async with world(tmp_path) as (_, _, door):
-        body = b" " * (4 * 1024 * 1024 + 1)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/feedback"])
+async def test_a_body_above_the_limit_is_refused(tmp_path: Path, path: str, chunked: bool, limit: int) -> None:
+    async with world(tmp_path, max_body_bytes=limit) as (_, _, door):
+        body = b" " * (limit + 1)
 
         async def pieces() -> AsyncIterator[bytes]:
             yield body
 
         data: Any = pieces() if chunked else body
-        async with door.http.post(door.url + "/v1/chat/completions", data=data) as response:
+        async with door.http.post(door.url + path, data=data) as response:
             assert response.status == 413
-            assert (await response.json())["error"]["code"] == "body_too_large"
+            error = (await response.json())["error"]
+    assert error["code"] == "body_too_large" and "spec.gateway.maxBodyBytes" in error["message"]
+    saw = r"\d+ so far" if chunked else f"{limit + 1} by its Content-Length"
+    assert re.search(f"wanted at most {limit} bytes, saw {saw}", error["message"])
+
+
+async def test_a_body_as_large_as_a_raised_limit_is_answered(tmp_path: Path) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 5_000_000}}
+    asked = [{"role": "user", "content": [{"type": "text", "text": "what is it?"}, picture]}]
+    async with world(tmp_path, max_body_bytes=5_100_000) as (_, strong, door):
+        assert (await door.post("/v1/chat/completions", {"messages": asked}))[0] == 200
+        row = await door.row()
+    sent, kept = strong.calls[0].body["messages"], json.loads(row["messages"])
+    assert all(messages[0]["content"][1] == picture for messages in (sent, kept))
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nope", 404), ("GET", "/v1/feedback", 405)])

@@ -678,8 +678,10 @@ def test_an_autoscaler_that_has_nothing_to_measure_is_a_trouble(gateway: dict[st
     assert [trouble.reason for trouble in troubles(platform, context(gateway=gateway).job, {})] == reasons
 
 
-def test_an_ingress_lets_through_what_the_gateway_takes() -> None:
-    seen = context(gateway={"ingress": api.Ingress("answers.example.com")})
+@pytest.mark.parametrize(
+    ("limit", "size"), [pytest.param({}, MAX_BODY, id="default"), ({"max_body_bytes": 9_000_000}, 9_000_000)]
+)
+def test_an_ingress_lets_through_what_the_gateway_takes(limit: dict[str, int], size: int) -> None:
+    seen = context(gateway={"ingress": api.Ingress("answers.example.com"), **limit})
     (ingress,) = [child for child in everything(seen) if child["kind"] == "Ingress"]
-    size = ingress["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-body-size"]
-    assert int(size.removesuffix("m")) * 1024 * 1024 >= MAX_BODY
+    assert ingress["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-body-size"] == str(size)

@@ -223,7 +223,7 @@ def _autoscaler(context: Context, spec: api.Gateway) -> tuple[Child, ...]:
 
 
 def _ingress(context: Context, spec: api.Gateway) -> tuple[Child, ...]:
-    """Time-outs of streams are set where an ingress controller takes them as annotations: nginx is the common one."""
+    """Limits are set where an ingress controller takes them as annotations: nginx is the common one."""
     if spec.ingress is None:
         return ()
     name = context.name("gateway")
@@ -238,7 +238,7 @@ def _ingress(context: Context, spec: api.Gateway) -> tuple[Child, ...]:
     built["metadata"]["annotations"] = {
         "nginx.ingress.kubernetes.io/proxy-read-timeout": "3600",
         "nginx.ingress.kubernetes.io/proxy-buffering": "off",
-        "nginx.ingress.kubernetes.io/proxy-body-size": "4m",  # what the gateway takes; nginx's own limit is 1m
+        "nginx.ingress.kubernetes.io/proxy-body-size": str(spec.max_body_bytes),  # nginx's own limit is 1m
     }
     return (built,)
 
