@@ -69,6 +69,7 @@ from cowest_serving.contract import (
     Strong,
     parse,
 )
+from cowest_serving.description import description
 from cowest_serving.drafts import DraftCache
 from cowest_serving.front_door import WHEN_GONE, FrontDoor
 from cowest_serving.health import METRICS as ENDPOINT_METRICS
@@ -228,6 +229,7 @@ class App:
         self._small: Mapping[str, tuple[str, Small]] = {
             MODELS: ("GET", gateway.models),
             FEEDBACK: ("POST", gateway.feedback),
+            "/openapi.json": ("GET", gateway.openapi),
             "/healthz": ("GET", gateway.healthz),
             "/readyz": ("GET", gateway.readyz),
             "/metrics": ("GET", gateway.metrics),
@@ -447,6 +449,10 @@ class Gateway:
         if kept is None:
             raise Refusal(503, "Feedback cannot be kept now.", "api_error", code="store_full", retry_after=5)
         return await kept
+
+    async def openapi(self, _: Scope, __: Receive) -> Whole:
+        """For generators of clients. It is the same for everybody, so no key is asked for."""
+        return Whole(await asyncio.to_thread(description), headers=((b"cache-control", b"public, max-age=300"),))
 
     async def healthz(self, _: Scope, __: Receive) -> Whole:
         return _json({"status": "ok"})

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tomllib
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import openai
 import pytest
 import yaml
 
+from cowest_serving.description import FILE
 from tests.contracts.openai_world import KEYS, OpenAIWorld, openai_world
 
-DESCRIPTION = Path(__file__).parents[2] / "docs" / "openapi.yaml"
+ROOT = Path(__file__).parents[2]
+DESCRIPTION = ROOT / "docs" / "openapi.yaml"
 EXAMPLES = os.environ.get("COWEST_FUZZ_EXAMPLES", "40")  # of each address
 
 
@@ -40,7 +46,7 @@ def test_schemathesis_finds_nothing_that_the_description_does_not_say(world: Ope
         check=False,
     )
     assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-2000:]
-    assert "7 selected / 7 total" in ended.stdout
+    assert "8 selected / 8 total" in ended.stdout
     assert "A fault of the gateway" not in ended.stdout and "Traceback" not in world.log.read_text()
 
 
@@ -74,6 +80,21 @@ def test_no_body_is_a_fault_of_the_gateway(world: OpenAIWorld, body: str, status
         )
     assert answer.status_code == status
     assert "x-evil" not in answer.headers
+
+
+def test_the_gateway_gives_its_description_to_everybody(world: OpenAIWorld) -> None:
+    with urllib.request.urlopen(f"{world.url}/openapi.json", timeout=10) as answer:
+        given, headers = json.load(answer), answer.headers
+    assert given == yaml.safe_load(DESCRIPTION.read_text())
+    assert (headers["content-type"], headers["cache-control"]) == ("application/json", "public, max-age=300")
+    assert urljoin(f"{world.url}/openapi.json", given["servers"][0]["url"]) == f"{world.url}/"
+
+
+def test_the_description_is_installed_beside_the_gateway() -> None:
+    packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert packed["force-include"]["docs/openapi.yaml"] == f"cowest_serving/{FILE}"
+    copied = (ROOT / "serving" / "Dockerfile").read_text()
+    assert "COPY docs/openapi.yaml /opt/cowest/cowest_serving/\n" in copied
 
 
 def test_the_description_names_every_address_of_the_gateway(world: OpenAIWorld) -> None:
