@@ -15,6 +15,7 @@ from cowest_cli import jobs
 from cowest_cli.options import FileOrNone, HomeFolder, Output
 from cowest_operator import api
 from cowest_operator.promotion import MIN_SLICE, SOLO
+from cowest_serving.contract import Prices, parse
 from cowest_training.contract import ArmReport, EvaluationReport, StepError, load_report
 
 EXAMPLES = 6
@@ -101,14 +102,13 @@ def _live(place: jobs.Home, document: Mapping[str, Any]) -> Mapping[str, Any]:
     table = read_columns(place.store.as_uri(), ("answer_ms", "strong_input_tokens", "strong_output_tokens"))
     asked = table.filter(pc.is_valid(table["answer_ms"]))  # others never reached the strong model
     given, made = (pc.sum(asked[f"strong_{kind}_tokens"]).as_py() or 0 for kind in ("input", "output"))
-    prices = _prices(document) or {"inputPerMillionTokens": 0, "outputPerMillionTokens": 0}
-    money = given * float(prices["inputPerMillionTokens"]) + made * float(prices["outputPerMillionTokens"])
-    return asdict(Spent(asked.num_rows, given, made, money / 1e6))
+    prices = _prices(document)
+    return asdict(Spent(asked.num_rows, given, made, prices.of(given, made) if prices else 0.0))
 
 
-def _prices(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    prices: Mapping[str, Any] | None = document["spec"]["strong"].get("prices")
-    return prices
+def _prices(document: Mapping[str, Any]) -> Prices | None:
+    given = document["spec"]["strong"].get("prices")
+    return parse(Prices, given, "spec.strong.prices") if given else None
 
 
 # ---------------------------------------------------------------- figures
@@ -430,7 +430,7 @@ def _spent_table(story: Story) -> str:
     def cells(calls: Any, given: Any, made: Any, money: Any) -> Iterator[str]:
         yield from ("" if seen is None else str(seen) for seen in (calls, given, made))
         if prices:
-            yield "" if money is None else _text(f"{money:.2f} {prices['currency']}")
+            yield "" if money is None else _text(f"{money:.2f} {prices.currency}")
 
     rows = ((name, *cells(*figures)) for name, figures in shown.items())
     head = ("", "calls of the strong model", "input tokens", "output tokens", *(("money",) if prices else ()))
