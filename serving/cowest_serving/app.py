@@ -51,7 +51,7 @@ from cowest_serving.answering import (
     parse_chat,
     retry_hints,
 )
-from cowest_serving.client_limits import ClientLimits, Gate, LimitReached, Ticket, part_of
+from cowest_serving.client_limits import ClientLimits, Gate, LimitReached, Ticket
 from cowest_serving.contract import (
     HEADER_ARM,
     HEADER_IDEMPOTENCY,
@@ -80,6 +80,7 @@ from cowest_serving.metrics import GEN_AI, Metrics
 from cowest_serving.open_files import allow_many_connections
 from cowest_serving.routes import Routes
 from cowest_serving.routing import FileRouting, RoutingSource, choose_arm
+from cowest_serving.shared_counts import SharedCounts
 from cowest_serving.store import StoreError, prepare
 from cowest_serving.traces import SpooledTraces, TraceSink, TraceWriter, sampled
 from cowest_serving.words import TEXTS, Repeats, feedback_row, word_key
@@ -315,6 +316,13 @@ class Gateway:
         settings, models = self._settings, self._models[-1]
         return Answering(settings.strong, settings.collaboration, models, self._drafts, self._routes)
 
+    def join(self, place: Place) -> None:
+        """As one of several workers: counters are told together, and the limits of a client hold for all of them."""
+        self.siblings = place.siblings
+        if self._gate is not None:
+            number, workers = place.siblings.number, len(place.siblings.ports)
+            self._gate.counts = SharedCounts(place.counts, self._gate.limits, number, workers)
+
     async def watch_keys(self) -> None:
         """Take up rotated keys until cancelled."""
         while True:
@@ -322,7 +330,7 @@ class Gateway:
             if self._client_keys.load():
                 log.info("%d client keys are read anew.", len(self._client_keys.current))
                 if self._gate is not None:
-                    self._gate.keep(self._client_keys.current)
+                    self._gate.counts.keep(self._client_keys.current)
             changed = [keys for keys in (self._keys.strong, *self._keys.fallbacks) if keys.load()]
             if changed:
                 log.info("%d keys of the strong model are read anew.", sum(len(keys.current) for keys in changed))
@@ -831,18 +839,21 @@ def app_of(
         allowance=allowance_of(settings.strong, book),
         stop=stop,
     )
-    app.gateway.siblings = place.siblings if place else None
+    if place is not None:
+        app.gateway.join(place)
     return app
 
 
 def shared_by(workers: int, settings: GatewaySettings) -> GatewaySettings:
-    """Of what is limited for a gateway as a whole, each of its workers has an equal part."""
+    """Of what is limited for a gateway as a whole, each of its workers has an equal part.
+
+    The limits of a client hold for all workers together, as OpenAI's SDKs keep their connections, each to one worker.
+    """
     strong, traces = settings.strong, settings.traces
     if traces is not None and traces.spool_bytes is not None:
         traces = replace(traces, spool_bytes=traces.spool_bytes // workers)
     calls = max(1, strong.max_concurrency // workers)
-    gateway = settings.gateway and replace(settings.gateway, limits=part_of(settings.gateway.limits, workers))
-    return replace(settings, strong=replace(strong, max_concurrency=calls), traces=traces, gateway=gateway)
+    return replace(settings, strong=replace(strong, max_concurrency=calls), traces=traces)
 
 
 def _sink(store: str, spool: Path | None, settings: TraceSettings | None) -> TraceSink:

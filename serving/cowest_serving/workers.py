@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cowest_serving.metrics import merged
+from cowest_serving.shared_counts import shared_memory
 from cowest_serving.wire import Wire, WireError
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Place:
     siblings: Siblings
     sockets: tuple[socket.socket, ...]
     keeper: int  # its process
+    counts: int  # the file in memory in which all workers count what clients use
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -79,9 +81,10 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def _place(text: str) -> Place:
-    number, handles, ports, keeper = text.split("/")
+    number, handles, ports, keeper, counts = text.split("/")
     sockets = tuple(socket.socket(fileno=int(handle)) for handle in handles.split(","))
-    return Place(Siblings(int(number), tuple(int(port) for port in ports.split(","))), sockets, int(keeper))
+    siblings = Siblings(int(number), tuple(int(port) for port in ports.split(",")))
+    return Place(siblings, sockets, int(keeper), int(counts))
 
 
 # ---------------------------------------------------------------- the process that keeps them
@@ -102,6 +105,7 @@ class Supervisor:
     command: Sequence[str]
     workers: Sequence[_Worker]
     drain_seconds: float
+    counts: int  # given to each worker
     told: int = 0  # how often to stop
     told_at: float = 0.0
     _news: threading.Event = field(default_factory=threading.Event)
@@ -149,11 +153,11 @@ class Supervisor:
     def _start(self, worker: _Worker) -> None:
         handles = [each.fileno() for each in worker.sockets]
         ports = [str(each.sockets[1].getsockname()[1]) for each in self.workers]
-        place = f"{worker.number}/{','.join(map(str, handles))}/{','.join(ports)}/{os.getpid()}"
+        place = f"{worker.number}/{','.join(map(str, handles))}/{','.join(ports)}/{os.getpid()}/{self.counts}"
         command = [*self.command, "--worker", place]
         worker.started = time.monotonic()
         # In a group of its own: Ctrl-C at a terminal is for this process, which tells the workers.
-        worker.process = subprocess.Popen(command, pass_fds=handles, process_group=0)
+        worker.process = subprocess.Popen(command, pass_fds=[*handles, self.counts], process_group=0)
 
     def _close_in_time(self) -> None:
         """After the drain nobody takes connections any more: they are refused, and do not wait in vain."""
@@ -170,7 +174,7 @@ def supervise(listeners: Sequence[socket.socket], arguments: Sequence[str], drai
     ]
     host, port = listeners[0].getsockname()[:2]
     log.info("%d workers listen on http://%s:%d (process %d keeps them)", len(workers), host, port, os.getpid())
-    return Supervisor(command, workers, drain_seconds).run()
+    return Supervisor(command, workers, drain_seconds, shared_memory(len(workers))).run()
 
 
 def listeners_beside(first: socket.socket, count: int) -> list[socket.socket]:

@@ -1362,13 +1362,14 @@ async def test_a_store_that_is_away_at_the_start_gets_all_records_when_it_comes(
 
 @asynccontextmanager
 async def started(
-    tmp_path: Path, *flags: str, store: str | None = None
+    tmp_path: Path, *flags: str, store: str | None = None, **sections: Any
 ) -> AsyncIterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A gateway process that is ready, and the models that it asks."""
+    """A gateway process that is ready, and the models that it asks; `sections`: of the spec, beside those it needs."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     async with ScriptedModel("a hint") as weak, ScriptedModel("the answer") as strong:
-        (tmp_path / "job.yaml").write_text(json.dumps({"kind": "CollaborationJob", "spec": spec_of(strong)}))
+        spec = spec_of(strong) | sections
+        (tmp_path / "job.yaml").write_text(json.dumps({"kind": "CollaborationJob", "spec": spec}))
         (tmp_path / "routing.json").write_text(json.dumps(dump(Routing(1, "s", (arm_of(weak, strong),)))))
         more = ["--store", store] if store else []
         with (tmp_path / "log").open("wb") as log:

@@ -102,6 +102,25 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+async def test_a_clients_limits_hold_for_all_workers_together_whichever_it_comes_to(tmp_path: Path) -> None:
+    limits = {"requestsPerMinute": 6}
+    async with started(tmp_path, "--workers", "2", gateway={"limits": limits}) as (url, _):
+        async with aiohttp.ClientSession() as http:  # one connection, so one worker
+            alone = [await limited(http, url) for _ in range(5)]
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as http:
+            spread = [await limited(http, url) for _ in range(12)]
+    assert [status for status, _ in alone] == [200] * 5
+    assert [left for _, left in alone] == [f"{left} of 6" for left in (5, 4, 3, 2, 1)]
+    assert 1 <= [status for status, _ in spread].count(200) <= 2, "one was left, and one comes in ten seconds"
+    assert {left for status, left in spread if status == 429} == {"0 of 6"}
+
+
+async def limited(http: aiohttp.ClientSession, url: str) -> tuple[int, str]:
+    async with http.post(url + "/v1/chat/completions", json=BODY) as response:
+        left, limit = (response.headers[f"x-ratelimit-{what}-requests"] for what in ("remaining", "limit"))
+        return response.status, f"{left} of {limit}"
+
+
 @pytest.mark.parametrize("wrong", ["port", "job"])
 def test_a_bad_start_is_said_once(tmp_path: Path, wrong: str) -> None:
     (tmp_path / "job.yaml").write_text("{}" if wrong == "job" else str(spec_of(ScriptedModel())))
@@ -121,7 +140,7 @@ def test_what_is_limited_for_a_gateway_is_divided_among_its_workers() -> None:
     limits = GatewayLimits(ClientLimits(requests_per_minute=60, max_concurrency=2))
     settings = GatewaySettings(settings.strong, settings.collaboration, TraceSettings(100, 10_001, "Answer"), limits)
     shared = shared_by(4, settings)
-    assert shared.gateway and shared.gateway.limits == ClientLimits(requests_per_minute=15, max_concurrency=1)
+    assert shared.gateway == limits, "those of a client hold for all workers together"
     assert settings.strong.max_concurrency == 16
     assert (shared.strong.max_concurrency, shared.traces and shared.traces.spool_bytes) == (4, 2500)
     assert shared_by(1, settings) == settings
