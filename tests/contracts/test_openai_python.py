@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.contracts.openai_world import KEYS, OpenAIWorld, openai_world
+from tests.contracts.openai_world import KEYS, OpenAIWorld, openai_world, waited
 
+PAGE = Path(__file__).parents[2] / "docs" / "gateway.md"
 ASKED: Any = [{"role": "user", "content": "why is the sky blue?"}]
 WEATHER: Any = {
     "type": "function",
@@ -722,3 +724,20 @@ def test_an_answer_that_takes_too_long_is_a_gateway_timeout(tmp_path: Path) -> N
         assert caught.value.status_code == 504
         with pytest.raises(openai.APIError, match="stopped in the middle"):
             list(ask(client, stream=True, metadata=say("a b c", pause="20")))
+
+
+# ---------------------------------------------------------------- docs/gateway.md
+def test_the_first_answer_of_the_page_for_applications_is_had_as_it_says(
+    world: OpenAIWorld, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    for said, here in (("http://127.0.0.1:8080", world.url), ('api_key="any"', f'api_key="{KEYS[0]}"')):
+        assert code.count(said) == 1
+        code = code.replace(said, here)
+    seen: dict[str, Any] = {}
+    exec(compile(code, str(PAGE), "exec"), seen)
+    whole, streamed = (world.trace_of(seen[name])["answer"] for name in ("request_id", "request_id_of_stream"))
+    assert capsys.readouterr().out == f"{whole}\n{streamed}" and whole and streamed
+    ids = [seen["request_id"], seen["request_id_of_stream"]]
+    words = {row["trace_id"]: row for row in waited(lambda: [r for r in world.feedback(0) if r["trace_id"] in ids], 2)}
+    assert words[ids[0]]["reference"] and words[ids[1]]["score"] == 1
