@@ -1,0 +1,47 @@
+"""What `make bench-gate` simulates: tests whose figures are known, and exact tails against counting."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from cowest_training.statistics import fisher, mcnemar
+from tests.benchmarks import gate_bench as bench
+
+BARS = bench.WORLDS[0]
+
+
+def test_the_fixed_test_is_sized_for_the_minimum_effect() -> None:
+    assert bench.fixed_size(BARS) == 1818
+    seen = bench.measured(bench.fixed_z, BARS, 4000, 0)
+    assert seen["null"] == pytest.approx(0.05, abs=0.012)
+    assert seen["mde"] == pytest.approx(0.80, abs=0.025)
+
+
+def test_peeking_at_a_fixed_test_promotes_far_more_than_its_level_and_ours_does_not() -> None:
+    assert bench.measured(bench.peeked_z, BARS, 2000, 0)["null"] > 0.15
+    ours = bench.measured(bench.anytime, BARS, 2000, 0)
+    assert ours["null"] <= 0.05 and ours["harm"] < 0.01
+    assert ours["mde_answers"] < 0.35 and ours["2mde_answers"] < 0.16
+
+
+def test_a_discordance_that_is_misjudged_costs_power_and_never_the_level() -> None:
+    few, many = (bench.measured(bench.anytime_assumed, world, 2000, 0) for world in bench.WORLDS[1:3])
+    assert max(few["null"], many["null"]) <= 0.05
+    assert many["mde"] < 0.5 < few["mde"]
+
+
+@pytest.mark.parametrize("name", sorted(bench.TESTS))
+def test_each_test_promotes_more_the_larger_the_gain(name: str) -> None:
+    seen = bench.measured(bench.TESTS[name], BARS, 200, 0)
+    assert seen["harm"] <= seen["null"] <= seen["mde"] <= seen["2mde"]
+    assert all(0 < seen[f"{effect}_answers"] <= 2.2 for effect in bench.EFFECTS)
+
+
+def test_the_tails_are_those_of_the_gates_own_tests() -> None:
+    assert bench._binomial_tail(6, 7) == pytest.approx(mcnemar(6, 1))
+    assert bench._fisher_tail(9, 10, 30, 50) == pytest.approx(fisher(9, 10, 30, 50))
+    counted = bench._by_pair(np.array([1, 2, 1]), np.array([0, 1, 0]), lambda a, b: math.hypot(a, b))
+    assert counted.tolist() == [1.0, math.hypot(2, 1), 1.0]
