@@ -20,7 +20,7 @@ from cowest_operator.objects import desired as builders
 from cowest_operator.objects.common import Child, Context, key_of
 from cowest_operator.observe import Memory, Observed
 from cowest_operator.platform import NO_ARGO, NO_KSERVE
-from cowest_operator.watched import Family, Seen, see, shared
+from cowest_operator.watched import ACTIVE, Family, Seen, see, shared
 from cowest_serving.contract import Routing, digest_of, dump
 
 log = logging.getLogger("cowest.apply")
@@ -328,7 +328,7 @@ def _of(context: Context) -> dict[str, str]:
 
 
 def _active(workflow: Seen) -> bool:
-    return workflow.facts["phase"] in ("Pending", "Running")
+    return workflow.facts["phase"] in ACTIVE
 
 
 def _trial_of(context: Context, name: str) -> int | None:

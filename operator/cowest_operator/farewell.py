@@ -13,8 +13,8 @@ from typing import Any
 from cowest_operator import api
 from cowest_operator.kube import Kube, KubeError
 from cowest_operator.objects import ray, steps
-from cowest_operator.objects.common import Context
-from cowest_operator.watched import Family, Seen, epoch
+from cowest_operator.objects.common import Child, Context, key_of
+from cowest_operator.watched import ACTIVE, Family, Seen, epoch, see
 
 log = logging.getLogger("cowest.farewell")
 
@@ -52,8 +52,10 @@ async def goodbye(kube: Kube, context: Context | None, family: Family, now: floa
     if since > LIMIT:
         return await _let_go(kube, body, f"not within {LIMIT:.0f} s")
     step = api.StepSpec(ERASE, "cowest_training.erase", "", (("--store", context.store), ("--what", what)))
+    orders = steps.step_map(context, step)
     try:
-        await kube.apply(steps.step_map(context, step))
+        if key_of(orders) not in family.children:
+            _note(family, await kube.apply(orders))
         if await _stopped(kube, context, family, since) and await _erased(kube, context, step, family, now):
             return await _let_go(kube, body)
     except KubeError as error:
@@ -67,7 +69,7 @@ async def _stopped(kube: Kube, context: Context, family: Family, since: float) -
     """What writes goes before what it wrote: steps, gateway, live scores. No pod is waited for without end."""
     writers = {("Deployment", context.name(part)) for part in ("gateway", "live")}
     for (kind, name), seen in list(family.children.items()):
-        is_step = kind == "Workflow" and seen.facts["step"] != ERASE
+        is_step = kind == "Workflow" and seen.facts["step"] != ERASE and seen.facts["phase"] in ACTIVE
         if not seen.deleting and (is_step or kind == "RayService" or (kind, name) in writers):
             await kube.delete(kind, context.namespace, name)
             family.children.pop((kind, name), None)
@@ -80,13 +82,24 @@ async def _erased(kube: Kube, context: Context, step: api.StepSpec, family: Fami
     """One attempt after the other, until one succeeds."""
     attempts = _erasing(family)
     if not attempts:
-        await kube.create(steps.unshared(context, step))
+        await _begin(kube, steps.unshared(context, step), family)
         return False
     last = attempts[-1].facts
     if last["phase"] in ("Failed", "Error") and now > last["finished"] + min(5.0 * 2 ** last["attempt"], LONGEST_WAIT):
         log.warning("%s: erasing failed: %s; again", context.job.name, last["words"] or last["message"])
-        await kube.create(steps.unshared(context, step, last["attempt"] + 1))
+        await _begin(kube, steps.unshared(context, step, last["attempt"] + 1), family)
     return bool(last["phase"] == "Succeeded")
+
+
+async def _begin(kube: Kube, workflow: Child, family: Family) -> None:
+    await kube.create(workflow)
+    if found := await kube.get("Workflow", workflow["metadata"]["namespace"], workflow["metadata"]["name"]):
+        _note(family, found)
+
+
+def _note(family: Family, answer: Mapping[str, Any]) -> None:
+    """Before a watch shows it: the next look is to know what this one did."""
+    family.children[key_of(answer)] = see(answer["kind"], answer)
 
 
 def _erasing(family: Family) -> list[Seen]:

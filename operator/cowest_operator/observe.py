@@ -19,7 +19,7 @@ from cowest_operator.objects.common import Context
 from cowest_operator.objects.desired import followed, frozen_name
 from cowest_operator.platform import Discovery, troubles
 from cowest_operator.settings import Settings
-from cowest_operator.watched import Family, Seen
+from cowest_operator.watched import ACTIVE, Family, Seen
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import SettingsError
 from cowest_training.contract import (
@@ -314,7 +314,7 @@ class _Look:
     async def _step(self, trial: api.Trial, name: str, seen: Seen) -> api.StepState | None:
         """`None` when it is due to be submitted again."""
         facts = seen.facts
-        if facts["phase"] in ("Pending", "Running"):
+        if facts["phase"] in ACTIVE:
             if self._waits_for_what_was_edited(seen):
                 self.submit[name], self.instead[name] = facts["attempt"] + 1, seen.name
                 return None

@@ -15,6 +15,7 @@ from cowest_operator.objects.steps import ATTEMPT_LABEL, GENERATION_LABEL, RETRY
 from cowest_operator.objects.weak import DIGEST_ANNOTATION
 
 Key = tuple[str, str]  # (namespace, job)
+ACTIVE = ("Pending", "Running")  # phases of a Workflow that may still write
 
 
 @dataclass(frozen=True, slots=True)  # 30 of them a job

@@ -125,6 +125,7 @@ class Script:
         default_factory=lambda: {"has_explanations": True, "pairs": 200, "rows": 500, "held_out": 500}
     )
     live_works: bool = True  # score_live leaves its reports
+    live_steps: int = 99  # of the first so many steps of a canary and its watch
     store_away: bool = False
     traces: dict[str, Any] = field(default_factory=lambda: {"all": 0, "usable": 0, "reason": ""})
     strong_version: str = "v1"
@@ -337,6 +338,8 @@ class Playground:
         if trial is None or "-" not in uri or not self.script.live_works:
             return 404, {}
         step = int(uri.rsplit("-", 1)[1].removesuffix(".json"))
+        if step >= self.script.live_steps:
+            return 404, {}
         better = self.script.live_better_by
         seen = world.comparison(better, 0.01 if better > 0 else 0.9999, 0.99 if better > 0 else 1e-9, n=1000)
         live = replace(
