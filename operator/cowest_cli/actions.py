@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cowest_cli import jobs
 from cowest_cli.options import Output, Saying, Where, spread
-from cowest_cli.view import printable, rounds_table, spent, traces
+from cowest_cli.view import held_out, printable, rounds_table, spent, traces
 from cowest_operator import api, people
 from cowest_operator.manifest import FILE, absolute_uri, local_path
 from cowest_serving import store
@@ -123,6 +123,8 @@ def status(where: Where, output: Output = "text") -> None:
     console.print(f"{'Spent':18} {spent(story.status, story.document)}", soft_wrap=True)
     if counts := story.shown.get("traces"):
         console.print(f"{'Traces':18} {printable(traces(api.TraceCounts(**counts)))}", soft_wrap=True)
+    for sentence in held_out(story.status, story.document):
+        console.print(f"{'Held out':18} {printable(sentence)}", soft_wrap=True)
     console.print(rounds_table(story.status))
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cowest_operator import manifest
@@ -28,6 +29,7 @@ class Facts:
     explained: int = 0  # training rows with an explanation
     train_digest: str = ""  # of the rows, not of the file
     notes: tuple[str, ...] = ()  # what is no fault, and a person should look at
+    groups: Mapping[str, int] = field(default_factory=dict)  # held-out rows by `group`
 
 
 def facts_of(document: Mapping[str, Any], source: str) -> Facts:
@@ -70,6 +72,7 @@ def check_data(spec: Mapping[str, Any], source: str) -> Facts:
         explained,
         train_digest=rows_digest(train),
         notes=(note,) if note else (),
+        groups=Counter(row.group for row in held_out if row.group is not None),
     )
 
 
@@ -87,14 +90,14 @@ def _check_held_out(seen: int, least: int, source: str) -> None:
 
 
 def _missing(spec: Mapping[str, Any]) -> Iterator[Problem]:
-    for field, uri in (
+    for name, uri in (
         ("weak.model", spec["weak"]["model"]),
         ("data.train", spec["data"]["train"]),
         ("data.heldOut", spec["data"]["heldOut"]),
     ):
         if uri.startswith(manifest.FILE) and not manifest.local_path(uri).exists():
             yield Problem(
-                f"spec.{field}",
+                f"spec.{name}",
                 f"there is nothing at {uri}",
                 "Put it there, or change the path; a relative one starts at the manifest's folder",
             )

@@ -15,13 +15,14 @@ import typer
 from rich.console import Console
 
 from cowest_cli import engine as engines
-from cowest_cli import jobs
+from cowest_cli import jobs, preflight
 from cowest_cli.following import Following
 from cowest_cli.options import File, HomeFolder, Output
 from cowest_cli.preflight import facts_of
 from cowest_cli.processes import port_is_free
-from cowest_cli.view import View, rounds_table
+from cowest_cli.view import View, printable, rounds_table
 from cowest_operator import api, rounds
+from cowest_operator.power import Power, sentences
 from cowest_serving.contract import Strong
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RETRY, MANIFEST, StepError
 
@@ -234,15 +235,26 @@ def longest_hours(spec: api.Spec, cost: rounds.Estimate) -> float:
     return math.ceil(cost.calls / spec.strong.max_concurrency) * spec.strong.timeout_seconds / 3600
 
 
+def sight(job: api.Job, facts: preflight.Facts, status: api.Status) -> tuple[Power, int, int]:
+    """What the held-out rows can show, the next look at them and the last that there can be."""
+    same = status.held_out == job.spec.data.held_out
+    looks, seen = (status.looks, status.sight) if same else (0, None)
+    trials = (status.stable is None) + max(0, job.spec.rounds.max - status.tuned_rounds)
+    power = Power(facts.held_out, job.spec.gate, seen.discordant if seen else None, facts.groups)
+    return power, looks + 1, looks + trials
+
+
 def plan(file: File, output: Output = "text") -> None:
     """Say what the job may cost at most: strong-model calls, tokens and money. Spends and starts nothing."""
     declared = jobs.load(file)
     facts = facts_of(declared.document, str(file))
     costs = engines.estimates(declared.job, facts)
     spec = declared.job.spec
-    smallest = rounds.smallest_gain_points(min(facts.held_out, 10**9))
+    power, look, last = sight(declared.job, facts, jobs.read_status(jobs.home_of(file, None)))
     if output == "json":
-        typer.echo(json.dumps({"data": asdict(facts), "smallestGainPoints": smallest,
+        typer.echo(json.dumps({"data": asdict(facts), "smallestGainPoints": power.smallest_gain(look),
+                               "discordant": power.share, "discordantAssumed": power.discordant is None,
+                               "smallSlices": power.small_slices(),
                                "parts": [asdict(c) for c in costs], "maxRounds": spec.rounds.max,
                                "limits": list(limits_met(spec, costs)),
                                "longestHours": [longest_hours(spec, c) for c in costs]}))  # fmt: skip
@@ -263,9 +275,8 @@ def plan(file: File, output: Output = "text") -> None:
         f"Time of the calls is not measured beforehand; if each took all of strong.timeoutSeconds ="
         f" {spec.strong.timeout_seconds}, {spec.strong.max_concurrency} at a time: {hours}. Tuning comes on top."
     )
-    typer.echo(
-        f"With {facts.held_out} held-out queries a gain under {smallest:.1f} points will most likely not be seen."
-    )
+    for sentence in sentences(power, look, last):
+        typer.echo(printable(sentence))
     for note in facts.notes:
         typer.echo(f"note: {note}")
     if spec.strong.prices is None:

@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cowest_operator import api
+from cowest_operator.power import Power, sentences
+from cowest_serving.contract import parse
 
 if TYPE_CHECKING:
     from cowest_cli.engine import Engine
@@ -74,6 +76,15 @@ def spent(status: api.Status, job: Mapping[str, Any] | None = None) -> str:
     live = f"; live answers on {seen.day} {words(seen)}" if (seen := status.budget.live) else ""
     part = words(status.budget.round)
     return f"{words(status.budget)}; the current round {part} (by steps, without live answers){live}"
+
+
+def held_out(status: api.Status, job: Mapping[str, Any] | None) -> list[str]:
+    """What the held-out queries can show the next candidate, in sentences; none before they were gone through."""
+    gate = ((job or {}).get("spec") or {}).get("gate")
+    if (seen := status.sight) is None or not gate:
+        return []
+    known = Power(seen.queries, parse(api.Gate, gate, "spec.gate"), seen.discordant, seen.slices)
+    return sentences(known, status.looks + 1)
 
 
 def traces(counts: api.TraceCounts) -> str:

@@ -421,6 +421,15 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Sight:
+    """What the last evaluation on a held-out set says of how small a gain it can show."""
+
+    queries: int
+    discordant: float  # share of them that candidate and control scored differently
+    slices: Mapping[str, int] = field(default_factory=dict)  # group -> queries, of the smallest
+
+
+@dataclass(frozen=True)
 class Status:
     conditions: tuple[Condition, ...] = ()
     stable: Pair | None = None
@@ -440,6 +449,7 @@ class Status:
     trials: int = 0  # started so far; the next one's number
     looks: int = 0  # offline gates on this held-out set so far
     held_out: str | None = None  # URI that `looks` counts for
+    sight: Sight | None = None  # of that held-out set, once it was gone through
     rounds: tuple[Outcome, ...] = ()  # the last ten
     tuned_rounds: int = 0
     without_gain: int = 0  # tuned rounds in a row that were not promoted
@@ -459,6 +469,7 @@ class Status:
 
 
 KEEP_ROUNDS = 10
+KEEP_SLICES = 20
 
 
 # ---------------------------------------------------------------- world

@@ -278,7 +278,7 @@ def _gate(world: World, trial: Trial) -> Move:
         return _revalidated(world, trial)
     spec, status, seen = world.trial_job.spec, world.status, world.report.against_control
     if status.held_out != spec.data.held_out:
-        status = replace(status, looks=0, held_out=spec.data.held_out)
+        status = replace(status, looks=0, held_out=spec.data.held_out, sight=None)
     # The later word of a person goes before an earlier one: what somebody proposes is judged in spite of a veto.
     judged = replace(status, vetoed=()) if trial.origin == "Proposal" else status
     case = promotion.Offline(spec.gate, spec.canary.max_error_percent, judged, trial.pair.digest, world.report)
@@ -289,6 +289,7 @@ def _gate(world: World, trial: Trial) -> Move:
     trial = _measured(world, trial, world.report)
     of_control = routes.measured(world.report, "control", rounds.run_uri(world, trial, "predictor"))
     status = replace(status, looks=status.looks + 1, candidate=trial, routes=of_control or status.routes)
+    status = replace(status, sight=_sight(world.report))
     status, followed = _strong_follows(world, status, trial, case)
     world = replace(world, status=status)
     if refusal:
@@ -345,6 +346,12 @@ def _measured(world: World, trial: Trial, report: EvaluationReport) -> Trial:
         note=" ".join(filter(None, notes)),
         routes=routes.measured(report, "candidate", rounds.run_uri(world, trial, "predictor")),
     )
+
+
+def _sight(report: EvaluationReport) -> api.Sight:
+    seen = report.against_control
+    smallest = sorted(report.slices, key=lambda part: (part.n, part.group))[: api.KEEP_SLICES]
+    return api.Sight(seen.n, (seen.better + seen.worse) / max(1, seen.n), {part.group: part.n for part in smallest})
 
 
 def _revalidated(world: World, trial: Trial) -> Move:

@@ -202,6 +202,14 @@ def test_status_as_json_has_the_fields_and_forms_of_the_crd(cowest: Any, place: 
     assert "state" not in told and seen["gateway"] == "http://127.0.0.1:8080/v1"
 
 
+def test_status_says_what_the_held_out_set_can_show_once_it_was_gone_through(cowest: Any, place: jobs.Home) -> None:
+    assert "Held out" not in cowest("status", "--home", place.root).out
+    jobs.write_status(place, replace(STATUS, looks=1, sight=api.Sight(500, 0.1, {"rare": 29})))
+    said = cowest("status", "--home", place.root).out
+    assert "Held out           With 500 held-out queries a gain under 4." in said
+    assert "10 % in the last evaluation" in said and "'rare' (29)" in said
+
+
 def test_status_shows_how_many_traces_a_round_could_learn_from_and_why_not_more(cowest: Any, place: jobs.Home) -> None:
     assert "Traces" not in cowest("status", "--home", place.root).out, "nothing was counted yet"
     counted = {"all": 5, "usable": 3, "reason": f"Not usable: 2 asked again later. {NASTY}"}
@@ -649,6 +657,32 @@ def test_plan_bounds_calls_tokens_and_money(cowest: Any, job: Path) -> None:
     assert "50 training rows, 200 held-out rows" in said.out and "450 calls" in said.out
     assert "upper bounds of what is paid:" in said.out and "Steps count answers" in said.out
     assert "(at most 1000 times)" in said.out and baseline["currency"] in said.out
+
+
+def test_plan_says_what_the_held_out_rows_can_show(cowest: Any, job: Path) -> None:
+    said = cowest("plan", "-f", job).out
+    assert "With 200 held-out queries a gain under 8.7 points will most likely not be seen (look 1" in said
+    assert "20 % assumed" in said
+    seen = json.loads(cowest("plan", "-f", job, "-o", "json").out)
+    assert seen["smallestGainPoints"] == pytest.approx(8.7, abs=0.03)
+    assert (seen["discordantAssumed"], seen["smallSlices"]) == (True, {})
+    rows = [json.loads(line) for line in (job.parent / "held_out.jsonl").read_text().splitlines()]
+    named = [{**row, "group": "rare" if i < 40 else "bulk_y"} for i, row in enumerate(rows)]
+    (job.parent / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    assert "maxSliceLossPoints = 10: 'rare' (40); 150 queries each would do" in cowest("plan", "-f", job).out
+
+
+def test_plan_goes_by_what_the_last_evaluation_of_these_rows_showed(cowest: Any, job: Path) -> None:
+    declared = jobs.load(job).job
+    home = jobs.home_of(job, None)
+    sight = api.Sight(200, 0.05, {"bulk_y": 160})
+    seen = replace(w.SERVED, held_out=declared.spec.data.held_out, looks=1, sight=sight)
+    jobs.write_status(home, seen)
+    assert jobs.read_status(home).sight == sight, "names of slices stay as they are"
+    said = cowest("plan", "-f", job).out
+    assert "a gain under 5.0 points" in said and "5 % in the last evaluation" in said and "look 2" in said
+    jobs.write_status(home, replace(seen, held_out="file:///others.jsonl"))
+    assert "20 % assumed" in cowest("plan", "-f", job).out, "other rows, other discordance"
 
 
 def test_run_asks_before_it_spends_much_and_nobody_there_is_no(cowest: Any, job: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from cowest_operator import api, reconcile, rounds
 from cowest_serving.contract import RouteLimits, Shortcuts
-from cowest_training.contract import ArmReport, Evaluator, evaluator_digest
+from cowest_training.contract import ArmReport, Evaluator, SliceReport, evaluator_digest
 from tests import world as w
 
 
@@ -626,6 +626,12 @@ def test_an_evaluator_edited_in_mid_round_is_measured_afterwards():
         plan = reconcile.plan(replace(world, status=plan.status, frozen=frozen if plan.status.candidate else None))
     assert plan.status.stable == w.CANDIDATE
     assert settle(w.world(status=plan.status, job=job, evaluator=now)).status.candidate.origin == "Revalidation"
+
+
+def test_a_gate_keeps_what_its_held_out_set_can_show():
+    part = SliceReport("rare", 29, 0.1, 0.0, 0.2)
+    plan = reconcile.plan(w.world(status=evaluated(), report=w.report(slices=(part,))))
+    assert plan.status.sight == api.Sight(1000, 0.14, {"rare": 29})
 
 
 def test_another_held_out_set_starts_the_count_of_looks_anew():
