@@ -39,7 +39,7 @@ class Story:
 
 
 def _story(where: Where) -> Story:
-    if job := _in_cluster(where):
+    if job := in_cluster(where):
         seen = job.known()
         return Story(
             seen.status,
@@ -49,7 +49,7 @@ def _story(where: Where) -> Story:
             tuple(seen.notes()),
             job.events,
         )
-    place = _known(where)
+    place = known(where)
     running = jobs.runs(place)
     shown = {
         "gateway": (jobs.read_json(place.run) or {}).get("gateway"),
@@ -76,7 +76,7 @@ def _with_what_was_paid(place: jobs.Home) -> api.Status:
         return status
 
 
-def _in_cluster(where: Where) -> cluster.Job | None:
+def in_cluster(where: Where) -> cluster.Job | None:
     """`None`: it is on this machine. The Kubernetes client is loaded only where it is needed."""
     if where.job is None:
         if told := next((n for n in ("namespace", "context", "kubeconfig") if getattr(where, n) is not None), None):
@@ -97,7 +97,7 @@ def _home(where: Where) -> jobs.Home:
     return jobs.home_of(where.file, where.home)
 
 
-def _known(where: Where) -> jobs.Home:
+def known(where: Where) -> jobs.Home:
     place = _home(where)
     if not place.status.exists():
         raise StepError(f"{place.root}: wanted the state of a job, saw none. Start it with `cowest run -f ...`.")
@@ -166,7 +166,7 @@ def _message(condition: api.Condition, status: api.Status) -> str:
 def _say(
     verb: api.Verb, where: Where, saying: Saying, output: str, model: str | None = None, now: bool = False
 ) -> None:
-    if job := _in_cluster(where):
+    if job := in_cluster(where):
         _say_in_cluster(job, verb, saying, output, model, now)
         return
     place = _addressed(where)
@@ -312,8 +312,8 @@ def lineage(
     Of a job in a cluster it is read from the object store with your own keys: AWS_ACCESS_KEY_ID and
     AWS_SECRET_ACCESS_KEY, and COWEST_S3_ENDPOINT where this machine reaches the store at another address than the pods.
     """
-    job = _in_cluster(where)
-    root = job.open_store(job.see()) if job else _known(where).store.as_uri()
+    job = in_cluster(where)
+    root = job.open_store(job.see()) if job else known(where).store.as_uri()
     answer = None if what.startswith("sha256:") else _trace(root, what)
     feedback = _feedback(root, what) if answer else []
     digest = answer["weak_digest"] if answer else what

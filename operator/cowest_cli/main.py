@@ -53,6 +53,12 @@ VERBS = (
     ),
     Verb("lineage", "actions:lineage", "From an answer to its draft, pair, models and data.", "Look"),
     Verb(
+        "ledger",
+        "ledger:ledger",
+        "What each draft of a round was worth and cost: shown, filtered, or exported for training elsewhere.",
+        "Look",
+    ),
+    Verb(
         "replay",
         "replay:replay",
         "Compute every live decision again from recorded traces and feedback; exit code 1 when one differs.",
