@@ -297,6 +297,7 @@ CLUSTER_ONLY = (
     "weak.resources",
     "weak.podTemplate",
     "strong.caBundleRef",
+    "strong.proxyKeysSecretRef",
     "training.resources",
     "training.podTemplate",
     "gateway.resources",

@@ -546,6 +546,14 @@ class _Look:
         if part in ("gateway", ray.HEAD):
             others = [fallback.api_key_secret_ref for fallback in spec.strong.fallbacks]
             names += [f"Secret {ref.name}" for ref in (*others, spec.gateway.client_keys_secret_ref) if ref]
+        asking_parts = (
+            "proxy",
+            "step",
+            "score-live",
+            *(("gateway", ray.HEAD) if spec.strong.limits_live_answers else ()),
+        )
+        if part in asking_parts and (asking := self.context.document["spec"]["strong"].get("proxyKeysSecretRef")):
+            names.append(f"Secret {asking['name']} with {asking['ownKey']}")
         return " or ".join(names) or "each of its ConfigMaps, Secrets and volumes"
 
 

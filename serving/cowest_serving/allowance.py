@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -28,6 +29,7 @@ import orjson
 from cowest_serving.book import BookError, PaidCalls
 from cowest_serving.contract import Messages, Prices, SettingsError, Strong, dump, parse
 from cowest_serving.estimates import UNKNOWN_OUTPUT_TOKENS, likely_input_tokens, likely_tokens, most_output_tokens
+from cowest_serving.key_files import PROXY_KEYS, ReadKeys, keys_of
 from cowest_serving.leases import LEASE_PATH, Amount, Ask, Lease, Room, Spent
 from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, count
 
@@ -79,21 +81,26 @@ class FileLender:
 
 
 class HttpLender:
-    """The book of the job's proxy."""
+    """The book of the job's proxy. Of several keys each is shown in turn: while they are rotated one is not known."""
 
-    def __init__(self, address: str) -> None:
-        self._url = address.rstrip("/") + LEASE_PATH
+    def __init__(self, address: str, read_keys: ReadKeys = tuple) -> None:
+        self._url, self._read_keys = address.rstrip("/") + LEASE_PATH, read_keys
         self._session: aiohttp.ClientSession | None = None
 
     async def lend(self, ask: Ask) -> Lease:
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=BOOK_SECONDS))
+        saw, data = "", orjson.dumps(dump(ask))
         try:
-            async with self._session.post(self._url, data=orjson.dumps(dump(ask))) as answer:
-                body = orjson.loads(await answer.read())
-                if answer.status == 200:
-                    return parse(Lease, body, "lease")
-                saw = f"{answer.status} {body['error']['message']}"
+            for key in self._read_keys() or ("",):
+                headers = {"authorization": f"Bearer {key}"} if key else {}
+                async with self._session.post(self._url, data=data, headers=headers) as answer:
+                    body = orjson.loads(await answer.read())
+                    if answer.status == 200:
+                        return parse(Lease, body, "lease")
+                    saw = f"{answer.status} {body['error']['message']}"
+                    if answer.status != 401:
+                        break
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
             saw = str(error) or type(error).__name__
         raise BookError(f"{self._url}: wanted a lease of the day's budget, saw: {saw}")
@@ -105,7 +112,7 @@ class HttpLender:
 
 def lender_of(book: str, strong: Strong) -> Lender:
     """`book`: a file, or the address of the proxy that keeps it."""
-    return HttpLender(book) if "://" in book else FileLender(Path(book), strong)
+    return HttpLender(book, keys_of(os.environ, PROXY_KEYS).read) if "://" in book else FileLender(Path(book), strong)
 
 
 @dataclass(eq=False)

@@ -754,6 +754,11 @@ def _ms_since(started: float) -> float:
     return (time.monotonic() - started) * 1000
 
 
+def wrong_key(whose: str) -> Refusal:
+    message = f"Wrong or missing API key: send `Authorization: Bearer <key>` with a key of this {whose}."
+    return Refusal(401, message, "authentication_error", code="invalid_api_key")
+
+
 def retry_hints(refusal: Refusal) -> dict[str, str]:
     """Headers that tell a client whether and when to ask again."""
     hints = {"x-should-retry": "false"} if refusal.is_in_vain else {}

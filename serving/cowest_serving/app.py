@@ -19,7 +19,6 @@ import argparse
 import asyncio
 import errno
 import gc
-import hmac
 import logging
 import os
 import signal
@@ -50,6 +49,7 @@ from cowest_serving.answering import (
     own_key,
     parse_chat,
     retry_hints,
+    wrong_key,
 )
 from cowest_serving.client_limits import ClientLimits, Gate, LimitReached, Ticket
 from cowest_serving.contract import (
@@ -75,6 +75,7 @@ from cowest_serving.front_door import WHEN_GONE, FrontDoor
 from cowest_serving.health import METRICS as ENDPOINT_METRICS
 from cowest_serving.hedging import Hedging
 from cowest_serving.ids import new_id
+from cowest_serving.key_files import CLIENT_KEYS, Keys, keys_of
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Metrics
 from cowest_serving.open_files import allow_many_connections
@@ -145,49 +146,6 @@ class GatewaySettings:
     collaboration: Collaboration
     traces: TraceSettings | None = None
     gateway: GatewayLimits | None = None
-
-
-class Keys:
-    """Keys as they were given, and those in the files of a folder: one a line, read anew while the gateway runs.
-
-    The folder is a Secret as Kubernetes mounts it: names that start with ".." are its own links.
-    """
-
-    def __init__(self, given: Sequence[str] = (), folder: Path | None = None, given_names: Sequence[str] = ()) -> None:
-        self.folder = folder
-        self.current: tuple[str, ...] = ()
-        self.names: Mapping[str, str] = {}  # of each key its file's, "" where nobody said
-        self._given = dict(zip(given, (*given_names, *[""] * len(given)), strict=False))
-        self._trouble = ""
-        self.load()
-
-    @property
-    def are_wanted(self) -> bool:
-        """Also while the folder holds none: a Secret that was emptied must not open the door to everybody."""
-        return bool(self._given) or self.folder is not None
-
-    def load(self) -> bool:
-        """Look at the folder. True: other keys hold now."""
-        try:
-            found = self._given | (_keys_in(self.folder) if self.folder else {})
-        except (OSError, UnicodeDecodeError) as error:
-            if self._trouble != str(error):
-                log.warning("Keys in %s cannot be read (%s); those read before go on.", self.folder, error)
-            self._trouble = str(error)
-            return False
-        self._trouble = ""
-        before, self.current, self.names = self.current, tuple(found), found
-        return before != self.current
-
-
-def _keys_in(folder: Path) -> dict[str, str]:
-    """Keys with the names of their files."""
-    files = sorted(path for path in folder.iterdir() if not path.name.startswith("..") and not path.is_dir())
-    return {key: path.name for path in files for key in _lines(path.read_text("utf-8"))}
-
-
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 @dataclass(frozen=True)
@@ -357,12 +315,9 @@ class Gateway:
         """The client's key; "" where everybody may ask."""
         if not self._client_keys.are_wanted:
             return ""
-        is_bearer = authorization[:7].lower() == "bearer "
-        given = authorization[7:] if is_bearer else authorization
-        # All are compared, each in constant time, so that timing tells nothing.
-        if not any([hmac.compare_digest(given.encode("latin-1"), key.encode()) for key in self._client_keys.current]):
-            message = "Wrong or missing API key: send `Authorization: Bearer <key>` with a key of this gateway."
-            raise Refusal(401, message, "authentication_error", code="invalid_api_key")
+        given = self._client_keys.shown(authorization)
+        if given is None:
+            raise wrong_key("gateway")
         return given
 
     def admit(self, key: str, record: Record) -> Ticket | None:
@@ -833,9 +788,9 @@ def app_of(
         settings,
         FileRouting(routing),
         traces,
-        strong_keys=_keys("COWEST_STRONG_API_KEYS"),
+        strong_keys=keys_of(os.environ, "COWEST_STRONG_API_KEYS"),
         fallback_keys=fallback_keys_of(settings.strong),
-        client_keys=_keys("COWEST_CLIENT_API_KEYS", os.environ.get("COWEST_CLIENT_APPLICATIONS", "")),
+        client_keys=keys_of(os.environ, CLIENT_KEYS, os.environ.get("COWEST_CLIENT_APPLICATIONS", "")),
         allowance=allowance_of(settings.strong, book),
         stop=stop,
     )
@@ -948,12 +903,6 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--die-with-parent", action="store_true", help="stop when the process that started it ends")
     flags.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return flags
-
-
-def _keys(name: str, whose: str = "") -> Keys:
-    folder = os.environ.get(f"{name}_FOLDER")
-    names = [line.strip() for line in whose.split("\n")] if whose else []
-    return Keys(_lines(os.environ.get(name, "")), Path(folder) if folder else None, names)
 
 
 def fallback_keys_of(strong: Strong) -> list[Keys]:

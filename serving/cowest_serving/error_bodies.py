@@ -1,12 +1,16 @@
 """A model whose refusals keep the endpoint's own error object: for those who pass it on (the proxy) or go by its code
-(steps behind the proxy). Calls may carry headers of their own."""
+(steps behind the proxy). Calls may carry headers of their own, and keys that are read anew for each attempt.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from cowest_serving.models import HttpChatModel, ModelError, error_object
+from cowest_serving.key_files import PROXY_KEYS, ReadKeys, keys_of
+from cowest_serving.key_pool import Key
+from cowest_serving.models import HttpChatModel, ModelError, error_object, is_same_origin
 from cowest_serving.wire import Response
 
 
@@ -28,11 +32,30 @@ class ErrorBody(Exception):
 
 
 class OutspokenModel(HttpChatModel):
-    """`HttpChatModel` that adds `headers` to each call and raises its errors with an `ErrorBody` as their cause."""
+    """`HttpChatModel` that adds `headers` to each call and raises its errors with an `ErrorBody` as their cause.
 
-    def __init__(self, endpoint: str, model: str, *, headers: Mapping[str, str] | None = None, **limits: Any) -> None:
-        super().__init__(endpoint, model, **limits)
+    Without `read_keys` it shows the job's proxy what this process was given for it, and no key to others.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        model: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        read_keys: ReadKeys | None = None,
+        **limits: Any,
+    ) -> None:
+        self._read_keys = read_keys or _for_the_proxy(endpoint)
+        super().__init__(endpoint, model, api_keys=self._read_keys(), **limits)
         self._more_headers = dict(headers or {})
+
+    def renew_keys(self) -> None:
+        self.keys.renew(self._read_keys())
+
+    async def _key(self, give_up_at: float) -> Key:
+        self.renew_keys()
+        return await super()._key(give_up_at)
 
     def _headers(self, key: str) -> dict[str, str]:
         return super()._headers(key) | self._more_headers
@@ -42,6 +65,12 @@ class OutspokenModel(HttpChatModel):
         if response.status >= 400:
             refusal.__cause__ = ErrorBody(response.status, error_object(response.body))
         return refusal
+
+
+def _for_the_proxy(endpoint: str) -> ReadKeys:
+    if is_same_origin(endpoint, os.environ.get("COWEST_STRONG_URL", "").strip()):
+        return keys_of(os.environ, PROXY_KEYS).read
+    return tuple
 
 
 def body_of(error: ModelError) -> ErrorBody | None:

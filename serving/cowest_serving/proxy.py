@@ -8,8 +8,9 @@ whoever asks and however often; one without is passed on, streams included, and 
 Below /judge/v1 it asks the judge of spec.feedback.evaluator, whose answers cost money too.
 
 Keys come from the files below the folder COWEST_STRONG_API_KEYS_FOLDER (a mounted Secret; read for every call, so that
-a rotation needs no restart), or without it from COWEST_STRONG_API_KEYS, one a line; the judge's likewise from
-COWEST_EVALUATOR_API_KEY_FOLDER or COWEST_EVALUATOR_API_KEY.
+a rotation needs no restart), and from COWEST_STRONG_API_KEYS, one a line; the judge's likewise from
+COWEST_EVALUATOR_API_KEY_FOLDER and COWEST_EVALUATOR_API_KEY. Who may ask is said by COWEST_CLIENT_API_KEYS_FOLDER and
+COWEST_CLIENT_API_KEYS as it is to the gateway; with neither everybody may. What was spent is told to everybody.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from cowest_serving.answering import Refusal, bad_field, kind_of, parse_chat, parse_object, retry_hints
+from cowest_serving.answering import Refusal, bad_field, kind_of, parse_chat, parse_object, retry_hints, wrong_key
 from cowest_serving.book import (
     CODE_BUDGET_SPENT,
     HEADER_PURPOSE,
@@ -68,7 +69,7 @@ from cowest_serving.contract import (
 )
 from cowest_serving.error_bodies import OutspokenModel, body_of
 from cowest_serving.health import Watched
-from cowest_serving.key_pool import Key
+from cowest_serving.key_files import CLIENT_KEYS, Keys, ReadKeys, keys_of
 from cowest_serving.leases import LEASE_PATH, Ask, Room, Spent
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Labels, Metrics, ModelCall
@@ -79,7 +80,7 @@ from cowest_serving.wire import WireError
 log = logging.getLogger(__name__)
 MAX_BODY = 16 * 1024 * 1024
 DEADLINE_OVER_TIMEOUT = 3  # no user waits here: a rate limit may be waited out for longer than in the gateway
-JUDGES_KEY = "COWEST_EVALUATOR_API_KEY"
+STRONG_KEYS, JUDGES_KEY = "COWEST_STRONG_API_KEYS", "COWEST_EVALUATOR_API_KEY"
 MODELS_SECONDS = 5.0  # how long the upstream may take to list its models
 
 PAID = "cowest_proxy_calls_paid_total"
@@ -142,13 +143,14 @@ class ProxySettings:
         )  # fmt: skip
 
 
-ReadKeys = Callable[[], Sequence[str]]
-
-
 def build_app(
-    strong: Strong, book: PaidCalls, read_keys: ReadKeys, judge: tuple[Strong, ReadKeys] | None = None
+    strong: Strong,
+    book: PaidCalls,
+    read_keys: ReadKeys,
+    judge: tuple[Strong, ReadKeys] | None = None,
+    clients: Keys | None = None,
 ) -> Starlette:
-    proxy = Proxy(strong, book, read_keys, judge)
+    proxy = Proxy(strong, book, read_keys, judge, clients or Keys())
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -174,54 +176,21 @@ def build_app(
     )
 
 
-# ---------------------------------------------------------------- keys
-class KeyFolder:
-    """The strong model's keys in the files below a folder, in order of their names."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self._folder = str(folder)
-        self._last: tuple[str, ...] = ()
-
-    def __call__(self) -> Sequence[str]:
-        try:
-            self._last = tuple(key for path in sorted(self._files()) for key in _lines(path.read_text("utf-8")))
-        except (OSError, UnicodeDecodeError) as error:  # in the middle of a rotation: the next call finds the new ones
-            log.warning("%s: keys could not be read: %s", self._folder, error)
-        return self._last
-
-    def _files(self) -> Iterable[Path]:
-        # os.walk, since a mounted Secret consists of links, which Path.rglob does not follow.
-        for folder, folders, files in os.walk(self._folder, followlinks=True):
-            folders[:] = [name for name in folders if not name.startswith("..")]
-            yield from (Path(folder, name) for name in files if not name.startswith(".."))
-
-
-def keys_of(environment: Mapping[str, str], name: str = "COWEST_STRONG_API_KEYS") -> ReadKeys:
-    if folder := environment.get(f"{name}_FOLDER"):
-        return KeyFolder(folder)
-    keys = _lines(environment.get(name, ""))
-    return lambda: keys
-
-
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
 # ---------------------------------------------------------------- upstream
 class Upstream(Watched, OutspokenModel):
-    """The strong model. Keys are read for each attempt; what each call took goes into the metrics."""
+    """The strong model. What each call took goes into the metrics."""
 
-    def __init__(self, strong: Strong, read_keys: Callable[[], Sequence[str]], metrics: Metrics) -> None:
+    def __init__(self, strong: Strong, read_keys: ReadKeys, metrics: Metrics) -> None:
         super().__init__(
             strong.endpoint,
             strong.model,
-            api_keys=read_keys(),
+            read_keys=read_keys,
             timeout_seconds=strong.timeout_seconds,
             deadline_seconds=DEADLINE_OVER_TIMEOUT * strong.timeout_seconds,
             max_concurrency=strong.max_concurrency,
             max_retries=strong.max_retries,
         )
-        self.strong, self._read_keys, self._metrics = strong, read_keys, metrics
+        self.strong, self._metrics = strong, metrics
 
     async def __call__(self, messages: Any, **options: Any) -> ChatResult:
         started = time.monotonic()
@@ -241,17 +210,13 @@ class Upstream(Watched, OutspokenModel):
 
     async def listed(self) -> Mapping[str, Any] | None:
         """How the endpoint lists this model; None where it does not."""
-        self.keys.renew(self._read_keys())
+        self.renew_keys()
         try:
             response = await self._connected().ask("GET", "/models", self._headers(""), b"", MODELS_SECONDS)
             entries = orjson.loads(response.body)["data"]
             return next((entry for entry in entries if entry["id"] == self.model), None)
         except (WireError, TimeoutError, ValueError, KeyError, TypeError):
             return None
-
-    async def _key(self, give_up_at: float) -> Key:
-        self.keys.renew(self._read_keys())
-        return await super()._key(give_up_at)
 
     def _headers(self, key: str) -> dict[str, str]:
         headers = super()._headers(key)
@@ -335,9 +300,9 @@ class Proxy:
     """What all endpoints share: the book, the upstream and the metrics."""
 
     def __init__(
-        self, strong: Strong, book: PaidCalls, read_keys: ReadKeys, judge: tuple[Strong, ReadKeys] | None = None
+        self, strong: Strong, book: PaidCalls, read_keys: ReadKeys, judge: tuple[Strong, ReadKeys] | None, clients: Keys
     ) -> None:
-        self._strong, self._book, self._read_keys = strong, book, read_keys
+        self._strong, self._book, self._read_keys, self._clients = strong, book, read_keys, clients
         self._count = Metrics(METRICS)
         self.upstream = Upstream(strong, read_keys, self._count)
         self._judge = Upstream(*judge, self._count) if judge else None
@@ -357,6 +322,7 @@ class Proxy:
 
     async def _answered(self, request: Request, upstream: Upstream, section: str) -> Response:
         try:
+            self._check_client(request)
             asked = parse_request(await _body(request), request.headers, upstream.strong, section)
             if upstream is self.upstream and (missing := self._missing_key()):
                 raise _unavailable(503, missing)
@@ -437,7 +403,8 @@ class Proxy:
                     self._count_answer(asked.call, is_free=False)
 
     # ------------------------------------------------------------ the small endpoints
-    async def models(self, _: Request) -> Response:
+    async def models(self, request: Request) -> Response:
+        self._check_client(request)
         declared = {"id": self._strong.model, "object": "model", "created": 0, "owned_by": "strong"}
         return _json({"object": "list", "data": [await self.upstream.listed() or declared]})
 
@@ -454,6 +421,7 @@ class Proxy:
 
     async def lease(self, request: Request) -> Response:
         """A slice of the day's budget for a gateway's live answers."""
+        self._check_client(request)
         try:
             ask = parse(Ask, parse_object(await _body(request)), "lease")
             return _json(dump(await self._book.lend(ask)))
@@ -470,6 +438,9 @@ class Proxy:
     async def readyz(self, _: Request) -> Response:
         if missing := self._missing_key():
             return _json({"ready": False, "reason": missing}, status=503)
+        if self._clients.are_wanted and not self._clients.read():
+            reason = f"no client keys: wanted files with one key a line in {self._clients.folder}"
+            return _json({"ready": False, "reason": reason}, status=503)
         try:
             await self._book.check()
         except BookError as error:
@@ -504,6 +475,12 @@ class Proxy:
         }
 
     # ------------------------------------------------------------ shared
+    def _check_client(self, request: Request) -> None:
+        if self._clients.are_wanted:
+            self._clients.load()
+            if self._clients.shown(request.headers.get("authorization", "")) is None:
+                raise wrong_key("proxy")
+
     def _missing_key(self) -> str:
         if not self._strong.api_key_secret_refs or any(self._read_keys()):
             return ""
@@ -746,7 +723,7 @@ async def _serve(settings: ProxySettings, path: Path, listener: socket.socket) -
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)
     config = uvicorn.Config(
-        build_app(strong, book, keys_of(os.environ), (judge, keys_of(os.environ, JUDGES_KEY)) if judge else None),
+        _app_of(strong, judge, book),
         lifespan="on",
         access_log=False,
         log_config=None,
@@ -756,6 +733,11 @@ async def _serve(settings: ProxySettings, path: Path, listener: socket.socket) -
     )
     log.info("The proxy listens on http://%s:%d", *listener.getsockname()[:2])
     await Server(config, book).serve(sockets=[listener])
+
+
+def _app_of(strong: Strong, judge: Strong | None, book: PaidCalls) -> Starlette:
+    read_keys, read_judges = (keys_of(os.environ, name, below=True).read for name in (STRONG_KEYS, JUDGES_KEY))
+    return build_app(strong, book, read_keys, (judge, read_judges) if judge else None, keys_of(os.environ, CLIENT_KEYS))
 
 
 def load_settings(path: Path) -> ProxySettings:

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 from urllib.parse import quote, unquote, urlsplit
 
+from cowest_serving.key_files import texts_in
 from cowest_serving.outward import proxy_of
 
 LAST = "manifest.json"  # an output without it does not exist: uploaded last
@@ -318,7 +319,6 @@ def _inside(folder: Path, relative: str) -> Path:
 
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _KEYS_FOLDER = "COWEST_S3_KEYS_FOLDER"
-_DATA = "..data"  # where Kubernetes links to all files of a mounted Secret of one moment
 
 
 @dataclass(frozen=True)
@@ -357,24 +357,19 @@ def _s3_settings() -> _S3Settings:
 
 
 def _keys_in(folder: Path) -> tuple[str, ...]:
-    """All of one moment: a rotation replaces the link to them, and a key of before it fits no secret of after it."""
-    for left in reversed(range(3)):
-        data = (folder / _DATA).resolve() if (folder / _DATA).exists() else folder
-        try:
-            return tuple(
-                (data / name).read_text("utf-8").strip() if name != _KEYS[2] or (data / name).exists() else ""
-                for name in _KEYS
-            )
-        except FileNotFoundError as error:  # rotated in between, or not there at all
-            if not left:
-                missing = Path(error.filename).name
-                raise StoreError(
-                    f"wanted the files {_KEYS[0]} and {_KEYS[1]} in {folder} ({_KEYS_FOLDER}), saw no {missing};"
-                    " add the key to the Secret"
-                ) from None
-        except (OSError, ValueError) as error:
-            raise StoreError(f"wanted to read the keys in {folder} ({_KEYS_FOLDER}), saw: {error}") from None
-    raise AssertionError("unreachable: the last try returns or raises")
+    """All of one moment."""
+    try:
+        found = texts_in(folder)
+    except FileNotFoundError:  # the kubelet has not been there yet
+        found = {}
+    except (OSError, ValueError) as error:
+        raise StoreError(f"wanted to read the keys in {folder} ({_KEYS_FOLDER}), saw: {error}") from None
+    if missing := [name for name in _KEYS[:2] if name not in found]:
+        raise StoreError(
+            f"wanted the files {_KEYS[0]} and {_KEYS[1]} in {folder} ({_KEYS_FOLDER}), saw no {missing[0]};"
+            " add the key to the Secret"
+        )
+    return tuple(found.get(name, "").strip() for name in _KEYS)
 
 
 _POD_IDENTITY = (

@@ -69,7 +69,10 @@ def test_a_section_with_defaults_inside_has_a_default_itself() -> None:
     shortcuts = ("draftCache", "hedge", "strongAlone", "weakAlone")
     for path, field in fields(SPEC, ".spec"):
         filled = [name for name, each in field.get("properties", {}).items() if "default" in each]
-        optional_object = path.rsplit(".", 1)[-1] in ("caBundleRef", "prices", "redaction", *shortcuts)
+        optional_object = path.rsplit(".", 1)[-1] in (
+            *("caBundleRef", "prices", "proxyKeysSecretRef", "redaction"),
+            *shortcuts,
+        )
         if filled and path not in required and not optional_object:
             assert field.get("default") == {}, path
 

@@ -19,6 +19,7 @@ import pytest
 from cowest_serving.allowance import Allowance, allowance_of
 from cowest_serving.book import PaidCalls
 from cowest_serving.contract import Budget, Prices, Routing, dump
+from cowest_serving.key_files import Keys
 from cowest_serving.leases import Amount, Ask, day_of, live_spent, shares
 from tests.fakes import Fault, ScriptedModel, _usage
 from tests.loop.test_client_keys import shows
@@ -171,6 +172,24 @@ async def test_steps_and_live_answers_share_the_days_budget(tmp_path: Path) -> N
             await keeper.book.lend(Ask("g", 1, needed=Amount(560), wanted=Amount(560)))
             refused = await keeper.ask("x" * 90, "k1", max_tokens=20)
     assert refused.status == 402 and "(560 of it by live answers)" in refused.error["message"]
+
+
+async def test_a_gateway_shows_the_proxy_its_keys_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget, own = Budget(tokens_per_day=1_000), tmp_path / "own"
+    own.mkdir()
+    (own / "cowest").write_text("new\nold\n")
+    monkeypatch.setenv("COWEST_PROXY_KEYS_FOLDER", str(own))
+    strong = strong_settings("http://127.0.0.1:9/v1", budget=budget)
+    for known, passes in ((["old"], True), (["another"], False)):
+        async with (
+            proxy(tmp_path / known[0], strong, clients=Keys(known)) as keeper,
+            budgeted(tmp_path, budget, book=keeper.url) as (_, door),
+        ):
+            status, body, _ = await door.post("/v1/chat/completions", {"messages": ASKED, "max_tokens": 5})
+        assert (status == 200) is passes
+    assert body["error"]["code"] == "budget_unknown"
 
 
 async def test_a_book_that_is_away_ends_no_answer_before_the_slice_is_used_up(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ import uvicorn
 
 from cowest_serving.book import PaidCalls
 from cowest_serving.contract import Budget, Pair, Prices, Prompts, SecretRef, Strong, dump
-from cowest_serving.models import HttpChatModel
-from cowest_serving.proxy import KeyFolder, Server, build_app, decimal_text
+from cowest_serving.key_files import Keys
+from cowest_serving.models import HttpChatModel, Unauthorized
+from cowest_serving.proxy import Server, build_app, decimal_text
 from cowest_training.asking import Asking, open_asking
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, Evaluator, Row, StepError
 from tests.fakes import Call, Fault, ScriptedModel, unused_port
@@ -79,13 +80,17 @@ class Door:
 
 @asynccontextmanager
 async def proxy(
-    tmp_path: Path, strong: Strong, keys: Callable[[], Sequence[str]] = tuple, judge: Strong | None = None
+    tmp_path: Path,
+    strong: Strong,
+    keys: Callable[[], Sequence[str]] = tuple,
+    judge: Strong | None = None,
+    clients: Keys | None = None,
 ) -> AsyncIterator[Door]:
     """A proxy in the test's loop, under uvicorn, on a port of its own. The judge's key is `j`."""
     book = PaidCalls(
         tmp_path / "book.sqlite", budget=strong.budget, prices=strong.prices, max_concurrency=strong.max_concurrency
     )
-    app = build_app(strong, book, keys, (judge, lambda: ["j"]) if judge else None)
+    app = build_app(strong, book, keys, (judge, lambda: ["j"]) if judge else None, clients)
     server = Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5), book)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serving = asyncio.create_task(server._serve([listener]))  # without its signal handlers
@@ -410,7 +415,7 @@ async def test_a_rotated_key_arrives_without_a_restart(tmp_path: Path) -> None:
     declared = (SecretRef("s", "k"),)
     async with (
         ScriptedModel(keys=["old"]) as strong,
-        proxy(tmp_path, strong_settings(strong.url, api_key_secret_refs=declared), KeyFolder(folder)) as door,
+        proxy(tmp_path, strong_settings(strong.url, api_key_secret_refs=declared), Keys((), folder).read) as door,
     ):
         assert (await door.ask("x", "x")).status == 200
         strong.keys = ("new",)
@@ -425,16 +430,60 @@ def test_keys_are_read_in_order_of_their_files_once_each_and_from_folders_below(
     (tmp_path / "..data" / "more").mkdir()
     (tmp_path / "..data" / "more" / "d").write_text("three")
     (tmp_path / "more").symlink_to("..data/more")
-    assert KeyFolder(tmp_path)() == ("one", "two", "three")
+    assert Keys((), tmp_path, below=True).read() == ("one", "two", "three")
 
 
 async def test_without_a_key_that_the_manifest_declares_the_proxy_is_not_ready(tmp_path: Path) -> None:
     declared = strong_settings("http://127.0.0.1:9/v1", api_key_secret_refs=(SecretRef("s", "k"),))
-    async with proxy(tmp_path, declared, KeyFolder(tmp_path / "none")) as door:
+    async with proxy(tmp_path, declared, Keys((), tmp_path / "none").read) as door:
         ready, asked = await door.get("/readyz"), await door.ask("x", "k")
     assert (ready.status, asked.status) == (503, 503)
     assert "spec.strong.apiKeySecretRefs" in ready.body["reason"]
     assert asked.error["message"] == ready.body["reason"]
+
+
+# ---------------------------------------------------------------- who may ask
+def shown(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+async def test_with_client_keys_only_their_owners_reach_model_judge_and_budget(tmp_path: Path) -> None:
+    async with ScriptedModel() as model, ScriptedModel() as judge:
+        strong = strong_settings(model.url, budget=Budget(tokens_per_day=1_000_000))
+        judging = strong_settings(judge.url, model="judge")
+        async with proxy(tmp_path, strong, judge=judging, clients=Keys(["k", "other"])) as door:
+
+            async def statuses(headers: Mapping[str, str]) -> list[int]:
+                bodies = {
+                    "/v1/chat/completions": question("x"),
+                    "/judge/v1/chat/completions": question("x", model="judge"),
+                    "/v1/lease": {"holder": "g", "number": 1},
+                }
+                found = []
+                for path, body in bodies.items():
+                    async with door.http.post(door.url + path, json=body, headers=headers) as got:
+                        found.append(got.status)
+                async with door.http.get(door.url + "/v1/models", headers=headers) as got:
+                    return [*found, got.status]
+
+            assert [await statuses(headers) for headers in ({}, shown("no"), shown(""))] == [[401] * 4] * 3
+            assert (model.calls, judge.calls) == ([], [])
+            assert await statuses(shown("other")) == [200] * 4
+            refused = await door.ask("x", "k1")
+            free = [(await door.get(path)).status for path in ("/healthz", "/readyz", "/metrics", "/v1/spent")]
+    assert (refused.status, refused.error["code"]) == (401, "invalid_api_key")
+    assert free == [200] * 4, "the kubelet, Prometheus and the operator have no key"
+
+
+async def test_a_secret_of_clients_that_was_emptied_lets_nobody_in_and_the_proxy_is_not_ready(tmp_path: Path) -> None:
+    mount(tmp_path / "keys", "1", {})
+    clients = Keys((), tmp_path / "keys")
+    async with ScriptedModel() as model, proxy(tmp_path, strong_settings(model.url), clients=clients) as door:
+        ready, asked = await door.get("/readyz"), await door.ask("x", headers=shown(""))
+        assert (ready.status, asked.status) == (503, 401) and "no client keys" in ready.body["reason"]
+        mount(tmp_path / "keys", "2", {"notebook": "n"})
+        assert (await door.ask("x", headers=shown("n"))).status == 200
+        assert (await door.get("/readyz")).status == 200
 
 
 # ---------------------------------------------------------------- the small endpoints
@@ -689,6 +738,48 @@ async def test_a_request_that_the_strong_model_refuses_is_an_answer_worth_nothin
             async with step(strong, tmp_path / "a.sqlite") as asking:
                 reply = await asking.solo(row("q"), pair(strong))
     assert "scripted 400" in reply.error
+
+
+async def test_a_step_shows_the_proxy_its_own_key_also_while_that_is_rotated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount(tmp_path / "of-the-proxy", "1", {"cowest": "old", "notebook": "n"})
+    mount(tmp_path / "of-the-step", "1", {"cowest": "old"})
+    monkeypatch.setenv("COWEST_PROXY_KEYS_FOLDER", str(tmp_path / "of-the-step"))
+    async with ScriptedModel() as model, ScriptedModel("ACCEPT") as judge:
+        strong, judging_model = strong_settings(model.url), strong_settings(judge.url, model="judge")
+        clients = Keys((), tmp_path / "of-the-proxy")
+        async with proxy(tmp_path, strong, judge=judging_model, clients=clients) as door:
+            monkeypatch.setenv("COWEST_STRONG_URL", door.url + "/v1")
+            async with judging(strong, judge.url, tmp_path / "a.sqlite") as asking:
+
+                async def answers(query: str) -> bool:
+                    return (await asking.solo(row(query), pair(strong))).error == ""
+
+                assert await answers("before")
+                assert await asking.score_text(row("q"), "an answer") == 1.0
+                # Both are given for a while; the kubelet is at the step's node first, and at the proxy's last.
+                mount(tmp_path / "of-the-step", "2", {"cowest": "old\nnew"})
+                assert await answers("both here")
+                mount(tmp_path / "of-the-proxy", "2", {"cowest": "old\nnew", "notebook": "n"})
+                assert await answers("both there")
+                mount(tmp_path / "of-the-proxy", "3", {"cowest": "new", "notebook": "n"})
+                assert await answers("one is no longer known")
+                mount(tmp_path / "of-the-step", "3", {"cowest": "new"})
+                assert await answers("one")
+    assert all(call.headers.get("authorization") is None for call in model.calls), "a client's key goes no further"
+
+
+async def test_a_step_without_its_key_ends_with_a_word_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with ScriptedModel() as model:
+        strong = strong_settings(model.url)
+        async with proxy(tmp_path, strong, clients=Keys(["k"])) as door:
+            monkeypatch.setenv("COWEST_STRONG_URL", door.url + "/v1")
+            async with step(strong, tmp_path / "a.sqlite") as asking:
+                with pytest.raises(Unauthorized, match="Wrong or missing API key") as refusal:
+                    await asking.solo(row("q"), pair(strong))
+    assert not refusal.value.retryable, "the step ends as with bad input"
+    assert model.calls == []
 
 
 async def test_an_endpoint_of_older_days_is_asked_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,34 @@ def test_keys_of_fallbacks_are_mounted_in_the_gateway_alone_each_by_its_place() 
     assert "fallback-keys" not in json.dumps(routing)
 
 
+def with_proxy_keys(seen: common.Context) -> common.Context:
+    return edited(seen, "strong", proxyKeysSecretRef={"name": "tools", "ownKey": "cowest"})
+
+
+def test_all_keys_of_the_proxys_clients_are_in_the_proxy_and_the_jobs_own_with_whoever_asks_it() -> None:
+    budget = Budget(tokens_per_day=9)
+    mounted: dict[str, Any] = {}
+    for _, pod in pods(everything(with_proxy_keys(with_budget(context(), budget)))):
+        sources = {each["name"]: each["secret"] for each in pod["volumes"] if "tools" in json.dumps(each)}
+        for each in containers(pod):
+            folders = {mount["mountPath"]: sources.get(mount["name"]) for mount in each["volumeMounts"]}
+            told = {entry["name"]: entry.get("value") for entry in each.get("env", [])}
+            for name in ("COWEST_CLIENT_API_KEYS_FOLDER", "COWEST_PROXY_KEYS_FOLDER"):
+                if name in told:
+                    mounted[each.get("name", "step"), name] = folders[told[name]]
+    whole = {"secretName": "tools", "defaultMode": 0o440}
+    own = {**whole, "items": [{"key": "cowest", "path": "cowest"}]}
+    assert mounted == {
+        ("proxy", "COWEST_CLIENT_API_KEYS_FOLDER"): whole,
+        **{(who, "COWEST_PROXY_KEYS_FOLDER"): own for who in ("gateway", "step", "score-live")},
+    }
+
+
+def test_a_gateway_that_takes_no_slices_of_a_budget_has_no_key_for_the_proxy() -> None:
+    found = [name for name, pod in pods(everything(with_proxy_keys(context()))) if "tools" in json.dumps(pod)]
+    assert found and "Deployment claims-gateway" not in found
+
+
 def test_the_token_is_mounted_where_no_key_is() -> None:
     gateway = next(pod for name, pod in pods(everything(context())) if name == "Deployment claims-gateway")
     mounts = {each["name"]: {m["name"] for m in each["volumeMounts"]} for each in gateway["containers"]}

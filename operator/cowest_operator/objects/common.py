@@ -21,7 +21,7 @@ ROUTING_FILE = "/run/cowest/routing.json"  # of the gateway and its sidecar
 SPOOL = "/var/lib/cowest/spool"  # of the gateway's records
 JOB_FOLDER, STEP_FOLDER = "/etc/cowest/job", "/etc/cowest/step"
 STRONG_KEYS, CLIENT_KEYS, EVALUATOR_KEY = "/etc/cowest/strong-keys", "/etc/cowest/client-keys", "/etc/cowest/evaluator"
-STORE_KEYS = "/etc/cowest/s3-keys"
+PROXY_KEYS, STORE_KEYS = "/etc/cowest/proxy-keys", "/etc/cowest/s3-keys"
 STORE_KEY_NAMES: Mapping[str, Mapping[str, bool]] = {
     "AWS_ACCESS_KEY_ID": {},
     "AWS_SECRET_ACCESS_KEY": {},

@@ -54,7 +54,9 @@ def _gateway_pod(context: Context) -> dict[str, Any]:
     store_volumes, store_mounts = common.store_volumes(context)
     strong_volumes, strong_mounts, strong_env = _strong(context)
     other_volumes, other_mounts, other_env = _fallbacks(context)
-    client_volumes, client_mounts, client_env = _clients(spec.gateway)
+    clients = spec.gateway.client_keys_secret_ref
+    client_volumes, client_mounts, client_env = _clients(clients.name if clients else None)
+    lease_volumes, lease_mounts, lease_env = _proxy_keys(context) if common.book_of(context) else ([], [], [])
     run_mount = {"name": "run", "mountPath": "/run/cowest"}
     spool_volume, spool_mount = _spool(context)
     on_ray = spec.gateway.engine == "RayServe"
@@ -66,10 +68,10 @@ def _gateway_pod(context: Context) -> dict[str, Any]:
          "--drain-seconds", str(DRAIN_SECONDS), "--finish-seconds", str(spec.strong.timeout_seconds), *_book(context),
          *(["--workers", str(spec.gateway.workers)] if spec.gateway.workers > 1 and not on_ray else [])],
         ports=[{"name": "http", "containerPort": common.PORT}],
-        env=[*common.store_env(context), *strong_env, *other_env, *client_env],
+        env=[*common.store_env(context), *strong_env, *other_env, *client_env, *lease_env],
         resources=common.resources(spec.gateway.resources, *(("500m", "1Gi") if on_ray else ("100m", "256Mi"))),
         volumeMounts=[job_mount, run_mount, spool_mount, tmp_mount, *store_mounts, *strong_mounts, *other_mounts,
-                      *client_mounts],
+                      *client_mounts, *lease_mounts],
         startupProbe=common.probe("/healthz", periodSeconds=1, failureThreshold=120),
         readinessProbe=common.probe("/readyz", periodSeconds=2, timeoutSeconds=3),
         livenessProbe=common.probe("/healthz", periodSeconds=10, timeoutSeconds=5, failureThreshold=6),
@@ -81,7 +83,8 @@ def _gateway_pod(context: Context) -> dict[str, Any]:
         volumeMounts=[run_mount, {"name": "token", "mountPath": TOKEN_FOLDER, "readOnly": True}],
     )  # fmt: skip
     volumes = [job_volume, {"name": "run", "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}}, spool_volume,
-               tmp_volume, *store_volumes, *strong_volumes, *other_volumes, *client_volumes, _token()]  # fmt: skip
+               tmp_volume, *store_volumes, *strong_volumes, *other_volumes, *client_volumes, *lease_volumes,
+               _token()]  # fmt: skip
     return common.pod(
         context,
         serviceAccountName=context.name("gateway"),
@@ -188,14 +191,29 @@ def strong_certificates_file(context: Context) -> str | None:
     return f"{STRONG_CERTIFICATES}/{bundle['key']}" if bundle else None
 
 
-def _clients(spec: api.Gateway) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    if spec.client_keys_secret_ref is None:
+def _clients(secret_name: str | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Who may ask a server: all keys of a Secret."""
+    if secret_name is None:
         return [], [], []
-    secret = {"secretName": spec.client_keys_secret_ref.name, "defaultMode": 0o440}
+    secret = {"secretName": secret_name, "defaultMode": 0o440}
     return (
         [{"name": "client-keys", "secret": secret}],
         [{"name": "client-keys", "mountPath": common.CLIENT_KEYS, "readOnly": True}],
         [common.env("COWEST_CLIENT_API_KEYS_FOLDER", common.CLIENT_KEYS)],
+    )
+
+
+def _proxy_keys(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """What the job's own pods show to the proxy: their own key, and of its other clients none."""
+    reference = context.document["spec"]["strong"].get("proxyKeysSecretRef")
+    if not reference:
+        return [], [], []
+    own = {"key": reference["ownKey"], "path": reference["ownKey"]}
+    secret = {"secretName": reference["name"], "items": [own], "defaultMode": 0o440}
+    return (
+        [{"name": "proxy-keys", "secret": secret}],
+        [{"name": "proxy-keys", "mountPath": common.PROXY_KEYS, "readOnly": True}],
+        [common.env("COWEST_PROXY_KEYS_FOLDER", common.PROXY_KEYS)],
     )
 
 
@@ -248,13 +266,15 @@ def proxy(context: Context) -> tuple[Child, ...]:
     job_volume, job_mount = common.job_volume(context)
     tmp_volume, tmp_mount = common.tmp()
     volumes, mounts, environment = _with_judge(context, *_strong(context))
+    clients = context.document["spec"]["strong"].get("proxyKeysSecretRef")
+    client_volumes, client_mounts, client_env = _clients(clients["name"] if clients else None)
     container = common.container(
         context, "proxy", context.images.serving, "cowest_serving.proxy",
         ["--job", f"{common.JOB_FOLDER}/job.json", "--book", BOOK, "--port", str(common.PORT), "--host", "0.0.0.0"],
         ports=[{"name": "http", "containerPort": common.PORT}],
-        env=environment,
+        env=[*environment, *client_env],
         resources={"requests": {"cpu": "50m", "memory": "128Mi"}},
-        volumeMounts=[job_mount, tmp_mount, {"name": "book", "mountPath": "/var/lib/cowest"}, *mounts],
+        volumeMounts=[job_mount, tmp_mount, {"name": "book", "mountPath": "/var/lib/cowest"}, *mounts, *client_mounts],
         startupProbe=common.probe("/healthz", periodSeconds=1, failureThreshold=120),
         readinessProbe=common.probe("/readyz", periodSeconds=3, timeoutSeconds=3),
         livenessProbe=common.probe("/healthz", periodSeconds=10, timeoutSeconds=5, failureThreshold=6),
@@ -265,7 +285,7 @@ def proxy(context: Context) -> tuple[Child, ...]:
         context,
         terminationGracePeriodSeconds=3 * context.job.spec.strong.timeout_seconds + 10,  # what is paid comes home
         containers=[container],
-        volumes=[job_volume, tmp_volume, book, *volumes],
+        volumes=[job_volume, tmp_volume, book, *volumes, *client_volumes],
     )
     claim: dict[str, Any] = {
         "accessModes": ["ReadWriteOnce"],
@@ -327,32 +347,34 @@ def live_score(context: Context, step: api.StepSpec, frozen: Mapping[str, Any] |
     name = step_name(context, step)
     tmp_volume, tmp_mount = common.tmp()
     volumes, mounts = common.store_volumes(context)
-    evaluator_volumes, evaluator_mounts, evaluator_env = evaluator_access(context)
+    asking_volumes, asking_mounts, asking_env = asking_access(context)
     container = common.container(
         context, "score-live", context.images.training, "cowest_training.pod", ["--step", common.STEP_FOLDER],
         env=[*common.store_env(context), common.env("COWEST_STRONG_URL", f"http://{context.host('proxy')}/v1"),
-             common.env("COWEST_STEP", name), *evaluator_env],
+             common.env("COWEST_STEP", name), *asking_env],
         resources={"requests": {"cpu": "50m", "memory": "256Mi"}},
         volumeMounts=[{"name": "step", "mountPath": common.STEP_FOLDER, "readOnly": True}, tmp_mount, *mounts,
-                      *evaluator_mounts],
+                      *asking_mounts],
     )  # fmt: skip
     pod = common.pod(
         context,
         containers=[container],
-        volumes=[{"name": "step", "configMap": {"name": name}}, tmp_volume, *volumes, *evaluator_volumes],
+        volumes=[{"name": "step", "configMap": {"name": name}}, tmp_volume, *volumes, *asking_volumes],
     )
     return step_map(context, step, dict(frozen) if frozen else None), _deployment(
         context, "live", pod, strategy={"type": "Recreate"}, part="score-live"
     )
 
 
-def evaluator_access(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """A judge's or scorer's own key, and the certificates that it may be checked against, beside the system's.
-
-    The strong model's keys never come here.
+def asking_access(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """A judge's or scorer's own key, the certificates that it may be checked against, beside the system's, and what
+    the proxy wants to see. The strong model's keys never come here.
     """
+    proxy_volumes, proxy_mounts, environment = _proxy_keys(context)
     volumes, mounts = strong_certificates(context)
-    environment = [common.env("COWEST_MORE_CA", file)] if (file := strong_certificates_file(context)) else []
+    volumes, mounts = [*volumes, *proxy_volumes], [*mounts, *proxy_mounts]
+    if file := strong_certificates_file(context):
+        environment = [*environment, common.env("COWEST_MORE_CA", file)]
     if reference := context.job.spec.feedback.evaluator.api_key_secret_ref:
         source = {"secretKeyRef": {"name": reference.name, "key": reference.key}}
         environment.append({"name": "COWEST_EVALUATOR_API_KEY", "valueFrom": source})

@@ -131,21 +131,21 @@ def _with(step: dict[str, Any], name: str, *arguments: str) -> dict[str, Any]:
 
 
 def _template_spec(context: Context) -> dict[str, Any]:
-    from cowest_operator.objects.servers import evaluator_access
+    from cowest_operator.objects.servers import asking_access
 
     document = context.document["spec"].get("training", {})
     pods = api.parse_pods(document)
     tmp_volume, tmp_mount = common.tmp()
     volumes, mounts = common.store_volumes(context)
-    evaluator_volumes, evaluator_mounts, evaluator_env = evaluator_access(context)
+    asking_volumes, asking_mounts, asking_env = asking_access(context)
     container = common.container(
         context, "main", context.images.training, "cowest_training.pod", ["--step", common.STEP_FOLDER],
         env=[*common.store_env(context), common.env("COWEST_STRONG_URL", f"http://{context.host('proxy')}/v1"),
              common.env("COWEST_STEP", "{{workflow.parameters.step}}"),
-             common.env("TOKENIZERS_PARALLELISM", "false"), *evaluator_env],
+             common.env("TOKENIZERS_PARALLELISM", "false"), *asking_env],
         resources=common.resources(pods.resources, *ASKED),
         volumeMounts=[{"name": "step", "mountPath": common.STEP_FOLDER, "readOnly": True}, tmp_mount, *mounts,
-                      *evaluator_mounts, {"name": "no-token", "mountPath": TOKEN_FOLDER, "readOnly": True}],
+                      *asking_mounts, {"name": "no-token", "mountPath": TOKEN_FOLDER, "readOnly": True}],
     )  # fmt: skip
     container.pop("name")
     over = pods.pod_template or api.PodTemplate()
@@ -158,7 +158,7 @@ def _template_spec(context: Context) -> dict[str, Any]:
         "automountServiceAccountToken": True,  # for Argo's executor; over it lies `no-token` where the step runs
         "container": container,
         "volumes": [{"name": "step", "configMap": {"name": "{{workflow.parameters.step}}"}}, tmp_volume, *volumes,
-                    *evaluator_volumes, {"name": "no-token", "emptyDir": {"sizeLimit": "1Mi"}}],
+                    *asking_volumes, {"name": "no-token", "emptyDir": {"sizeLimit": "1Mi"}}],
         "retryStrategy": {
             "limit": "5",
             "retryPolicy": "Always",
