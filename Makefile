@@ -8,7 +8,7 @@ APISERVER_WORKERS ?= auto
 UV_VERSION = 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test test-apiserver check format docs lock bench bench-kill bench-gateway bench-flip bench-gate soak-gateway bench-spool torture-spool torture-gateway bench-operator e2e e2e-faults rbac clean \
+.PHONY: help setup demo study paper test test-apiserver check format docs lock bench bench-kill bench-gateway bench-flip bench-gate soak-gateway bench-spool torture-spool torture-gateway bench-operator e2e e2e-faults rbac clean \
   images image-operator image-serving image-serving-ray image-training image-sizes lock-images helm-docs
 
 help:  ## say what there is
@@ -27,6 +27,10 @@ demo: setup  ## the whole loop on one machine, from one manifest; writes demo/re
 
 study: setup  ## the long comparison of methods and stand-ins; writes docs/study.md
 	$(BIN)/python tests/benchmarks/study.py --out docs/study.md
+
+TABLE ?= main
+paper: setup  ## one of the paper's tables (TABLE=main|drafts|pairs|models) on MANIFEST; OPTIONS=--plan: what it may cost at most
+	$(BIN)/python -m tests.benchmarks.paper $(TABLE) -f $(MANIFEST) $(OPTIONS)
 
 test: setup  ## unit, contract, embedded-loop and API-server tests
 	$(BIN)/python -m pytest tests --ignore tests/apiserver -m "not e2e and not gpu and not faults" -ra
