@@ -28,6 +28,7 @@ from cowest_training.steps import manifest_json
 from tests.apiserver.conftest import JOBS
 from tests.apiserver.playground import NAMESPACE, Playground, apply, decisions, manifest_of
 from tests.contracts.test_store_s3 import endpoint  # noqa: F401  (a fixture)
+from tests.loop.ledger_world import write_round
 
 RESTING = {"rounds": {"max": 1, "trigger": {"newTraces": 5}}}  # after its baseline the job waits for traces
 RBAC = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{NAMESPACE}"
@@ -273,19 +274,43 @@ def test_each_way_not_to_get_there_is_one_sentence(playground: Playground, cowes
     assert said_of(playground) == {}
 
 
-# ---------------------------------------------------------------- lineage
-def test_lineage_is_read_from_the_jobs_store_with_keys_of_ones_own(
-    playground: Playground,
-    endpoint: str,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+# ---------------------------------------------------------------- what lies in the store
+def with_store(playground: Playground, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, str]]:  # noqa: F811
+    """The job `claims` with an object store: where it keeps its things, and what a person's shell says."""
     place = {"bucket": "models", "prefix": "a/b", "endpoint": endpoint, "pathStyle": True}
     apply(playground, manifest_of("claims", **{"objectStore": place}))
     keys = {"AWS_ACCESS_KEY_ID": "cowest-test", "AWS_SECRET_ACCESS_KEY": "cowest-test-secret"}
     environment = {**os.environ, **keys, "KUBECONFIG": str(playground.kubeconfig)}
     for name, value in {**keys, "COWEST_S3_ENDPOINT": endpoint, "COWEST_S3_PATH_STYLE": "true"}.items():
         monkeypatch.setenv(name, value)
-    root = f"s3://models/a/b/{NAMESPACE}/claims"
+    return f"s3://models/a/b/{NAMESPACE}/claims", environment
+
+
+def test_the_ledger_of_a_job_is_read_from_its_store(
+    playground: Playground,
+    endpoint: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root, environment = with_store(playground, endpoint, monkeypatch)
+
+    def ledger() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cowest_cli", "ledger", "claims", "-n", NAMESPACE, "--usable", "-o", "json"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    said = ledger()
+    assert said.returncode == EXIT_BAD_INPUT and f"{root}: wanted the ledger of a round, saw none yet" in said.stderr
+    write_round(root)
+    seen = json.loads(ledger().stdout)
+    assert [query["query_id"] for query in seen["queries"]] == ["q1", "q2"]
+    assert seen["rounds"][0]["price"]["unknown"] == seen["rounds"][0]["price"]["calls"], "the book is the proxy's own"
+
+
+def test_lineage_is_read_from_the_jobs_store_with_keys_of_ones_own(
+    playground: Playground,
+    endpoint: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root, environment = with_store(playground, endpoint, monkeypatch)
     for name, digest, inputs in (("r0/sft", "sha256:first", {}), ("r1/dpo", "sha256:tuned", {"model": "sha256:first"})):
         made = Manifest("Model", digest, "sha256:in", inputs, {}, {}, name[3:], "0", "2026-01-01", 1.0)
         store.put(f"{root}/runs/{name}/manifest.json", manifest_json(made))
