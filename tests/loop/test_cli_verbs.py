@@ -807,6 +807,35 @@ def test_send_to_nobody_is_worth_a_retry_and_says_what_came(cowest: Any, tmp_pat
     assert said.code == EXIT_RETRY and "failed ClientConnectorError 2" in said.err
 
 
+@pytest.fixture
+def keyed_gateway(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """The URL of a gateway as a job with `clientKeysSecretRef` starts it."""
+    monkeypatch.setenv("COWEST_CLIENT_API_KEYS", "of-our-own")
+    url: str = request.getfixturevalue("gateway")[0]
+    return url
+
+
+def test_send_takes_its_key_from_the_environment_and_stops_where_it_is_refused(
+    cowest: Any, keyed_gateway: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "questions.jsonl", "q", 400)
+    flags = ("--data", tmp_path / "questions.jsonl", "--url", keyed_gateway, "--rate", 50, "-o", "json")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    without = cowest("send", *flags)
+    assert without.code == EXIT_BAD_INPUT, "the same command would fail again"
+    assert "Wrong or missing API key" in without.err and "OPENAI_API_KEY is not set" in without.err
+    assert 0 < json.loads(without.out)["status 401"] < 400, "what is refused once is not asked 400 times"
+    monkeypatch.setenv("OPENAI_API_KEY", "of-another-house")
+    wrong = cowest("send", *flags)
+    assert wrong.code == EXIT_BAD_INPUT and "The key came from OPENAI_API_KEY" in wrong.err
+    assert "of-another-house" not in wrong.err + wrong.out
+    monkeypatch.setenv("DESK_KEY", "of-our-own")
+    named = cowest("send", *flags, "--limit", 3, "--key-env", "DESK_KEY")
+    assert named.code == EXIT_OK and json.loads(named.out) == {"answered stable": 3, "feedback": 3}
+    unset = cowest("send", *flags, "--key-env", "NO_SUCH_KEY")
+    assert unset.code == EXIT_BAD_INPUT and "NO_SUCH_KEY" in unset.err
+
+
 @pytest.mark.parametrize("flags", [["--rate", "0"], ["--limit", "0"], ["--feedback", "some"], ["-o", "yaml"]])
 def test_send_refuses_flags_that_make_no_sense(cowest: Any, tmp_path: Path, flags: list[str]) -> None:
     write_rows(tmp_path / "questions.jsonl", "q", 1)
