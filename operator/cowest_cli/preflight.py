@@ -72,7 +72,7 @@ def check_data(spec: Mapping[str, Any], source: str) -> Facts:
         explained,
         train_digest=rows_digest(train),
         notes=(note,) if note else (),
-        groups=Counter(row.group for row in held_out if row.group is not None),
+        groups=dict(Counter(row.group for row in held_out if row.group is not None)),  # asdict breaks a Counter
     )
 
 

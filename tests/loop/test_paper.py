@@ -82,6 +82,15 @@ def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield job
 
 
+def test_a_table_is_planned_without_a_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = make_job("ifqa", tmp_path, **{"feedback.maxQueries": 20})
+    capsys.readouterr()
+    assert paper.main(["main", "-f", str(job), "--work", str(tmp_path / "work"), "--plan"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert seen["calls"] == 4 * 20 + 20 + 8 * HELD_OUT and seen["money"] > 0 and seen["currency"] == "USD"
+    assert not (tmp_path / "work").exists()
+
+
 def test_the_main_table_has_a_row_for_each_arm(tiny_job: Path, tmp_path: Path) -> None:
     study = InProcess(tiny_job, tmp_path)
     rows = {row.arm: row for row in study.main()}
