@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -18,7 +19,8 @@ import pytest
 from cowest_serving.contract import Pair
 from cowest_training import evaluate
 from cowest_training.contract import EXIT_INTERRUPTED, EXIT_RETRY, EvaluationReport, Row, load_report
-from cowest_training.steps import read_manifest
+from cowest_training.data import read_rows
+from cowest_training.steps import Progress, load_settings, read_manifest
 from tests.fakes import Call, ScriptedModel
 from tests.loop import asking_world as world
 
@@ -90,8 +92,32 @@ def test_progress_counts_answers_of_the_strong_model_and_says_which_calls_are_pa
     assert capsys.readouterr().err.splitlines()[-1].endswith(" 16 calls paid now")
     step.run(out="again")  # all is known by now
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("evaluate: 24 of 24 drafts and answers")
-    assert last.endswith("; 16 of 16 answers, 0 calls paid now")
+    assert last == "evaluate: 16 of 16 answers; 0 calls paid now"
+
+
+def test_drafts_and_answers_are_shown_apart(tmp_path: Path, strong: ScriptedModel) -> None:
+    """In one sum the answers of the strong model alone, which come first and fast, gave a wrong time left."""
+    step = Step(tmp_path, strong)
+    seen: list[tuple[float, float | None, str]] = []
+
+    class Watched(Progress):
+        def update(self, done: float, total: float | None, unit: str, message: str = "") -> None:
+            seen.append((done, total, unit))
+            super().update(done, total, unit, message)
+
+    rows = read_rows(step.data)
+    job = evaluate._Job(
+        load_settings(step.job), step.candidate, world.make_pair(tmp_path / "stable", strong, seed=5),
+        str(tmp_path / "calls"), None, "evaluate:test",
+    )  # fmt: skip
+    asyncio.run(evaluate._ask_all(job, rows, Watched(None, "evaluate")))
+    units = [unit for _, _, unit in seen]
+    assert list(dict.fromkeys(units)) == ["drafts of the candidate", "drafts of the control", "answers"]
+    assert units == sorted(units, key=["drafts of the candidate", "drafts of the control", "answers"].index)
+    assert {(unit, total) for _, total, unit in seen} == {
+        ("drafts of the candidate", 8), ("drafts of the control", 8), ("answers", 24),
+    }  # fmt: skip
+    assert seen[-1] == (24, 24, "answers")
 
 
 def test_when_all_arms_score_nothing_what_to_look_at_is_said(

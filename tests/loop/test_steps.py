@@ -177,6 +177,25 @@ def test_progress_gives_rate_and_time_left(tmp_path: Path, capsys: pytest.Captur
     assert len(lines) == 3
 
 
+def test_each_phase_has_a_rate_of_its_own_and_batches_do_not_make_the_time_left_jump(tmp_path: Path) -> None:
+    now = [100.0]
+    progress = steps.Progress(tmp_path / "progress.json", "evaluate", clock=lambda: now[0])
+
+    def shown(done: float, total: float, unit: str, at: float) -> dict[str, Any]:
+        now[0] = 100.0 + at
+        progress.update(done, total, unit, "as it goes")
+        return dict(json.loads((tmp_path / "progress.json").read_text()))
+
+    assert shown(0, 256, "drafts", at=0)["eta_seconds"] is None
+    assert shown(64, 256, "drafts", at=60)["eta_seconds"] == pytest.approx(180)
+    assert shown(64, 256, "drafts", at=100)["eta_seconds"] == pytest.approx(140), "a batch is being drawn"
+    assert shown(64, 256, "drafts", at=180)["eta_seconds"] == pytest.approx(540), (
+        "this one takes longer than any before"
+    )
+    assert shown(10, 50, "answers", at=200)["rate"] is None, "answers say nothing of how fast drafts are drawn"
+    assert shown(20, 50, "answers", at=210)["eta_seconds"] == pytest.approx(30)
+
+
 def test_progress_without_a_file_or_a_total_only_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     steps.Progress(None, "collect").update(3, None, "rows")
     assert capsys.readouterr().err == "collect: 3 rows\n"

@@ -101,6 +101,15 @@ class Drafts:
         """Batches that were drawn before."""
         return len(self._known)
 
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.batches))
+
+    @property
+    def rows_on_disk(self) -> int:
+        """Rows whose drafts were drawn before."""
+        return sum(len(batch) for number, batch in enumerate(self.batches) if number in self._known)
+
     def draw(self, number: int) -> dict[str, list[Draft]]:
         """The drafts of one batch of rows, by query id, in order of index; none where none can be drawn. Blocks."""
         if number not in self._known:

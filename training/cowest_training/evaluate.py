@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ from .statistics import compare_paired, macro_f1, mean_interval
 
 SOLO = "solo"
 REPORT, ITEMS = "report.json", "items.parquet"
+SHOWN_EVERY = 5.0  # seconds, while a batch of drafts is drawn
 GREEDY_SEED = "greedy"  # nothing is sampled: drafts of a pair are the same in every evaluation, and drawn once
 
 
@@ -170,24 +172,12 @@ async def _ask_all(job: _Job, rows: Sequence[Row], progress: steps.Progress) -> 
         redaction=job.settings.collaboration.redaction,
     ) as asking:  # fmt: skip
         tasks: dict[str, list[asyncio.Task[Item]]] = {name: [] for name in (*job.arms_with_drafts, SOLO, "weak")}
-        drafting = len(job.arms_with_drafts)
-        answers = len(rows) * (drafting + 1)  # of the strong model: a draft taken as the answer is none
-        total, drafts_done, answers_done = answers + len(rows) * drafting, 0, 0
-
-        def show() -> None:
-            paid = sum(asking.calls.asked.paid.values())
-            said = f"{answers_done} of {answers} answers, {paid} calls paid now"
-            progress.update(drafts_done + answers_done, total, "drafts and answers", said)
-
-        def tick(_: object) -> None:
-            nonlocal answers_done
-            answers_done += 1
-            show()
+        shown = _Shown(progress, asking, len(rows) * (len(job.arms_with_drafts) + 1))
 
         def start(group: asyncio.TaskGroup, name: str, item: Coroutine[Any, Any, Item]) -> None:
             task = group.create_task(item)
             if name != "weak":
-                task.add_done_callback(tick)
+                task.add_done_callback(shown.answered)
             tasks[name].append(task)
 
         # In a task group the first failure ends the others, the drawing of drafts included.
@@ -197,21 +187,68 @@ async def _ask_all(job: _Job, rows: Sequence[Row], progress: steps.Progress) -> 
             for name, pair in job.arms_with_drafts.items():
 
                 def ask(row: Row, drafts: list[Draft], name: str = name, pair: Pair = pair) -> None:
-                    nonlocal drafts_done
-                    drafts_done += 1
-                    show()
+                    shown.drafted()
                     draft = drafts[0].text if drafts else None
                     start(group, name, _answer(asking, row, draft, pair, name))
                     if name == "candidate":
                         start(group, "weak", _weak_alone(asking, row, draft or ""))
 
                 # One weak model at a time in memory. The same one twice is drawn once: its drafts are on disk.
-                await each_batch(job.drafts(pair, rows), ask)
+                drafts = job.drafts(pair, rows)
+                async with shown.drawing(name, drafts):
+                    await each_batch(drafts, ask)
+            shown.show()
         arms = {name: [task.result() for task in found] for name, found in tasks.items()}
         asking.refuse_nothing_but_errors(sum(bool(item.reply.error) for item in arms["candidate"]), len(rows))
         spent = {name: asking.calls.spent(purpose=f"{job.purpose}:{name}") for name in arms} | {JUDGE: asking.judged}
         # Alone in control, the strong model's answers are the solo ones, paid for once.
         return Run({"control": arms[SOLO]} | arms, {"control": Spent()} | spent, asking.unusual)
+
+
+class _Shown:
+    """How far it is, by phases: the drafts of each arm, then the answers that are still to come.
+
+    Answers of the strong model alone come meanwhile, and fast: in one sum with drafts they would say that all is soon
+    done, and then nothing for minutes.
+    """
+
+    def __init__(self, progress: steps.Progress, asking: Asking, answers: int) -> None:
+        self._progress, self._asking = progress, asking
+        self._answers, self._answered = answers, 0  # of the strong model: a draft taken as the answer is none
+        self._arm, self._rows, self._known, self._drawn = "", 0, 0, 0
+
+    @asynccontextmanager
+    async def drawing(self, arm: str, drafts: Drafts) -> AsyncIterator[None]:
+        """The phase of one arm's drafts: shown now and then too while a batch is drawn."""
+        self._arm, self._rows, self._known, self._drawn = arm, drafts.rows, drafts.rows_on_disk, 0
+        self.show()
+        beating = asyncio.create_task(self._beat())
+        try:
+            yield
+        finally:
+            self._arm = ""
+            beating.cancel()
+
+    def drafted(self) -> None:
+        self._drawn += 1
+        self.show()
+
+    def answered(self, _: object) -> None:
+        self._answered += 1
+        self.show()
+
+    def show(self) -> None:
+        paid = sum(self._asking.calls.asked.paid.values())
+        if not self._arm:
+            self._progress.update(self._answered, self._answers, "answers", f"{paid} calls paid now")
+        elif self._drawn >= self._known:  # those on disk come at once and say nothing of how fast others are drawn
+            said = f"{self._answered} of {self._answers} answers, {paid} calls paid now"
+            self._progress.update(self._drawn, self._rows, f"drafts of the {self._arm}", said)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(SHOWN_EVERY)
+            self.show()
 
 
 async def _solo(asking: Asking, row: Row, pair: Pair) -> Item:

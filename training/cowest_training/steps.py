@@ -269,6 +269,34 @@ def _below(uri: str, parts: str) -> list[str]:
 
 
 # ---------------------------------------------------------------- progress
+@dataclasses.dataclass
+class _Pace:
+    """How fast one phase goes."""
+
+    unit: str
+    begun: float  # time of its first update
+    begun_with: float  # done by then
+    changed: float  # when something was last done
+    done: float
+    longest: float = 0.0  # seconds between two changes so far
+
+    def see(self, now: float, done: float) -> None:
+        if done != self.done:
+            self.longest = max(self.longest, now - self.changed)
+            self.changed, self.done = now, done
+
+    def estimate(self, now: float, total: float | None) -> tuple[float | None, float | None]:
+        """Units a second and seconds left.
+
+        What comes in batches is no slower in the middle of one; only a wait longer than any before slows it down.
+        """
+        until = self.changed if now - self.changed <= self.longest else now
+        rate = (self.done - self.begun_with) / (until - self.begun) if until - self.begun >= RATE_AFTER else None
+        if not rate or total is None:
+            return rate, None
+        return rate, max(0.0, (total - self.done) / rate - (now - until))
+
+
 class Progress:
     """How far a step is: a JSON file for the engine, a line on stderr for people. `path` may be `None`."""
 
@@ -276,14 +304,18 @@ class Progress:
         self._path = Path(path) if path else None
         self._step = step
         self._clock = clock
-        self._first: tuple[float, float] | None = None  # (time, done) of the first update
+        self._pace: _Pace | None = None
         self._file_due = self._line_due = 0.0
 
     def update(self, done: float, total: float | None, unit: str, message: str = "") -> None:
-        """Say that `done` of `total` units are done. The last update (done = total) is always written."""
+        """Say that `done` of `total` units are done. The last update (done = total) is always written.
+
+        Another unit is another phase, with a rate and a time left of its own.
+        """
         now = self._clock()
-        if self._first is None or done < self._first[1]:
-            self._first = (now, done)
+        if self._pace is None or unit != self._pace.unit or done < self._pace.begun_with:
+            self._pace = _Pace(unit, now, done, now, done)
+        self._pace.see(now, done)
         last = total is not None and done >= total
         if last or now >= self._file_due or message:
             self._file_due = now + FILE_SECONDS
@@ -295,9 +327,7 @@ class Progress:
                 logs.say(progress_line(state), REASON_PROGRESS)
 
     def _state(self, now: float, done: float, total: float | None, unit: str, message: str) -> dict[str, Any]:
-        start, done_before = self._first or (now, done)
-        rate = (done - done_before) / (now - start) if now - start >= RATE_AFTER else None
-        eta = (total - done) / rate if rate and total is not None else None
+        rate, eta = self._pace.estimate(now, total) if self._pace else (None, None)
         return {
             "step": self._step,
             "done": done,
