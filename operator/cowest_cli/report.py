@@ -370,6 +370,7 @@ def _examples(story: Story) -> Iterator[str]:
     first, final = first_evaluation(story), final_evaluation(story)
     if not first or not final or first[0] == final[0]:
         yield "<p>No candidate was promoted over the first pair.</p>"
+        yield from _examples_of_last(story)
         return
     before = {row["id"]: row for row in story.items[first[0]]}
     both = [(before[row["id"]], row) for row in story.items[final[0]] if row["id"] in before]
@@ -386,6 +387,29 @@ def _examples(story: Story) -> Iterator[str]:
     head = ("query", "reference", "draft before", "draft after", "strong alone", "answer before", "answer after",
             "gain before", "gain after")  # fmt: skip
     yield _table(head, (_example(a, b) for a, b in shown), frozenset({7, 8}))
+
+
+def _examples_of_last(story: Story) -> Iterator[str]:
+    """Queries of the newest evaluation, with what drafts did to the strong model's answers: gains, losses, neither."""
+    number = max(story.evaluations, default=None)
+    rows = story.items[number] if number is not None else ()
+    if not rows:
+        return
+    gains = [float(row["candidate_score"]) - float(row["solo_score"]) for row in rows]
+    other = sum(row["candidate_answer"] != row["solo_answer"] for row in rows)
+    yield (
+        f"<p>Round {number}: with the draft the strong model gave another answer than alone on {other} of {len(rows)}"
+        f" queries, and one of another score on {sum(map(bool, gains))}.</p>"
+    )
+    kinds = ([i for i, gain in enumerate(gains) if (gain > 0) - (gain < 0) == sign] for sign in (1, -1, 0))
+    shown = [i for kind in kinds for i in kind[: EXAMPLES // 3]]
+    head = ("query", "reference", "draft", "strong alone", "answer", "gain")
+    names = ("query", "reference", "candidate_draft", "solo_answer", "candidate_answer")
+    yield _table(head, ((*_cells(rows[i], names), f"{gains[i]:+.2g}") for i in shown), frozenset({5}))
+
+
+def _cells(row: Mapping[str, Any], names: Sequence[str]) -> Sequence[str]:
+    return [f"<pre>{_text(str(row[name] or ''))}</pre>" for name in names]
 
 
 def _example(before: Mapping[str, Any], after: Mapping[str, Any]) -> Sequence[str]:

@@ -18,6 +18,8 @@ LOOKS_PER_STEP = 3  # the live answers are judged at 1, 2 and 4 times `minAnswer
 MIN_CONTROL_ANSWERS = 30  # the control of a step may be the smaller arm, but never smaller than this (or minAnswers)
 MIN_SLICE = 30  # smaller slices are reported and never decide
 
+UNUSED = 0.95  # share of queries with the same score with and without a draft: the drafts may not be used at all
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -116,6 +118,16 @@ def versions_note(report: EvaluationReport) -> str:
     """Said of a candidate that passed although the strong model answered in several versions; else ""."""
     seen = sorted({version for arm in report.strong_versions.values() for version in arm if version})
     return f"; the strong model answered in {len(seen)} versions: {', '.join(seen)}" if len(seen) > 1 else ""
+
+
+def drafts_unused(report: EvaluationReport) -> str:
+    """Said of a candidate that shows no gain: on how many queries its drafts made any difference to the score."""
+    seen = report.against_solo
+    same = seen.n - seen.better - seen.worse
+    if not seen.n:
+        return ""
+    asked = "; does the prompt (collaboration.prompts.refine) use the draft?" if same >= UNUSED * seen.n else "."
+    return f" The strong model gave the same score with and without the draft on {same} of {seen.n} queries{asked}"
 
 
 def weak_alone(report: EvaluationReport) -> str:

@@ -293,7 +293,9 @@ def _gate(world: World, trial: Trial) -> Move:
     status, followed = _strong_follows(world, status, trial, case)
     world = replace(world, status=status)
     if refusal:
-        move = _end(world, trial, "Refused", refusal.reason, refusal.message)
+        is_no_gain = refusal.reason == api.REASON_NO_GAIN_OFFLINE
+        why = refusal.message + (promotion.drafts_unused(case.judged) if is_no_gain else "")
+        move = _end(world, trial, "Refused", refusal.reason, why)
         return replace(move, events=(*followed, *move.events))
     message = f"round {trial.number} passed the gate with {promotion.points(seen)} (p = {seen.p_better:.2g})"
     message += promotion.versions_note(case.judged)

@@ -620,6 +620,20 @@ def test_a_report_before_the_first_evaluation_says_what_there_is(cowest: Any, tm
     assert "No candidate was promoted" in (tmp_path / "r.html").read_text()
 
 
+def test_a_refused_pair_is_shown_by_its_drafts_and_answers(cowest: Any, tmp_path: Path) -> None:
+    home = jobs.Home(tmp_path / "home")
+    jobs.write_json(home.job, manifest.load(write_manifest(tmp_path)).job)
+    write_evaluation(home, 0, 0.3, "plain")
+    assert cowest("report", "--home", home.root, "--html", tmp_path / "r.html").code == EXIT_OK
+    page = (tmp_path / "r.html").read_text()
+    assert "No candidate was promoted" in page
+    assert "another answer than alone on 10 of 10 queries, and one of another score on 2." in page
+    shown = [re.findall(r"<pre>([^<]*)</pre>", row) for row in page.split("<tr>") if "<pre>" in row]
+    assert [cells[0][:7] for cells in shown] == ["query 8", "query 9", "query 0", "query 1"]
+    assert shown[0][2].startswith("plain 8") and shown[0][3] == "no idea" and shown[0][4].startswith("answer")
+    assert page.count(">+1</td>") == 2 and page.count(">+0</td>") == 2
+
+
 # ---------------------------------------------------------------- plan, run
 def write_rows(path: Path, prefix: str, count: int) -> None:
     rows = [{"id": f"{prefix}{i}", "query": f"{prefix} question {i * 7919}", "reference": str(i)} for i in range(count)]

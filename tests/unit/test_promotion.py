@@ -312,3 +312,11 @@ def test_it_is_said_where_the_weak_model_alone_may_be_all_that_is_needed(scores,
     said = promotion.weak_alone(w.report(arms=arms(*scores)))
     assert says in said and bool(said) == bool(says)
     assert not said or f"weak model alone scores {100 * scores[2]:.1f} %, the pair {100 * scores[0]:.1f} %" in said
+
+
+def test_it_is_said_on_how_many_queries_the_drafts_made_no_difference():
+    def said(better, worse):
+        return promotion.drafts_unused(w.report(against_solo=replace(w.comparison(n=400), better=better, worse=worse)))
+
+    assert "with and without the draft on 400 of 400 queries; does the prompt" in said(0, 0)
+    assert said(100, 20).endswith("with and without the draft on 280 of 400 queries.")

@@ -586,7 +586,9 @@ def test_an_edit_of_gate_and_canary_is_for_the_next_trial():
     assert plan.status.candidate.step == 1
     assert plan.routing.arms[1].weight_percent == 50
     judged = w.world(status=evaluated(), report=w.report(against_control=w.comparison(0.1, 0.2)), job=lax, frozen=w.JOB)
-    assert reconcile.plan(judged).status.rounds[-1].reason == api.REASON_NO_GAIN_OFFLINE
+    outcome = reconcile.plan(judged).status.rounds[-1]
+    assert outcome.reason == api.REASON_NO_GAIN_OFFLINE
+    assert "the same score with and without the draft on 860 of 1000 queries." in outcome.message
 
 
 def test_too_few_pairs_are_too_few_by_the_manifest_that_the_round_began_with():
