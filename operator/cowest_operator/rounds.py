@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -354,11 +353,6 @@ def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baselin
     return Estimate(
         name, with_draft + alone + judged, int(inputs + outputs), money, prices.currency if prices else None
     )
-
-
-def smallest_gain_points(held_out: int, discordant: float = 0.2) -> float:
-    """Points that a paired test sees with 80 % power when a share `discordant` of the queries changes sides."""
-    return 280 * math.sqrt(discordant / max(1, held_out))
 
 
 def needed_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
