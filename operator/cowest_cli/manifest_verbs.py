@@ -13,7 +13,7 @@ import typer
 from cowest_cli import preflight
 from cowest_cli.options import File
 from cowest_operator import manifest
-from cowest_training.contract import StepError
+from cowest_training.contract import SHOWN, ProblemsError, StepError
 
 Format = Annotated[Literal["text", "json"], typer.Option("--output", "-o", help="text or json.")]
 TEMPLATE = "minimal.yaml"
@@ -50,16 +50,26 @@ def init(
 def validate(
     file: File,
     data: Annotated[bool, typer.Option("--data/--no-data", help="Also look at the files it names.")] = True,
+    all_problems: Annotated[
+        bool, typer.Option("--all-problems", help="List all that is wrong with the rows, not the first few.")
+    ] = False,
     output: Format = "text",
 ) -> None:
     """Check a manifest, and the data it names, without starting anything.
 
-    With -o json it prints the manifest with all defaults.
+    With -o json it prints the manifest with all defaults, or all that is wrong with the rows as `problems`.
     """
     loaded = manifest.load(file)
     job = manifest.resolve_files(loaded.job, file.resolve().parent)
     _check_config_map(loaded)
-    facts = _check_files(job, str(file)) if data else None
+    try:
+        facts = _check_files(job, str(file)) if data else None
+    except ProblemsError as error:
+        if output == "json":
+            found = {"valid": False, "what": error.what, "problems": error.problems, "remedy": error.remedy}
+            typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        hint = "" if all_problems or len(error.problems) <= SHOWN else " `cowest validate --all-problems` lists all."
+        raise StepError(error.listed(None if all_problems else SHOWN) + hint) from None
     if output == "json":
         typer.echo(json.dumps(loaded.job, indent=2, ensure_ascii=False))
         return

@@ -6,6 +6,7 @@ import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -490,5 +491,9 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 def _events(events: Sequence[Mapping[str, Any]]) -> str:
     begun = events[0]["time"] if events else 0.0
-    rows = ((f"{event['time'] - begun:.0f} s", _text(str(event["message"]))) for event in events)
-    return _table(("after", "what"), rows, frozenset({0}))
+    rows = ((_clock(event["time"]), f"{event['time'] - begun:.0f} s", _text(str(event["message"]))) for event in events)
+    return _table(("time, UTC", "after", "what"), rows, frozenset({1}))
+
+
+def _clock(time: float) -> str:
+    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -225,7 +225,7 @@ def limits_met(spec: api.Spec, costs: Sequence[rounds.Estimate]) -> Iterator[str
             ("moneyPerDay", budget.money_per_day, cost.money),
         ):
             if limit is not None and bound is not None and bound > limit:
-                share = f"{100 * limit / bound:.0f} % of its bound of {bound:.10g}"
+                share = f"{100 * limit / bound:.0f} % of its bound of {round(bound, 2) or bound:.10g}"
                 goes_on = "a rerun on the next day goes on" if "Day" in name else "a higher limit goes on from there"
                 yield f"budget.{name} = {limit:.10g} stops the {cost.name} at {share}; {goes_on}."
 

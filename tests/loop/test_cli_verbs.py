@@ -759,6 +759,19 @@ def test_plan_refuses_what_validate_refuses(cowest: Any, job: Path) -> None:
         assert said.code == EXIT_BAD_INPUT and "gate.minHeldOut = 201 rows, saw 200" in said.err
 
 
+def test_all_problems_of_the_rows_are_listed_for_who_asks(cowest: Any, job: Path, tmp_path: Path) -> None:
+    train = tmp_path / "train.jsonl"
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    again = [{**row, "id": f"again-{row['id']}"} for row in rows[:8]]
+    train.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *again]))
+    few = cowest("validate", "-f", job)
+    assert few.code == EXIT_BAD_INPUT and "and 3 more" in few.err and "--all-problems" in few.err
+    whole = cowest("validate", "-f", job, "--all-problems")
+    assert whole.code == EXIT_BAD_INPUT and whole.err.count("the query is that of") == 8
+    said = cowest("validate", "-f", job, "-o", "json")
+    assert said.code == EXIT_BAD_INPUT and len(json.loads(said.out)["problems"]) == 8
+
+
 # ---------------------------------------------------------------- send
 @pytest.fixture
 def gateway(tmp_path: Path) -> Iterator[tuple[str, Path]]:

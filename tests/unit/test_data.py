@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cowest_training.contract import Row, StepError
+from cowest_training.contract import ProblemsError, Row, StepError
 from cowest_training.data import Known, check_split, read_rows, rows_digest, tokens, write_jsonl
 
 LONG = (
@@ -252,3 +252,23 @@ def test_explanations_may_be_on_some_rows_only() -> None:
 
 def test_words_numbers_and_signs_are_told_apart() -> None:
     assert tokens('An e-mail: "3,500.5 % of QF-17"?') == ("an", "e", "mail", "3,500.5", "%", "of", "qf", "-", "17")
+
+
+def test_a_chat_is_quoted_by_its_first_turn_too_and_a_nearly_equal_query_beside_the_other() -> None:
+    turns = ("Which desk takes a late parcel?", "Desk 4.", "And how long?")
+    chat = tuple({"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns))
+    first, again = (Row(f"r{number}", turns[-1], chat, "1") for number in (1, 2))
+    with pytest.raises(ProblemsError) as repeated:
+        check_split([first, again], [row(3, "an altogether different question here")])
+    assert "'Which desk takes a late parcel?' ... 'And how long?'" in repeated.value.problems[0]
+    one, other = "may a guest bring a dog on the train today", "on the train today may a guest bring a dog"
+    with pytest.raises(ProblemsError) as near:
+        check_split([row(1, one), row(2, "nothing like it")], [row(3, other)])
+    assert f"{one!r} and there {other!r}" in near.value.problems[0]
+
+
+def test_a_csv_is_told_what_is_wanted_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("id,query,reference\n1,what?,yes\n2,who?,no\n")
+    assert "saw a CSV file. Write one JSON object a line (JSONL), or a Parquet table" in refusal(
+        str(tmp_path / "rows.csv")
+    )

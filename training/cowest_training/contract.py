@@ -6,7 +6,7 @@ A step that finds its manifest with the same inputs digest has nothing to do and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,6 +40,23 @@ class StepError(Exception):
     def __init__(self, message: str, code: int = EXIT_BAD_INPUT) -> None:
         super().__init__(message)
         self.code = code
+
+
+SHOWN = 5  # problems that one message lists
+
+
+class ProblemsError(StepError):
+    """What is wrong with rows. Its message lists the first few; who wants all has them in `problems`."""
+
+    def __init__(self, what: str, problems: Sequence[str], remedy: str) -> None:
+        self.what, self.problems, self.remedy = what, tuple(problems), remedy
+        super().__init__(self.listed(SHOWN))
+
+    def listed(self, shown: int | None = None) -> str:
+        count = len(self.problems)
+        more = f"\n  ... and {count - shown} more" if shown is not None and count > shown else ""
+        lines = "".join(f"\n  {problem}" for problem in self.problems[:shown])
+        return f"{self.what}: {count} problem{'s'[: count > 1]}:{lines}{more}\n{self.remedy}"
 
 
 # ---------------------------------------------------------------- settings

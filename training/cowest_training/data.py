@@ -21,9 +21,8 @@ import pyarrow.parquet as pq
 
 from cowest_serving import store
 from cowest_serving.contract import Messages, digest_of, query_text, reference_text
-from cowest_training.contract import Row, StepError
+from cowest_training.contract import ProblemsError, Row, StepError
 
-SHOWN = 5  # problems that one message lists
 MIN_ROWS = 2
 ROLES = ("system", "developer", "user", "assistant")
 COLUMNS = ("id", "query", "messages", "reference", "explanation", "group", "source")
@@ -39,6 +38,10 @@ MAX_BROKEN_NEIGHBOURS = 2  # one phrase moved to the front or the end breaks at 
 def read_rows(uri: str) -> list[Row]:
     """All rows of a JSONL or Parquet file. Raises one `StepError` that lists what is wrong, by line."""
     data = _fetch(uri)
+    if uri.casefold().endswith((".csv", ".tsv")) and data[:4] != b"PAR1" and data.lstrip()[:1] != b"{":
+        raise StepError(
+            f"{uri}: wanted rows, saw a CSV file. Write one JSON object a line (JSONL), or a Parquet table."
+        )
     records = _parquet(uri, data) if data[:4] == b"PAR1" else _lines(uri, data)
     rows, problems = [], []
     for where, record in records:
@@ -248,12 +251,9 @@ def check_split(train: Sequence[Row], held_out: Sequence[Row]) -> None:
 
 
 def refuse(what: str, problems: Sequence[str], remedy: str) -> None:
-    """Raise one `StepError` with the first few problems; nothing happens when there are none."""
-    if not problems:
-        return
-    more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    listed = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
-    raise StepError(f"{what}: {len(problems)} problem{'s'[: len(problems) > 1]}:{listed}{more}\n{remedy}")
+    """Raise one `ProblemsError`; nothing happens when there are no problems."""
+    if problems:
+        raise ProblemsError(what, problems, remedy)
 
 
 def repeated_ids(rows: Sequence[Row]) -> list[str]:
@@ -265,7 +265,7 @@ def repeated_ids(rows: Sequence[Row]) -> list[str]:
 
 def repeated_queries(rows: Sequence[Row]) -> list[str]:
     return [
-        f"{_place(row)}: the query is that of {_place(first)} too: {_cut(row.query)}"
+        f"{_place(row)}: the query is that of {_place(first)} too: {_quoted(row)}"
         for row, first in _repeats((conversation_key(row.messages), row) for row in rows)
     ]
 
@@ -283,13 +283,19 @@ def _leaks(train: Sequence[Row], held_out: Sequence[Row]) -> list[str]:
         return ["train and held-out data are the same: wanted different queries in the two files"]
     return [
         f"{_place(row)}: the query is {'' if hit.equal else 'nearly '}that of held-out row {_place(hit.row)}"
-        f": {_cut(row.query)}"
+        f": {_quoted(row)}{'' if hit.equal else f' and there {_quoted(hit.row)}'}"
         for row, hit in hits
     ]
 
 
 def _place(row: Row) -> str:
     return row.where or f"row {row.id}"
+
+
+def _quoted(row: Row) -> str:
+    """The query; of a chat its first turn too, since many end with the same words."""
+    turns = [text for m in row.messages if m.get("role") != "system" and (text := query_text([{**m, "role": "user"}]))]
+    return " ... ".join(_cut(text) for text in (turns[0], turns[-1])) if len(turns) > 1 else _cut(row.query)
 
 
 def _cut(text: str) -> str:
