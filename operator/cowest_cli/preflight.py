@@ -8,14 +8,14 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from cowest_operator import manifest
 from cowest_operator.schema import Problem
 from cowest_serving.contract import parse
-from cowest_training.contract import EXIT_BAD_INPUT, Evaluator, StepError
+from cowest_training.contract import EXIT_BAD_INPUT, Evaluator, Row, StepError
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def check_data(spec: Mapping[str, Any], source: str) -> Facts:
     explained = sum(row.explanation is not None for row in train)
     characters = sum(len(row.query) for row in held_out) / max(1, len(held_out))
     note = extract_note(evaluator, train, spec["collaboration"]["draft"])
+    notes = [*([note] if note else []), *_tuning_notes(spec, train)]
     return Facts(
         len(train),
         len(held_out),
@@ -71,9 +72,24 @@ def check_data(spec: Mapping[str, Any], source: str) -> Facts:
         characters,
         explained,
         train_digest=rows_digest(train),
-        notes=(note,) if note else (),
+        notes=tuple(notes),
         groups=dict(Counter(row.group for row in held_out if row.group is not None)),  # asdict breaks a Counter
     )
+
+
+def _tuning_notes(spec: Mapping[str, Any], train: Sequence[Row]) -> Iterator[str]:
+    """What supervised tuning will not learn from."""
+    from cowest_training.round_trip import length_notes
+
+    sft, model = spec["training"]["sft"], spec["weak"]["model"]
+    if sft == "Always" and not any(row.explanation for row in train):
+        yield (
+            "training.sft is Always and no training row has an `explanation`: the sft step has nothing to learn from"
+            " and fails. Give rows an `explanation`, or choose Auto or Never."
+        )
+    if sft != "Never" and model.startswith(manifest.FILE):
+        limits = spec["training"]["maxLength"], spec["collaboration"]["draftMaxTokens"]
+        yield from length_notes(model, train, *limits)
 
 
 def can_read_here(spec: Mapping[str, Any]) -> bool:

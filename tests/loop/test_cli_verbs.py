@@ -772,6 +772,12 @@ def test_all_problems_of_the_rows_are_listed_for_who_asks(cowest: Any, job: Path
     assert said.code == EXIT_BAD_INPUT and len(json.loads(said.out)["problems"]) == 8
 
 
+def test_supervised_tuning_without_anything_to_learn_from_is_noted(cowest: Any, job: Path) -> None:
+    job.write_text(yaml.safe_dump(edited({"training.sft": "Always"}, yaml.safe_load(job.read_text()))))
+    said = cowest("validate", "-f", job)
+    assert said.code == EXIT_OK and "the sft step has nothing to learn from" in said.err
+
+
 # ---------------------------------------------------------------- send
 @pytest.fixture
 def gateway(tmp_path: Path) -> Iterator[tuple[str, Path]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cowest_training.contract import EXIT_BAD_INPUT, Row, StepError
-from cowest_training.round_trip import lost, refuse_lost_text, round_trip_of
+from cowest_training.round_trip import length_notes, lost, refuse_lost_text, round_trip_of
 
 
 def rows(*queries: str) -> list[Row]:
@@ -73,3 +76,17 @@ def test_many_rows_are_sampled_over_all_of_them() -> None:
 @pytest.mark.parametrize("content", ["", "{}", "no JSON", '{"model": {"type": "Newer"}}'])
 def test_what_cannot_be_read_here_is_left_to_the_step_that_loads_it(content: str) -> None:
     assert round_trip_of(content) is None
+
+
+def test_rows_that_sft_leaves_out_and_drafts_that_would_be_cut_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(words("what", "is", "alpha", "because"))
+    asked = rows("what is alpha", "what is " + "alpha " * 10)
+    asked[0] = replace(asked[0], explanation="because " * 5)
+    left_out, cut = length_notes(tmp_path.as_uri(), asked, 12, 4)
+    assert left_out.startswith("at least 1 of 2 rows with an explanation are longer than training.maxLength = 12")
+    assert "the longest has 13" in left_out
+    assert cut.startswith(
+        "1 of 2 explanations are longer than collaboration.draftMaxTokens = 4 tokens (the longest has 5)"
+    )
+    assert length_notes(tmp_path.as_uri(), asked, 100, 10) == []
+    assert length_notes((tmp_path / "elsewhere").as_uri(), asked, 1, 1) == [], "read by the step that loads it"

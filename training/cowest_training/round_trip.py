@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from cowest_serving import store
 from cowest_serving.contract import message_text
@@ -30,6 +31,42 @@ def check_tokenizer(uri: str, rows: Sequence[Row]) -> None:
     file = store.join(uri, "tokenizer.json")
     if store.exists(file) and (there_and_back := round_trip_of(store.get(file).decode(errors="replace"))):
         refuse_lost_text(rows, there_and_back, uri)
+
+
+def length_notes(uri: str, rows: Sequence[Row], max_length: int, draft_max_tokens: int) -> list[str]:
+    """How many explained rows `sft` leaves out, and how many drafts are longer than one may become when it serves."""
+    file = store.join(uri, "tokenizer.json")
+    count = token_counter_of(store.get(file).decode(errors="replace")) if store.exists(file) else None
+    explained = [(row, row.explanation) for row in rows if row.explanation]
+    if count is None or not explained:
+        return []
+    drafts = [count(text) for _, text in explained]
+    whole = [
+        draft + sum(count(message_text(m)) for m in row.messages)
+        for (row, _), draft in zip(explained, drafts, strict=True)
+    ]
+    left_out, cut = sum(n > max_length for n in whole), sum(n > draft_max_tokens for n in drafts)
+    found = []
+    if left_out:
+        found.append(
+            f"at least {left_out} of {len(explained)} rows with an explanation are longer than training.maxLength ="
+            f" {max_length} tokens (the longest has {max(whole)}, without the prompt's own words): sft leaves them out."
+        )
+    if cut:
+        found.append(
+            f"{cut} of {len(explained)} explanations are longer than collaboration.draftMaxTokens = {draft_max_tokens}"
+            f" tokens (the longest has {max(drafts)}): drafts like them are cut off there when they are made."
+        )
+    return found
+
+
+def token_counter_of(tokenizer_json: str) -> Callable[[str], int] | None:
+    """By the `tokenizer.json` of a model; None where it cannot be read here."""
+    tokenizer = _tokenizer(tokenizer_json)
+    if tokenizer is None:
+        return None
+    tokenizer.no_truncation()
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def refuse_lost_text(rows: Sequence[Row], there_and_back: RoundTrip, model: str) -> None:
@@ -56,13 +93,8 @@ def lost(text: str, back: str) -> float:
 
 def round_trip_of(tokenizer_json: str) -> RoundTrip | None:
     """By the `tokenizer.json` of a model; None where it cannot be read here, which is for the step that loads it."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        return None
-    try:
-        tokenizer = Tokenizer.from_str(tokenizer_json)
-    except Exception:  # the library has no other; it may also be of a newer version
+    tokenizer = _tokenizer(tokenizer_json)
+    if tokenizer is None:
         return None
 
     def there_and_back(text: str) -> str:
@@ -70,6 +102,17 @@ def round_trip_of(tokenizer_json: str) -> RoundTrip | None:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
     return there_and_back
+
+
+def _tokenizer(tokenizer_json: str) -> Any:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        return None
+    try:
+        return Tokenizer.from_str(tokenizer_json)
+    except Exception:  # the library has no other; it may also be of a newer version
+        return None
 
 
 def _text(row: Row) -> str:
