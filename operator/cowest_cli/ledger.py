@@ -103,8 +103,8 @@ def ledger(
     --parquet writes the table, a row a draft; --dataset writes the rounds' pairs as `prompt`, `chosen` and `rejected`
     in messages, for TRL and `datasets.load_dataset`. Neither overwrites what is there. docs/ledger.md has the columns.
 
-    Of a job in a cluster, and with --store, it is read with your own keys as by `lineage`; the prices are those of the
-    book of paid calls, which only a job on this machine has at hand.
+    Of a job in a cluster, and with --store, it is read with your own keys as by `lineage`. The prices are those that
+    the ledger notes; where the book of paid calls is at hand (a job on this machine), those that it paid.
     """
     source = _source(where, store_uri)
     everything = read(source, choice.round or ())

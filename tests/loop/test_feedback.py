@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from cowest_serving.book import read_prices
 from cowest_serving.collaborate import draft_messages
 from cowest_serving.models import ModelError
 from cowest_training import feedback
@@ -90,6 +91,22 @@ def test_the_ledger_says_of_each_draft_what_it_was_worth(tmp_path: Path, strong:
     assert metrics["pairs"] == len(step.pairs())
     assert 0 < metrics["pairs"] <= 8
     assert json.loads((tmp_path / "progress.json").read_text())["done"] == 8
+
+
+def test_the_ledger_says_what_each_call_took_and_cost_as_the_book_has_it(tmp_path: Path, strong: ScriptedModel) -> None:
+    prices = {"inputPerMillionTokens": "1000", "outputPerMillionTokens": "3000", "currency": "EUR"}
+    step = Step(tmp_path, strong)
+    step.job = world.write_job(tmp_path / "job.json", strong.url, strong={"prices": prices})
+    step.run()
+    ledger = step.ledger()
+    for side in ("answer", "solo"):
+        paid = read_prices(tmp_path / "calls", {line[f"{side}_call"] for line in ledger})
+        for line in ledger:
+            noted = tuple(line[f"{side}_{name}"] for name in ("input_tokens", "output_tokens", "money"))
+            call = paid[line[f"{side}_call"]]
+            assert noted == pytest.approx((call.input_tokens, call.output_tokens, call.money)) and call.money > 0
+    step.run(out="again")
+    assert step.ledger("again") == ledger, "an answer from the book costs in the ledger what it cost then"
 
 
 def test_a_pair_holds_what_the_weak_model_saw_and_two_drafts_that_differ(tmp_path: Path, strong: ScriptedModel) -> None:

@@ -210,6 +210,15 @@ def _append(path: Path, value: Mapping[str, Any]) -> None:
 
 # ---------------------------------------------------------------- answers
 @dataclass(frozen=True)
+class Paid:
+    """What the call of an answer took and cost, whoever paid it first."""
+
+    input_tokens: int
+    output_tokens: int
+    money: float
+
+
+@dataclass(frozen=True)
 class Reply:
     """An answer of the strong model. `error` says why there is none: it found the request itself wrong."""
 
@@ -218,6 +227,7 @@ class Reply:
     version: str  # of the strong model, "" where it does not say
     model: str = ""
     error: str = ""
+    paid: Paid | None = None  # None: not known (an answer of no call, a ledger of older days)
 
 
 class Asking:
@@ -310,7 +320,11 @@ class Asking:
         self.replies += 1
         if kind := unusual_kind(result.text, result.finish_reason):
             self._unusual[kind] += 1
-        return Reply(redacted.restored(result.text), key, result.version, result.model)
+        return Reply(redacted.restored(result.text), key, result.version, result.model, paid=self._paid(result))
+
+    def _paid(self, result: ChatResult) -> Paid:
+        taken, given, prices = result.input_tokens, result.output_tokens, self._strong.prices
+        return Paid(taken, given, prices.of(taken, given) if prices else 0.0)
 
     def _model(self, pair: Pair, purpose: str) -> HttpChatModel:
         is_proxied = bool(self._proxy_url) and pair.strong_endpoint.rstrip("/") == self._strong.endpoint.rstrip("/")

@@ -203,6 +203,12 @@ LEDGER_COLUMNS: dict[str, str] = {
     "strong_model": "string",
     "strong_version": "string",
     "evaluator_digest": "string",
+    "answer_input_tokens": "int64",  # of the call, whoever paid it; equal drafts share it
+    "answer_output_tokens": "int64",
+    "answer_money": "double",  # by `strong.prices`, 0 where there are none
+    "solo_input_tokens": "int64",
+    "solo_output_tokens": "int64",
+    "solo_money": "double",
 }
 # pairs.jsonl of the feedback step: {"query_id", "prompt": [messages], "chosen": str, "rejected": str,
 #   "chosen_score", "rejected_score", "solo_score"}; `prompt` is what the weak model saw.

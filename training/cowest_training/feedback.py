@@ -23,7 +23,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
@@ -44,6 +44,7 @@ from .asking import (
     Asking,
     Draft,
     Drafts,
+    Paid,
     Recipe,
     Reply,
     drafts_folder,
@@ -367,11 +368,16 @@ def _entry(record: Mapping[str, Any], row: Row) -> Entry:
     return Entry(
         row=row,
         draft=Draft(row.id, record["draft_index"], record["seed"], record["draft"], record["draft_tokens"]),
-        answer=Reply(record["answer"], record["answer_call"], version, model),
+        answer=Reply(record["answer"], record["answer_call"], version, model, paid=_paid(record, "answer")),
         answer_score=record["answer_score"],
-        solo=Reply(record["solo"], record["solo_call"], version, model),
+        solo=Reply(record["solo"], record["solo_call"], version, model, paid=_paid(record, "solo")),
         solo_score=record["solo_score"],
     )
+
+
+def _paid(record: Mapping[str, Any], side: str) -> Paid | None:
+    values: list[Any] = [record.get(f"{side}_{field.name}") for field in fields(Paid)]
+    return None if None in values else Paid(*values)
 
 
 # ---------------------------------------------------------------- what is written
@@ -405,7 +411,13 @@ def _record(entry: Entry, pair: Pair, evaluator: str) -> dict[str, Any]:
         "strong_model": entry.answer.model or pair.strong_model,
         "strong_version": entry.answer.version,
         "evaluator_digest": evaluator,
+        **_price_columns("answer", entry.answer),
+        **_price_columns("solo", entry.solo),
     }
+
+
+def _price_columns(side: str, reply: Reply) -> dict[str, Any]:
+    return {f"{side}_{field.name}": getattr(reply.paid, field.name, None) for field in fields(Paid)}
 
 
 def write_pairs(path: Path, pairs: Sequence[Preference], pair: Pair) -> None:
