@@ -117,6 +117,8 @@ def _missing(spec: Mapping[str, Any]) -> Iterator[Problem]:
                 f"there is nothing at {uri}",
                 "Put it there, or change the path; a relative one starts at the manifest's folder",
             )
+        elif uri.startswith(manifest.FILE) and name != "weak.model" and manifest.local_path(uri).is_dir():
+            yield Problem(f"spec.{name}", f"wanted a JSONL or Parquet file, saw the folder {uri}", "Name a file in it")
 
 
 def _check_weak_model(uri: str) -> None:

@@ -182,7 +182,10 @@ def _rules(schema: Schema, value: Any, path: str, old: Any) -> Iterator[Problem]
         if "oldSelf" in rule["rule"] and old is None:
             continue
         if not _holds(rule["rule"], value, old):
-            yield Problem(path + rule.get("fieldPath", "") if path else rule.get("fieldPath", "")[1:], rule["message"])
+            at = path + rule.get("fieldPath", "") if path else rule.get("fieldPath", "")[1:]
+            # Only of an address of files: one of an endpoint may carry a password.
+            seen = f"; saw {value!r}" if rule["message"].startswith("must be file://") else ""
+            yield Problem(at, rule["message"] + seen)
 
 
 # ---------------------------------------------------------------- CEL

@@ -778,6 +778,15 @@ def test_supervised_tuning_without_anything_to_learn_from_is_noted(cowest: Any, 
     assert said.code == EXIT_OK and "the sft step has nothing to learn from" in said.err
 
 
+def test_a_folder_given_as_data_is_refused_by_its_field(cowest: Any, job: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    job.write_text(yaml.safe_dump(edited({"data.heldOut": "file://rows"}, yaml.safe_load(job.read_text()))))
+    said = cowest("validate", "-f", job)
+    assert (
+        said.code == EXIT_BAD_INPUT and "spec.data.heldOut: wanted a JSONL or Parquet file, saw the folder" in said.err
+    )
+
+
 # ---------------------------------------------------------------- send
 @pytest.fixture
 def gateway(tmp_path: Path) -> Iterator[tuple[str, Path]]:

@@ -201,3 +201,9 @@ def test_a_config_map_that_is_not_there_is_named() -> None:
     loaded = load(edited({"collaboration.promptsConfigMapRef.name": "prompts"}))
     with pytest.raises(ManifestError, match="there is no ConfigMap 'prompts'"):
         manifest.resolve_prompts(loaded.job, loaded.config_maps, BUILT_IN)
+
+
+def test_an_address_of_files_that_is_wrong_is_quoted_and_one_of_an_endpoint_is_not() -> None:
+    text = refused(yaml.safe_dump(edited({"data.train": "fle://a.jsonl", "strong.endpoint": "x:pw@y/v1"})))
+    assert "saw 'fle://a.jsonl'" in text
+    assert "spec.strong.endpoint" in text and "pw" not in text

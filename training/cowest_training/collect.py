@@ -57,7 +57,7 @@ MEANING: Mapping[str, str] = {
     HELD_OUT: "equal or nearly equal to a held-out query",
     NO_REFERENCE: "without a late reference (POST /v1/feedback gives them one)",
     WRONG_REFERENCE: "with a late reference that the evaluator cannot go by",
-    DUPLICATE: "asked again later",
+    DUPLICATE: "asked again later (the last one counts)",
     IN_TRAIN: "asked by a train row already",
 }
 
