@@ -24,7 +24,7 @@ from cowest_cli.processes import Child, free_port, get_json, port_is_free
 from cowest_cli.replay import decision_of
 from cowest_operator import api, reconcile, rounds, story, strong
 from cowest_operator.manifest import local_path
-from cowest_operator.objects.desired import followed
+from cowest_operator.objects.desired import followed, waiting
 from cowest_serving.contract import Routing, dump
 from cowest_training.contract import (
     EXIT_BAD_INPUT,
@@ -158,7 +158,7 @@ class Engine:
         self._strong: strong.Failing | None = None  # the strong endpoint, as the gateway meets it
         self._strong_at = 0.0  # when the gateway was asked last
         self._told: Mapping[str, api.Trouble] = {}  # troubles that an event has said, by their sentence
-        self._news: tuple[api.Event, ...] = ()
+        self._edited = False  # the manifest, since the last look
         self._frozen: tuple[int, Path, Mapping[str, Any], api.Job] | None = None  # what the running trial goes by
 
     @property
@@ -203,9 +203,7 @@ class Engine:
         before, self._order = self._order, replace(order, declared=jobs.with_generation(order.declared, self.home))
         jobs.write_json(self.home.job, self.document)
         self._anew = True
-        self._news = (
-            api.Event("Normal", "ManifestChanged", f"the manifest was edited; generation {self.job.generation} holds."),
-        )
+        self._edited = True
         if self._frozen and self.status.candidate:
             self._follow_frozen(*self._frozen[:3])
         if order.of_gateway != before.of_gateway:
@@ -244,10 +242,15 @@ class Engine:
             for t in self._told.values()
             if t.reason not in reasons
         ]
-        self._told, events = troubles, (*self._news, *plan.events, *came, *over)
-        self._news = ()
+        self._told, events = troubles, (*self._edits(world), *plan.events, *came, *over)
+        self._edited = False
         self._anew = self._anew or any(action.verb == "resume" for action in world.actions)
         return replace(plan, events=events)
+
+    def _edits(self, world: api.World) -> Iterator[api.Event]:
+        if self._edited:
+            message = f"the manifest was edited; generation {self.job.generation} holds."
+            yield api.Event("Normal", "ManifestChanged", f"{message} {reconcile.edits_that_wait(world)}".rstrip())
 
     def _leave_out_the_time_away(self) -> None:
         """While no engine ran nobody was answered: no part of the deadline of a canary step, nor of the watch."""
@@ -285,6 +288,7 @@ class Engine:
             budget=self._budget(),
             actions=jobs.read_actions(self.home, self.status.last_action),
             frozen=self._frozen[3] if trial and self._frozen else None,
+            waiting=waiting(self._frozen[2], self.document) if trial and self._frozen else (),
             troubles=tuple(self._troubles()),
         )
 

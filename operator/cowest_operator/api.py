@@ -541,6 +541,7 @@ class World:
     budget: Budget = field(default_factory=Budget)
     actions: tuple[Action, ...] = ()
     frozen: Job | None = None  # what the running trial goes by (`objects.desired.followed`); None: what is declared
+    waiting: tuple[str, ...] = ()  # fields edited since that trial began, which hold from the next one on
     blocked: Trouble | None = None  # the manifest cannot be followed here: nothing of the loop goes on
     troubles: tuple[Trouble, ...] | None = None  # what is missing or fails; None: an engine that ends instead
 

@@ -16,7 +16,7 @@ from cowest_operator.doors import DoorError, Doors
 from cowest_operator.kube import Kube, KubeError
 from cowest_operator.objects import ray, steps, weak
 from cowest_operator.objects.common import Context
-from cowest_operator.objects.desired import followed, frozen_name
+from cowest_operator.objects.desired import followed, frozen_name, waiting
 from cowest_operator.platform import Discovery, troubles
 from cowest_operator.settings import Settings
 from cowest_operator.watched import ACTIVE, Family, Seen
@@ -267,6 +267,7 @@ class _Look:
             budget=found[5],
             actions=tuple(read_actions(self.family.job or {}, self.status.last_action)),
             frozen=frozen,
+            waiting=waiting(frozen_document, self.context.document) if frozen else (),
             blocked=blocked,
         )
         if strong_fails := strong.trouble(job, self.memory.failing):

@@ -16,6 +16,7 @@ from cowest_operator.api import Event, Plan, Status, Trial, World
 from cowest_serving.contract import Arm, Mode, Pair, Routing
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_FAILED, EXIT_RETRY, EvaluationReport, LiveReport
 
+SHOWN_EDITS = 6  # by name, in a sentence
 RETRIES = 3  # of a step that ended with EXIT_RETRY, before the embedded run gives up
 
 
@@ -667,13 +668,32 @@ def _with_conditions(world: World, move: Move) -> Status:
         (api.READY, *_ready(world)),
         (api.DRAFTS_HELP, *_with_note(status, *_drafts_help(status))),
         (api.ROUND_PROGRESSING, "False" if move.failure or move.finished or world.blocked else "True",
-         _doing(world) if move.reason == api.REASON_PROGRESSING else move.reason, move.message),
+         _doing(world) if move.reason == api.REASON_PROGRESSING else move.reason, _with_waiting(world, move.message)),
         *_degraded(world),
     )  # fmt: skip
     before = {c.type: c for c in status.conditions}
     conditions = tuple(_condition(world, before.get(row[0]), *row) for row in wanted)
     last = move.events[-1].message if move.events else status.last_transition
     return replace(status, conditions=conditions, last_transition=last, budget=world.budget)
+
+
+def _with_waiting(world: World, message: str) -> str:
+    """And which edits the running trial does not go by, so that nobody waits for them in vain."""
+    return f"{message} {said}" if (said := edits_that_wait(world)) else message
+
+
+def edits_that_wait(world: World) -> str:
+    """A sentence on what was edited since the running trial began and is for the next one; "" when there is none."""
+    trial = world.status.candidate
+    if trial is None or not world.waiting:
+        return ""
+    names = ", ".join(world.waiting[:SHOWN_EDITS])
+    more = f" and {len(world.waiting) - SHOWN_EDITS} more" if len(world.waiting) > SHOWN_EDITS else ""
+    anew = " and `cowest resume` begins it anew at once" if trial.origin == "Baseline" and trial.pair is None else ""
+    return (
+        f"Edited since round {trial.number} began, in force from the next trial on: {names}{more};"
+        f" `cowest rollback` ends this one{anew}."
+    )
 
 
 def _doing(world: World) -> str:

@@ -146,9 +146,15 @@ def test_a_trial_goes_on_with_what_it_began_with_and_the_rest_holds_at_once(desk
     desk.edit(
         lambda: desk.engine.job.generation == 2, **{"feedback.minPairs": 7, "strong.budget": {"callsPerRound": 8}}
     )
-    world, _ = desk.look()
+    world, plan = desk.look()
     assert world.job.spec.feedback.min_pairs == 7
     assert world.frozen.spec.feedback.min_pairs == 50
+    said = "in force from the next trial on: feedback.minPairs"
+    assert said in {c.type: c.message for c in plan.status.conditions}[api.ROUND_PROGRESSING]
+    (edited,) = [event.message for event in desk.events if event.reason == "ManifestChanged"]
+    assert (
+        edited.startswith("the manifest was edited; generation 2 holds. Edited since round 0 began") and said in edited
+    )
     number, path, document, _ = desk.engine._frozen
     assert number == 0 and document["spec"]["strong"]["budget"]["callsPerRound"] == 8
     assert jobs.read_json(path) == document, "its steps read this"

@@ -14,7 +14,7 @@ from cowest_operator import api, reconcile
 from cowest_operator.manifest import load, resolve_prompts
 from cowest_operator.objects import common, steps, weak
 from cowest_operator.objects.common import Child, Context
-from cowest_operator.objects.desired import desired, followed, frozen_manifest
+from cowest_operator.objects.desired import desired, followed, frozen_manifest, waiting
 from cowest_operator.platform import Platform, troubles
 from cowest_operator.settings import Book, Images
 from cowest_operator.watched import see
@@ -329,6 +329,28 @@ def test_a_running_trial_keeps_its_data_and_takes_a_new_budget() -> None:
         "strong": {"budget": 2},
         "training": {"seed": 1},
     }
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "paths"),
+    [
+        pytest.param({"training": {"seed": 1}}, {"training": {"seed": 1}}, (), id="nothing"),
+        pytest.param(
+            {"training": {"dpo": {"beta": 1}, "seed": 1}, "gate": {}},
+            {"training": {"dpo": {"beta": 2}, "seed": 1}, "gate": {"significance": 0.1}},
+            ("training.dpo.beta", "gate.significance"),
+            id="fields of two parts, one of them new",
+        ),
+        pytest.param({"canary": {"steps": [1]}}, {"canary": {"steps": [1, 2]}}, ("canary.steps",), id="a list as one"),
+        pytest.param(
+            {"canary": {"approval": "Auto"}}, {"canary": {"approval": "Manual"}}, (), id="who is asked at once"
+        ),
+        pytest.param({"weak": {"model": "a"}}, {"weak": {"model": "b"}}, (), id="what makes a candidate"),
+        pytest.param({"rounds": {"max": 1}}, {"rounds": {"max": 2}}, (), id="what acts at once"),
+    ],
+)
+def test_which_edits_a_running_trial_does_not_go_by(before: Any, after: Any, paths: tuple[str, ...]) -> None:
+    assert waiting({"spec": before}, {"spec": after}) == paths
 
 
 def test_steps_are_retried_by_exit_code_and_never_two_at_a_time() -> None:

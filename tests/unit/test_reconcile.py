@@ -52,6 +52,25 @@ def test_the_first_step_of_the_baseline(world, first):
     assert steps(settle(world)) == [first]
 
 
+def test_what_was_edited_and_holds_from_the_next_trial_on_is_named_while_one_runs():
+    begun = settle(FRESH)
+    plan = settle(replace(FRESH, status=begun.status, waiting=("gate.significance", "training.seed")))
+    message = condition(plan, api.ROUND_PROGRESSING).message
+    assert message.endswith(
+        "Edited since round 0 began, in force from the next trial on: gate.significance, training.seed;"
+        " `cowest rollback` ends this one and `cowest resume` begins it anew at once."
+    )
+    assert condition(begun, api.ROUND_PROGRESSING).reason == condition(plan, api.ROUND_PROGRESSING).reason
+    many = settle(replace(CANARY_WORLD, waiting=tuple(f"gate.f{i}" for i in range(9))))
+    message = condition(many, api.ROUND_PROGRESSING).message
+    assert message.endswith("gate.f4, gate.f5 and 3 more; `cowest rollback` ends this one.")
+
+
+def test_without_a_trial_no_edit_waits():
+    idle = w.world(job=w.job(rounds={"max": 0}), waiting=("gate.significance",))
+    assert "gate.significance" not in condition(settle(idle), api.ROUND_PROGRESSING).message
+
+
 def done(metrics, digest="sha256:out"):
     return api.StepState("Succeeded", 0, 1, "", metrics, digest)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cowest_operator import api
@@ -57,3 +57,23 @@ def followed(frozen: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str
     if "collaboration" in kept:
         kept["collaboration"] = {n: v for n, v in kept["collaboration"].items() if n != "redaction"} | hidden
     return {**declared, "spec": {**declared["spec"], **kept}}
+
+
+# Parts of which an edit neither acts at once nor makes a candidate while a trial runs on the older values.
+_WAITING = ("data", "feedback", "training", "gate", "canary")
+_AT_ONCE = "canary.approval"
+
+
+def waiting(frozen: Mapping[str, Any], declared: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fields that were edited since the running trial began and hold from the next one on, by their paths."""
+    parts = (_edited(frozen["spec"].get(name), declared["spec"].get(name), name) for name in _WAITING)
+    return tuple(path for found in parts for path in found if path != _AT_ONCE)
+
+
+def _edited(before: Any, after: Any, path: str) -> Iterator[str]:
+    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+        if before != after:
+            yield path
+        return
+    for name in dict.fromkeys((*before, *after)):
+        yield from _edited(before.get(name), after.get(name), f"{path}.{name}")
