@@ -242,7 +242,7 @@ class Engine:
             for t in self._told.values()
             if t.reason not in reasons
         ]
-        self._told, events = troubles, (*self._edits(world), *plan.events, *came, *over)
+        self._told, events = troubles, (*self._edits(world), *plan.events, *came, *over, *self._failure(plan))
         self._edited = False
         self._anew = self._anew or any(action.verb == "resume" for action in world.actions)
         return replace(plan, events=events)
@@ -251,6 +251,12 @@ class Engine:
         if self._edited:
             message = f"the manifest was edited; generation {self.job.generation} holds."
             yield api.Event("Normal", "ManifestChanged", f"{message} {reconcile.edits_that_wait(world)}".rstrip())
+
+    def _failure(self, plan: api.Plan) -> Iterator[api.Event]:
+        """What ends the run is told as it ends; what is waited out is a trouble of the next look."""
+        if plan.failure and not self._serves:
+            reason = next(c.reason for c in plan.status.conditions if c.type == api.ROUND_PROGRESSING)
+            yield api.Event("Warning", reason, plan.failure.message)
 
     def _leave_out_the_time_away(self) -> None:
         """While no engine ran nobody was answered: no part of the deadline of a canary step, nor of the watch."""

@@ -103,9 +103,16 @@ def _run(wanted: Wanted, output: str) -> None:
         _as_json(output, error="interrupted", code=EXIT_INTERRUPTED, **ended)
         raise typer.Exit(EXIT_INTERRUPTED)
     if plan.failure:
-        raise StepError(f"{plan.failure.message}\nRun the same command again to go on from here.", plan.failure.code)
+        raise StepError(f"{plan.failure.message}\n{what_next(plan.failure)}", plan.failure.code)
     _as_json(output, **ended)
     console.print(f"the loop is over: {plan.finished} State and models: {place.root}", soft_wrap=True)
+
+
+def what_next(failure: api.Failure) -> str:
+    """After a step that failed for good; what is wrong in manifest, data or model fails the same way every time."""
+    if failure.code == EXIT_BAD_INPUT:
+        return "Change that first, then run the same command again: it goes on from here."
+    return "Run the same command again to go on from here."
 
 
 def _before_it_pays(order: engines.Order, place: jobs.Home, yes: bool, console: Console) -> None:

@@ -194,3 +194,6 @@ def test_without_serve_a_step_that_fails_for_good_ends_the_run(desk):
     while not plan.failure:
         plan = desk.look()[1]
     assert plan.failure.code == 2 and desk.engine._held is None
+    (event,) = [event for event in desk.events if event.reason == api.REASON_STEP_FAILED]
+    assert (event.type, event.message) == ("Warning", "step r0-publish: no luck.")
+    assert jobs.read_events(desk.engine.home)[-1]["message"] == event.message, "explain and report read these"

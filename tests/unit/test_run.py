@@ -10,7 +10,9 @@ import pytest
 from cowest_cli import engine as engines
 from cowest_cli import jobs
 from cowest_cli.preflight import Facts
-from cowest_cli.run import other_rows
+from cowest_cli.run import other_rows, what_next
+from cowest_operator import api
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_FAILED, EXIT_RETRY
 from tests import world as w
 
 TRAIN = w.JOB.spec.data.train
@@ -56,3 +58,12 @@ def test_where_all_rounds_are_over_more_of_them_are_named_too(tmp_path):
 )
 def test_nothing_is_said_of(tmp_path, learnt, status, digest):
     assert other_rows(left_by(tmp_path, learnt, status), order(digest)) == ""
+
+
+def test_after_bad_input_something_has_to_change_before_the_same_command():
+    assert what_next(api.Failure(EXIT_BAD_INPUT, "x")).startswith("Change that first, then run the same command again")
+
+
+@pytest.mark.parametrize("code", [EXIT_FAILED, EXIT_RETRY, EXIT_BUDGET])
+def test_after_another_failure_the_same_command_goes_on(code):
+    assert what_next(api.Failure(code, "x")) == "Run the same command again to go on from here."
