@@ -45,7 +45,7 @@ def check_files(spec: Mapping[str, Any], source: str) -> None:
     """What is named must be there, and the weak model must be one that may be loaded."""
     if problems := list(_missing(spec)):
         raise manifest.ManifestError(source, problems)
-    _check_weak_model(spec["weak"]["model"])
+    check_weak_model(spec["weak"]["model"], "spec.weak.model")
 
 
 def check_data(spec: Mapping[str, Any], source: str) -> Facts:
@@ -121,13 +121,15 @@ def _missing(spec: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(f"spec.{name}", f"wanted a JSONL or Parquet file, saw the folder {uri}", "Name a file in it")
 
 
-def _check_weak_model(uri: str) -> None:
-    """A local folder is looked at: safetensors, config and tokenizer must be there, pickles must not."""
+def check_weak_model(uri: str, what: str) -> None:
+    """A local folder is looked at: safetensors, config and tokenizer must be there and fit, pickles must not."""
     if not uri.startswith(manifest.FILE):
         return
     from cowest_serving.model_files import ModelFolderError, check_model_folder
+    from cowest_training.round_trip import check_ids
 
     try:
         check_model_folder(manifest.local_path(uri))
     except ModelFolderError as error:
-        raise StepError(f"spec.weak.model: {error}", EXIT_BAD_INPUT) from error
+        raise StepError(f"{what}: {error}", EXIT_BAD_INPUT) from error
+    check_ids(uri)

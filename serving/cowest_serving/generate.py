@@ -25,6 +25,7 @@ from cowest_serving.model_files import (
     is_adapter,
     model_digest,
     read_json,
+    refuse_ids_beyond,
 )
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -265,12 +266,7 @@ def load_model(folder: Path, dtype: Any) -> tuple[Any, Any]:
             f"{base}: wanted all weights of {type(model).__name__}, saw {len(missing)} missing ({missing[0]}, ...), "
             "which would be random; save the whole model again"
         )
-    highest, known = max(tokenizer.get_vocab().values(), default=0), model.get_input_embeddings().num_embeddings
-    if highest >= known:
-        raise ModelFolderError(
-            f"{folder}: wanted embeddings for all ids of the tokenizer, saw {known} for ids up to {highest}; take the "
-            "tokens that were added out of the tokenizer, or save the model after `resize_token_embeddings`"
-        )
+    refuse_ids_beyond(folder, tokenizer.get_vocab(), model.get_input_embeddings().num_embeddings)
     return tokenizer, model
 
 

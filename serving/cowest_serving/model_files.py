@@ -82,6 +82,21 @@ def has_tokenizer(folder: Path) -> bool:
     return bool(_matching(folder, _VOCABULARIES))
 
 
+def refuse_ids_beyond(folder: object, vocabulary: Mapping[str, int], known: int) -> None:
+    """Tokens whose ids are not among the `known` embeddings of the model: the first text with one would break it."""
+    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= known)
+    if not beyond:
+        return
+    named = ", ".join(f"{token!r} ({number})" for number, token in beyond[:5])
+    more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
+    raise ModelFolderError(
+        f"{folder}: wanted embeddings for all ids of the tokenizer, saw {known} for ids up to {beyond[-1][0]}."
+        f" Too many: {named}{more}. Take them out of the tokenizer's files, or save the model after"
+        " `resize_token_embeddings`. What is in none of these files transformers adds as it loads them, for a role that"
+        " no token has: name one of the others for it (unk_token, pad_token, ...) in tokenizer_config.json"
+    )
+
+
 def _refuse_pickles(folder: Path) -> None:
     pickles = [name for name in _matching(folder, _PICKLES) if not any(fnmatch(name, left) for left in _LEFTOVERS)]
     if pickles:

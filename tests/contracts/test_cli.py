@@ -92,6 +92,13 @@ def test_validate_prints_all_defaults_as_json(cowest: Any, desk: Path) -> None:
     assert said.code == EXIT_OK and json.loads(said.out) == manifest.load(desk / "job.yaml").job
 
 
+def test_validate_refuses_a_tokenizer_with_more_ids_than_embeddings(cowest: Any, desk: Path) -> None:
+    (desk / "weak" / "config.json").write_text('{"model_type": "llama", "vocab_size": 2}')
+    (desk / "weak" / "tokenizer.json").write_text(NOTHING_BUT_UNKNOWN.replace('"<unk>": 0', '"<unk>": 0, "more": 2'))
+    said = cowest("validate", "-f", str(desk / "job.yaml"))
+    assert said.code == EXIT_BAD_INPUT and "Too many: 'more' (2)" in said.err
+
+
 def test_validate_needs_no_files_with_no_data(cowest: Any, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(smallest()))
     assert cowest("validate", "--no-data", "-f", str(tmp_path / "job.yaml")).code == EXIT_OK

@@ -129,6 +129,13 @@ def test_a_tokenizer_that_loses_the_text_of_the_rows_is_refused(desk: Desk) -> N
         desk.check()
 
 
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(desk: Desk) -> None:
+    desk.file("weak/tokenizer.json", UNKNOWN.replace('"?": 0', '"?": 0, "more": 7'))
+    desk.file("weak/config.json", '{"model_type": "llama", "vocab_size": 7}')
+    with pytest.raises(StepError, match=r"saw 7 for ids up to 7. Too many: 'more' \(7\)"):
+        desk.check()
+
+
 def test_an_extract_that_finds_nothing_is_said(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     desk.declare(extract="So: (.*)")
     desk.check()

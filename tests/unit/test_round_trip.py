@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cowest_training.contract import EXIT_BAD_INPUT, Row, StepError
-from cowest_training.round_trip import length_notes, lost, refuse_lost_text, round_trip_of
+from cowest_training.round_trip import check_ids, length_notes, lost, refuse_lost_text, round_trip_of
 
 
 def rows(*queries: str) -> list[Row]:
@@ -90,3 +92,49 @@ def test_rows_that_sft_leaves_out_and_drafts_that_would_be_cut_are_counted(tmp_p
     )
     assert length_notes(tmp_path.as_uri(), asked, 100, 10) == []
     assert length_notes((tmp_path / "elsewhere").as_uri(), asked, 1, 1) == [], "read by the step that loads it"
+
+
+def weak(folder: Path, model_type: str, embeddings: int | None, **roles: str) -> str:
+    """The small files of a model whose tokenizer has the ids 0 to 2."""
+    config = {"model_type": model_type, **({} if embeddings is None else {"vocab_size": embeddings})}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(words("what", "is"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **roles}))
+    return folder.as_uri()
+
+
+ALL_ROLES = {"unk_token": "<unk>", "pad_token": "<unk>", "eos_token": "<unk>"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "embeddings", "roles", "too_many"),
+    [
+        pytest.param("llama", 2, ALL_ROLES, "saw 2 for ids up to 2. Too many: 'is' (2). Take", id="a word of its own"),
+        pytest.param("llama", 1, ALL_ROLES, "Too many: 'what' (1), 'is' (2). Take", id="two words"),
+        pytest.param(
+            "qwen2", 3, {}, "saw 3 for ids up to 3. Too many: '<|endoftext|>' (3). Take", id="one added on load"
+        ),
+    ],
+)
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused_with_their_names(
+    tmp_path: Path, model_type: str, embeddings: int, roles: dict[str, str], too_many: str
+) -> None:
+    with pytest.raises(StepError) as refused:
+        check_ids(weak(tmp_path, model_type, embeddings, **roles))
+    assert refused.value.code == EXIT_BAD_INPUT and too_many in str(refused.value)
+    assert "name one of the others for it (unk_token" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "embeddings", "roles"),
+    [
+        pytest.param("qwen2", 3, ALL_ROLES, id="each role has its token, as the message says"),
+        pytest.param("qwen2", 4, {}, id="there is room for what is added"),
+        pytest.param("qwen2", 300, {}, id="there is room for all"),
+        pytest.param("llama", None, {}, id="for the step that loads it to say"),
+    ],
+)
+def test_a_tokenizer_whose_ids_have_embeddings_is_taken(
+    tmp_path: Path, model_type: str, embeddings: int | None, roles: dict[str, Any]
+) -> None:
+    check_ids(weak(tmp_path, model_type, embeddings, **roles))

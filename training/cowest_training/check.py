@@ -15,7 +15,7 @@ from cowest_serving.contract import digest_of
 from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row, StepError, evaluator_digest
 from cowest_training.data import check_split, read_rows, rows_digest
 from cowest_training.evaluator import check_references, extract_note
-from cowest_training.round_trip import check_tokenizer
+from cowest_training.round_trip import check_ids, check_tokenizer
 from cowest_training.steps import Progress, load_settings, load_spec, open_output, parser, run, say
 
 CONFIGURATIONS = ("config.json", "adapter_config.json")
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress.update(1, 2, "checks", "looking at the weak model")
     check_weak_model(model)
     if not is_of_the_hub(model):
+        check_ids(model)
         check_tokenizer(model, train)
     digest = digest_of([rows_digest(train), rows_digest(held_out)])
     output.finish(kind="Check", metrics=facts(train, held_out), digest=digest)

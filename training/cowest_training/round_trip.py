@@ -1,23 +1,30 @@
-"""Whether a tokenizer keeps what it reads: one of another language, or without a vocabulary, turns text into nothing.
+"""Whether a tokenizer keeps what it reads, and the model has an embedding for each of its ids.
 
-Such a model is tuned, served and judged without an error, and never drafts anything of use. Asked before anything runs
-(`cowest validate`, the `check` step), and by `sft` of whatever tokenizer it has loaded.
+One of another language, or without a vocabulary, turns text into nothing: such a model is tuned, served and judged
+without an error, and never drafts anything of use. One with more ids than embeddings is refused once it is loaded.
+Asked before anything runs (`cowest validate`, the `check` step), and by steps of whatever tokenizer they have loaded.
 """
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cowest_serving import store
 from cowest_serving.contract import message_text
+from cowest_serving.model_files import TOKENIZER_FILES, ModelFolderError, refuse_ids_beyond
 from cowest_training.contract import Row, StepError
 
 SAMPLE = 200  # rows that are looked at, spread over all
 CHARACTERS = 2000  # of each text
 MAX_LOST = 0.5  # of the characters of one text
+SPARE = 64  # ids: more than transformers ever gives by itself, to roles that no token has
 MAX_ROWS = 0.1  # of the rows: a few in another script are no fault of the model
 
 RoundTrip = Callable[[str], str]  # text -> what is left of it after encoding and decoding
@@ -69,6 +76,63 @@ def token_counter_of(tokenizer_json: str) -> Callable[[str], int] | None:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+def check_ids(uri: str) -> None:
+    """Of a model here or in a store, by the files that are quick to read. Raises `StepError`.
+
+    An adapter, and what has no `tokenizer.json`, is looked at by the step that loads it.
+    """
+    vocabulary, known = _vocabulary(uri), _embeddings(uri)
+    if not vocabulary or known is None or known - max(vocabulary.values()) > SPARE:
+        return  # transformers is not waited for where all that it may add has room
+    try:
+        refuse_ids_beyond(uri, vocabulary, known)
+        refuse_ids_beyond(uri, _as_loaded(uri), known)
+    except ModelFolderError as error:
+        raise StepError(f"weak model {error}.") from error
+
+
+def _vocabulary(uri: str) -> dict[str, int]:
+    """By `tokenizer.json`; empty where it cannot be read here."""
+    file = store.join(uri, "tokenizer.json")
+    tokenizer = _tokenizer(store.get(file).decode(errors="replace")) if store.exists(file) else None
+    return dict(tokenizer.get_vocab(with_added_tokens=True)) if tokenizer else {}
+
+
+def _embeddings(uri: str) -> int | None:
+    """How many the model has: transformers makes as many as `config.json` says."""
+    file = store.join(uri, "config.json")
+    try:
+        config = json.loads(store.get(file)) if store.exists(file) else {}
+        text = config.get("text_config") or config
+        return int(text["vocab_size"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None  # whatever it is: for the step that loads it to say
+
+
+def _as_loaded(uri: str) -> dict[str, int]:
+    """With the tokens that transformers gives it by the kind of model; empty where it cannot be loaded here."""
+    try:
+        from transformers import AutoTokenizer
+
+        from cowest_serving.generate import quiet_transformers
+    except ImportError:
+        return {}
+    quiet_transformers()
+    root = uri.rstrip("/") + "/"
+    names = [file.removeprefix(root) for file in store.list_files(uri)]
+    wanted = [n for n in names if n == "config.json" or any(fnmatch(n, pattern) for pattern in TOKENIZER_FILES)]
+    with TemporaryDirectory() as folder:
+        for name in wanted:
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(store.get(root + name))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception:  # whatever the library makes of a broken folder: the step that loads it says what
+            return {}
+        return dict(tokenizer.get_vocab())
+
+
 def refuse_lost_text(rows: Sequence[Row], there_and_back: RoundTrip, model: str) -> None:
     """Raises `StepError` where too many rows come back without most of their characters."""
     sample = rows[:: max(1, len(rows) // SAMPLE)]
@@ -105,6 +169,7 @@ def round_trip_of(tokenizer_json: str) -> RoundTrip | None:
 
 
 def _tokenizer(tokenizer_json: str) -> Any:
+    """`tokenizers.Tokenizer`, or None where it cannot be read here."""
     try:
         from tokenizers import Tokenizer
     except ImportError:
