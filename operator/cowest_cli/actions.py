@@ -14,6 +14,7 @@ from rich.console import Console
 
 from cowest_cli import jobs
 from cowest_cli.options import Output, Saying, Where, spread
+from cowest_cli.preflight import check_proposed
 from cowest_cli.view import held_out, printable, rounds_table, spent, traces
 from cowest_operator import api, people
 from cowest_operator.manifest import FILE, absolute_uri, local_path
@@ -283,7 +284,11 @@ def propose(
     saying: Saying,
     output: Output = "text",
 ) -> None:
-    """Gate any model as a candidate: same gate, same canary as a tuned one."""
+    """Gate any model as a candidate: same gate, same canary as a tuned one.
+
+    A folder on this machine is looked at first, as `cowest validate` looks at a base; what could not be tuned or served
+    is refused, and nothing recorded. A model elsewhere is looked at when its round begins.
+    """
     if where.job is not None:
         if model.startswith(FILE) or "://" not in model:
             raise StepError(
@@ -295,6 +300,7 @@ def propose(
     uri = absolute_uri(model if "://" in model else Path(model).resolve().as_uri(), Path.cwd())
     if uri.startswith(FILE) and not local_path(uri).is_dir():
         raise StepError(f"--model {model}: wanted a model folder, saw none there.")
+    check_proposed(uri, jobs.read_json(_addressed(where).job))
     _say("propose", where, saying, output, uri)
 
 

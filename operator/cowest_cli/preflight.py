@@ -133,3 +133,21 @@ def check_weak_model(uri: str, what: str) -> None:
     except ModelFolderError as error:
         raise StepError(f"{what}: {error}", EXIT_BAD_INPUT) from error
     check_ids(uri)
+
+
+def check_proposed(uri: str, document: Mapping[str, Any] | None) -> None:
+    """The same of a model that is proposed, and whether it reads the training rows, where these can be read here.
+
+    Raises `StepError`.
+    """
+    check_weak_model(uri, "--model")
+    if not uri.startswith(manifest.FILE) or document is None or not can_read_here(document["spec"]):
+        return
+    from cowest_training.data import read_rows
+    from cowest_training.round_trip import check_tokenizer
+
+    try:
+        rows = read_rows(document["spec"]["data"]["train"])
+    except StepError:  # the data are no fault of the model, and for the loop to say
+        return
+    check_tokenizer(uri, rows)

@@ -396,12 +396,57 @@ def test_a_user_without_a_name_can_say_something_too(
     assert jobs.read_actions(place, "")[0].by == f"user {os.getuid()}"
 
 
+def write_model(folder: Path) -> Path:
+    """What is looked at of a model before it is loaded."""
+    folder.mkdir()
+    header = json.dumps({"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 1}')
+    words = {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}
+    tokenizer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": words}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def train_on(place: jobs.Home, folder: Path) -> None:
+    """The job of this home has training rows here."""
+    rows = [{"id": str(i), "query": f"alpha beta {i}", "reference": "1"} for i in range(2)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"train": (folder / "train.jsonl").as_uri(), "heldOut": (folder / "train.jsonl").as_uri()}
+    jobs.write_json(place.job, edited({"data.train": data["train"], "data.heldOut": data["heldOut"]}))
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        pytest.param(lambda m: (m / "tokenizer.json").unlink(), "--model: ", id="no tokenizer"),
+        pytest.param(lambda m: (m / "old.bin").touch(), "saw the pickle file old.bin", id="pickle"),
+        pytest.param(
+            lambda m: (m / "tokenizer.json").write_text(
+                (m / "tokenizer.json").read_text().replace('"<unk>": 0', '"<unk>": 0, "more": 1')
+            ),
+            "Too many: 'more' (1)",
+            id="an id without an embedding",
+        ),
+        pytest.param(lambda m: None, "loses most characters of 2 of 2 rows", id="it cannot read the rows"),
+    ],
+)
+def test_propose_refuses_at_once_what_validate_refuses_of_a_base(
+    cowest: Any, place: jobs.Home, tmp_path: Path, breakage: Any, message: str
+) -> None:
+    train_on(place, tmp_path)
+    folder = write_model(tmp_path / "mine")
+    breakage(folder)
+    said = cowest("propose", "--home", place.root, "--model", folder)
+    assert said.code == EXIT_BAD_INPUT and message in said.err
+    assert jobs.read_actions(place, "") == (), "nothing is recorded"
+
+
 @pytest.mark.parametrize("given", ["relative", "absolute", "uri", "relative uri"])
 def test_propose_takes_a_folder_however_it_is_written(
     cowest: Any, place: jobs.Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:
-    folder = tmp_path / "my model"
-    folder.mkdir()
+    folder = write_model(tmp_path / "my model")
     monkeypatch.chdir(tmp_path)
     written = {
         "relative": "my model",
