@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "crds" / "examples" / "freight"
 COWEST = [sys.executable, "-P", "-m", "cowest_cli"]  # -P: no module of the current folder
 LIMIT = 3600.0  # seconds for one start of a run, on a machine that does other work too
-BETWEEN_KILLS = (3.0, 45.0)  # seconds; a step of this job takes 10 to 40 with its imports
+BETWEEN_KILLS = (3.0, 45.0)  # seconds; a step of this job takes 10 to 40 with its imports ...
+LIVES = 6  # ... where the undisturbed run takes so many times the longer: on a slower machine lives are longer too
 
 
 def prepare(folder: Path, seed: int, port: int) -> Path:
@@ -98,13 +99,19 @@ class Job:
             raise SystemExit(f"cowest run ended with {child.returncode}; see {self.manifest.parent / 'run.log'}")
 
 
-def with_kills(job: Job, kills: int, seed: int) -> int:
-    """Kill the run at random moments, wherever it is; returns how many kills met a running run."""
+def with_kills(job: Job, kills: int, seed: int, undisturbed: float) -> int:
+    """Kill the run at random moments, wherever it is; returns how many kills met a running run.
+
+    `undisturbed`: seconds of a run without kills. A step that is killed begins anew, so that lives much shorter than
+    a step would all end in the same one.
+    """
     chance, met = random.Random(seed), 0
+    shortest, longest = BETWEEN_KILLS
+    longest = max(longest, undisturbed / LIVES)
     for _ in range(kills):
         child = job.start()
         try:
-            child.wait(chance.uniform(*BETWEEN_KILLS))
+            child.wait(chance.uniform(shortest, longest))
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGKILL)
             child.wait()
@@ -140,7 +147,8 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     undisturbed = one_run(options, work / "undisturbed", 0)
     killed: list[Run] = []
     while (left := options.kills - sum(run.kills for run in killed)) > 0:
-        killed.append(one_run(options, work / f"killed-{len(killed) + 1}", left, options.seed + len(killed)))
+        name, seed = f"killed-{len(killed) + 1}", options.seed + len(killed)
+        killed.append(one_run(options, work / name, left, seed, undisturbed.seconds))
     kills = sum(run.kills for run in killed)
     concurrency = int(yaml.safe_load(undisturbed.job.manifest.read_text())["spec"]["strong"].get("maxConcurrency", 16))
     return {
@@ -165,7 +173,7 @@ class Run:
     stats: dict[str, Any]
 
 
-def one_run(options: argparse.Namespace, work: Path, kills: int, seed: int = 0) -> Run:
+def one_run(options: argparse.Namespace, work: Path, kills: int, seed: int = 0, undisturbed: float = 0.0) -> Run:
     port = free_port()
     flags = ["--ignore-idempotency"] if options.ignore_idempotency else []
     strong = subprocess.Popen([sys.executable, str(EXAMPLE / "strong.py"), "--port", str(port), *flags],
@@ -174,7 +182,7 @@ def one_run(options: argparse.Namespace, work: Path, kills: int, seed: int = 0) 
     traffic = job.traffic()
     try:
         begun = time.monotonic()
-        met = with_kills(job, kills, seed)
+        met = with_kills(job, kills, seed, undisturbed)
         job.finish()
         done = Run(job, time.monotonic() - begun, met, stats(port))
     finally:
