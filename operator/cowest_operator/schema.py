@@ -39,14 +39,16 @@ TYPES: Mapping[str, tuple[type | tuple[type, ...], str]] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to change: `field: reason. remedy`."""
+    """One thing to change: `field: reason; saw seen. remedy`. Of a rule, the reason is what the API server says too."""
 
     field: str
     reason: str
     remedy: str = ""
+    seen: str = ""
 
     def __str__(self) -> str:
         text = f"{self.field}: {self.reason}" if self.field else self.reason
+        text = f"{text}; saw {self.seen}" if self.seen else text
         text = f"{text}. {self.remedy}" if self.remedy else text
         return text if text.endswith((".", "?")) else text + "."
 
@@ -184,8 +186,8 @@ def _rules(schema: Schema, value: Any, path: str, old: Any) -> Iterator[Problem]
         if not _holds(rule["rule"], value, old):
             at = path + rule.get("fieldPath", "") if path else rule.get("fieldPath", "")[1:]
             # Only of an address of files: one of an endpoint may carry a password.
-            seen = f"; saw {value!r}" if rule["message"].startswith("must be file://") else ""
-            yield Problem(at, rule["message"] + seen)
+            seen = repr(value) if rule["message"].startswith("must be file://") else ""
+            yield Problem(at, rule["message"], seen=seen)
 
 
 # ---------------------------------------------------------------- CEL
