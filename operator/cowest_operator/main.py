@@ -259,6 +259,7 @@ async def _while_leading(operator: Operator) -> None:
     async def stopped() -> None:
         await operator.keeper.close()  # before kopf, which takes its time
 
+    log.info("%s wants the lease %s/%s; whoever holds it writes", told.identity, told.namespace, told.lease)
     election = asyncio.create_task(Election(Config(lock, FREE, HELD, EVERY, lead, stopped)).run())
     try:
         await asyncio.wait((election, over), return_when=asyncio.FIRST_COMPLETED)

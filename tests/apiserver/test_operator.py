@@ -208,6 +208,9 @@ def test_an_api_server_that_restarts_ends_neither_the_writer_nor_the_standby(pla
     with playground.operator("one") as writer:
         playground.wait(lambda: lease_of(playground, "of-a-restart") == "one", "the lease")
         with playground.operator("two") as standby:
+            playground.wait(
+                lambda: "wants the lease" in playground.log("two"), "the standby: its start is no part of the cut"
+            )
             wire.cut()
             for name in ("one", "two"):
                 playground.wait(lambda name=name: "cannot be" in playground.log(name), f"{name} to try")  # type: ignore[misc]
