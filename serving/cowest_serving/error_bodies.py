@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from cowest_serving.key_files import PROXY_KEYS, ReadKeys, keys_of
+from cowest_serving.key_files import ReadKeys
 from cowest_serving.key_pool import Key
-from cowest_serving.models import HttpChatModel, ModelError, error_object, is_same_origin
+from cowest_serving.models import HttpChatModel, ModelError, error_object
 from cowest_serving.wire import Response
 
 
@@ -32,10 +31,7 @@ class ErrorBody(Exception):
 
 
 class OutspokenModel(HttpChatModel):
-    """`HttpChatModel` that adds `headers` to each call and raises its errors with an `ErrorBody` as their cause.
-
-    Without `read_keys` it shows the job's proxy what this process was given for it, and no key to others.
-    """
+    """`HttpChatModel` that adds `headers` to each call and raises its errors with an `ErrorBody` as their cause."""
 
     def __init__(
         self,
@@ -43,10 +39,10 @@ class OutspokenModel(HttpChatModel):
         model: str,
         *,
         headers: Mapping[str, str] | None = None,
-        read_keys: ReadKeys | None = None,
+        read_keys: ReadKeys,
         **limits: Any,
     ) -> None:
-        self._read_keys = read_keys or _for_the_proxy(endpoint)
+        self._read_keys = read_keys
         super().__init__(endpoint, model, api_keys=self._read_keys(), **limits)
         self._more_headers = dict(headers or {})
 
@@ -65,12 +61,6 @@ class OutspokenModel(HttpChatModel):
         if response.status >= 400:
             refusal.__cause__ = ErrorBody(response.status, error_object(response.body))
         return refusal
-
-
-def _for_the_proxy(endpoint: str) -> ReadKeys:
-    if is_same_origin(endpoint, os.environ.get("COWEST_STRONG_URL", "").strip()):
-        return keys_of(os.environ, PROXY_KEYS).read
-    return tuple
 
 
 def body_of(error: ModelError) -> ErrorBody | None:

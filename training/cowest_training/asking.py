@@ -22,6 +22,7 @@ from cowest_serving.book import CODE_BUDGET_SPENT, HEADER_PURPOSE, HEADER_ROUND
 from cowest_serving.collaborate import draft_messages, is_draftable, refine_messages, solo_messages
 from cowest_serving.contract import JUDGE_PATH, Messages, Pair, Redaction, Strong, digest_of, parse
 from cowest_serving.error_bodies import ErrorBody, OutspokenModel, body_of
+from cowest_serving.key_files import PROXY_KEYS, keys_of
 from cowest_serving.models import BadRequest, ChatResult, HttpChatModel, is_clients_fault, is_same_origin
 from cowest_serving.redaction import Redacted, Redactor
 
@@ -371,6 +372,7 @@ class _Proxy:
             url,
             name,
             headers={HEADER_PURPOSE: purpose, **number},
+            read_keys=keys_of(os.environ, PROXY_KEYS).read,
             timeout_seconds=longest,
             deadline_seconds=DEADLINE_OVER_TIMEOUT * longest,
             max_concurrency=self.strong.max_concurrency,
