@@ -194,6 +194,18 @@ BROKEN = (
            "spec.canary.steps[0].weightPercent", "must be below 100"),
     Broken("a canary step without answers", {"canary.steps": [{"weightPercent": 10}]},
            "spec.canary.steps[0].minAnswers", "is missing"),
+    Broken(
+        "a test of gains without replays",
+        {"canary.test": "AnytimeValid", "gate.minimumEffectPoints": "2"},
+        "spec.canary.test",
+        "ShadowReplay",
+    ),
+    Broken(
+        "a test of gains without a least one",
+        {"canary.test": "AnytimeValid", "canary.signal": "ShadowReplay", "gate.minimumEffectPoints": "0.0"},
+        "spec.gate.minimumEffectPoints",
+        "above 0",
+    ),
     Broken("a judge's signal without a judge", {"canary.signal": "Judge"}, "spec.canary.signal", "needs feedback"),
     Broken("a bucket in capitals", {"objectStore.bucket": "Models"}, "spec.objectStore.bucket", "name of a bucket"),
     Broken("a prefix with a leading slash", {"objectStore": {"bucket": "models", "prefix": "/a"}},
@@ -315,6 +327,11 @@ VALID: Mapping[str, Mapping[str, Any]] = {
     "a budget with prices": {
         "strong.prices": {"inputPerMillionTokens": "2.50", "outputPerMillionTokens": "10"},
         "strong.budget": {"moneyPerDay": "3", "callsPerRound": 10**12},
+    },
+    "a canary that wants a gain": {
+        "canary.test": "AnytimeValid",
+        "canary.signal": "ShadowReplay",
+        "gate.minimumEffectPoints": "2",
     },
     "a judge that also judges live": {"feedback.evaluator": {**JUDGE, "rubric": "right"}, "canary.signal": "Judge"},
     "a scorer over HTTP": {"feedback.evaluator": {"type": "HTTP", "endpoint": "http://scorer:8080/score"}},

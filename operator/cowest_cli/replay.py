@@ -43,7 +43,7 @@ def decision_of(world: api.World, plan: api.Plan, spec: Mapping[str, Any]) -> tu
     served = world.status.stable if world.status.serving == "Pair" else None
     step = rounds.live_score(world, trial, served)
     gate, canary = world.trial_job.spec.gate, world.trial_job.spec.canary
-    verdict = promotion.judge(canary, gate.significance, trial, world.live, world.now)
+    verdict = promotion.judge(canary, gate, trial, world.live, world.now)
     if verdict.action == "Wait":  # the trial ended for another reason: its edit was withdrawn
         return None
     look = f"-look-{trial.looks}" if looked_again else ""
@@ -51,7 +51,7 @@ def decision_of(world: api.World, plan: api.Plan, spec: Mapping[str, Any]) -> tu
         "verdict": asdict(verdict),
         "now": world.now,
         "updated": world.live.updated if world.live else None,
-        "significance": gate.significance,
+        "gate": dump(gate),
         "canary": dump(canary),
         "trial": dump(trial),
         "args": dict(step.args),
@@ -115,10 +115,10 @@ def decided(place: jobs.Home) -> Iterator[Mapping[str, Any]]:
 def replayed(place: jobs.Home, kept: Mapping[str, Any]) -> Replayed:
     """Score the records again and judge. Raises `StepError` when the records cannot be scored."""
     trial = parse(api.Trial, kept["trial"], "trial")
-    canary = parse(api.Canary, kept["canary"], "canary")
+    canary, gate = parse(api.Canary, kept["canary"], "canary"), parse(api.Gate, kept["gate"], "gate")
     then = load_live_report(kept["report"]) if kept["report"] else None
     live = score_again(place, kept) if then else None
-    again = promotion.judge(canary, float(kept["significance"]), trial, live, float(kept["now"]))
+    again = promotion.judge(canary, gate, trial, live, float(kept["now"]))
     return Replayed(
         trial.number, trial.stage, trial.step, promotion.Verdict(**kept["verdict"]), again, _measured(live, then)
     )
@@ -129,8 +129,8 @@ def _measured(live: LiveReport | None, then: LiveReport | None) -> bool:
     return live is then or (
         live is not None
         and then is not None
-        and (live.answers, live.scored, live.errors, live.arms, live.comparison)
-        == (then.answers, then.scored, then.errors, then.arms, then.comparison)
+        and (live.answers, live.scored, live.errors, live.arms, live.comparison, live.differences)
+        == (then.answers, then.scored, then.errors, then.arms, then.comparison, then.differences)
     )
 
 

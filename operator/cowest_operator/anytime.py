@@ -8,16 +8,20 @@ It depends on the counts alone: nothing has to be remembered between looks, howe
 
     wealth >= promote    Better   P(ever | no gain) <= alpha, whatever the discordance and whenever one looks
     wealth <= stop       Futile   P(ever | the least gain, at the assumed discordance) <= beta
+
+Of graded scores the same wealth, with Ville's bound; and a second one that bets against the least gain says Futile.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+Counts = Sequence[tuple[float, int]]  # difference of a pair -> how many pairs had it
+ASSUMED = 0.2  # of the pairs discordant, where nothing was measured yet
 MOST = 0.9  # of the wealth is bet at once: a single loss must not end a trial
 SMALL_STEP = 0.15  # of the walk: below it a bound is Ville's, hardly higher then and not to be computed
 NEGLIGIBLE = 1e-7  # chances below it are not followed any further, and counted at the most they could come to
@@ -56,7 +60,7 @@ class Design:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One look."""
+    """One look: the log of the wealth, and what it is compared with (graded scores are given up by another wealth)."""
 
     said: Literal["Better", "Futile", "Open"]
     log_wealth: float
@@ -64,22 +68,33 @@ class Evidence:
     stop: float
 
 
-def look(design: Design, better: int, worse: int) -> Evidence:
-    """At pairs that score 0 or 1: how many the candidate won and lost so far. Pairs must not belong together."""
-    wealth = better * math.log1p(design.bet) + worse * math.log1p(-design.bet)
-    promote, stop = design.promote, design.stop
-    said: Literal["Better", "Futile", "Open"] = (
-        "Better" if wealth >= promote else "Futile" if wealth <= stop else "Open"
-    )
-    return Evidence(said, wealth, promote, stop)
+def look(design: Design, differences: Counts) -> Evidence:
+    """At the candidate's score less the control's, each in [-1, 1], and how many pairs had it.
 
-
-def log_wealth(differences: Iterable[float], bet: float) -> float:
-    """Of graded differences in [-1, 1]; for answers that belong together the mean of each user's is one difference.
-
-    Without a gain P(ever >= log(1 / alpha)) <= alpha. The finer `Design.promote` holds for pairs of 0 and 1 only.
+    Pairs must not belong together: of a user's many count one.
     """
-    return sum(math.log1p(bet * difference) for difference in differences)
+    if all(difference in (-1, 0, 1) for difference, _ in differences):
+        wealth, promote, stop = log_wealth(differences, design.bet), design.promote, design.stop
+        return Evidence(_said(wealth >= promote, wealth <= stop), wealth, promote, stop)
+    wealth, promote = log_wealth(differences, design.bet), math.log(1 / design.alpha)
+    # The other way round: with the least gain or more no difference from it is a gain.
+    against = log_wealth([(design.effect - difference, n) for difference, n in differences], design.bet)
+    stop = math.log(design.beta)
+    return Evidence(_said(wealth >= promote, -against <= stop), wealth, promote, stop)
+
+
+def log_wealth(differences: Counts, bet: float) -> float:
+    """Of differences above -1 / bet. Where their mean is 0 or less P(ever >= log(1 / alpha)) <= alpha."""
+    return sum(n * math.log1p(bet * difference) for difference, n in differences)
+
+
+def _said(is_better: bool, is_futile: bool) -> Literal["Better", "Futile", "Open"]:
+    return "Better" if is_better else "Futile" if is_futile else "Open"
+
+
+def share_of(discordant: float, pairs: int) -> float:
+    """Of pairs with a winner, by so many that were seen: none in n leaves 3 in n possible (95 %)."""
+    return max(discordant, 3 / max(3, pairs))
 
 
 # ---------------------------------------------------------------- bounds

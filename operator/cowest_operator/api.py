@@ -78,6 +78,7 @@ REASON_HURTS = "HurtsTooOften"
 REASON_SLICE_LOSS = "SliceLoss"
 REASON_WORSE_LIVE = "WorseOnLiveTraffic"
 REASON_LOSS_NOT_EXCLUDED = "LossNotExcluded"
+REASON_GAIN_NOT_SHOWN = "GainNotShownLive"
 REASON_TOO_FEW_ANSWERS = "TooFewAnswers"
 REASON_SERVER_NOT_READY = "ServerNotReady"
 REASON_REVALIDATED = "Revalidated"
@@ -193,6 +194,7 @@ class Canary:
     approval: Literal["Automatic", "Manual"]
     signal: Literal["LateReference", "Feedback", "Judge", "ShadowReplay"]
     watch_seconds: int
+    test: Literal["FixedLooks", "AnytimeValid"] = "FixedLooks"
 
 
 @dataclass(frozen=True)
@@ -369,6 +371,7 @@ class Trial:
     promoted: Word | None = None  # a person's: it is promoted as soon as its server answers
     difference: float | None = None
     p_value: float | None = None
+    discordant: float | None = None  # share of held-out queries that it and the control score differently
     score: float | None = None
     note: str = ""  # what the evaluation showed besides, as a sentence
     evaluator: str | None = None  # digest of the evaluator that the evaluation went by

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from cowest_operator import api
+from cowest_operator.anytime import ASSUMED, share_of
 from cowest_operator.promotion import MIN_SLICE, significance
 
 POWER = 0.8
-ASSUMED = 0.2  # of the queries discordant, where nothing was measured yet
 SLICE_LEVEL = 0.025  # a slice loses when its 95 % interval ends below 0
 SHOWN = 5  # slices by name
 
@@ -32,8 +32,7 @@ class Power:
 
     @property
     def share(self) -> float:
-        """Nothing seen in n queries leaves 3 in n possible (95 %)."""
-        return ASSUMED if self.discordant is None else max(self.discordant, 3 / max(3, self.queries))
+        return ASSUMED if self.discordant is None else share_of(self.discordant, self.queries)
 
     def smallest_gain(self, look: int) -> float:
         """In points, for the `look`-th (from 1) candidate on this set; at least what the gate asks for."""

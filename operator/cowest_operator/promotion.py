@@ -5,12 +5,13 @@ What is judged is always the pair's answer. No data is never a pass, and each re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from cowest_operator import api
+from cowest_operator import anytime, api
 from cowest_training.contract import Comparison, EvaluationReport, LiveReport
 
 SOLO = "solo"
@@ -245,20 +246,21 @@ class Verdict:
     message: str
 
 
-def judge(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveReport | None, now: float) -> Verdict:
+def judge(canary: api.Canary, gate: api.Gate, trial: api.Trial, live: LiveReport | None, now: float) -> Verdict:
     """One look at a trial in canary or watch."""
     if trial.promoted or (trial.stage == "Canary" and not canary.steps):
         return Verdict("Wait", api.REASON_WAITING_FOR_SERVER, "no live answer decides: it waits for its server.")
     if trial.stage == "Watch":
-        return judge_watch(canary, alpha, trial, live, now)
-    return judge_live(canary, alpha, trial, live, now)
+        return judge_watch(canary, gate.significance, trial, live, now)
+    return judge_live(canary, gate, trial, live, now)
 
 
-def judge_live(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveReport | None, now: float) -> Verdict:
+def judge_live(canary: api.Canary, gate: api.Gate, trial: api.Trial, live: LiveReport | None, now: float) -> Verdict:
     """A pure function of the recorded live report; replaying the report gives the same verdict.
 
     A step is judged when `minAnswers` of the candidate are scored, then at twice and four times as many while a loss
-    above `maxLossPoints` is not excluded: the level is shared by all these looks.
+    above `maxLossPoints` is not excluded: the level is shared by all these looks. The last step of a canary whose
+    `test` is AnytimeValid is judged by the gain, at every look from `minAnswers` on.
     """
     step = step_of(canary, trial)
     if step is None:
@@ -281,24 +283,62 @@ def judge_live(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveRep
     if control < of_control or live.comparison is None:
         short = f"{scored} of {wanted} scored live answers of the candidate, {control} of {of_control} of the control"
         return undecided(short, live.unscored_reason, canary)
-    seen_ = live.comparison
-    level = _level(canary, alpha)
-    if seen_.p_worse < level:
+    if canary.test == "AnytimeValid" and step == canary.steps[-1]:
+        return _judge_gain(canary, gate, trial, live, late)
+    return _judge_loss(canary, gate, trial, live)
+
+
+def _judge_loss(canary: api.Canary, gate: api.Gate, trial: api.Trial, live: LiveReport) -> Verdict:
+    """A step is passed unless a loss is shown, or is still possible at the last look."""
+    seen, level = live.comparison, _level(canary, gate.significance)
+    assert seen is not None
+    if seen.p_worse < level:
         return _worse(live, level)
-    if 100 * seen_.difference >= -canary.max_loss_points:
+    scored, control = live.scored.get("candidate", 0), live.scored.get("control", 0)
+    if 100 * seen.difference >= -canary.max_loss_points:
         return Verdict(
             "Advance",
             api.REASON_PROGRESSING,
-            f"candidate minus control is {points(seen_)} live ({scored} against {control} answers).",
+            f"candidate minus control is {points(seen)} live ({scored} against {control} answers).",
         )
     if trial.looks + 1 >= LOOKS_PER_STEP:
         return Verdict(
             "RollBack",
             api.REASON_LOSS_NOT_EXCLUDED,
-            f"after {scored} answers candidate minus control is still {points(seen_)} live,"
+            f"after {scored} answers candidate minus control is still {points(seen)} live,"
             f" below -{canary.max_loss_points:g} (canary.maxLossPoints).",
         )
-    return Verdict("LookAgain", api.REASON_WAITING_FOR_ANSWERS, f"{points(seen_)} live is not yet clear.")
+    return Verdict("LookAgain", api.REASON_WAITING_FOR_ANSWERS, f"{points(seen)} live is not yet clear.")
+
+
+def _judge_gain(canary: api.Canary, gate: api.Gate, trial: api.Trial, live: LiveReport, late: bool) -> Verdict:
+    """Promoted once the replayed queries show a gain, rolled back once the least gain worth seeing is unlikely.
+
+    See docs/decisions/0013-a-test-that-may-be-looked-at.md.
+    """
+    assert live.comparison is not None
+    effect = gate.minimum_effect_points / 100
+    discordant = anytime.ASSUMED if trial.discordant is None else trial.discordant
+    seen = anytime.look(anytime.Design(effect, max(effect, discordant), gate.significance), live.differences)
+    users = sum(number for _, number in live.differences)
+    shown = (
+        f"candidate minus control is {points(live.comparison)} on {live.comparison.n} replayed queries; the first of"
+        f" each of {users} users give evidence of a gain of {_evidence(seen.log_wealth)}, and"
+        f" {_evidence(seen.promote)} is wanted"
+    )
+    if seen.said == "Better":
+        return Verdict("Advance", api.REASON_PROGRESSING, f"{shown}.")
+    least = f"gate.minimumEffectPoints = {gate.minimum_effect_points:g}"
+    if seen.said == "Futile":
+        return Verdict("RollBack", api.REASON_GAIN_NOT_SHOWN, f"{shown}: a gain of {least} is unlikely by now.")
+    if late:
+        over = f"when canary.deadlineSeconds = {canary.deadline_seconds} was over"
+        return Verdict("RollBack", api.REASON_GAIN_NOT_SHOWN, f"{shown}: no gain was shown {over} ({least}).")
+    return Verdict("Wait", api.REASON_WAITING_FOR_ANSWERS, f"{shown}.")
+
+
+def _evidence(log_wealth: float) -> str:
+    return f"{math.exp(min(log_wealth, 300.0)):.3g}"
 
 
 def step_of(canary: api.Canary, trial: api.Trial) -> api.CanaryStep | None:

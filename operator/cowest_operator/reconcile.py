@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cowest_operator import api, people, promotion, rounds, routes
+from cowest_operator import anytime, api, people, promotion, rounds, routes
 from cowest_operator.api import Event, Plan, Status, Trial, World
 from cowest_serving.contract import Arm, Mode, Pair, Routing
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_FAILED, EXIT_RETRY, EvaluationReport, LiveReport
@@ -345,6 +345,7 @@ def _measured(world: World, trial: Trial, report: EvaluationReport) -> Trial:
         trial,
         difference=seen.difference,
         p_value=seen.p_better,
+        discordant=anytime.share_of((seen.better + seen.worse) / max(1, seen.n), seen.n),
         score=report.arm("candidate").score,
         note=" ".join(filter(None, notes)),
         routes=routes.measured(report, "candidate", rounds.run_uri(world, trial, "predictor")),
@@ -386,7 +387,7 @@ def _canary(world: World, trial: Trial) -> Move:
         )
     if not spec.canary.steps:
         return _without_canary(world, trial)
-    verdict = promotion.judge_live(spec.canary, spec.gate.significance, trial, world.live, world.now)
+    verdict = promotion.judge_live(spec.canary, spec.gate, trial, world.live, world.now)
     trial = _seen_live(trial, world.live)
     if verdict.action == "RollBack":
         message = verdict.message

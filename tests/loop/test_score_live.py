@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -246,9 +247,23 @@ def test_shadow_replay_compares_both_arms_on_each_live_query(tmp_path: Path, str
     assert report.comparison is not None
     assert (report.comparison.n, report.comparison.test) == (8, "McNemar")
     assert report.comparison.difference == pytest.approx(scores["candidate"] - 1 / 8)
+    assert sum(value * users for value, users in report.differences) == pytest.approx(8 * report.comparison.difference)
+    assert load_live_report(json.loads(json.dumps(asdict(report)))) == report
     paid = len(strong.paid)
     again = live.once(candidate, control=None)
     assert (again.comparison, len(strong.calls)) == (report.comparison, paid)
+
+
+def test_of_a_users_many_replayed_queries_the_first_scored_one_is_a_difference() -> None:
+    answers = {}
+    for second, (user, score) in enumerate(
+        [("ann", None), ("ann", 1.0), ("ann", 0.0), ("bob", 0.0), ("", 1.0), ("", 1.0)]
+    ):
+        row = trace(f"t{second}", "candidate", user_hash=user)
+        answers[row["trace_id"]] = (score_live.live_answer(row, "candidate"), score)
+    scores = {id_: (score, 0.25) for id_, (_, score) in answers.items() if score is not None}
+    found = score_live.first_differences({id_: answer for id_, (answer, _) in answers.items()}, scores)
+    assert found == ((-0.25, 1), (0.75, 3)), "bob's, ann's, and of those who are not known each"
 
 
 # ---------------------------------------------------------------- the watch

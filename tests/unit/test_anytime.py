@@ -68,16 +68,16 @@ def test_the_bounds_are_finer_than_villes_where_steps_are_large() -> None:
     ],
 )
 def test_a_look_says_where_the_evidence_stands(better: int, worse: int, said: str) -> None:
-    seen = look(Design(0.04, 0.2), better, worse)
+    seen = look(Design(0.04, 0.2), [(1, better), (-1, worse), (0, 1000)])
     assert seen.said == said
     assert seen.stop < 0 < seen.promote
 
 
 def test_the_wealth_is_that_of_the_pairs_in_any_order() -> None:
     design = Design(0.04, 0.2)
-    pairs = [1.0] * 9 + [-1.0] * 4 + [0.0] * 50
-    for order in (pairs, pairs[::-1], sorted(pairs)):
-        assert log_wealth(order, design.bet) == pytest.approx(look(design, 9, 4).log_wealth)
+    pairs = [(1.0, 9), (-1.0, 4), (0.0, 50)]
+    for counts in (pairs, pairs[::-1], [(value, 1) for value, n in pairs for _ in range(n)]):
+        assert look(design, counts).log_wealth == pytest.approx(9 * math.log1p(0.2) + 4 * math.log1p(-0.2))
 
 
 def test_graded_differences_without_a_gain_stay_below_alpha_too() -> None:
@@ -87,8 +87,20 @@ def test_graded_differences_without_a_gain_stay_below_alpha_too() -> None:
     differences = np.where(rng.random((canaries, pairs)) < 0.75, 0.25, -0.75)
     differences *= rng.random((canaries, pairs)) < 0.5
     wealth = np.cumsum(np.log1p(0.4 * differences), axis=1)
-    assert log_wealth(differences[0].tolist(), 0.4) == pytest.approx(wealth[0, -1])
+    assert log_wealth([(value, 1) for value in differences[0].tolist()], 0.4) == pytest.approx(wealth[0, -1])
     assert (wealth.max(axis=1) >= math.log(20)).mean() <= 0.05
+
+
+def test_graded_differences_with_the_least_gain_are_rarely_given_up_and_without_one_mostly() -> None:
+    rng = np.random.default_rng(1)
+    design = Design(0.05, 0.5)
+    for shift, wanted in ((0.05, lambda share: share <= design.beta), (0.0, lambda share: share > 0.7)):
+        differences = np.clip(shift + rng.choice([0.25, -0.25], (500, 3000)), -1, 1)
+        against = np.cumsum(np.log1p(design.bet * (design.effect - differences)), axis=1)
+        assert wanted((against.max(axis=1) >= math.log(1 / design.beta)).mean()), shift
+    behind = look(design, [(-0.25, 200), (0.25, 150)])
+    assert behind.said == "Futile" and look(design, [(0.25, 300), (-0.25, 100)]).said == "Better"
+    assert look(design, [(0.25, 3), (-0.25, 3)]).said == "Open"
 
 
 @pytest.mark.parametrize("values", [(0.0, 0.2), (0.04, 0.0), (1.2, 0.2), (0.04, 0.2, 1.0), (0.04, 0.2, 0.05, 0.0)])

@@ -72,6 +72,7 @@ def test_todays_gate_is_simulated_as_it_decides(seed: int) -> None:
 
 def decided(drawn: list[tuple[int, int, int]]) -> bool:
     canary = replace(w.SPEC.canary, steps=tuple(api.CanaryStep(*step) for step in bench.STEPS))
+    gate = replace(w.SPEC.gate, significance=bench.ALPHA)
     for step in range(len(bench.STEPS)):
         better = worse = n = 0
         for looks, added in enumerate(drawn[step * bench.LOOKS : (step + 1) * bench.LOOKS]):
@@ -79,7 +80,7 @@ def decided(drawn: list[tuple[int, int, int]]) -> bool:
             tails = mcnemar(better, worse), mcnemar(worse, better)
             seen = Comparison(n, (better - worse) / n, -1.0, 1.0, *tails, better, worse, "McNemar")
             trial = w.trial("Canary", step=step, looks=looks)
-            verdict = promotion.judge_live(canary, bench.ALPHA, trial, w.live(n, n, step=step, comparison=seen), w.NOW)
+            verdict = promotion.judge_live(canary, gate, trial, w.live(n, n, step=step, comparison=seen), w.NOW)
             if verdict.action == "RollBack":
                 return False
             if verdict.action == "Advance":

@@ -142,10 +142,11 @@ def test_the_level_of_all_looks_together_stays_below_alpha():
 
 
 CANARY = w.SPEC.canary
+GATE = replace(w.SPEC.gate, significance=0.05, minimum_effect_points=4.0)
 
 
 def judge(live, trial=w.trial("Canary"), now=w.NOW, canary=CANARY):  # noqa: B008
-    return promotion.judge_live(canary, 0.05, trial, live, now)
+    return promotion.judge_live(canary, GATE, trial, live, now)
 
 
 def test_enough_good_answers_advance():
@@ -215,6 +216,41 @@ def test_a_report_from_before_the_step_is_no_data():
     errors = w.live(20, errors=9, step=2)
     assert judge_watch(replace(errors, updated=w.NOW - 51), watch, canary=canary).action == "Wait"
     assert judge_watch(replace(errors, candidate="sha256:x"), watch, canary=canary).action == "Wait"
+
+
+BY_GAIN = replace(CANARY, signal="ShadowReplay", test="AnytimeValid")
+LAST_STEP = w.trial("Canary", step=len(CANARY.steps) - 1, discordant=0.2)
+
+
+def replayed(better, worse, same=100, n=500):
+    return w.live(n, n, step=LAST_STEP.step, differences=((-1.0, worse), (0.0, same), (1.0, better)))
+
+
+@pytest.mark.parametrize(
+    ("live", "late", "action", "reason"),
+    [
+        pytest.param(replayed(100, 50), 0, "Advance", api.REASON_PROGRESSING, id="a gain is shown"),
+        pytest.param(replayed(60, 40), 0, "Wait", api.REASON_WAITING_FOR_ANSWERS, id="ahead, and not sure"),
+        pytest.param(replayed(60, 40), 1, "RollBack", api.REASON_GAIN_NOT_SHOWN, id="not sure at the deadline"),
+        pytest.param(replayed(150, 150), 0, "RollBack", api.REASON_GAIN_NOT_SHOWN, id="as often won as lost"),
+        pytest.param(replayed(20, 60), 0, "RollBack", api.REASON_GAIN_NOT_SHOWN, id="worse"),
+        pytest.param(replayed(100, 50, n=99), 0, "Wait", api.REASON_WAITING_FOR_ANSWERS, id="one short of minAnswers"),
+        pytest.param(replayed(0, 0), 0, "Wait", api.REASON_WAITING_FOR_ANSWERS, id="no data is never a pass"),
+        pytest.param(replayed(0, 0), 1, "RollBack", api.REASON_GAIN_NOT_SHOWN, id="nor at the deadline"),
+    ],
+)
+def test_the_last_step_by_a_test_that_may_be_looked_at_wants_a_gain(live, late, action, reason):
+    verdict = judge(live, LAST_STEP, w.NOW + late * CANARY.deadline_seconds, BY_GAIN)
+    assert (verdict.action, verdict.reason) == (action, reason), verdict.message
+    assert judge(live, LAST_STEP, canary=CANARY).reason != api.REASON_GAIN_NOT_SHOWN
+
+
+def test_the_steps_before_the_last_are_judged_by_harm_and_the_level_is_the_gates():
+    first = replayed(1, 1)
+    assert judge(replace(first, step=0), w.trial("Canary"), canary=BY_GAIN).action == "Advance"
+    strict = replace(GATE, significance=0.0001)
+    seen = promotion.judge_live(BY_GAIN, strict, LAST_STEP, replayed(100, 50), w.NOW)
+    assert seen.action == "Wait" and "9.23e+03 is wanted" in seen.message
 
 
 WATCHED = replace(CANARY, watch_seconds=100)

@@ -324,6 +324,8 @@ class LiveReport:
     # feedback), and the answers that could be scored but were not yet.
     seen: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     pending: tuple[str, ...] = ()
+    # ShadowReplay: candidate minus control on the first scored query of a user, and how many users had it.
+    differences: tuple[tuple[float, int], ...] = ()
 
 
 def load_report(data: Mapping[str, Any]) -> EvaluationReport:
@@ -344,6 +346,7 @@ def load_live_report(data: Mapping[str, Any]) -> LiveReport:
     nested = {
         "arms": tuple(ArmReport(**arm) for arm in data.get("arms", ())),
         "comparison": Comparison(**comparison) if comparison else None,
+        "differences": tuple((float(value), int(users)) for value, users in data.get("differences", ())),
         "pending": tuple(data.get("pending", ())),
     }
     return LiveReport(**{**data, **nested})

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,6 +149,7 @@ class LiveAnswer:
     id: str
     arm: str
     user: str  # cluster: a user's answers are not independent
+    at: datetime
     row: Row  # without a reference
     answer: str | None  # None: its content was not sampled, or there was none
     failed: bool
@@ -184,6 +186,7 @@ def live_answer(trace: Mapping[str, Any], arm: str) -> LiveAnswer:
         id=trace["trace_id"],
         arm=arm,
         user=trace["user_hash"] or trace["trace_id"],
+        at=trace["time"],
         row=Row(trace["trace_id"], trace["query"] or "", tuple(messages), reference="", source="trace"),
         # A failure with an answer (of whoever stood in) is what the user got, and is scored as that.
         answer=None if failed and not trace["answer"] else trace["answer"],
@@ -359,6 +362,7 @@ def make_report(
         errors={arm: sum(answer.failed for answer in found) for arm, found in by_arm.items()},
         arms=tuple(_arm_report(arm, samples[arm], alone, seed) for arm in by_arm if samples[arm][0]),
         comparison=_compare(paired, samples[CANDIDATE], samples[CONTROL], seed),
+        differences=first_differences(answers, scores) if paired else (),
         unscored_reason=unscored_reason(canary, answers, said, scores, trouble),
         updated=now,
         seen={lane: dict(mark) for lane, mark in (seen or {}).items()},
@@ -384,6 +388,18 @@ def _samples(canary: Canary, answers: Mapping[str, LiveAnswer], scores: Mapping[
         for arm, score in zip(arms, scores[id_], strict=True):
             found[arm].append((score, answer.user))
     return {arm: (tuple(s for s, _ in sample), tuple(u for _, u in sample)) for arm, sample in found.items()}
+
+
+def first_differences(answers: Mapping[str, LiveAnswer], scores: Mapping[str, Scores]) -> tuple[tuple[float, int], ...]:
+    """Of each user the one that came first: a test that is looked at all the time needs pairs that do not belong
+    together, and one that is not another at the next look."""
+    first: dict[str, LiveAnswer] = {}
+    for answer in (answers[id_] for id_ in scores.keys() & answers.keys()):
+        known = first.get(answer.user)
+        if known is None or (answer.at, answer.id) < (known.at, known.id):
+            first[answer.user] = answer
+    gains = Counter(round(scores[a.id][0] - scores[a.id][1], 6) for a in first.values())
+    return tuple(sorted(gains.items()))
 
 
 # Remembered, as most passes see no new score and the bootstrap takes its time.
