@@ -205,6 +205,7 @@ WITHOUT_STORE = (
         pytest.param(DOMAIN, "minimal", "httpRoute.hostname=a", "'hostname' not allowed", id="typo of the route"),
         pytest.param(DOMAIN, "minimal", "httpRoute.timeout=never", "does not match", id="timeout that is no time"),
         pytest.param(DOMAIN, "minimal", "name=Desk", "does not match", id="name the API refuses"),
+        pytest.param(DOMAIN, "minimal", "networkPolicy.apiServer.ports=null", "at least one port", id="ports taken away"),
         pytest.param(DOMAIN, None, "name=desk", "job.weak: wanted a section", id="no job at all"),
         pytest.param(DOMAIN, None, WITHOUT_STORE, "job.objectStore: wanted", id="no object store"),
         pytest.param(
@@ -409,6 +410,31 @@ def test_only_gateway_and_proxy_reach_the_strong_model() -> None:
         name for name, spec in found.items() if any(strong in rule.get("to", []) for rule in spec.get("egress", []))
     }
     assert reach == {"gateway", "proxy"}
+
+
+@needs_helm
+@pytest.mark.parametrize("values", ["minimal", "full"])
+def test_the_operator_reaches_every_server_that_it_asks(values: str) -> None:
+    operator = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "cowest-system"}},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "cowest-operator"}},
+    }
+    found = policies(values)
+    for name in ("gateway", "proxy", "observer", "weak-model"):
+        assert any(operator in rule.get("from", [operator]) for rule in found[name]["ingress"]), name
+
+
+@needs_helm
+def test_no_rule_lets_out_on_all_ports_and_the_dns_may_listen_elsewhere() -> None:
+    found = policies("full", "networkPolicy.dns.ports={53,5353}")
+    for name in ("dns", "own-dns"):
+        ports = [(each["protocol"], each["port"]) for each in found[name]["egress"][0]["ports"]]
+        assert ports == [("UDP", 53), ("TCP", 53), ("UDP", 5353), ("TCP", 5353)], name
+    for name, spec in found.items():
+        assert all(rule.get("ports", True) for rule in spec.get("egress", [])), name
+    places = json.loads((DOMAIN / "values.schema.json").read_text())["properties"]["networkPolicy"]["properties"]
+    for name in ("dns", "apiServer", "modelHub"):
+        assert places[name]["properties"]["ports"]["minItems"] == 1, f"{name}: its ports are nobody else's to say"
 
 
 @needs_helm

@@ -104,6 +104,9 @@ capabilities:
 {{- if not $ports -}}
 {{- range .addresses -}}{{- $ports = append $ports (include "cowest-domain.port" . | int) -}}{{- end -}}
 {{- end -}}
+{{- if not $ports -}}
+{{- fail "networkPolicy: wanted at least one port of apiServer and of modelHub, saw none, which would let out to all of them" -}}
+{{- end -}}
 - ports:
 {{- range $ports | uniq }}
   - {protocol: TCP, port: {{ . }}}
