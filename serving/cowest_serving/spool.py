@@ -100,7 +100,7 @@ class Pace:
 
     max_bytes: int = 8 * 1024 * 1024
     max_rows: int = 2000
-    soon: float = 0.5  # seconds, for whoever watches live answers
+    soon: float = 2.0  # seconds, for whoever watches live answers; each file costs a segment, a put and some syncs
     late: float = 5.0
     busy_rate: int = 100  # rows a second: above it, a put for every `soon` would be too many
     groups: Groups = Groups()

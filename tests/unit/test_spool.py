@@ -57,10 +57,10 @@ def test_zeros_that_a_power_cut_left_are_no_frames() -> None:
     ("size", "rows", "age", "idle", "is_due"),
     [
         pytest.param(100, 1, 0.4, 0.4, False, id="a single row waits a moment for others"),
-        pytest.param(100, 1, 0.5, 0.5, True, id="and is then shown to who watches"),
-        pytest.param(100, 50, 0.5, 0.0, True, id="as are a hundred a second"),
-        pytest.param(100, 60, 0.5, 0.0, False, id="under load a put for each half second would be too many"),
-        pytest.param(100, 60, 0.5, 0.3, True, id="a burst that is over is shown"),
+        pytest.param(100, 1, 2.0, 1.0, True, id="and is then shown to who watches"),
+        pytest.param(100, 200, 2.0, 0.0, True, id="as are a hundred a second"),
+        pytest.param(100, 201, 2.0, 0.0, False, id="under load a put every two seconds would be too many"),
+        pytest.param(100, 201, 2.0, 1.1, True, id="a burst that is over is shown"),
         pytest.param(100, 900, 5.0, 0.0, True, id="load or not, five seconds are enough"),
         pytest.param(100, 2000, 1.0, 0.0, True, id="two thousand rows"),
         pytest.param(8 << 20, 9, 0.1, 0.0, True, id="eight MiB"),
@@ -75,8 +75,8 @@ def test_a_file_is_closed_soon_while_little_comes_and_full_under_load(
 @pytest.mark.parametrize(
     ("rows", "age", "waiting", "is_due"),
     [
-        pytest.param(5, 0.5, 1, True, id="the one before is on its way"),
-        pytest.param(5, 0.5, 2, False, id="two wait: a put takes longer than half a second"),
+        pytest.param(5, 2.0, 1, True, id="the one before is on its way"),
+        pytest.param(5, 2.0, 2, False, id="two wait: a put takes longer than two seconds"),
         pytest.param(50, 5.0, 2, False, id="or than five seconds"),
         pytest.param(100, 10.0, 2, True, id="but not for ever"),
         pytest.param(2000, 1.0, 9, True, id="a full one is closed all the same"),
