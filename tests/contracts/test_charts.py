@@ -205,7 +205,7 @@ WITHOUT_STORE = (
         pytest.param(DOMAIN, "minimal", "httpRoute.hostname=a", "'hostname' not allowed", id="typo of the route"),
         pytest.param(DOMAIN, "minimal", "httpRoute.timeout=never", "does not match", id="timeout that is no time"),
         pytest.param(DOMAIN, "minimal", "name=Desk", "does not match", id="name the API refuses"),
-        pytest.param(DOMAIN, "minimal", "networkPolicy.apiServer.ports=null", "at least one port", id="ports taken away"),
+        pytest.param(DOMAIN, "minimal", "networkPolicy.apiServer.ports=null", "at least one port", id="no ports left"),
         pytest.param(DOMAIN, None, "name=desk", "job.weak: wanted a section", id="no job at all"),
         pytest.param(DOMAIN, None, WITHOUT_STORE, "job.objectStore: wanted", id="no object store"),
         pytest.param(
