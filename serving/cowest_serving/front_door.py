@@ -292,7 +292,7 @@ class _Request:
         self._parts: list[bytes] = []  # of the body, that nobody has taken yet
         self._size = 0
         self._is_sent = self._is_told = self._is_over = False  # whole body here, application has it, answer complete
-        self._wants_100 = (b"expect", b"100-continue") in scope["headers"]
+        self._wants_100 = any(name == b"expect" and said.lower() == b"100-continue" for name, said in scope["headers"])
         self._head = b""  # of the answer, until it goes out with the first bytes of the body
         self._chunked = False
         self._waiter: asyncio.Future[None] | None = None

@@ -126,9 +126,10 @@ async def test_http_1_0_is_answered_in_its_own_way(more: bytes) -> None:
         assert await client.rest() == b""
 
 
-async def test_who_expects_100_is_told_to_go_on() -> None:
+@pytest.mark.parametrize("wish", [b"100-continue", b"100-Continue"])
+async def test_who_expects_100_is_told_to_go_on(wish: bytes) -> None:
     async with served(echo) as client:
-        await client.say(b"POST /e HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+        await client.say(b"POST /e HTTP/1.1\r\nExpect: " + wish + b"\r\nContent-Length: 2\r\n\r\n")
         assert (await client.answer())[0] == b"HTTP/1.1 100 Continue\r\n\r\n"
         await client.say(b"ok")
         assert (await client.answer())[1] == b"POST /e ok"
