@@ -16,7 +16,7 @@ from cowest_serving.allowance import Allowance, Bill
 from cowest_serving.contract import Messages
 from cowest_serving.health import Guarded
 from cowest_serving.hedging import Hedging
-from cowest_serving.models import ChatResult, ModelError, RateLimited, Unauthorized, new_key
+from cowest_serving.models import BadAnswer, ChatResult, ModelError, is_clients_fault, new_key
 
 log = logging.getLogger(__name__)
 Hedged = Callable[[], None]  # told that a second call is made
@@ -151,8 +151,9 @@ class StrongDoor:
             yield {**(_telling(bill, options) if bill else options), "idempotency_key": new_key()}
 
     def _why(self, error: ModelError) -> ModelError:
-        """The fault that another endpoint may mend; any other one is raised."""
-        if not self._fallbacks or not (error.retryable or isinstance(error, Unauthorized | RateLimited)):
+        """The fault of this endpoint, passing or not, that another one may not have; any other one is raised."""
+        is_too_long = isinstance(error, BadAnswer) and not error.retryable
+        if not self._fallbacks or is_clients_fault(error) or is_too_long:
             raise error
         return error
 
