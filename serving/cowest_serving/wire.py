@@ -64,7 +64,8 @@ class Address:
     is_tls: bool
     host: str
     port: int
-    path: str
+    path: str  # of the endpoint; that of a method is appended
+    query: str  # with its question mark, "" without one; behind every path
     credentials: str | None  # user:password
 
     @property
@@ -91,9 +92,10 @@ def address_of(url: str) -> Address:
         raise NoAddress(url) from None
     if not host or any(character <= " " for character in url):
         raise NoAddress(url)
-    path = urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~") + (f"?{parts.query}" if parts.query else "")
+    path = urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~")
+    query = "?" + urllib.parse.quote(parts.query, safe="/?%:@!$&'()*+,;=~") if parts.query else ""
     credentials = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}") if parts.username else None
-    return Address(parts.scheme == "https", host, port, path, credentials)
+    return Address(parts.scheme == "https", host, port, path, query, credentials)
 
 
 @cache
@@ -418,8 +420,8 @@ class Wire:
         return self._heads[method, path]
 
     def _built_head(self, method: str, path: str) -> bytes:
-        at, target = self._address, self._address.path.rstrip("/") + path
-        lines = b""
+        at, lines = self._address, b""
+        target = at.path.rstrip("/") + path + at.query
         if self._proxy is not None and not self._is_tunnel:
             target = f"http://{at.authority}{target}"
             lines += _authorization("proxy-authorization", self._proxy)

@@ -114,6 +114,19 @@ async def test_a_request_is_one_head_and_its_body() -> None:
     assert lines[-2:] == [b"", b"question"]
 
 
+async def test_the_query_of_an_endpoint_stands_behind_the_path_of_each_method() -> None:
+    seen: list[bytes] = []
+
+    async def talk(talker: Talker) -> None:
+        seen.append(await talker.answer(ANSWER))
+
+    async with server(talk) as endpoint:
+        wire = Wire(endpoint + "/?api-version=2024-10-21")
+        await ask(wire)
+        await wire.aclose()
+    assert seen[0].startswith(b"POST /v1/chat?api-version=2024-10-21 HTTP/1.1\r\n")
+
+
 async def test_a_header_that_would_be_two_is_not_sent() -> None:
     async def talk(talker: Talker) -> None:
         await talker.answer(ANSWER)
@@ -126,11 +139,14 @@ async def test_a_header_that_would_be_two_is_not_sent() -> None:
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
-        pytest.param("http://h/v1", Address(False, "h", 80, "/v1", None), id="plain"),
+        pytest.param("http://h/v1", Address(False, "h", 80, "/v1", "", None), id="plain"),
+        pytest.param("https://h/d/gpt?v=1&k=é", Address(True, "h", 443, "/d/gpt", "?v=1&k=%C3%A9", None), id="a query"),
         pytest.param("https://h:8443/a b", None, id="a blank"),
-        pytest.param("https://u:p%40@h/v1", Address(True, "h", 443, "/v1", "u:p@"), id="with credentials"),
-        pytest.param("http://[::1]:9/v1", Address(False, "::1", 9, "/v1", None), id="an IPv6 address"),
-        pytest.param("http://bücher.example/v1", Address(False, "xn--bcher-kva.example", 80, "/v1", None), id="a name"),
+        pytest.param("https://u:p%40@h/v1", Address(True, "h", 443, "/v1", "", "u:p@"), id="with credentials"),
+        pytest.param("http://[::1]:9/v1", Address(False, "::1", 9, "/v1", "", None), id="an IPv6 address"),
+        pytest.param(
+            "http://bücher.example/v1", Address(False, "xn--bcher-kva.example", 80, "/v1", "", None), id="a name"
+        ),
         pytest.param("nonsense", None, id="no scheme"),
         pytest.param("ftp://h/v1", None, id="another scheme"),
         pytest.param("http://h:99999/v1", None, id="no port"),
