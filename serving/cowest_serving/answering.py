@@ -533,7 +533,7 @@ class Answering:
         """Before anything is sent or stored; where it fails, nothing is."""
         if self._redactor is None:
             return
-        record.redacted = self._redactor.begin()
+        record.redacted = self._redactor.begin(record.request.parameters)
         hide = partial(record.redacted.messages, record.request.messages)
         try:
             record.shown = await asyncio.to_thread(hide) if record.request.size > LARGE else hide()

@@ -42,6 +42,7 @@ import stdnum.us.ssn
 from cowest_serving.contract import Messages, Redaction, SettingsError
 
 NOTHING = Redaction()
+NO_PARAMETERS: Mapping[str, Any] = {}
 _OPTIONS = re2.Options()
 _OPTIONS.log_errors = False
 _OPTIONS.max_mem = 64 * 1024 * 1024
@@ -166,9 +167,9 @@ class Redactor:
         # One pass over a text, most of which has none. (Not re2.Set: out of memory it says that nothing matches.)
         self._any = _any_of("all", [form for forms in looks.values() for form in forms]) if looks else None
 
-    def begin(self) -> Redacted:
-        """For one request: its placeholders are its own."""
-        return Redacted(self)
+    def begin(self, parameters: Mapping[str, Any] = NO_PARAMETERS) -> Redacted:
+        """For one request: its placeholders are its own. `parameters`: all of it but its messages."""
+        return Redacted(self, parameters)
 
     def find(self, text: str) -> list[Found]:
         """(start, end, kind) of what is to be hidden, in order; none overlap."""
@@ -214,12 +215,14 @@ def _meets(found: Sequence[Found], start: int, end: int) -> bool:
 class Redacted:
     """One request: which placeholder stands for which value."""
 
-    def __init__(self, redactor: Redactor) -> None:
+    def __init__(self, redactor: Redactor, parameters: Mapping[str, Any] = NO_PARAMETERS) -> None:
         self._redactor = redactor
         self._placeholders: dict[tuple[str, str], str] = {}
         self._values: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
         self._foreign: set[str] = set()  # what the client wrote itself in the form of a placeholder
+        self._answers_json = _wants_json(parameters)
+        self._heed([parameters.get(name) for name in _WITH_TEXT])
 
     @property
     def restores(self) -> bool:
@@ -239,16 +242,26 @@ class Redacted:
 
     def messages(self, messages: Messages) -> list[dict[str, Any]]:
         """Texts, their parts, and the arguments of tool calls; images and the like pass as they are."""
-        return [{name: _changed(name, value, self._hidden) for name, value in message.items()} for message in messages]
+        self._heed(messages)
+        return [_changed(message, self._hidden) for message in messages]
 
     def parameters(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """Those of a request that carry texts of an application's users."""
-        return {
-            name: _changed(name, value, self._hidden) if name in _WITH_TEXT else value for name, value in given.items()
-        }
+        hidden = {name: change(given[name], self._hidden) for name, change in _WITH_TEXT.items() if name in given}
+        return {**given, **hidden}
 
-    def _hidden(self, _: str, text: str) -> str:
+    def _hidden(self, _: Place, text: str) -> str:
         return self.text(text)
+
+    def _heed(self, said: Any) -> None:
+        """Before the first placeholder: the client's own words are no value's, in whatever text they stand.
+
+        Where answers keep placeholders, such words are most likely those of an earlier answer: its values' again.
+        """
+        if self._redactor.restores:
+            self._foreign.update(
+                found for text in _all_texts(said) if "[" in text for found in _PLACEHOLDER.findall(text)
+            )
 
     def _placeholder(self, kind: str, value: str) -> str:
         known = self._placeholders.get((kind, value))
@@ -275,45 +288,87 @@ class Redacted:
     def restored_body(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """A chat completion, its texts and the arguments of its tool calls restored."""
         choices = [
-            {**choice, "message": _changed("", choice["message"], self.put_back)} if "message" in choice else choice
+            {**choice, "message": _changed(choice["message"], self.put_back)} if "message" in choice else choice
             for choice in body.get("choices") or []
         ]
         return {**body, "choices": choices}
 
-    def put_back(self, name: str, text: str) -> str:
-        """`name`: of the field; the arguments of a tool are JSON within a text."""
-        return self.restored(text, within_json=name == "arguments")
+    def put_back(self, place: Place, text: str) -> str:
+        """`place`: in its message. The arguments of a tool are JSON within a text, and so is an answer of that form."""
+        is_json = place[-1] == "arguments" or (self._answers_json and place[0] == "content")
+        return self.restored(text, within_json=is_json)
 
 
-def _changed(name: str, value: Any, change: Callable[[str, str], str]) -> Any:
-    """A value of a message with each text in it changed, by the name of its field."""
-    if name in _NO_TEXT:
-        return value
+def _wants_json(parameters: Mapping[str, Any]) -> bool:
+    form = parameters.get("response_format")
+    return isinstance(form, Mapping) and form.get("type") in ("json_object", "json_schema")
+
+
+# ---------------------------------------------------------------- texts in messages
+Place = tuple[str, ...]  # the names of the fields that lead to a text
+_Change = Callable[[Place, str], str]
+_NO_TEXT_OF_MESSAGES = frozenset({"role", "tool_call_id"})
+_NO_TEXT_OF_PARTS = frozenset({"type", "id", "image_url", "input_audio", "file"})  # and of tool calls
+
+
+def _without_text(value: Mapping[str, Any]) -> frozenset[str]:
+    """The fields of an object that are passed on unread: what is no message and no part of one has none."""
+    if "role" in value:
+        return _NO_TEXT_OF_MESSAGES
+    return _NO_TEXT_OF_PARTS if "type" in value else frozenset()
+
+
+def _changed(value: Any, change: _Change, place: Place = ()) -> Any:
+    """A message, or a part of one, with each text in it changed."""
     if isinstance(value, str):
-        return change(name, value)
+        return change(place, value)
     if isinstance(value, list):
-        return [_changed(name, item, change) for item in value]
+        return [_changed(item, change, place) for item in value]
     if isinstance(value, Mapping):
-        return {key: _changed(key, item, change) for key, item in value.items()}
+        passed = _without_text(value)
+        return {
+            name: item if name in passed else _changed(item, change, (*place, name)) for name, item in value.items()
+        }
     return value
 
 
-_WITH_TEXT = frozenset({"metadata", "prediction"})
-_NO_TEXT = frozenset({"role", "type", "id", "tool_call_id", "image_url", "input_audio", "file"})
+def _all_changed(value: Any, change: _Change, place: Place = ()) -> Any:
+    """Whatever a client made up: each text, and each name of a field."""
+    if isinstance(value, Mapping):
+        return {change(place, name): _all_changed(item, change, place) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_all_changed(item, change, place) for item in value]
+    return change(place, value) if isinstance(value, str) else value
+
+
+def _all_texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _all_texts([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _all_texts(item)
+
+
+_WITH_TEXT: Mapping[str, Callable[[Any, _Change], Any]] = {"metadata": _all_changed, "prediction": _changed}
 _PLACEHOLDER = re.compile(r"\[[A-Za-z][A-Za-z0-9]{0,31}_\d{1,9}\]")
 _BEGUN = re.compile(r"\[(?:[A-Za-z][A-Za-z0-9]{0,31}(?:_\d{0,9})?)?$")
 
 
 # ---------------------------------------------------------------- streams
+_Step = str | tuple[str, Any]  # a field by its name; an item of a list by its index, or else by its type
+
+
 class RestoredStream:
     """Puts values back into a stream, chunk by chunk: what may be the first half of a placeholder waits for the other.
 
-    Each text of a chunk (of a choice, of a tool call) has its own rest.
+    Each text of a choice (of a tool call, of a kind of part) has its own rest.
     """
 
     def __init__(self, redacted: Redacted) -> None:
         self._redacted = redacted
-        self._rests: dict[tuple[Any, ...], str] = {}
+        self._rests: dict[tuple[int, tuple[_Step, ...]], str] = {}
         self._last: dict[str, Any] = {}
 
     def chunk(self, payload: bytes) -> bytes:
@@ -322,46 +377,67 @@ class RestoredStream:
         for choice in chunk.get("choices") or []:
             index, delta = choice.get("index", 0), choice.get("delta") or {}
             is_last = choice.get("finish_reason") is not None
-            for place, name, where in list(_texts(index, delta)):
-                where[name] = self._next(place, where[name], is_last)
+            for steps, holder, name in list(_texts(delta)):
+                holder[name] = self._next(index, steps, holder[name], is_last)
             if is_last and (left := self._left(index)):
-                calls = [*(delta.get("tool_calls") or []), *left.pop("tool_calls", [])]
-                choice["delta"] = {**delta, **left, **({"tool_calls": calls} if calls else {})}
+                choice["delta"] = _merged(delta, left)
         self._last = {name: chunk.get(name) for name in ("id", "object", "created", "model")}
         return orjson.dumps(chunk)
 
     def rest(self) -> Iterator[bytes]:
         """What was held back of choices that never ended; to be sent before the end of the stream."""
-        for index in dict.fromkeys(place[0] for place in self._rests):
+        for index in dict.fromkeys(index for index, _ in self._rests):
             choice = {"index": index, "delta": self._left(index), "finish_reason": None}
             yield orjson.dumps({**self._last, "choices": [choice]})
 
-    def _next(self, place: tuple[Any, ...], text: str, is_last: bool) -> str:
-        whole = self._rests.pop(place, "") + text
+    def _next(self, index: int, steps: tuple[_Step, ...], text: str, is_last: bool) -> str:
+        whole = self._rests.pop((index, steps), "") + text
         begun = None if is_last else _BEGUN.search(whole, max(0, len(whole) - _HELD_BACK))
         if begun is not None:
-            self._rests[place] = begun[0]
+            self._rests[index, steps] = begun[0]
             whole = whole[: begun.start()]
-        return self._redacted.put_back(place[1], whole)
+        return self._redacted.put_back(tuple(step for step in steps if isinstance(step, str)), whole)
 
     def _left(self, index: int) -> dict[str, Any]:
         """What was held back of a choice, as a delta: it never became a placeholder."""
         delta: dict[str, Any] = {}
-        for place in [place for place in self._rests if place[0] == index]:
-            text = self._rests.pop(place)
-            if place[1] == "arguments":
-                delta.setdefault("tool_calls", []).append({"index": place[2], "function": {"arguments": text}})
-            else:
-                delta[place[1]] = text
+        for of, steps in [place for place in self._rests if place[0] == index]:
+            delta = _merged(delta, _nested(steps, self._rests.pop((of, steps))))
         return delta
 
 
-def _texts(index: int, delta: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], str, dict[str, Any]]]:
-    """(where it belongs, its name, the object that holds it) of each text of a delta."""
-    for name in ("content", "refusal", "reasoning_content"):
-        if isinstance(delta.get(name), str):
-            yield (index, name), name, delta
-    for call in delta.get("tool_calls") or []:
-        function = call.get("function") or {}
-        if isinstance(function.get("arguments"), str):
-            yield (index, "arguments", call.get("index", 0)), "arguments", function
+def _texts(value: Any, steps: tuple[_Step, ...] = ()) -> Iterator[tuple[tuple[_Step, ...], Any, Any]]:
+    """(the way to it, the object or list that holds it, its name or number there) of each text of a delta."""
+    if isinstance(value, dict):
+        passed = _without_text(value)
+        items = [(name, (*steps, name), item) for name, item in value.items() if name not in passed]
+    else:
+        items = [(number, (*steps, *_step_to(item)), item) for number, item in enumerate(value)]
+    for name, way, item in items:
+        if isinstance(item, str):
+            yield way, value, name
+        elif isinstance(item, dict | list):
+            yield from _texts(item, way)
+
+
+def _step_to(item: Any) -> tuple[_Step, ...]:
+    """The next chunk has the item's next piece, whatever else is in its list."""
+    named = item if isinstance(item, dict) else {}
+    name = next((name for name in ("index", "type") if isinstance(named.get(name), int | str)), "")
+    return ((name, named.get(name)),)
+
+
+def _nested(steps: Sequence[_Step], text: str) -> Any:
+    """The delta that has this text at the end of that way."""
+    if not steps:
+        return text
+    step, inner = steps[0], _nested(steps[1:], text)
+    if isinstance(step, str):
+        return {step: inner}
+    return [{step[0]: step[1], **inner} if step[0] else inner]
+
+
+def _merged(one: Any, other: Any) -> Any:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {**one, **{name: _merged(one.get(name), item) for name, item in other.items()}}
+    return [*one, *other] if isinstance(one, list) and isinstance(other, list) else other

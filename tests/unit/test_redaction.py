@@ -96,6 +96,22 @@ def test_a_clients_own_words_in_the_form_of_a_placeholder_are_nobodys_value() ->
     assert redacted.restored("[Email_1], [Email_2]") == f"[Email_1], {ANN}"
 
 
+def test_a_clients_own_placeholder_in_another_message_is_nobodys_value_either() -> None:
+    redacted = SOME.begin({"prediction": {"type": "content", "content": "[Email_2]"}})
+    asked = [
+        {"role": "system", "content": "Write [Email_1] for the sender."},
+        {"role": "user", "content": f"from {ANN}"},
+    ]
+    assert redacted.messages(asked)[1]["content"] == "from [Email_3]"
+    assert redacted.restored("[Email_1], [Email_2], [Email_3]") == f"[Email_1], [Email_2], {ANN}"
+
+
+def test_where_answers_keep_placeholders_those_of_an_earlier_answer_stay_its_values() -> None:
+    kept = Redactor(Redaction(("Email",), in_answers="Keep")).begin()
+    asked = [{"role": "user", "content": ANN}, {"role": "assistant", "content": "[Email_1] it is"}]
+    assert [message["content"] for message in kept.messages(asked)] == ["[Email_1]", "[Email_1] it is"]
+
+
 def test_tool_calls_and_their_results_are_hidden_and_images_pass() -> None:
     redacted = SOME.begin()
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,0301234567890"}}
@@ -110,6 +126,30 @@ def test_tool_calls_and_their_results_are_hidden_and_images_pass() -> None:
     assert messages[0]["content"] == [image]
     assert json.loads(messages[1]["tool_calls"][0]["function"]["arguments"]) == {"to": "[Email_1]"}
     assert messages[2]["content"] == "sent to [Email_1]"
+
+
+def test_nothing_of_the_metadata_passes_by_the_name_of_its_field() -> None:
+    metadata = {"id": "a@b.com", "file": {"role": "c@d.com", "type": ["e@f.com"]}, "g@h.com": 1}
+    hidden = SOME.begin().parameters({"metadata": metadata, "temperature": 0})
+    assert hidden == {
+        "metadata": {"id": "[Email_1]", "file": {"role": "[Email_2]", "type": ["[Email_3]"]}, "[Email_4]": 1},
+        "temperature": 0,
+    }
+
+
+def test_in_messages_only_parts_and_tool_calls_have_fields_that_pass() -> None:
+    (message,) = SOME.begin().messages(
+        [
+            {
+                "role": "user",
+                "file": "c@d.com",
+                "content": [{"type": "text", "text": ANN}, {"type": "file", "file": {"file_data": "030 901820"}}],
+                "extra": {"id": "a@b.com"},
+            }
+        ]
+    )
+    assert message["content"][1] == {"type": "file", "file": {"file_data": "030 901820"}}
+    assert "@" not in str(message)
 
 
 def test_the_users_own_pattern_goes_before_a_kind() -> None:
@@ -148,6 +188,24 @@ def test_a_value_with_quotes_stays_json_in_the_arguments_of_a_tool() -> None:
     call = {"function": {"name": "note", "arguments": '{"what": "[Said_1]"}'}}
     message = own.restored_body({"choices": [{"message": {"tool_calls": [call]}}]})["choices"][0]["message"]
     assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"what": '"yes"'}
+
+
+JSON_FORM = {"response_format": {"type": "json_schema", "json_schema": {"name": "note"}}}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_value_with_quotes_and_newlines_stays_json_in_an_answer_of_that_form(streamed: bool) -> None:
+    said = 'a "quoted"\nline'
+    own = Redactor(Redaction((), (RedactionPattern("Said", '(?s)a "q.*line'),))).begin(JSON_FORM)
+    own.text(said)
+    answer = {"content": '{"what": "[Said_1]"}', "reasoning": "[Said_1]"}
+    if streamed:
+        payload = orjson.dumps({"choices": [{"index": 0, "delta": answer, "finish_reason": "stop"}]})
+        message = orjson.loads(RestoredStream(own).chunk(payload))["choices"][0]["delta"]
+    else:
+        message = own.restored_body({"choices": [{"message": answer}]})["choices"][0]["message"]
+    assert json.loads(message["content"]) == {"what": said}
+    assert message["reasoning"] == said, "which is no JSON"
 
 
 def test_values_stay_out_of_the_answer_where_the_manifest_says_keep() -> None:
@@ -202,6 +260,64 @@ def test_arguments_of_a_tool_that_come_in_parts_get_their_values_back() -> None:
         sent: Any = orjson.loads(stream.chunk(orjson.dumps({"choices": [{"index": 0, "delta": delta}]})))
         arguments += sent["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"]
     assert json.loads(arguments) == {"to": ANN}
+
+
+PARTS = [
+    {"type": "thinking", "thinking": [{"type": "text", "text": "[Email_1]?"}]},
+    {"type": "text", "text": "[Email_1]!"},
+]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param({"function_call": {"name": "mail", "arguments": '{"to": "[Email_1]"}'}}, id="a function call"),
+        pytest.param({"reasoning": "[Email_1]?", "content": "[Email_1]!"}, id="reasoning"),
+        pytest.param({"content": PARTS}, id="parts"),
+        pytest.param({"audio": {"transcript": "[Email_1] said"}}, id="what is said"),
+        pytest.param({"content": "[Email_9], [Emai"}, id="no placeholders"),
+    ],
+)
+def test_a_stream_restores_what_a_whole_answer_restores(message: dict[str, Any], ends: bool) -> None:
+    redacted = SOME.begin()
+    redacted.text(ANN)
+    stream, sent = RestoredStream(redacted), []
+    for delta in cut(message):
+        sent.append(stream.chunk(orjson.dumps({"choices": [{"index": 0, "delta": delta}]})))
+    if ends:
+        sent.append(stream.chunk(orjson.dumps({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})))
+    sent += stream.rest()
+    whole = redacted.restored_body({"choices": [{"message": message}]})["choices"][0]["message"]
+    got: dict[tuple[str, ...], str] = {}
+    for payload in sent:
+        gather(orjson.loads(payload)["choices"][0]["delta"], got)
+    wanted: dict[tuple[str, ...], str] = {}
+    gather(whole, wanted)
+    assert got == wanted
+
+
+def cut(value: Any) -> list[Any]:
+    """As deltas, each of one text's half at most."""
+    if isinstance(value, str):
+        return [value[:4], value[4:]] if "[" in value else [value]
+    if isinstance(value, list):
+        return [[piece] for item in value for piece in cut(item)]
+    fixed = {"type": value["type"]} if "type" in value else {}
+    return [{**fixed, name: piece} for name, item in value.items() if name != "type" for piece in cut(item)]
+
+
+def gather(value: Any, found: dict[tuple[str, ...], str], way: tuple[str, ...] = ()) -> None:
+    """Each text of all deltas together, by the names that lead to it."""
+    if isinstance(value, str):
+        found[way] = found.get(way, "") + value
+    elif isinstance(value, list):
+        for item in value:
+            gather(item, found, way)
+    else:
+        for name, item in value.items():
+            if name != "type":
+                gather(item, found, (*way, name))
 
 
 @pytest.mark.parametrize("ends", [True, False])
