@@ -202,6 +202,7 @@ class Ingress:
     host: str
     class_name: str | None = None
     tls_secret_name: str | None = None
+    annotations: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,9 @@ def test_the_place_of_an_object_store_cannot_change(server: ApiServer) -> None:
     created["spec"]["objectStore"]["bucket"] = "other"
     status, answer = server.request("PUT", f"{JOBS}/moving", created)
     assert status == 422 and "bucket and prefix cannot change" in answer["message"]
+    note = {"spec": {"objectStore": None}}
+    status, answer = server.request("PATCH", f"{JOBS}/moving", note)
+    assert status == 422 and "cannot be taken out" in answer["message"], "and then put in again for another place"
     created["spec"]["objectStore"]["bucket"] = "models"
     created["spec"]["rounds"]["max"] = 9
     status, answer = server.request("PUT", f"{JOBS}/moving", created)

@@ -377,10 +377,28 @@ def test_a_route_leads_to_the_jobs_service_and_ends_no_stream() -> None:
     assert route["apiVersion"] == "gateway.networking.k8s.io/v1"
     assert route["spec"]["parentRefs"] == [{"name": "public", "namespace": "gateways", "sectionName": "https"}]
     assert route["spec"]["hostnames"] == ["desk.example.com"]
-    (rule,) = route["spec"]["rules"]
-    assert rule["timeouts"] == {"request": "0s"}
-    assert rule["backendRefs"] == [{"name": "desk-gateway", "port": 80}]
+    for rule in route["spec"]["rules"]:
+        assert rule["timeouts"] == {"request": "0s"}
+        assert rule["backendRefs"] == [{"name": "desk-gateway", "port": 80}]
     assert not of_kind(rendered(DOMAIN, "minimal"), "HTTPRoute")
+
+
+@needs_helm
+@pytest.mark.parametrize("path", ["/", "/desk", "/desk/"])
+def test_a_route_leads_to_what_clients_ask_and_takes_its_own_path_off(path: str) -> None:
+    sets = ("httpRoute.enabled=true", "httpRoute.parentRefs[0].name=public", f"httpRoute.path={path}")
+    (route,) = of_kind(rendered(DOMAIN, "minimal", *sets), "HTTPRoute")
+    below, found = path.rstrip("/"), {}
+    for rule in route["spec"]["rules"]:
+        (match,) = rule["matches"]
+        rewrites = [each["urlRewrite"]["path"] for each in rule.get("filters", [])]
+        found[match["path"]["value"]] = (match["path"]["type"], rewrites)
+    prefix = {"type": "ReplacePrefixMatch", "replacePrefixMatch": "/v1"}
+    whole = {"type": "ReplaceFullPath", "replaceFullPath": "/openapi.json"}
+    assert found == {
+        f"{below}/v1": ("PathPrefix", [prefix] if below else []),
+        f"{below}/openapi.json": ("Exact", [whole] if below else []),
+    }
 
 
 @needs_helm

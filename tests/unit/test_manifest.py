@@ -78,6 +78,8 @@ def test_the_place_of_an_object_store_cannot_change() -> None:
     (problem,) = manifest.validate(new, old)
     assert problem.field == "spec.objectStore.bucket" and "cannot change" in problem.reason
     assert manifest.validate(old, old) == []
+    (problem,) = manifest.validate(load(smallest()).job, old)
+    assert problem.field == "spec.objectStore" and "cannot be taken out" in problem.reason
 
 
 # ---------------------------------------------------------------- YAML and documents

@@ -19,6 +19,7 @@ SPOOL_ABOVE = (
 )  # bytes: a pod above the volume's limit is evicted, so the gateway's own limit comes first
 STRONG_CERTIFICATES = "/etc/cowest/strong-ca"
 TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
+PUBLIC = (("/v1", "Prefix"), ("/openapi.json", "Exact"))  # paths of the gateway that an Ingress lets in
 DRAIN_SECONDS = 5  # endpoints take a moment to leave the Service
 
 
@@ -241,12 +242,14 @@ def _autoscaler(context: Context, spec: api.Gateway) -> tuple[Child, ...]:
 
 
 def _ingress(context: Context, spec: api.Gateway) -> tuple[Child, ...]:
-    """Limits are set where an ingress controller takes them as annotations: nginx is the common one."""
+    """What clients ask, and nothing of what only the cluster may read (/metrics, /readyz). Limits are set where an
+    ingress controller takes them as annotations: nginx is the common one."""
     if spec.ingress is None:
         return ()
     name = context.name("gateway")
     backend = {"service": {"name": name, "port": {"name": "http"}}}
-    rule = {"host": spec.ingress.host, "http": {"paths": [{"path": "/", "pathType": "Prefix", "backend": backend}]}}
+    paths = [{"path": path, "pathType": kind, "backend": backend} for path, kind in PUBLIC]
+    rule = {"host": spec.ingress.host, "http": {"paths": paths}}
     content: dict[str, Any] = {"rules": [rule]}
     if spec.ingress.class_name:
         content["ingressClassName"] = spec.ingress.class_name
@@ -257,6 +260,7 @@ def _ingress(context: Context, spec: api.Gateway) -> tuple[Child, ...]:
         "nginx.ingress.kubernetes.io/proxy-read-timeout": "3600",
         "nginx.ingress.kubernetes.io/proxy-buffering": "off",
         "nginx.ingress.kubernetes.io/proxy-body-size": str(spec.max_body_bytes),  # nginx's own limit is 1m
+        **spec.ingress.annotations,
     }
     return (built,)
 
