@@ -52,10 +52,11 @@ async def goodbye(kube: Kube, context: Context | None, family: Family, now: floa
     if since > LIMIT:
         return await _let_go(kube, body, f"not within {LIMIT:.0f} s")
     step = api.StepSpec(ERASE, "cowest_training.erase", "", (("--store", context.store), ("--what", what)))
-    orders = steps.step_map(context, step)
+    needed = (*steps.accounts(context), steps.step_map(context, step))  # a foreground delete takes children first
     try:
-        if key_of(orders) not in family.children:
-            _note(family, await kube.apply(orders))
+        for each in needed:
+            if key_of(each) not in family.children:
+                _note(family, await kube.apply(each))
         if await _stopped(kube, context, family, since) and await _erased(kube, context, step, family, now):
             return await _let_go(kube, body)
     except KubeError as error:

@@ -299,7 +299,25 @@ def test_what_writes_ends_before_its_artifacts_are_erased_and_no_step_is_waited_
         assert playground.get(f"{WORKFLOWS}/claims-r0-check") is None
         assert playground.get(f"{DEPLOYMENTS}/claims-gateway") is None
         spec = playground.get(f"{WORKFLOWS}/claims-erase")["spec"]
-        assert "synchronization" not in spec and spec["entrypoint"] == "step" and "workflowTemplateRef" not in spec
+        assert "synchronization" not in spec and spec["entrypoint"] == "light" and "workflowTemplateRef" not in spec
+        playground.script.endings = {}
+        playground.wait(lambda: playground.get(f"{JOBS}/claims") is None, "the job to go", 60)
+
+
+def test_the_account_that_a_foreground_delete_took_first_is_made_again_for_the_erasing(playground: Playground) -> None:
+    """The garbage collector deletes children before the job that waits for its finalizer."""
+    account = "/api/v1/namespaces/default/serviceaccounts/claims-steps"
+    role = "/apis/rbac.authorization.k8s.io/v1/namespaces/default/roles/claims-steps"
+    playground.script.endings = {"erase": [{"phase": "Running"}]}
+    with playground.operator():
+        apply(playground, manifest_of("claims", deletionPolicy=DELETED))
+        playground.wait(lambda: bool(playground.job("claims")["metadata"].get("finalizers")), "the finalizer")
+        playground.wait(lambda: playground.get(role) is not None, "the steps' role")
+        playground.server.request("DELETE", f"{JOBS}/claims")
+        for path in (account, role):
+            playground.server.request("DELETE", path)
+        playground.wait(lambda: playground.get(account) is not None, "the account")
+        playground.wait(lambda: playground.get(role) is not None, "the role")
         playground.script.endings = {}
         playground.wait(lambda: playground.get(f"{JOBS}/claims") is None, "the job to go", 60)
 

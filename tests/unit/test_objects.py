@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -206,8 +207,7 @@ def test_the_same_plan_gives_the_same_objects() -> None:
 def test_names_stay_within_their_limits_for_the_longest_job() -> None:
     seen = context(LONGEST)
     for child in everything(seen):
-        name = child["metadata"]["name"]
-        assert len(name) <= (48 if child["kind"] == "InferenceService" else 63), child["kind"]
+        assert len(child["metadata"]["name"]) <= 63, child["kind"]
     last = replace(world.trial(), number=9999)
     step = api.StepSpec(f"r{last.number}-feedback", "cowest_training.feedback", "s3://b/x")
     assert len(steps.workflow_name(seen, step, 99)) <= 63
@@ -219,6 +219,48 @@ def test_a_weak_model_is_named_by_its_digest_and_not_by_its_role() -> None:
     assert as_candidate["metadata"]["name"] == weak.server_name(seen, CANDIDATE.weak_digest)
     assert as_candidate["metadata"]["name"] != weak.server_name(seen, STABLE.weak_digest)
     assert as_candidate["metadata"]["annotations"][weak.DIGEST_ANNOTATION] == CANDIDATE.weak_digest
+
+
+@pytest.mark.parametrize("namespace", ["n", "desks", "n" * 20, "n" * 40])
+def test_a_weak_models_name_leaves_room_for_the_host_and_the_label_that_kserve_makes_of_it(namespace: str) -> None:
+    """<name>-predictor-<namespace> in the host, isvc.<name>-predictor in the label."""
+    names = set()
+    for job in ("claims", LONGEST, LONGEST[:-1] + "b", LONGEST[:-2]):
+        seen = replace(context(job), namespace=namespace)
+        for digest in (STABLE.weak_digest, CANDIDATE.weak_digest):
+            name = weak.server_name(seen, digest)
+            assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name)
+            assert len(f"{name}-predictor-{namespace}") <= 63 and len(f"isvc.{name}-predictor") <= 63
+            names.add(name)
+    assert len(names) == 8
+    assert weak.server_name(context(), "sha256:0123456789ab") == "claims-0123456", "as it was before"
+
+
+@pytest.mark.parametrize(
+    ("said", "requests", "limits"),
+    [
+        pytest.param(None, weak.ASKED, weak.NO_LIMIT, id="nothing"),
+        pytest.param(
+            api.Resources({"cpu": "2", "memory": "4Gi"}), {"cpu": "2", "memory": "4Gi"}, weak.NO_LIMIT, id="requests"
+        ),
+        pytest.param(
+            api.Resources({}, {"cpu": "50m", "nvidia.com/gpu": "1"}),
+            {"cpu": "50m", "memory": "512Mi"},
+            {"cpu": "50m", "memory": "4Ti", "nvidia.com/gpu": "1"},
+            id="a limit is a request too",
+        ),
+    ],
+)
+@pytest.mark.parametrize("engine", ["Transformers", "vLLM"])
+def test_kserve_finds_no_request_and_no_limit_of_a_weak_model_to_fill_in(
+    said: api.Resources | None, requests: dict[str, str], limits: dict[str, str], engine: str
+) -> None:
+    """Its own limits, 1 CPU and 2Gi as it comes, are refused below a request and too little for a model."""
+    seen = context(weak={"engine": engine, "resources": said})
+    (server,) = weak.inference_service(seen, api.ServerSpec("sha256:abc", "s3://b/m"))["spec"]["predictor"][
+        "containers"
+    ]
+    assert server["resources"] == {"requests": requests, "limits": limits}
 
 
 def test_what_kserve_calls_its_mode_is_said_back_to_it() -> None:
@@ -265,6 +307,20 @@ def test_named_lists_are_merged_by_name_and_others_replaced() -> None:
         "containers": [{"name": "a", "image": "x", "args": ["2"]}, {"name": "b"}],
         "tolerations": [{"key": "old"}, {"key": "new"}],
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "over"),
+    [
+        pytest.param("env", ["HF_HOME=/tmp"], id="a variable as a word"),
+        pytest.param("imagePullSecrets", ["regcred"], id="a Secret as a word"),
+        pytest.param("volumes", [{"emptyDir": {}}], id="a volume without a name"),
+        pytest.param("containers", None, id="nothing at all"),
+    ],
+)
+def test_a_named_list_without_names_stands_as_the_manifest_has_it(name: str, over: Any) -> None:
+    """The API server then says what is wrong with it."""
+    assert common.laid_over({name: [{"name": "a"}]}, {name: over}) == {name: over}
 
 
 def test_an_edit_that_no_server_reads_rolls_no_server() -> None:
@@ -652,6 +708,45 @@ def test_an_accelerator_is_held_only_by_steps_that_load_a_model(module: str, has
     assert resources == (GPU if has_gpu else {"requests": {"cpu": "4", "memory": "16Gi"}})
 
 
+def test_erasing_asks_for_no_accelerator_waits_in_no_queue_and_has_no_keys_of_models() -> None:
+    evaluator = Evaluator("Judge", endpoint="http://judge/v1", model="m", api_key_secret_ref=SecretRef("judge", "key"))
+    seen = with_proxy_keys(context(feedback={"evaluator": evaluator}))
+    seen = edited(seen, "strong", caBundleRef={"name": "own-ca", "key": "ca.crt"})
+    labels = {"metadata": {"labels": {steps.QUEUE_LABEL: "gpus", "team": "a"}}}
+    seen = edited(seen, "training", resources=GPU, podTemplate=labels)
+    built = steps.unshared(seen, api.StepSpec("erase", "cowest_training.erase", "", (("--what", "all"),)))
+    (light,) = built["spec"]["templates"]
+    assert built["spec"]["entrypoint"] == light["name"]
+    assert "synchronization" not in built["spec"] and "workflowTemplateRef" not in built["spec"]
+    assert light["container"]["resources"] == {"requests": {"cpu": "4", "memory": "16Gi"}}
+    assert light["metadata"]["labels"]["team"] == "a" and steps.QUEUE_LABEL not in light["metadata"]["labels"]
+    for secret in ("judge", "tools", "own-ca"):
+        assert f'"{secret}"' not in json.dumps(built), secret
+    assert common.STORE_KEYS in {mount["mountPath"] for mount in light["container"]["volumeMounts"]}
+
+
+@pytest.mark.parametrize("signal", ["LateReference", "ShadowReplay"])
+def test_a_watcher_that_replays_both_pairs_has_the_room_of_a_step_that_loads_models(signal: str) -> None:
+    over = {
+        "metadata": {"labels": {"team": "a"}},
+        "spec": {
+            "nodeSelector": {"gpu": "yes"},
+            "containers": [{"name": "main", "env": [{"name": "A", "value": "b"}]}, {"name": "wait", "env": []}],
+            "initContainers": [{"name": "init", "env": []}],
+        },
+    }
+    seen = edited(edited(context(), "training", resources=GPU, podTemplate=over), "canary", signal=signal)
+    (live,) = [c for c in everything(seen) if common.key_of(c) == ("Deployment", "claims-live")]
+    template = live["spec"]["template"]
+    (container,), replays = template["spec"]["containers"], signal == "ShadowReplay"
+    small = {"requests": {"cpu": "50m", "memory": "256Mi"}}
+    assert container["resources"] == (GPU if replays else small)
+    assert ({"name": "A", "value": "b"} in container["env"]) is replays
+    assert ("nodeSelector" in template["spec"]) is ("team" in template["metadata"]["labels"]) is replays
+    assert not template["spec"].get("initContainers"), "Argo's own are in no other pod"
+    assert live["spec"]["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+
+
 def test_shards_draft_and_their_merge_does_not() -> None:
     templates = templates_of(edited(with_shards(2), "training", resources=GPU))
     assert "nvidia.com/gpu" in templates["shard"]["container"]["resources"]["limits"]
@@ -735,3 +830,15 @@ def test_an_ingress_lets_through_what_the_gateway_takes(limit: dict[str, int], s
     seen = context(gateway={"ingress": api.Ingress("answers.example.com"), **limit})
     (ingress,) = [child for child in everything(seen) if child["kind"] == "Ingress"]
     assert ingress["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-body-size"] == str(size)
+
+
+def test_an_ingress_leads_to_what_clients_ask_and_is_told_more_by_annotations() -> None:
+    read, idle = "nginx.ingress.kubernetes.io/proxy-read-timeout", "alb.ingress.kubernetes.io/target-type"
+    spec = api.Ingress("answers.example.com", annotations={read: "60", idle: "ip"})
+    (ingress,) = [child for child in everything(context(gateway={"ingress": spec})) if child["kind"] == "Ingress"]
+    (rule,) = ingress["spec"]["rules"]
+    assert {each["path"]: each["pathType"] for each in rule["http"]["paths"]} == {
+        "/v1": "Prefix",
+        "/openapi.json": "Exact",
+    }
+    assert {"60", "ip"} <= set(ingress["metadata"]["annotations"].values())

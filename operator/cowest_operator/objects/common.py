@@ -207,14 +207,19 @@ def laid_over(base: Any, over: Any, name: str = "") -> Any:
         for key, value in over.items():
             merged[key] = laid_over(merged[key], value, key) if key in merged else deepcopy(value)
         return merged
-    if isinstance(base, list) and isinstance(over, list) and name in _BY_NAME:
-        index = "mountPath" if name == "volumeMounts" else "name"
-        given = {item.get(index): item for item in over}
-        kept = [laid_over(item, given.pop(item.get(index), item)) for item in base]
+    index = "mountPath" if name == "volumeMounts" else "name"
+    if name in _BY_NAME and are_named(base, index) and are_named(over, index):
+        given = {item[index]: item for item in over}
+        kept = [laid_over(item, given.pop(item[index], item)) for item in base]
         return [*kept, *deepcopy(list(given.values()))]
     if isinstance(base, list) and isinstance(over, list) and name == "tolerations":
         return [*base, *deepcopy(over)]
     return deepcopy(over)
+
+
+def are_named(items: Any, index: str = "name") -> bool:
+    """Else what the manifest says stands as it is, and the API server says what is wrong with it."""
+    return isinstance(items, list) and all(isinstance(item, Mapping) and index in item for item in items)
 
 
 def resources(wanted: api.Resources | None, cpu: str, memory: str) -> dict[str, Any]:

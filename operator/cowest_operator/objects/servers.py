@@ -11,7 +11,7 @@ from typing import Any
 from cowest_operator import api
 from cowest_operator.objects import common, ray
 from cowest_operator.objects.common import Child, Context
-from cowest_operator.objects.steps import step_map, step_name
+from cowest_operator.objects.steps import ASKED, MAIN, step_map, step_name, without_executor
 
 BOOK = "/var/lib/cowest/book.sqlite"
 SPOOL_ABOVE = (
@@ -347,16 +347,22 @@ def observer(context: Context) -> tuple[Child, ...]:
 
 
 def live_score(context: Context, step: api.StepSpec, frozen: Mapping[str, Any] | None = None) -> tuple[Child, ...]:
-    """The watcher of one canary step; the next step's takes its place."""
+    """The watcher of one canary step; the next step's takes its place. With ShadowReplay it loads both weak models:
+    its pod is then what `training` says of a step's, and its container has a step's name."""
     name = step_name(context, step)
     tmp_volume, tmp_mount = common.tmp()
     volumes, mounts = common.store_volumes(context)
     asking_volumes, asking_mounts, asking_env = asking_access(context)
+    document = (frozen or context.document)["spec"]
+    pods = api.parse_pods(document.get("training", {}))
+    loads = document.get("canary", {}).get("signal") == "ShadowReplay"
+    resources = common.resources(pods.resources if loads else None, *(ASKED if loads else ("50m", "256Mi")))
     container = common.container(
-        context, "score-live", context.images.training, "cowest_training.pod", ["--step", common.STEP_FOLDER],
+        context, MAIN if loads else "score-live", context.images.training, "cowest_training.pod",
+        ["--step", common.STEP_FOLDER],
         env=[*common.store_env(context), common.env("COWEST_STRONG_URL", f"http://{context.host('proxy')}/v1"),
              common.env("COWEST_STEP", name), *asking_env],
-        resources={"requests": {"cpu": "50m", "memory": "256Mi"}},
+        resources=resources,
         volumeMounts=[{"name": "step", "mountPath": common.STEP_FOLDER, "readOnly": True}, tmp_mount, *mounts,
                       *asking_mounts],
     )  # fmt: skip
@@ -366,8 +372,9 @@ def live_score(context: Context, step: api.StepSpec, frozen: Mapping[str, Any] |
         volumes=[{"name": "step", "configMap": {"name": name}}, tmp_volume, *volumes, *asking_volumes],
     )
     return step_map(context, step, dict(frozen) if frozen else None), _deployment(
-        context, "live", pod, strategy={"type": "Recreate"}, part="score-live"
-    )
+        context, "live", pod, strategy={"type": "Recreate"}, part="score-live",
+        over=without_executor(pods.pod_template) if loads else None,
+    )  # fmt: skip
 
 
 def asking_access(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
@@ -392,6 +399,7 @@ def _deployment(
     replicas: int | None = 1,
     strategy: dict[str, Any] | None = None,
     part: str | None = None,
+    over: api.PodTemplate | None = None,
 ) -> Child:
     part = part or name
     rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
@@ -399,7 +407,7 @@ def _deployment(
         "selector": {"matchLabels": common.selector(context, part)},
         "strategy": strategy or rolling,
         "revisionHistoryLimit": 2,
-        "template": common.template(context, part, pod),
+        "template": common.template(context, part, pod, over),
     }
     if replicas is not None:
         spec["replicas"] = replicas

@@ -7,6 +7,7 @@ sharded   feedback.shards pods side by side, then one that merges what they foun
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from cowest_operator import api
@@ -24,6 +25,7 @@ WITH_MODEL = tuple(
     f"cowest_training.{name}" for name in ("sft", "dpo", "feedback", "evaluate")
 )  # `publish` merges on CPU
 TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
+MAIN, INIT, WAIT = "main", "init", "wait"  # Argo's names: of the container that runs the step, and of its executor's
 ASKED = ("250m", "512Mi")  # CPU and memory of a step where the manifest says none
 # A quota on requests or limits refuses a pod of which one container says none.
 EXECUTOR = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"cpu": "500m", "memory": "256Mi"}}
@@ -83,10 +85,17 @@ def workflow(context: Context, step: api.StepSpec, attempt: int = 1) -> Child:
 
 
 def unshared(context: Context, step: api.StepSpec, attempt: int = 1) -> Child:
-    """The same without mutex and template: it waits for no other, and needs nothing that may be gone."""
-    built, content = workflow(context, step, attempt), _template_spec(context)
+    """A step that loads and asks no model, without mutex, template and queue: it waits for no other, and needs nothing
+    that may be gone."""
+    built, content, light = (
+        workflow(context, step, attempt),
+        _template_spec(context),
+        _light(_step(context, asks=False)),
+    )
     del content["synchronization"]
-    return {**built, "spec": {**content, "arguments": built["spec"]["arguments"]}}
+    light["metadata"]["labels"].pop(QUEUE_LABEL, None)
+    own = {"entrypoint": light["name"], "templates": [light], "arguments": built["spec"]["arguments"]}
+    return {**built, "spec": {**content, **own}}
 
 
 def shards(context: Context) -> int:
@@ -130,16 +139,17 @@ def _with(step: dict[str, Any], name: str, *arguments: str) -> dict[str, Any]:
     return {**step, "name": name, "container": {**container, "args": [*container["args"], *arguments]}}
 
 
-def _template_spec(context: Context) -> dict[str, Any]:
+def _step(context: Context, asks: bool = True) -> dict[str, Any]:
+    """The pod of a step; one that `asks` models has the keys and certificates for that."""
     from cowest_operator.objects.servers import asking_access
 
     document = context.document["spec"].get("training", {})
     pods = api.parse_pods(document)
     tmp_volume, tmp_mount = common.tmp()
     volumes, mounts = common.store_volumes(context)
-    asking_volumes, asking_mounts, asking_env = asking_access(context)
+    asking_volumes, asking_mounts, asking_env = asking_access(context) if asks else ([], [], [])
     container = common.container(
-        context, "main", context.images.training, "cowest_training.pod", ["--step", common.STEP_FOLDER],
+        context, MAIN, context.images.training, "cowest_training.pod", ["--step", common.STEP_FOLDER],
         env=[*common.store_env(context), common.env("COWEST_STRONG_URL", f"http://{context.host('proxy')}/v1"),
              common.env("COWEST_STEP", "{{workflow.parameters.step}}"),
              common.env("TOKENIZERS_PARALLELISM", "false"), *asking_env],
@@ -168,11 +178,26 @@ def _template_spec(context: Context) -> dict[str, Any]:
     }  # fmt: skip
     # Argo's own containers know nothing of the restricted profile, nor of quotas; podTemplate is laid over them too.
     executor: dict[str, Any] = {
-        "initContainers": [{"name": "init", "securityContext": common.restricted(), "resources": EXECUTOR}],
-        "containers": [{"name": "wait", "securityContext": common.restricted(), "resources": EXECUTOR}],
+        "initContainers": [{"name": INIT, "securityContext": common.restricted(), "resources": EXECUTOR}],
+        "containers": [{"name": WAIT, "securityContext": common.restricted(), "resources": EXECUTOR}],
     }
     step["podSpecPatch"] = common.canonical(common.laid_over(executor, over.spec))
-    base = common.pod(context)
+    return step
+
+
+def without_executor(over: api.PodTemplate | None) -> api.PodTemplate | None:
+    """What is laid over a pod that does a step's work and is none of Argo's."""
+    if over is None:
+        return None
+    spec = {
+        key: [each for each in value if each.get("name") not in (INIT, WAIT)] if common.are_named(value) else value
+        for key, value in over.spec.items()
+    }
+    return replace(over, spec=spec)
+
+
+def _template_spec(context: Context) -> dict[str, Any]:
+    step, base = _step(context), common.pod(context)
     return {
         "entrypoint": "step",
         "serviceAccountName": context.name("steps"),

@@ -11,6 +11,7 @@ from typing import Any
 from cowest_operator import api
 from cowest_operator.objects import common
 from cowest_operator.objects.common import Child, Context
+from cowest_serving.contract import digest_of
 
 KSERVE = "serving.kserve.io/v1beta1"
 DIGEST_ANNOTATION = "cowest.dev/model-digest"
@@ -26,9 +27,19 @@ VLLM_ENV = {
 }
 
 
+ASKED = {"cpu": "100m", "memory": "512Mi"}  # where the manifest says nothing
+NO_LIMIT = {"cpu": "256", "memory": "4Ti"}  # more than a node has
+
+
 def server_name(context: Context, digest: str) -> str:
-    """At most 48 characters: KServe makes a label `isvc.<name>-predictor` of it."""
-    return f"{context.job.name}-{common.hex_of(digest, 7)}"
+    """KServe makes a label `isvc.<name>-predictor` of it, and the first part of a host, `<name>-predictor-<namespace>`:
+    63 characters each at most. Where the job's name is too long for that, its beginning and a hash stand for it."""
+    job, room = context.job.name, min(48, 63 - len(f"-predictor-{context.namespace}"))
+    name = f"{job}-{common.hex_of(digest, 7)}"
+    if len(name) <= room:
+        return name
+    short = common.hex_of(digest_of([job, digest]), 10)
+    return f"{job[: max(1, room - len(short) - 1)].rstrip('-')}-{short}"
 
 
 def endpoint(context: Context, digest: str) -> str:
@@ -80,7 +91,7 @@ def inference_service(context: Context, server: api.ServerSpec) -> Child:
 def _server(context: Context, server: api.ServerSpec, weak: api.Weak, tmp_mount: dict[str, Any]) -> dict[str, Any]:
     shared: dict[str, Any] = {
         "ports": [{"name": "http1", "containerPort": common.PORT, "protocol": "TCP"}],
-        "resources": common.resources(weak.resources, "100m", "512Mi"),
+        "resources": _resources(weak.resources),
         "volumeMounts": [{"name": "model", "mountPath": MODEL_FOLDER, "readOnly": True}, tmp_mount],
     }
     if weak.engine == "vLLM":
@@ -97,6 +108,14 @@ def _server(context: Context, server: api.ServerSpec, weak: api.Weak, tmp_mount:
         ["--model", MODEL_FOLDER, "--port", str(common.PORT), "--host", "0.0.0.0", "--name", NAME],
         env=[common.env("COWEST_CACHE", "/tmp/cache")], **shared, **_probes("/readyz"),
     )  # fmt: skip
+
+
+def _resources(said: api.Resources | None) -> dict[str, Any]:
+    """CPU and memory are all said: what is not, KServe fills in, limits too (1 CPU and 2Gi as it comes), and refuses
+    them where a request is above that. It has no word for no limit."""
+    requests, limits = (said.requests, said.limits) if said else ({}, {})
+    as_limited = {name: limits[name] for name in ASKED if name in limits}
+    return {"requests": {**ASKED, **as_limited, **requests}, "limits": {**NO_LIMIT, **limits}}
 
 
 def _probes(path: str) -> dict[str, Any]:
