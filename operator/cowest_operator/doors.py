@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 from urllib.parse import quote
 
 import aiohttp
@@ -11,15 +12,21 @@ import aiohttp
 TIMEOUT = aiohttp.ClientTimeout(total=8, connect=3)
 
 
+Part = Literal["observer", "proxy", "gateway", "weak-model"]
+WHO: Mapping[Part, str] = {
+    "observer": "the observer",
+    "proxy": "the strong-model proxy",
+    "gateway": "the gateway",
+    "weak-model": "the weak-model server",
+}
+
+
 class DoorError(Exception):
     """A pod of ours does not answer, or says that what is behind it is away. One sentence; `part` is whose pod."""
 
-    def __init__(self, part: str, message: str) -> None:
-        super().__init__(f"{_WHO[part]} {message}")
+    def __init__(self, part: Part, message: str) -> None:
+        super().__init__(f"{WHO[part]} {message}")
         self.part = part
-
-
-_WHO = {"observer": "the observer", "proxy": "the strong-model proxy", "weak-model": "the weak-model server"}
 
 
 class Doors:
@@ -39,7 +46,7 @@ class Doors:
         return await self._get(f"{proxy}/v1/spent?round={round_number}", "proxy")
 
     async def readiness(self, gateway: str) -> Any:
-        return await self._get(f"{gateway}/readyz", "the gateway")
+        return await self._get(f"{gateway}/readyz", "gateway")
 
     async def served(self, endpoint: str) -> list[str]:
         """Digests (and names) that a weak-model server says it serves, because it was asked."""
@@ -51,7 +58,7 @@ class Doors:
         if self._session is not None:
             await self._session.close()
 
-    async def _get(self, url: str, part: str) -> Any:
+    async def _get(self, url: str, part: Part) -> Any:
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=TIMEOUT)
         try:

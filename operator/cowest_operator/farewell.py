@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from cowest_operator import api
@@ -38,8 +38,13 @@ async def hold(kube: Kube, body: Mapping[str, Any]) -> None:
         await _finalizer(kube, body, not there)
 
 
-async def goodbye(kube: Kube, context: Context | None, family: Family, now: float | None = None) -> bool:
-    """One look at a job that is being deleted; True when it is let go. `context` is `None` when it cannot be read."""
+async def goodbye(
+    kube: Kube, read: Callable[[], Awaitable[Context | None]], family: Family, now: float | None = None
+) -> bool:
+    """One look at a job that is being deleted; True when it is let go. `read` finds `None` where no manifest is known.
+
+    The limit comes before all that may fail: no delete waits for ever.
+    """
     body, now = family.job, time.time() if now is None else now
     assert body is not None
     if FINALIZER not in (body["metadata"].get("finalizers") or []):
@@ -47,10 +52,11 @@ async def goodbye(kube: Kube, context: Context | None, family: Family, now: floa
     what, since = wanted(body["spec"]), now - epoch(body["metadata"]["deletionTimestamp"])
     if what is None:
         return await _let_go(kube, body)
-    if context is None or context.job.spec.object_store is None:
-        return await _let_go(kube, body, "its manifest does not say where they are")
     if since > LIMIT:
         return await _let_go(kube, body, f"not within {LIMIT:.0f} s")
+    context = await read()
+    if context is None or context.job.spec.object_store is None:
+        return await _let_go(kube, body, "its manifest does not say where they are")
     step = api.StepSpec(ERASE, "cowest_training.erase", "", (("--store", context.store), ("--what", what)))
     needed = (*steps.accounts(context), steps.step_map(context, step))  # a foreground delete takes children first
     try:

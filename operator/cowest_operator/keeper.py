@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import random
 import time
-from contextvars import Context
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from cowest_operator import api, farewell, reconcile, story
 from cowest_operator.apply import Applier, JobGoneError, OvertakenError
 from cowest_operator.kube import PLURALS, KubeError
 from cowest_operator.metrics import Metrics
-from cowest_operator.objects.common import JOB_LABEL
+from cowest_operator.objects.common import JOB_LABEL, Context
 from cowest_operator.observe import HoldError, Memory, Observer
 from cowest_operator.watched import Family, Key, Watched
 
@@ -48,7 +48,7 @@ class Keeper:
         task = self._tasks.get(key)
         if task is None or task.done():
             # In a context of its own: kopf's would keep the whole body of this event for as long as the job lives.
-            self._tasks[key] = asyncio.create_task(self._keep(key), context=Context())
+            self._tasks[key] = asyncio.create_task(self._keep(key), context=contextvars.Context())
 
     def forget(self, key: Key) -> None:
         """The job is gone; its children go with it by their owner references."""
@@ -179,11 +179,14 @@ class Keeper:
                 raise
 
     async def _goodbye(self, family: Family, memory: Memory) -> float:
-        """Nothing is decided any more."""
-        try:
-            context = (await self.observer.world(family, memory)).context
-        except HoldError:
-            context = None
+        """Nothing is decided any more, and no pod that may be gone is asked."""
+
+        async def context() -> Context | None:
+            try:
+                return await self.observer.context(family, memory)
+            except HoldError:
+                return None
+
         gone = await farewell.goodbye(self.applier.kube, context, family)
         return IDLE if gone else LIVE
 

@@ -159,6 +159,11 @@ class Observer:
         looked = _Look(self, context, family, memory, status, now)
         return await looked.world(trouble, stopped)
 
+    async def context(self, family: Family, memory: Memory) -> Context:
+        """The job as it is followed; none of its pods is asked. Raises as `world` does."""
+        context, _, _ = await self._context(family, memory)
+        return context
+
     async def _context(self, family: Family, memory: Memory) -> tuple[Context, api.Trouble | None, bool]:
         """The job as it is followed, what is wrong with its manifest, and whether that stops it altogether."""
         assert family.job is not None

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from cowest_operator import api, manifest, reconcile, story
-from cowest_operator.doors import DoorError, Doors
+from cowest_operator.doors import DoorError, Doors, Part
 from cowest_operator.kube import Kube
 from cowest_operator.observe import HoldError, Memory, Observed, Observer
 from cowest_operator.platform import Discovery, Platform
@@ -42,7 +42,7 @@ class ScriptedDoors(Doors):
         self.asked: list[str] = []
         self.together = 0
 
-    async def _get(self, url: str, part: str) -> Any:
+    async def _get(self, url: str, part: Part) -> Any:
         self.asked.append(url)
         before = len(self.asked)
         for _ in range(5):
@@ -96,11 +96,13 @@ class Desk:
         """The manifest as it is declared now, prompts resolved."""
         self.has("ConfigMap", f"r{number}", data={"job.json": json.dumps(self.look().context.document)})
 
-    def look(self) -> Observed:
+    def observer(self) -> Observer:
         discovery = Discovery(cast(Kube, self.maps))
         discovery.now = Platform(has_kserve=True, has_argo=True)
-        observer = Observer(cast(Kube, self.maps), self.doors, SETTINGS, discovery)
-        return asyncio.run(observer.world(self.family, self.memory, NOW))
+        return Observer(cast(Kube, self.maps), self.doors, SETTINGS, discovery)
+
+    def look(self) -> Observed:
+        return asyncio.run(self.observer().world(self.family, self.memory, NOW))
 
     def troubles(self) -> list[str]:
         return [trouble.reason for trouble in self.look().world.troubles or ()]
@@ -125,6 +127,14 @@ def test_when_the_door_opens_the_trouble_is_over() -> None:
     assert desk.troubles() == [api.REASON_PROXY_AWAY]
     desk.doors.shut, desk.memory.asked = set(), {}
     assert desk.troubles() == []
+
+
+def test_a_gateway_that_is_made_and_does_not_answer_ends_no_look() -> None:
+    desk = Desk(w.SERVED)
+    desk.has("Deployment", "gateway", status={"availableReplicas": 1})
+    desk.doors.shut = {"gateway"}
+    assert desk.look().world.gateway.ready
+    assert any(url.endswith("/readyz") for url in desk.doors.asked)
 
 
 def test_an_observer_that_speaks_of_a_proxy_is_the_observer_all_the_same() -> None:
