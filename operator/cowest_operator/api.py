@@ -105,6 +105,8 @@ REASON_STRONG_FAILS = "StrongEndpointFails"
 REASON_PODS_FAIL = "PodsFail"
 REASON_SERVER_FAILS = "WeakServerFails"
 REASON_API_REFUSED = "ApiServerRefused"
+REASON_STATE_UNREADABLE = "StateUnreadable"
+REASON_OPERATOR_FAILS = "OperatorFails"  # a fault of ours; its log has more
 
 Standing = Literal["Passed", "Chosen", "NotPassed"]  # of a stable pair: by the gates, by a person, or not at all
 Decision = Literal["Promoted", "Refused", "RolledBack"]

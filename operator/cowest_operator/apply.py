@@ -104,25 +104,25 @@ class Applier:
     async def _routing(self, context: Context, routing: Routing, family: Family) -> None:
         """Its version grows with its content, so that two gateways can say which is newer."""
         known = family.children.get(("ConfigMap", context.name("routing")))
-        text = known.facts.get("routing") if known else None
-        before = json.loads(text) if text else {"version": await self._version_before(context, family)}
-        content = dump(routing)
-        if text and {**before, "version": 0} == {**content, "version": 0}:
+        before = _routing_of(known)
+        if before is not None and {**before, "version": 0} == {**dump(routing), "version": 0}:
             return
-        child = builders.routing_map(context, replace(routing, version=int(before["version"]) + 1))
+        version = before["version"] if before is not None else await self._version_before(context, family)
+        child = builders.routing_map(context, replace(routing, version=version + 1))
         self._note(family, await self._put(child))
 
     async def _version_before(self, context: Context, family: Family) -> int:
         """Of the routing where the job has none of its own: pods of a job of this name may still follow an older one.
 
-        One that was deleted had a version that nobody knows any more. It counted from 1, so the clock is ahead of it.
+        One that was deleted, or edited into something else, had a version that nobody knows any more. It counted from
+        1, so the clock is ahead of it.
         """
         found = await self.kube.get("ConfigMap", context.namespace, context.name("routing"))
-        left = see("ConfigMap", found).facts.get("routing") if found else None
-        if left:
-            return int(json.loads(left)["version"])
+        left = see("ConfigMap", found) if found else None
+        if (before := _routing_of(left)) is not None:
+            return int(before["version"])
         is_new = "state" not in ((family.job or {}).get("status") or {})
-        return 0 if is_new else int(time.time())
+        return 0 if is_new and left is None else int(time.time())
 
     async def _freeze(self, context: Context, trial: api.Trial | None, family: Family) -> None:
         if trial is not None and ("ConfigMap", builders.frozen_name(context, trial)) not in family.children:
@@ -325,6 +325,15 @@ def _standing_still(plan: api.Plan, seen: Observed) -> api.Plan:
 def _of(context: Context) -> dict[str, str]:
     """What a line of the log carries, to be found by."""
     return {"job": f"{context.namespace}/{context.job.name}"}
+
+
+def _routing_of(seen: Seen | None) -> dict[str, Any] | None:
+    """None where there is none, or a hand made it something else."""
+    try:
+        told = json.loads(seen.facts["routing"]) if seen is not None else None
+    except (KeyError, ValueError, RecursionError):
+        return None
+    return told if isinstance(told, dict) and type(told.get("version")) is int else None
 
 
 def _active(workflow: Seen) -> bool:

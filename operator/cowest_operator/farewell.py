@@ -14,7 +14,7 @@ from cowest_operator import api
 from cowest_operator.kube import Kube, KubeError
 from cowest_operator.objects import ray, steps
 from cowest_operator.objects.common import Child, Context, key_of
-from cowest_operator.watched import ACTIVE, Family, Seen, epoch, see
+from cowest_operator.watched import ACTIVE, Family, Seen, epoch, retry_after, see
 
 log = logging.getLogger("cowest.farewell")
 
@@ -92,7 +92,7 @@ async def _erased(kube: Kube, context: Context, step: api.StepSpec, family: Fami
         await _begin(kube, steps.unshared(context, step), family)
         return False
     last = attempts[-1].facts
-    if last["phase"] in ("Failed", "Error") and now > last["finished"] + min(5.0 * 2 ** last["attempt"], LONGEST_WAIT):
+    if last["phase"] in ("Failed", "Error") and now > last["finished"] + retry_after(last["attempt"], LONGEST_WAIT):
         log.warning("%s: erasing failed: %s; again", context.job.name, last["words"] or last["message"])
         await _begin(kube, steps.unshared(context, step, last["attempt"] + 1), family)
     return bool(last["phase"] == "Succeeded")

@@ -86,11 +86,12 @@ class Keeper:
                 again = min(2.0 ** min(failures, 10), LONGEST_BACKOFF)
                 self.metrics.failed("api_server")
                 log.warning("%s/%s: %s; again in %.0f s", *key, error, again, extra=_of(key))
-            except Exception:  # a bug in one job must not end the others
+            except Exception as error:  # a bug in one job must not end the others
                 failures += 1
                 again = min(2.0 ** min(failures, 10), LONGEST_BACKOFF)
                 self.metrics.failed("bug")
                 log.exception("%s/%s: reconciling failed; again in %.0f s", *key, again, extra=_of(key))
+                await self._confess(key, memory, error)
             if again:
                 try:
                     await asyncio.wait_for(wake.wait(), again * random.uniform(0.9, 1.1))
@@ -190,14 +191,26 @@ class Keeper:
         gone = await farewell.goodbye(self.applier.kube, context, family)
         return IDLE if gone else LIVE
 
+    async def _confess(self, key: Key, memory: Memory, error: Exception) -> None:
+        """Whoever looks at the job sees that a look at it has failed, not only who reads the log."""
+        words = f"{type(error).__name__}: {error}"[:600].rstrip(". ")
+        message = (
+            f"the operator's look at this job ended early: {words}. What is served stays served, and nothing is"
+            " decided. It looks again by itself; its log has the whole of it."
+        )
+        try:
+            await self._hold(key, memory, api.Trouble(api.REASON_OPERATOR_FAILS, " ".join(message.split())))
+        except Exception as second:
+            log.warning("%s/%s: nor can its status say so: %s", *key, second, extra=_of(key))
+
     async def _hold(self, key: Key, memory: Memory, trouble: api.Trouble) -> None:
         """Nothing can be decided, and no manifest before this one is known; say so and leave everything as it is."""
         family = self.watched.families[key]
         assert family.job is not None
-        before = story.read(family.job.get("status"))
+        said = story.said(family.job.get("status"))
         generation = int(family.job["metadata"]["generation"])
-        kept = tuple(c for c in before.conditions if c.type not in (api.DEGRADED, api.ROUND_PROGRESSING))
-        known = {c.type: c for c in before.conditions}
+        kept = tuple(c for c in said if c.type not in (api.DEGRADED, api.ROUND_PROGRESSING))
+        known = {c.type: c for c in said}
 
         def condition(kind: str, value: str) -> api.Condition:
             old = known.get(kind)
@@ -206,6 +219,7 @@ class Keeper:
             return api.Condition(kind, as_status, trouble.reason, trouble.message, generation, since)  # type: ignore[arg-type]
 
         conditions = (*kept, condition(api.ROUND_PROGRESSING, "False"), condition(api.DEGRADED, "True"))
+        self.metrics.held(key, conditions)
         new = dict(family.job.get("status") or {})
         new |= {"conditions": story.conditions(conditions), "observedGeneration": generation}
         if story.transition(new) == story.transition(memory.written or family.job.get("status") or {}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from cowest_operator import api
@@ -14,8 +15,8 @@ class _Job(NamedTuple):
     """Of a job only what is shown: a thousand whole statuses would be 9 MB."""
 
     conditions: tuple[tuple[str, str, int], ...]  # (type, reason, is it True)
-    rounds: int
-    calls: int
+    rounds: int | None = None  # None: they were not counted yet
+    calls: int | None = None
 
 
 class Metrics:
@@ -34,8 +35,11 @@ class Metrics:
         for bound in BUCKETS:
             if seconds <= bound:
                 self._seconds[bound] += 1
-        conditions = tuple((c.type, c.reason, int(c.status == "True")) for c in status.conditions)
-        self._jobs[key] = _Job(conditions, status.tuned_rounds, status.budget.calls)
+        self._jobs[key] = _Job(_shown(status.conditions), status.tuned_rounds, status.budget.calls)
+
+    def held(self, key: tuple[str, str], conditions: Iterable[api.Condition]) -> None:
+        """A look that decided nothing, and why."""
+        self._jobs[key] = self._jobs.get(key, _Job(()))._replace(conditions=_shown(conditions))
 
     def failed(self, why: str) -> None:
         self._failures[why] += 1
@@ -77,10 +81,14 @@ class Metrics:
             "# HELP cowest_job_rounds_total Rounds tuned so far.",
             "# TYPE cowest_job_rounds_total counter",
             *(f'cowest_job_rounds_total{{namespace="{n}",job="{j}"}} {s.rounds}' for (n, j), s in
-              sorted(self._jobs.items())),
+              sorted(self._jobs.items()) if s.rounds is not None),
             "# HELP cowest_job_strong_calls_total Calls of the strong model that steps have paid for.",
             "# TYPE cowest_job_strong_calls_total counter",
             *(f'cowest_job_strong_calls_total{{namespace="{n}",job="{j}"}} {s.calls}' for (n, j), s in
-              sorted(self._jobs.items())),
+              sorted(self._jobs.items()) if s.calls is not None),
         ]  # fmt: skip
         return lines
+
+
+def _shown(conditions: Iterable[api.Condition]) -> tuple[tuple[str, str, int], ...]:
+    return tuple((c.type, c.reason, int(c.status == "True")) for c in conditions)

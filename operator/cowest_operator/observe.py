@@ -19,7 +19,7 @@ from cowest_operator.objects.common import Context
 from cowest_operator.objects.desired import followed, frozen_name, waiting
 from cowest_operator.platform import Discovery, troubles
 from cowest_operator.settings import Settings
-from cowest_operator.watched import ACTIVE, Family, Seen
+from cowest_operator.watched import ACTIVE, Family, Seen, retry_after
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import SettingsError
 from cowest_training.contract import (
@@ -44,7 +44,7 @@ LONGEST_RETRY = 600.0
 
 
 class HoldError(Exception):
-    """The manifest cannot be read as one, and none before it is known; nothing is decided."""
+    """Nothing is decided: the manifest cannot be read as one, and none before it is known; nor can a foreign state."""
 
     def __init__(self, trouble: api.Trouble) -> None:
         super().__init__(trouble.message)
@@ -331,7 +331,7 @@ class _Look:
             return await self._succeeded(trial, name)
         code = EXIT_RETRY if facts["code"] is None or str(facts["code"]) in steps.RETRY_CODES else int(facts["code"])
         words = facts["words"] or facts["message"] or "it failed"
-        again = facts["finished"] + min(5.0 * 2 ** facts["attempt"], LONGEST_RETRY)
+        again = facts["finished"] + retry_after(facts["attempt"], LONGEST_RETRY)
         if self.now >= again or facts["generation"] != self.context.job.generation:
             self.submit[name] = facts["attempt"] + 1
             return None
@@ -567,7 +567,10 @@ def _status(body: Mapping[str, Any], memory: Memory) -> api.Status:
     """What was decided so far: by our own last write, or by whoever wrote after it."""
     version = int(body["metadata"]["resourceVersion"])
     if memory.state is None or version > memory.version:
-        memory.state, memory.version = story.read(body.get("status")), version
+        try:
+            memory.state, memory.version = story.read(body.get("status")), version
+        except SettingsError as error:
+            raise HoldError(api.Trouble(api.REASON_STATE_UNREADABLE, _sentence(str(error)))) from error
         memory.written = body.get("status") or {}
     return memory.state
 

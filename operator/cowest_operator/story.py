@@ -8,19 +8,31 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from cowest_operator import api
-from cowest_serving.contract import Pair, dump, parse
+from cowest_operator import api, manifest
+from cowest_operator.schema import Schema
+from cowest_serving.contract import Pair, SettingsError, dump, parse
 
-MESSAGE_LIMIT = 4096
+LONGEST = 4096  # characters of a text, where the schema lets it be longer
 
 
 def read(status: Mapping[str, Any] | None) -> api.Status:
-    """The heart's status out of the job's; the conditions are those that people see."""
+    """The heart's status out of the job's; the conditions are those that people see. Raises `SettingsError`."""
     if not status or "state" not in status:
         return api.Status()
-    state = parse(api.Status, status["state"], "status.state")
-    said = tuple(_read_condition(c) for c in status.get("conditions") or [])
-    return replace(state, conditions=said, last_transition=str(status.get("lastTransition") or ""))
+    try:
+        state = parse(api.Status, status["state"], "status.state")
+    except (ValueError, TypeError, AttributeError) as error:
+        why = str(error) if isinstance(error, SettingsError) else f"status.state: {error}"
+        raise SettingsError(
+            f"{why}. What was decided so far cannot be read: was it edited by hand, or written by another version of"
+            " CoWest? Put it back as it was, or run that version; nothing is decided until then."
+        ) from error
+    return replace(state, conditions=said(status), last_transition=str(status.get("lastTransition") or ""))
+
+
+def said(status: Mapping[str, Any] | None) -> tuple[api.Condition, ...]:
+    """The conditions that people see."""
+    return tuple(_read_condition(c) for c in (status or {}).get("conditions") or [])
 
 
 def _read_condition(seen: Mapping[str, Any]) -> api.Condition:
@@ -38,14 +50,28 @@ def written(status: api.Status, plan: api.Plan, traces: api.TraceCounts, generat
         "traffic": _traffic(status, plan),
         "traces": trace_counts(traces),
         "budget": _budget(status.budget),
-        "lastTransition": status.last_transition[:MESSAGE_LIMIT],
+        "lastTransition": status.last_transition,
         "state": _state(status),
     }
     if status.stable:
         story["stable"] = _stable(status, status.stable)
     if status.candidate:
         story["candidate"] = _candidate(status.candidate)
-    return story
+    cut: dict[str, Any] = _cut(manifest.field_schema("status"), story)
+    return cut
+
+
+def _cut(schema: Schema, value: Any) -> Any:
+    """No text longer than the schema allows: one that is would make the API server refuse the whole status, and each
+    one after it. `state` has no limits of its own."""
+    if isinstance(value, str):
+        limit = min(schema.get("maxLength", LONGEST), LONGEST) if schema else len(value)
+        return value if len(value) <= limit else value[: limit - 1] + "…"
+    if isinstance(value, list):
+        return [_cut(schema.get("items", {}), item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _cut(schema.get("properties", {}).get(name, {}), item) for name, item in value.items()}
+    return value
 
 
 def transition(story: Mapping[str, Any]) -> Any:
@@ -63,7 +89,8 @@ def _state(status: api.Status) -> dict[str, Any]:
 
 
 def conditions(values: Iterable[api.Condition]) -> list[dict[str, Any]]:
-    return [_condition(condition) for condition in values]
+    said: list[dict[str, Any]] = _cut(manifest.field_schema("status.conditions"), [_condition(each) for each in values])
+    return said
 
 
 def _condition(condition: api.Condition) -> dict[str, Any]:
@@ -71,7 +98,7 @@ def _condition(condition: api.Condition) -> dict[str, Any]:
         "type": condition.type,
         "status": condition.status,
         "reason": condition.reason,
-        "message": condition.message[:MESSAGE_LIMIT],
+        "message": condition.message,
         "observedGeneration": condition.observed_generation,
         "lastTransitionTime": _time(condition.last_transition),
     }
@@ -120,7 +147,7 @@ def _round(outcome: api.Outcome) -> dict[str, Any]:
         "origin": outcome.origin,
         "decision": outcome.decision,
         "reason": outcome.reason,
-        "message": outcome.message[:MESSAGE_LIMIT],
+        "message": outcome.message,
         "pairs": outcome.pairs,
         "pValue": _decimal(outcome.p_value),
         "difference": _decimal(outcome.difference),
@@ -129,10 +156,10 @@ def _round(outcome: api.Outcome) -> dict[str, Any]:
         "liveAnswers": outcome.live_answers,
         "pair": outcome.pair or None,
         "dataset": outcome.dataset,
-        "note": outcome.note[:MESSAGE_LIMIT] or None,
+        "note": outcome.note or None,
         "by": outcome.by,
         "proposedBy": outcome.proposed_by,
-        "proposedWhy": (outcome.proposed_why or "")[:MESSAGE_LIMIT] or None,
+        "proposedWhy": outcome.proposed_why or None,
         "startedAt": _time(outcome.started_at),
         "endedAt": _time(outcome.ended_at),
     }

@@ -246,11 +246,17 @@ def _workflow(body: Mapping[str, Any]) -> dict[str, Any]:
         "code": code,
         "words": words,
         "step": labels.get(STEP_LABEL, ""),
-        "attempt": int(labels.get(ATTEMPT_LABEL, "1")),
-        "generation": int(labels.get(GENERATION_LABEL, "0")),
+        "attempt": _number(labels.get(ATTEMPT_LABEL), 1),
+        "generation": _number(labels.get(GENERATION_LABEL), 0),
         "template": ((body.get("spec") or {}).get("workflowTemplateRef") or {}).get("name", ""),
         "waits": _waits(status),
     }
+
+
+def _number(text: Any, default: int) -> int:
+    """Of a label, which anybody may write: what is no number is as if it were not there."""
+    digits = str(text)
+    return int(digits) if digits.isascii() and digits.isdigit() else default
 
 
 def _exit(status: Mapping[str, Any]) -> tuple[int | None, str]:
@@ -358,7 +364,13 @@ _FACTS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 
 
 def epoch(text: Any) -> float:
-    """Seconds since 1970 of a Kubernetes time; 0 when there is none."""
-    if not text:
+    """Seconds since 1970 of a Kubernetes time; 0 when there is none, or it is none."""
+    try:
+        return datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError):
         return 0.0
-    return datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp()
+
+
+def retry_after(attempt: int, longest: float) -> float:
+    """Seconds between the end of an attempt and the next one."""
+    return min(5.0 * 2.0 ** min(max(attempt, 1), 10), longest)

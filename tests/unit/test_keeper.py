@@ -7,11 +7,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 from cowest_operator import api
-from cowest_operator.apply import JobGoneError
+from cowest_operator.apply import Applier, JobGoneError
 from cowest_operator.keeper import Keeper
+from cowest_operator.kube import Kube
 from cowest_operator.metrics import Metrics
-from cowest_operator.observe import Memory
+from cowest_operator.observe import Memory, Observer
 from cowest_operator.watched import Key, Watched
+from tests import world as w
+from tests.kube_in_memory import KubeInMemory
+from tests.unit.test_look import Desk
 
 KEY = ("desks", "claims")
 
@@ -82,3 +86,63 @@ def test_after_its_end_a_keeper_looks_at_nothing() -> None:
         await asyncio.sleep(0)
 
     assert len(kept(Noting(), closed)) == 1
+
+
+# ---------------------------------------------------------------- what ends a look
+def keeper_of(desk: Desk, server: KubeInMemory) -> Keeper:
+    keeper = Keeper(Watched(), desk.observer(), Applier(cast(Kube, server)), Metrics())
+    keeper.watched.families[KEY] = desk.family
+    return keeper
+
+
+async def one_look(keeper: Keeper, server: KubeInMemory) -> dict[str, Any]:
+    """The job's conditions after it, by their types."""
+    keeper.wake(KEY)
+    await until(lambda: any(verb == "status" for verb, _, _ in server.writes))
+    await keeper.close()
+    status = server.objects["CollaborationJob", *KEY]["status"]
+    return {condition["type"]: condition for condition in status["conditions"]}
+
+
+def desk_and_server(**edits: Any) -> tuple[Desk, KubeInMemory]:
+    desk = Desk(w.SERVED, **edits)
+    assert desk.family.job is not None
+    return desk, KubeInMemory(desk.family.job)
+
+
+class Broken(Observer):
+    async def world(self, *_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("float division by zero")
+
+
+async def test_a_fault_of_ours_stands_in_the_status_and_not_in_the_log_alone() -> None:
+    desk, server = desk_and_server()
+
+    keeper = keeper_of(desk, server)
+    keeper.observer = Broken(keeper.observer.kube, desk.doors, keeper.observer.settings, keeper.observer.discovery)
+    degraded = (await one_look(keeper, server))[api.DEGRADED]
+    assert (degraded["status"], degraded["reason"]) == ("True", api.REASON_OPERATOR_FAILS)
+    assert "ZeroDivisionError: float division by zero" in degraded["message"]
+
+
+async def test_a_state_that_cannot_be_read_holds_the_job_and_says_so() -> None:
+    desk, server = desk_and_server()
+    assert desk.family.job is not None
+    desk.family.job["status"]["state"]["trials"] = "two"
+    keeper = keeper_of(desk, server)
+    degraded = (await one_look(keeper, server))[api.DEGRADED]
+    assert (degraded["status"], degraded["reason"]) == ("True", api.REASON_STATE_UNREADABLE)
+    assert "wanted a whole number, saw 'two'" in degraded["message"]
+    assert server.objects["CollaborationJob", *KEY]["status"]["state"]["trials"] == "two", "it is left as it is"
+    said = 'cowest_job_condition{namespace="desks",job="claims",type="Degraded",reason="StateUnreadable"} 1'
+    assert said in keeper.metrics.text().splitlines()
+
+
+async def test_a_job_that_is_held_is_in_the_metrics_though_its_status_says_so_already() -> None:
+    desk, server = desk_and_server(**{"collaboration.promptsConfigMapRef": {"name": "words"}})
+    await one_look(keeper_of(desk, server), server)
+    desk.family.job = server.objects["CollaborationJob", *KEY]
+    anew = keeper_of(desk, server)
+    await anew.turn(KEY, Memory("u"))
+    assert 'type="Degraded",reason="ConfigMapMissing"} 1' in anew.metrics.text()
+    assert "cowest_job_rounds_total{" not in anew.metrics.text(), "nobody has counted them yet"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cowest_operator.watched import Watched, see, shared
+from cowest_operator.watched import Watched, retry_after, see, shared
 
 
 def body(kind: str = "Deployment", version: str = "5", generation: int | None = 1, **more: Any) -> dict[str, Any]:
@@ -88,6 +88,19 @@ def test_a_pod_that_was_never_made_has_no_exit_code_but_words() -> None:
     nodes = {"one": {"type": "Pod", "finishedAt": "2026-01-01T00:00:01Z", "message": "pods is forbidden"}}
     facts = see("Workflow", body("Workflow", status={"phase": "Error", "nodes": nodes})).facts
     assert (facts["code"], facts["words"]) == (None, "pods is forbidden")
+
+
+@pytest.mark.parametrize(
+    ("label", "attempt"), [("two", 1), ("-3", 1), ("²", 1), ("", 1), ("7", 7)], ids=["a word", "less", "²", "none", "7"]
+)
+def test_a_label_that_a_hand_made_no_number_is_as_if_it_were_not_there(label: str, attempt: int) -> None:
+    labels = {"cowest.dev/attempt": label, "cowest.dev/generation": label}
+    facts = see("Workflow", body("Workflow", labels=labels, status={"phase": "Failed", "finishedAt": "soon"})).facts
+    assert (facts["attempt"], facts["finished"]) == (attempt, 0.0)
+
+
+def test_the_wait_between_two_attempts_has_an_end_whatever_their_number() -> None:
+    assert [retry_after(attempt, 600.0) for attempt in (1, 2, 10, 1024, 10**30)] == [10.0, 20.0, 600.0, 600.0, 600.0]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ from cowest_training.data import refuse
 
 DEFAULT_TIMEOUT_SECONDS = 60
 DEFAULT_RELATIVE_TOLERANCE = 1e-6
+SHOWN = 12  # choices that a sentence lists
 TRIES = 3  # of a judge that gives no verdict
 SCORER_RETRIES = 6  # of a scorer that is away or overloaded, as for models
 SCORER_CONCURRENCY = 8  # a scorer may well have one thread: more at once would only wait in its queue
@@ -231,7 +232,9 @@ def reference_problem(settings: Evaluator, reference: str) -> str | None:
 def wanted_reference(settings: Evaluator) -> str:
     """What a reference has to be, in words."""
     if settings.type == "Choice":
-        return f"one of the choices {', '.join(settings.choices or ())}"
+        choices = settings.choices or ()
+        more = f" and {len(choices) - SHOWN} more" if len(choices) > SHOWN else ""
+        return f"one of the choices {', '.join(choices[:SHOWN])}{more}"
     return "a number" if settings.type == "Numeric" else "a reference"
 
 
