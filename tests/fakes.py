@@ -29,6 +29,12 @@ from typing import Any, Self
 
 from aiohttp import web
 
+# What OpenAI says of a parameter that a model does not take.
+ONLY_DEFAULT = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported."
+OTHER_LIMIT = (
+    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+)
+
 
 @dataclass(frozen=True)
 class Fault:

@@ -14,7 +14,7 @@ says which endpoint, what was seen and what to do:
       BadRequest            any other 4xx, a redirect, a bad address
 
 Models differ in the parameters that they take (some no temperature, some only `max_completion_tokens`). One that the
-endpoint says it does not take is left out, or called by its other name, from then on, and the call goes on.
+endpoint says it does not take is left out, or called by its other name, and the call goes on; see `parameters`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ import orjson
 from cowest_serving.contract import HEADER_IDEMPOTENCY, Messages
 from cowest_serving.ids import new_id
 from cowest_serving.key_pool import Key, KeyPool
+from cowest_serving.parameters import NotTaken, refused_parameter, without
 from cowest_serving.places import Places
 from cowest_serving.wire import NoAddress, Response, TooMuch, Untrusted, Wire, WireError
 
@@ -177,7 +178,7 @@ class HttpChatModel:
             max_concurrency, self._patience, self._crowded
         )  # how many calls may be under way: learned from 429s
         self._wire: Wire | None = None
-        self._not_taken: dict[str, str] = {}  # parameter -> its other name, "" where it has none
+        self._not_taken = NotTaken()
 
     async def __aenter__(self) -> Self:
         return self
@@ -262,8 +263,10 @@ class HttpChatModel:
         """A response with status 2xx and, when `read`, its parsed body; tried again while that may help."""
         attempt, keys_left, has_hung = 0, len(self.keys) - 1, False
         while True:
+        refused: dict[str, str] = {}  # parameters that this call does without
             used, number = await self._key(give_up_at), self._places.attempt()
-            sent = _without(body, self._not_taken) if self._not_taken else body
+            not_taken = {**self._not_taken.known(), **refused}
+            sent = without(body, not_taken) if not_taken else body
             if on_wire is not None:
                 on_wire(True)
             try:
@@ -274,7 +277,9 @@ class HttpChatModel:
                 if on_wire is not None:
                     has_hung = has_hung or isinstance(error, DeadlineExceeded)
                     on_wire(has_hung)  # what hung may be answered, and paid, all the same
-                if error.parameter in sent and self._can_do_without(error):
+                # A limit that was called by its other name stays: without it answers cost.
+                if error.parameter in sent and error.parameter not in not_taken.values():
+                    refused[error.parameter] = self._do_without(error.parameter, body)
                     continue  # at once, and no more than once a parameter: the next call does not have it
                 if isinstance(error, Unauthorized | RateLimited) and self._has_another_key(used, error, keys_left):
                     keys_left -= 1
@@ -321,13 +326,10 @@ class HttpChatModel:
         """Seconds that a call waits for a place; None: without an end, as steps do, which make all their calls."""
         return None
 
-    def _can_do_without(self, error: ModelError) -> bool:
-        """Remembers the parameter that was refused. A limit that has no other name stays: without it answers cost."""
-        name = error.parameter
-        if name in self._not_taken.values():
-            return False
-        if name not in self._not_taken:
-            other = self._not_taken[name] = _OTHER_NAMES.get(name, "")
+    def _do_without(self, name: str, body: Mapping[str, Any]) -> str:
+        """Note that the endpoint does not take a parameter. Its other name, "" where it has none."""
+        other, is_news = self._not_taken.learn(name, body)
+        if is_news:
             instead = f"is sent as `{other}`" if other else "is left out, which may change its answers"
             log.warning("%s does not take `%s` for %s: from now on it %s.", self.endpoint, name, self.model, instead)
         return True
@@ -431,36 +433,6 @@ def _duration(text: str) -> float | None:
     if not parts or "".join(number + unit for number, unit in parts) != text.strip():
         return None
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
-
-
-# ---------------------------------------------------------------- parameters that a model does not take
-_OTHER_NAMES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
-_OPTIONAL = (
-    *("temperature", "top_p", "seed", "logprobs", "top_logprobs", "stream_options"),
-    *("presence_penalty", "frequency_penalty", *_OTHER_NAMES),
-)
-# Never a value out of its range, which is its caller's fault and no other's.
-_NOT_TAKEN = re.compile(
-    "unsupported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|deprecated|only the default",
-    re.IGNORECASE,
-)
-
-
-def refused_parameter(status: int, error: Mapping[str, Any]) -> str:
-    """The parameter that an error object says this model does not take, "" where it says something else."""
-    said = f"{error.get('message')} {error.get('code')}"
-    if status not in (400, 422) or not _NOT_TAKEN.search(said):
-        return ""
-    named = [str(error.get("param") or ""), *re.findall(r"\w+", said)]
-    return next((name for name in named if name in _OPTIONAL), "")
-
-
-def _without(body: Mapping[str, Any], not_taken: Mapping[str, str]) -> dict[str, Any]:
-    sent = {name: value for name, value in body.items() if name not in not_taken}
-    renamed = {other: body[name] for name, other in not_taken.items() if other and name in body}
-    if "logprobs" in not_taken:
-        sent.pop("top_logprobs", None)
-    return {**renamed, **sent}
 
 
 # ---------------------------------------------------------------- reading answers

@@ -23,10 +23,9 @@ from cowest_serving.models import (
     Unauthorized,
     limit_reset,
     next_wait,
-    refused_parameter,
     retry_after,
 )
-from tests.fakes import Fault, ScriptedModel, unused_port
+from tests.fakes import ONLY_DEFAULT, OTHER_LIMIT, Fault, ScriptedModel, unused_port
 
 ASKED = [{"role": "user", "content": "why?"}]
 
@@ -341,12 +340,6 @@ async def test_the_internet_is_reached_through_the_proxy_and_this_machine_is_not
 
 
 # ---------------------------------------------------------------- parameters that a model does not take
-ONLY_DEFAULT = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported."
-OTHER_LIMIT = (
-    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
-)
-
-
 async def test_a_parameter_that_a_model_does_not_take_is_left_out_from_then_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -379,26 +372,13 @@ async def test_a_stream_too_goes_on_without_what_the_model_does_not_take() -> No
         assert len(await chunks_of(model, extra={"stream_options": {"include_usage": True}})) == 3
 
 
-@pytest.mark.parametrize(
-    ("status", "error", "expected"),
-    [
-        pytest.param(
-            400, {"message": ONLY_DEFAULT, "param": "temperature"}, "temperature", id="named as the parameter"
-        ),
-        pytest.param(400, {"message": OTHER_LIMIT, "param": None}, "max_tokens", id="named first in the message"),
-        pytest.param(422, {"message": "[{'loc': ['body', 'seed'], 'msg': 'Extra inputs are not permitted'}]"}, "seed"),
-        pytest.param(400, {"message": "wanted a temperature of at most 2, saw 5", "param": "temperature"}, ""),
-        pytest.param(400, {"message": "max_tokens is too large: 9000", "param": "max_tokens"}, ""),
-        pytest.param(400, {"message": "model: unknown"}, ""),
-        pytest.param(400, {"message": "Unsupported value: 'messages[0].role'", "param": "messages"}, ""),
-        pytest.param(404, {"message": "temperature is not supported"}, ""),
-    ],
-)
-def test_only_a_parameter_that_a_model_never_takes_is_one_to_do_without(
-    status: int, error: dict[str, Any], expected: str
-) -> None:
-    """A value out of its range is its caller's fault: it must not cost all others the parameter."""
-    assert refused_parameter(status, error) == expected
+async def test_what_is_refused_beside_another_parameter_is_left_out_of_that_call_alone() -> None:
+    async with ScriptedModel("fine", refuses={"temperature": ONLY_DEFAULT}) as server, model_of(server) as model:
+        await model(ASKED, temperature=0, extra={"reasoning_effort": "high"})
+        assert "temperature" not in server.calls[-1].body
+        del server.refuses["temperature"]
+        await model(ASKED, temperature=0)
+    assert server.calls[-1].body["temperature"] == 0
 
 
 # ---------------------------------------------------------------- streams
