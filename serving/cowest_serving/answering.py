@@ -46,8 +46,10 @@ from cowest_serving.models import (
     RateLimited,
     content_text,
     count,
+    error_object,
     is_clients_fault,
     is_same_origin,
+    said_by,
 )
 from cowest_serving.redaction import Redacted, Redactor, RestoredStream
 from cowest_serving.routes import MODES, USUAL, Routes, Way
@@ -671,8 +673,9 @@ def _take(record: Record, payload: bytes, parts: list[str]) -> bool:
     """Note what a chunk says. True if it is for every client: one of usage alone is for those who asked."""
     try:
         chunk = orjson.loads(payload)
-        if "error" in chunk:
-            raise BadAnswer("The strong model broke off its answer with an error of its own.")
+        if chunk.get("error"):
+            said = said_by(error_object(payload))
+            raise BadAnswer(f"The strong model broke off its answer with an error of its own ({said}).")
         record.strong_model = chunk.get("model") or record.strong_model
         record.strong_version = chunk.get("system_fingerprint") or record.strong_version
         if usage := chunk.get("usage"):

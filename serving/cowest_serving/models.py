@@ -233,17 +233,17 @@ class HttpChatModel:
     ) -> AsyncGenerator[bytes, None]:
         """The answer's chunks as the endpoint wrote them: the JSON of each `data:` event, without `[DONE]`.
 
-        Tried again only until the endpoint accepts the call; a fault later raises: text has gone out.
+        Tried again only until the answer begins; a fault later raises: text has gone out.
         Each chunk must come within `timeout_seconds` of the one before.
         """
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
         body = self._body(messages, options, extra) | {"stream": True}
         async with self._places:
             key, give_up_at = idempotency_key or new_key(), self._give_up_at()
-            response, _ = await self._with_retries(body, key, False, give_up_at, on_wire)
+            response, chunks = await self._with_retries(body, key, False, give_up_at, on_wire)
             self._places.answered()
             try:
-                async for chunk in _events(self.endpoint, response, self._timeout):
+                async for chunk in chunks:
                     yield chunk
                 response.finish()
             finally:
@@ -259,11 +259,12 @@ class HttpChatModel:
 
     async def _with_retries(
         self, body: Mapping[str, Any], key: str, read: bool, give_up_at: float, on_wire: OnWire | None
-    ) -> tuple[Response, Mapping[str, Any]]:
-        """A response with status 2xx and, when `read`, its parsed body; tried again while that may help."""
+    ) -> tuple[Response, Any]:
+        """A response with status 2xx and its parsed body, or its chunks where it is not to be `read`; tried again while
+        that may help."""
         attempt, keys_left, has_hung = 0, len(self.keys) - 1, False
-        while True:
         refused: dict[str, str] = {}  # parameters that this call does without
+        while True:
             used, number = await self._key(give_up_at), self._places.attempt()
             not_taken = {**self._not_taken.known(), **refused}
             sent = without(body, not_taken) if not_taken else body
@@ -332,9 +333,9 @@ class HttpChatModel:
         if is_news:
             instead = f"is sent as `{other}`" if other else "is left out, which may change its answers"
             log.warning("%s does not take `%s` for %s: from now on it %s.", self.endpoint, name, self.model, instead)
-        return True
+        return other
 
-    async def _once(self, data: bytes, key: str, read: bool, give_up_at: float) -> tuple[Response, Mapping[str, Any]]:
+    async def _once(self, data: bytes, key: str, read: bool, give_up_at: float) -> tuple[Response, Any]:
         left = min(self._timeout, give_up_at - time.monotonic())
         try:
             asked = self._connected().ask("POST", "/chat/completions", self._headers(key), data, left, is_whole=read)
@@ -348,7 +349,9 @@ class HttpChatModel:
             raise _unreachable(self.endpoint, error) from error
         if not 200 <= response.status < 300:
             raise self._refusal(response)
-        return response, _parsed(self.endpoint, response.body) if read else {}
+        if read:
+            return response, _parsed(self.endpoint, response.body)
+        return response, await _begun(self.endpoint, response, self._timeout)
 
     def _refusal(self, response: Response) -> ModelError:
         """What a status other than 2xx means."""
@@ -485,7 +488,7 @@ def _parsed(endpoint: str, data: bytes) -> Mapping[str, Any]:
     try:
         payload = orjson.loads(data)
         if not payload.get("choices") and payload.get("error"):
-            raise BadAnswer(f"{endpoint} answered 200, but with an error of its own ({said_by(error_object(data))}).")
+            raise _own_error(endpoint, data)
         content_text(payload["choices"][0]["message"].get("content"))
         if not isinstance(payload.get("usage") or {}, dict):
             raise TypeError("usage is not an object")
@@ -502,6 +505,10 @@ def content_text(content: Any) -> str:
     if content is not None and not isinstance(content, str):
         raise TypeError("content is not text")
     return content or ""
+
+
+def _own_error(endpoint: str, data: bytes) -> BadAnswer:
+    return BadAnswer(f"{endpoint} answered 200, but with an error of its own ({said_by(error_object(data))}).")
 
 
 def _garbage(endpoint: str, data: bytes) -> BadAnswer:
@@ -532,21 +539,48 @@ def count(value: Any) -> int:
 
 
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+_MAX_UNREAD = 8 * 1024  # bytes of a body that is no event stream, kept to say what it is
+
+
+async def _begun(endpoint: str, response: Response, timeout: float) -> AsyncIterator[bytes]:
+    """A stream of which the answer's first chunk is there: an error that comes in its place is one of the call."""
+    payloads, read = _events(endpoint, response, timeout), []
+    try:
+        async for payload in payloads:
+            read.append(payload)
+            if _is_of_the_answer(endpoint, payload):
+                break
+    except BaseException:
+        response.close()
+        raise
+    return _joined(read, payloads)
+
+
+async def _joined(read: Sequence[bytes], rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    for payload in read:
+        yield payload
+    async for payload in rest:
+        yield payload
+
+
+def _is_of_the_answer(endpoint: str, payload: bytes) -> bool:
+    """False for what some endpoints say before (filters, say). Raises for an error, and for what is no chunk."""
+    try:
+        chunk = orjson.loads(payload)
+        if chunk.get("error"):
+            raise _own_error(endpoint, payload)
+        return bool(chunk.get("choices"))
+    except (orjson.JSONDecodeError, AttributeError):
+        raise _garbage(endpoint, payload) from None
 
 
 async def _events(endpoint: str, response: Response, timeout: float) -> AsyncIterator[bytes]:
     """Payloads of the `data:` lines of an event stream. Raises when it breaks off before it is finished."""
-    seen, finished, buffered = 0, False, b""
+    seen, finished, buffered, unread = 0, False, b"", b""
     while True:
-        try:
-            data = await response.some(timeout)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"{endpoint} stopped in the middle of an answer for {timeout:.1f} s. "
-                "Check that the model is not overloaded, or raise its timeout."
-            ) from None
-        except WireError as error:
-            raise _unreachable(endpoint, error) from error
+        data = await _some(endpoint, response, timeout)
+        if not seen and len(unread) < _MAX_UNREAD:
+            unread += data
         *lines, buffered = (buffered + data).split(b"\n") if data else [buffered, b""]
         for line in lines:
             if not line.startswith(b"data:"):
@@ -560,10 +594,30 @@ async def _events(endpoint: str, response: Response, timeout: float) -> AsyncIte
         if data:
             continue
         if not seen:
-            raise _garbage(endpoint, buffered or b"")
+            raise _no_stream(endpoint, unread)
         if not finished:
             raise EndpointUnreachable(f"{endpoint} broke off in the middle of an answer. Ask again.")
         return
+
+
+async def _some(endpoint: str, response: Response, timeout: float) -> bytes:
+    try:
+        return await response.some(timeout)
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"{endpoint} stopped in the middle of an answer for {timeout:.1f} s. "
+            "Check that the model is not overloaded, or raise its timeout."
+        ) from None
+    except WireError as error:
+        raise _unreachable(endpoint, error) from error
+
+
+def _no_stream(endpoint: str, data: bytes) -> BadAnswer:
+    """An endpoint that does not stream its errors, or nothing at all."""
+    with suppress(orjson.JSONDecodeError, AttributeError):
+        if orjson.loads(data).get("error"):
+            return _own_error(endpoint, data)
+    return _garbage(endpoint, data)
 
 
 # ---------------------------------------------------------------- connections

@@ -554,6 +554,21 @@ async def test_a_stream_falls_back_before_its_first_chunk_and_never_after(tmp_pa
     assert len(other.calls) == 1
 
 
+async def test_a_stream_that_begins_with_an_error_falls_back_and_one_that_ends_with_it_tells_it(tmp_path: Path) -> None:
+    error, chunk = '{"error": {"message": "too much"}}', '{"choices": [{"delta": {"content": "the"}}], "error": null}'
+    faults = [Fault(200, body=f"data: {error}\n\n"), Fault(200, body=f"data: {chunk}\n\ndata: {error}\n\n")]
+    async with (
+        ScriptedModel("another answer", name="equal-1") as other,
+        with_fallbacks(tmp_path, other, strong={"faults": faults}) as (_, door),
+    ):
+        assert (await streamed(door))[0] == "another answer"
+        with pytest.raises(openai.APIError, match="too much"):
+            await streamed(door)
+        rows = {row["status"]: row for row in await door.rows()}
+    assert "too much" in rows["fell_back"]["error"] and "too much" in rows["strong_failed"]["error"]
+    assert rows["strong_failed"]["answer"] == "the"
+
+
 async def test_fallbacks_are_asked_in_their_order_and_the_first_fault_is_told_when_none_answers(tmp_path: Path) -> None:
     async with (
         ScriptedModel(faults=[401, 500]) as second,

@@ -417,8 +417,41 @@ async def test_a_stream_that_stalls_ends() -> None:
 
 
 async def test_a_stream_of_something_else_is_garbage() -> None:
-    async with ScriptedModel(faults=["garbage"]) as server, model_of(server) as model:
+    async with ScriptedModel(faults=["garbage"] * 9) as server, model_of(server) as model:
         with pytest.raises(BadAnswer):
+            await chunks_of(model)
+
+
+ERROR = json.dumps({"error": {"message": "the provider is asleep"}})
+FILTERED = json.dumps({"choices": [], "prompt_filter_results": []})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(f"data: {ERROR}\n\n", id="in the first event"),
+        pytest.param(f"data: {FILTERED}\n\ndata: {ERROR}\n\ndata: [DONE]\n\n", id="behind an event without choices"),
+        pytest.param(ERROR, id="as a body that is no stream"),
+    ],
+)
+async def test_an_error_in_place_of_a_stream_is_tried_again_and_told_in_the_endpoints_words(body: str) -> None:
+    async with ScriptedModel("one two", faults=[Fault(200, body=body)]) as server, model_of(server) as model:
+        assert len(await chunks_of(model)) == 4
+    async with ScriptedModel(faults=[Fault(200, body=body)] * 9) as server, model_of(server) as model:
+        with pytest.raises(BadAnswer, match="the provider is asleep"):
+            await chunks_of(model)
+        assert len(server.calls) == 3
+
+
+async def test_what_comes_before_the_first_choice_is_passed_on() -> None:
+    body = f'data: {FILTERED}\n\ndata: {{"choices": [{{"delta": {{}}, "finish_reason": "stop"}}], "error": null}}\n\n'
+    async with ScriptedModel(faults=[Fault(200, body=body)]) as server, model_of(server) as model:
+        assert [b"filter" in chunk for chunk in await chunks_of(model)] == [True, False]
+
+
+async def test_a_body_that_is_no_stream_is_told_by_its_beginning() -> None:
+    async with ScriptedModel(faults=[Fault(200, body='{"id": 1}')]) as server, model_of(server, max_retries=0) as model:
+        with pytest.raises(BadAnswer, match="9 bytes that start with"):
             await chunks_of(model)
 
 
