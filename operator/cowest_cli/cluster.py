@@ -99,14 +99,6 @@ def with_action(seen: Seen, action: api.Action) -> dict[str, str | None]:
     return {**gone, ACTION + action.id: json.dumps(said, ensure_ascii=False)}
 
 
-def next_id(seen: Seen, verb: api.Verb, now: int) -> str:
-    """After every other, also those that a clock ahead of this one has given: what sorts before is never looked at."""
-    latest = max(seen.status.last_action, *seen.actions(), "")
-    head = latest.partition("-")[0]
-    after = int(head) + 1 if head.isdigit() else 0
-    return f"{max(now, after):020d}-{verb}"
-
-
 # ---------------------------------------------------------------- the API server
 class Job:
     """One CollaborationJob of a cluster. Raises `StepError` in words for whoever sits at the terminal."""
@@ -206,7 +198,8 @@ class Job:
             last = next(reversed(list(seen.pending())), None)
             if last and (last.verb, last.why, last.by, last.model, last.now) == (verb, why, by, model, now):
                 return seen, last  # said a moment ago and not taken in yet: once is enough
-            action = api.Action(next_id(seen, verb, time.time_ns()), verb, by, why, time.time(), model, now)
+            known = (seen.status.last_action, *seen.actions())
+            action = api.Action(people.next_id(known, verb, time.time_ns()), verb, by, why, time.time(), model, now)
             if not any(seen.pending()) and (no := refusal(seen.status, action)):
                 raise StepError(no)
             metadata = {"resourceVersion": seen.version, "annotations": with_action(seen, action)}

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from cowest_operator import api, manifest, story
+from cowest_operator import api, manifest, people, story
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Routing, dump, parse
 from cowest_training.contract import EXIT_BAD_INPUT, StepError
@@ -102,8 +102,8 @@ def home_of(file: Path | None, home: Path | None) -> Home:
         raise StepError("wanted -f MANIFEST or --home FOLDER, saw neither.")
     try:
         documents = list(yaml.safe_load_all(file.read_text("utf-8")))
-    except (OSError, yaml.YAMLError) as error:
-        raise StepError(f"{file}: cannot be read as YAML: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise StepError(f"{file}: cannot be read as YAML in UTF-8: {error}") from error
     found = [d.get("metadata") for d in documents if isinstance(d, dict) and d.get("kind") == api.KIND]
     names = [metadata["name"] for metadata in found if isinstance(metadata, dict) and metadata.get("name")]
     if not names:
@@ -154,17 +154,22 @@ def read_budget(home: Home, status: api.Status) -> api.Budget:
 
 
 def append_event(home: Home, event: api.Event, now: float) -> None:
+    """On a line of its own, also after one that a full disk cut off."""
     home.root.mkdir(parents=True, exist_ok=True)
-    with home.events.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": now, **asdict(event)}, ensure_ascii=False) + "\n")
+    line = json.dumps({"time": now, **asdict(event)}, ensure_ascii=False).encode() + b"\n"
+    with home.events.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
 
 
 def read_events(home: Home) -> list[dict[str, Any]]:
-    """Oldest first. A line that a full disk cut off is left out."""
+    """Oldest first. A line that a full disk cut off, perhaps within a character, is left out."""
     events: list[dict[str, Any]] = []
-    for line in home.events.read_text("utf-8").splitlines() if home.events.exists() else []:
+    for line in home.events.read_bytes().split(b"\n") if home.events.exists() else []:
         with suppress(ValueError):
-            events.append(json.loads(line))
+            events.append(json.loads(line.decode()))
     return events
 
 
@@ -173,7 +178,8 @@ def record_action(
     home: Home, verb: api.Verb, why: str, by: str | None = None, model: str | None = None, now: bool = False
 ) -> api.Action:
     """One file an action, whether or not an engine runs: the next look at the job takes it in."""
-    action = api.Action(f"{time.time_ns():020d}-{verb}", verb, who(by), why, time.time(), model, now)
+    known = (read_status(home).last_action, *(path.stem for path in _actions(home)))
+    action = api.Action(people.next_id(known, verb, time.time_ns()), verb, who(by), why, time.time(), model, now)
     write_json(home.actions / f"{action.id}.json", said(action))
     return action
 
@@ -196,8 +202,12 @@ def _user() -> str:
 
 
 def read_actions(home: Home, after: str) -> tuple[api.Action, ...]:
-    paths = sorted(p for p in home.actions.glob("[0-9]*.json") if p.stem > after) if home.actions.is_dir() else []
-    return tuple(api.Action(**read_json(path)) for path in paths)
+    return tuple(api.Action(**read_json(path)) for path in _actions(home) if path.stem > after)
+
+
+def _actions(home: Home) -> list[Path]:
+    """Oldest first."""
+    return sorted(home.actions.glob("[0-9]*.json")) if home.actions.is_dir() else []
 
 
 # ---------------------------------------------------------------- one engine at a time
@@ -240,12 +250,20 @@ def secret(name: str, key: str, folder: Path | None) -> str:
     if value := os.environ.get(variable):
         return value.strip()
     if folder is not None and (path := folder / name / key).is_file():
-        return path.read_text("utf-8").strip()
+        return _text_of(path, f"secret {name}/{key}").strip()
     where = f" or the file {folder / name / key}" if folder else " or --secrets FOLDER with a file"
     raise StepError(
         f"secret {name}/{key}: wanted its value in the environment variable {variable}{where}"
         f"{'' if folder else f' {name}/{key}'}, saw neither."
     )
+
+
+def _text_of(path: Path, what: str) -> str:
+    """Without the mark that editors on Windows put before UTF-8. Raises `StepError`."""
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise StepError(f"{what}: wanted UTF-8 text in {path}, saw another encoding. Save it as UTF-8.") from None
 
 
 def keys_environment(job: api.Job, folder: Path | None) -> dict[str, str]:
@@ -282,7 +300,8 @@ def _named_client_keys(job: api.Job, folder: Path | None) -> list[tuple[str, str
         return None
     variable = "COWEST_SECRET_" + "".join(c if c.isalnum() else "_" for c in reference.name).upper()
     files = sorted(p for p in (folder / reference.name).glob("*") if p.is_file()) if folder else []
-    texts = [("", os.environ.get(variable, "")), *((path.name, path.read_text("utf-8")) for path in files)]
+    of_files = ((path.name, _text_of(path, f"secret {reference.name}/{path.name}")) for path in files)
+    texts = [("", os.environ.get(variable, "")), *of_files]
     named = [(name, line.strip()) for name, text in texts for line in text.splitlines() if line.strip()]
     if not named:
         raise StepError(

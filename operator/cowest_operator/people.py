@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from cowest_operator import api
@@ -13,6 +13,13 @@ IGNORED = "PersonIgnored"
 
 def pending(world: api.World) -> tuple[api.Action, ...]:
     return tuple(sorted((a for a in world.actions if a.id > world.status.last_action), key=lambda a: a.id))
+
+
+def next_id(known: Iterable[str], verb: api.Verb, now: int) -> str:
+    """After every known one, also where the clock was ahead: what sorts before is never looked at. `now` in ns."""
+    heads = (each.partition("-")[0] for each in known)
+    after = max((int(head) + 1 for head in heads if head.isdigit()), default=0)
+    return f"{max(now, after):020d}-{verb}"
 
 
 def refusal(status: Status, verb: api.Verb) -> str | None:

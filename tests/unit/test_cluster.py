@@ -41,21 +41,6 @@ def test_with_a_new_action_those_taken_in_go_and_no_other() -> None:
     assert set(patch) - gone == {cluster.ACTION + ACTION.id}
 
 
-@pytest.mark.parametrize(
-    ("last", "said", "wanted"),
-    [
-        pytest.param("", {}, 1000, id="nothing was said: the clock"),
-        pytest.param(f"{5000:020d}-pause", {}, 5001, id="the last one came from a clock ahead"),
-        pytest.param("", {f"{7000:020d}-pause": "{}"}, 7001, id="one not yet taken in came from a clock ahead"),
-        pytest.param(f"{5000:020d}-pause", {f"{400:020d}-pause": "{}"}, 5001, id="an old one is still there"),
-        pytest.param("by hand", {}, 1000, id="one written by hand"),
-    ],
-)
-def test_a_new_action_sorts_after_all_others(last: str, said: dict[str, str], wanted: int) -> None:
-    before = seen(replace(api.Status(), last_action=last), **said)
-    assert cluster.next_id(before, "approve", 1000) == f"{wanted:020d}-approve"
-
-
 STATUSES = {
     "nothing yet": api.Status(),
     "served": w.SERVED,

@@ -35,3 +35,18 @@ BARE = w.on_trial(pair=None)
 def test_a_verb_with_nothing_to_act_on_is_refused_beforehand(status, verb, words):
     no = people.refusal(status, verb)
     assert no is None if words is None else words in no
+
+
+@pytest.mark.parametrize(
+    ("known", "wanted"),
+    [
+        pytest.param([""], 1000, id="nothing was said: the clock"),
+        pytest.param([f"{5000:020d}-pause"], 5001, id="the last one came from a clock ahead"),
+        pytest.param(["", f"{7000:020d}-pause"], 7001, id="one not yet taken in came from a clock ahead"),
+        pytest.param([f"{5000:020d}-pause", f"{400:020d}-pause"], 5001, id="an old one is still there"),
+        pytest.param(["by hand"], 1000, id="one written by hand"),
+        pytest.param(["by hand", f"{5000:020d}-pause"], 5001, id="one written by hand beside others"),
+    ],
+)
+def test_a_new_action_sorts_after_all_others(known, wanted):
+    assert people.next_id(known, "approve", 1000) == f"{wanted:020d}-approve"
