@@ -35,6 +35,7 @@ TYPES: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "integer": (int, "a whole number"),
     "boolean": (bool, "true or false"),
 }
+INTEGERS = {"int32": 2**31 - 1, "int64": 2**63 - 1}  # the most, by `format`
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def _is(wanted: str, value: Any) -> bool:
 def _type_problem(path: str, words: str, value: Any, wanted: str) -> Problem:
     shown = json.dumps(value, ensure_ascii=False, default=str)
     remedy = ""
-    if wanted == "string" and isinstance(value, bool | int | float):
+    if wanted == "string" and isinstance(value, bool):
+        remedy = "YAML reads yes, no, on and off as true or false: put the word that you wrote in quotes"
+    elif wanted == "string" and isinstance(value, int | float):
         remedy = f'Put it in quotes: "{shown}"'
     elif wanted == "integer" and isinstance(value, str) and value.strip().lstrip("-").isdigit():
         remedy = f"Remove the quotes: {value.strip()}"
@@ -124,7 +127,9 @@ def _enum_problem(path: str, allowed: Sequence[Any], value: Any) -> Problem:
 
 def _bounds(schema: Schema, value: Any, path: str) -> Iterator[Problem]:
     if isinstance(value, int) and not isinstance(value, bool):
-        yield from _within(schema, ("minimum", "maximum"), value, path, "")
+        most = INTEGERS.get(schema.get("format", ""), abs(value))
+        limits = {"minimum": -most - 1, "maximum": most, **schema}
+        yield from _within(limits, ("minimum", "maximum"), value, path, "")
     elif isinstance(value, str):
         yield from _within(schema, ("minLength", "maxLength"), len(value), path, "character")
     elif isinstance(value, list):
@@ -166,17 +171,18 @@ def _fields(schema: Schema, value: Mapping[str, Any], path: str, old: Mapping[st
 
 
 def _items(schema: Schema, value: list[Any], path: str) -> Iterator[Problem]:
-    for index, item in enumerate(value):
-        yield from check(schema["items"], item, f"{path}[{index}]")
     keys = schema.get("x-kubernetes-list-map-keys", ())
-    if schema.get("x-kubernetes-list-type") not in ("set", "map"):
-        return
-    seen: list[Any] = []
+    distinct = schema.get("x-kubernetes-list-type") in ("set", "map")
+    seen: set[str] = set()  # as text: 1 is not true
     for index, item in enumerate(value):
-        identity = [item.get(key) for key in keys] if keys and isinstance(item, Mapping) else item
-        if identity in seen:
-            yield Problem(f"{path}[{index}]", f"is the second entry {identity!r}", "Remove one of them")
-        seen.append(identity)
+        at = f"{path}[{index}]"
+        if problems := list(check(schema["items"], item, at)):
+            yield from problems
+            continue
+        identity = repr([item.get(key) for key in keys] if keys and isinstance(item, Mapping) else item)
+        if distinct and identity in seen:
+            yield Problem(at, f"is the second entry {identity}", "Remove one of them")
+        seen.add(identity)
 
 
 def _rules(schema: Schema, value: Any, path: str, old: Any) -> Iterator[Problem]:

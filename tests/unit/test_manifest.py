@@ -58,6 +58,12 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file() -> None:
     ]
 
 
+def test_words_that_yaml_reads_alike_are_not_called_the_same_entry() -> None:
+    with pytest.raises(ManifestError) as error:
+        load(edited({"feedback.evaluator": {"type": "Choice", "choices": [1, True, True]}}))
+    assert {problem.reason for problem in error.value.problems} == {"wanted text, saw 1", "wanted text, saw true"}
+
+
 def test_no_message_shows_a_regular_expression() -> None:
     for case in BROKEN:
         with pytest.raises(ManifestError) as error:
