@@ -35,7 +35,9 @@ def run(
     file: File,
     home: HomeFolder = None,
     secrets: Annotated[Path | None, typer.Option(help="Folder of secrets: <name>/<key> files.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port of the gateway instead of gateway.port.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the gateway instead of gateway.port.")
+    ] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Go on serving when no round is left, until Ctrl-C.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, whatever the plan says it may cost.")] = False,
     output: Output = "text",
@@ -206,8 +208,12 @@ def _ask(order: engines.Order, console: Console) -> None:
     console.print(f"The whole job may cost up to {costs} (`cowest plan` has the parts).", soft_wrap=True)
     if not console.is_terminal:
         raise StepError(f"up to {costs}: wanted --yes to go on without a question, saw none.")
-    if not typer.confirm("Go on?", err=True):
-        raise typer.Exit(1)
+    try:
+        goes_on = typer.confirm("Go on?", err=True)
+    except typer.Abort:
+        raise StepError("interrupted: nothing was started or paid.", EXIT_INTERRUPTED) from None
+    if not goes_on:
+        raise StepError("the answer was no: nothing was started or paid.", EXIT_BAD_INPUT)
 
 
 def whole_job(order: engines.Order) -> rounds.Estimate:

@@ -756,6 +756,11 @@ def test_run_says_as_json_why_it_ended(cowest: Any, job: Path) -> None:
     assert ended["code"] == said.code == EXIT_BAD_INPUT and "wanted --yes" in ended["error"]
 
 
+def test_run_refuses_a_port_that_there_is_none_of(cowest: Any, job: Path) -> None:
+    said = cowest("run", "-f", job, "--port", "70000")
+    assert said.code == EXIT_BAD_INPUT and "70000 is not in the range" in said.err
+
+
 def test_run_asks_above_an_amount_of_money_too(cowest: Any, job: Path) -> None:
     edits = {"strong.prices.outputPerMillionTokens": "1000", "rounds.max": 1}
     job.write_text(yaml.safe_dump(edited(edits, yaml.safe_load(job.read_text()))))

@@ -93,6 +93,17 @@ def test_what_a_child_started_does_not_outlive_a_child_that_had_to_be_killed(tmp
         time.sleep(0.02)
 
 
+def test_a_port_that_somebody_listens_on_is_not_free():
+    with served(b"{}") as url:
+        assert not processes.port_is_free(int(url.rpartition(":")[2].strip("/")))
+    assert processes.port_is_free(processes.free_port())
+
+
+def test_a_port_that_cannot_be_had_is_not_called_busy():
+    with pytest.raises(StepError, match=r"port 80: the gateway cannot listen there: Cannot assign .* --port"):
+        processes.port_is_free(80, "203.0.113.1")  # nobody's address
+
+
 # ---------------------------------------------------------------- the engine
 class Ended:
     """A child that ended at once."""

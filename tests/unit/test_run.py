@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from cowest_cli import engine as engines
 from cowest_cli import jobs
 from cowest_cli.preflight import Facts
-from cowest_cli.run import other_rows, what_next
+from cowest_cli.run import _ask, other_rows, what_next
 from cowest_operator import api
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_FAILED, EXIT_RETRY
+from cowest_training.contract import (
+    EXIT_BAD_INPUT,
+    EXIT_BUDGET,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_RETRY,
+    StepError,
+)
 from tests import world as w
 
 TRAIN = w.JOB.spec.data.train
@@ -67,3 +76,17 @@ def test_after_bad_input_something_has_to_change_before_the_same_command():
 @pytest.mark.parametrize("code", [EXIT_FAILED, EXIT_RETRY, EXIT_BUDGET])
 def test_after_another_failure_the_same_command_goes_on(code):
     assert what_next(api.Failure(code, "x")) == "Run the same command again to go on from here."
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [pytest.param("n\n", EXIT_BAD_INPUT, id="no"), pytest.param("", EXIT_INTERRUPTED, id="no answer")],
+)
+def test_who_does_not_say_yes_has_met_no_bug(monkeypatch, answer, code):
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    order_of_much = replace(order("sha256:a", 1000), facts=Facts(1000, 1000, False, 1.0))
+    with pytest.raises(StepError, match="nothing was started or paid") as said:
+        _ask(order_of_much, Console(file=io.StringIO(), force_terminal=True))
+    assert said.value.code == code
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    _ask(order_of_much, Console(file=io.StringIO(), force_terminal=True))
