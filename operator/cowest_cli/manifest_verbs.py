@@ -57,6 +57,8 @@ def validate(
 ) -> None:
     """Check a manifest, and the data it names, without starting anything.
 
+    Local files are read; of what lies elsewhere it notes that it was not looked at.
+
     With -o json it prints the manifest with all defaults, or all that is wrong with the rows as `problems`.
     """
     loaded = manifest.load(file)
@@ -74,7 +76,8 @@ def validate(
         typer.echo(json.dumps(loaded.job, indent=2, ensure_ascii=False))
         return
     typer.echo(f"{file}: valid{_sizes(facts) if facts else ''}.")
-    for note in (*_notes(loaded), *(facts.notes if facts else ())):
+    unread = preflight.not_read_here(job["spec"]) if data else ()
+    for note in (*_notes(loaded), *unread, *(facts.notes if facts else ())):
         typer.echo(f"note: {note}", err=True)
 
 
@@ -90,7 +93,8 @@ def crd(output: Format = "text") -> None:
 def _check_files(job: Mapping[str, Any], source: str) -> preflight.Facts | None:
     """What is known of the data, where it could be read. Raises `ManifestError` or `StepError`."""
     preflight.check_files(job["spec"], source)
-    return preflight.check_data(job["spec"], source) if preflight.can_read_here(job["spec"]) else None
+    names = preflight.readable_here(job["spec"])
+    return preflight.check_data(job["spec"], source, names) if names else None
 
 
 def _sizes(facts: preflight.Facts) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,9 @@ from cowest_operator import manifest
 from cowest_operator.schema import Problem
 from cowest_serving.contract import parse
 from cowest_training.contract import EXIT_BAD_INPUT, Evaluator, Row, StepError
+
+DATA = ("train", "heldOut")  # the fields of spec.data
+PACKAGES = ("pyarrow", "numpy", "aiohttp")  # that read them
 
 
 @dataclass(frozen=True)
@@ -48,23 +51,25 @@ def check_files(spec: Mapping[str, Any], source: str) -> None:
     check_weak_model(spec["weak"]["model"], "spec.weak.model")
 
 
-def check_data(spec: Mapping[str, Any], source: str) -> Facts:
+def check_data(spec: Mapping[str, Any], source: str, names: Collection[str] = DATA) -> Facts:
+    """The fields of `spec.data` that are named are read, and held beside each other where both are."""
     from cowest_training.data import check_split, read_rows, rows_digest
     from cowest_training.evaluator import check_references, extract_note
     from cowest_training.round_trip import check_tokenizer
 
-    train, held_out = read_rows(spec["data"]["train"]), read_rows(spec["data"]["heldOut"])
+    train, held_out = (read_rows(spec["data"][name]) if name in names else [] for name in DATA)
     check_split(train, held_out)
     evaluator = parse(Evaluator, spec["feedback"]["evaluator"])
     check_references(train, evaluator)
     check_references(held_out, evaluator)
-    if spec["weak"]["model"].startswith(manifest.FILE):
+    if train and spec["weak"]["model"].startswith(manifest.FILE):
         check_tokenizer(spec["weak"]["model"], train)
-    _check_held_out(len(held_out), spec["gate"]["minHeldOut"], source)
+    if "heldOut" in names:
+        _check_held_out(len(held_out), spec["gate"]["minHeldOut"], source)
     explained = sum(row.explanation is not None for row in train)
     characters = sum(len(row.query) for row in held_out) / max(1, len(held_out))
     note = extract_note(evaluator, train, spec["collaboration"]["draft"])
-    notes = [*([note] if note else []), *_tuning_notes(spec, train)]
+    notes = [*([note] if note else []), *(_tuning_notes(spec, train) if train else ())]
     return Facts(
         len(train),
         len(held_out),
@@ -92,10 +97,25 @@ def _tuning_notes(spec: Mapping[str, Any], train: Sequence[Row]) -> Iterator[str
         yield from length_notes(model, train, *limits)
 
 
-def can_read_here(spec: Mapping[str, Any]) -> bool:
-    """Local files, with the packages that read them at hand."""
-    local = all(uri.startswith(manifest.FILE) for uri in spec["data"].values())
-    return local and all(importlib.util.find_spec(name) for name in ("pyarrow", "numpy", "aiohttp"))
+def readable_here(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fields of `spec.data` that name local files, where the packages that read them are at hand."""
+    return () if _missing_package() else tuple(name for name in DATA if spec["data"][name].startswith(manifest.FILE))
+
+
+def not_read_here(spec: Mapping[str, Any]) -> Iterator[str]:
+    """Of what the manifest names, what was not looked at, why, and what does it."""
+    if package := _missing_package():
+        yield f"the data were not read here: the package {package} is not installed. `cowest plan` reads them."
+    else:
+        for name in DATA:
+            if name not in readable_here(spec):
+                yield f"spec.data.{name} was not read here ({spec['data'][name]}): `cowest plan` reads it."
+    if not (model := spec["weak"]["model"]).startswith(manifest.FILE):
+        yield f"spec.weak.model was not looked at here ({model}): the first step of `cowest run` reads it."
+
+
+def _missing_package() -> str:
+    return next((name for name in PACKAGES if importlib.util.find_spec(name) is None), "")
 
 
 def _check_held_out(seen: int, least: int, source: str) -> None:
@@ -141,7 +161,7 @@ def check_proposed(uri: str, document: Mapping[str, Any] | None) -> None:
     Raises `StepError`.
     """
     check_weak_model(uri, "--model")
-    if not uri.startswith(manifest.FILE) or document is None or not can_read_here(document["spec"]):
+    if not uri.startswith(manifest.FILE) or document is None or "train" not in readable_here(document["spec"]):
         return
     from cowest_training.data import read_rows
     from cowest_training.round_trip import check_tokenizer

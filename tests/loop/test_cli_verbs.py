@@ -758,7 +758,7 @@ def test_run_says_as_json_why_it_ended(cowest: Any, job: Path) -> None:
 
 def test_run_refuses_a_port_that_there_is_none_of(cowest: Any, job: Path) -> None:
     said = cowest("run", "-f", job, "--port", "70000")
-    assert said.code == EXIT_BAD_INPUT and "70000 is not in the range" in said.err
+    assert said.code == EXIT_BAD_INPUT and "less than or equal to 65535" in said.err
 
 
 def test_run_asks_above_an_amount_of_money_too(cowest: Any, job: Path) -> None:
@@ -820,6 +820,33 @@ def test_all_problems_of_the_rows_are_listed_for_who_asks(cowest: Any, job: Path
     assert whole.code == EXIT_BAD_INPUT and whole.err.count("the query is that of") == 8
     said = cowest("validate", "-f", job, "-o", "json")
     assert said.code == EXIT_BAD_INPUT and len(json.loads(said.out)["problems"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("field", "sizes"),
+    [
+        pytest.param("train", "job.yaml: valid, 200 held-out rows.", id="training rows in a store"),
+        pytest.param("heldOut", "job.yaml: valid, 50 training rows.", id="held-out rows in a store"),
+    ],
+)
+def test_validate_says_what_it_has_not_read_and_reads_the_rest(
+    cowest: Any, job: Path, tmp_path: Path, field: str, sizes: str
+) -> None:
+    def edit(**edits: Any) -> None:
+        job.write_text(yaml.safe_dump(edited(edits, yaml.safe_load(job.read_text()))))
+
+    edit(**{f"data.{field}": "s3://bucket/rows.jsonl"})
+    said = cowest("validate", "-f", job)
+    assert said.code == EXIT_OK and said.out.endswith(f"{sizes}\n")
+    note = f"note: spec.data.{field} was not read here (s3://bucket/rows.jsonl): `cowest plan` reads it.\n"
+    assert said.err == note
+    edit(**{"weak.model": "hf://org/name@main"})
+    assert "spec.weak.model was not looked at here (hf://org/name@main)" in cowest("validate", "-f", job).err
+    assert cowest("validate", "-f", job, "--no-data").err == "", "who wants no data read knows it"
+    local = "held_out" if field == "train" else "train"
+    (tmp_path / f"{local}.jsonl").write_text("{}\n{}\n")
+    said = cowest("validate", "-f", job)
+    assert said.code == EXIT_BAD_INPUT and f"rows of file://{tmp_path}/{local}.jsonl" in said.err
 
 
 def test_supervised_tuning_without_anything_to_learn_from_is_noted(cowest: Any, job: Path) -> None:
