@@ -52,7 +52,7 @@ from cowest_serving.models import (
     said_by,
 )
 from cowest_serving.redaction import Redacted, Redactor, RestoredStream
-from cowest_serving.routes import MODES, USUAL, Routes, Way
+from cowest_serving.routes import MODES, USUAL, Routes, Way, is_for_a_draft
 
 WEAK_MODEL = "weak"  # the name that every weak server answers to
 _OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "user"})  # not passed on as they are
@@ -63,6 +63,8 @@ _MAX_MODELS = 32
 _MAX_IDEMPOTENCY_KEY = 255
 _MAX_DEPTH = 250  # orjson writes some levels more
 LARGE = 32 * 1024  # bytes of a body in which identifiers are looked for beside the event loop
+_LIMITS = frozenset({"max_tokens", "max_completion_tokens"})
+_MANNERS = frozenset({"reasoning_effort", "verbosity"})  # how the strong model is to go about it
 NO_QUOTA = "insufficient_quota"  # OpenAI's word for money that is spent
 
 
@@ -546,7 +548,7 @@ class Answering:
             )
             raise Refusal(503, message, "api_error", code="redaction_failed") from error
 
-    async def _draft(self, record: Record) -> str | None:
+    async def _draft(self, record: Record) -> Draft | None:
         """The weak model's draft; `None`: the strong model answers alone."""
         if record.arm.mode == "StrongAlone" or not record.request.is_draftable:
             record.mode = "StrongAlone"
@@ -572,7 +574,7 @@ class Answering:
         record.draft, record.weak_digest = draft.text, draft.weak_digest
         if DRAFT_CACHE not in record.shortcuts:
             record.weak_tokens = (draft.input_tokens, draft.output_tokens)
-        return draft.text
+        return draft
 
     def _route(self, routes: Routes, record: Record) -> bool:
         """Take the shortcut that the predictor finds for this request, if any. True: there is no draft to make."""
@@ -591,7 +593,8 @@ class Answering:
 
         async def make() -> Draft:
             result = await self._models.weak(record.arm)(asked, max_tokens=limit, temperature=0)
-            return Draft(result.text, _served_digest(record.arm, result), result.input_tokens, result.output_tokens)
+            digest, reason = _served_digest(record.arm, result), result.finish_reason or "stop"
+            return Draft(result.text, digest, result.input_tokens, result.output_tokens, reason)
 
         if self._drafts is None:
             return await make()
@@ -600,13 +603,14 @@ class Answering:
             record.shortcuts.append(DRAFT_CACHE)
         return draft
 
-    def _stand_in(self, record: Record, draft: str | None, error: ModelError) -> str:
-        """What is answered when the strong model fails: the draft, if the manifest says so."""
+    def _stand_in(self, record: Record, draft: Draft | None, error: ModelError) -> Draft:
+        """What is answered when the strong model fails: the draft, if the manifest says so and it is an answer."""
         if is_clients_fault(error):
             record.failed("refused", error)
             raise refusal_of(error, "strong model") from error
         record.failed(OVER_BUDGET if isinstance(error, NoBudget) else "strong_failed", error)
-        if draft is None or self._collaboration.when_strong_fails == "Fail":
+        may_stand_in = draft is not None and _is_an_answer(draft, record.request.parameters)
+        if draft is None or not may_stand_in or self._collaboration.when_strong_fails == "Fail":
             raise refusal_of(error, "strong model") from error
         record.mode = "WeakAlone"
         return draft
@@ -620,11 +624,19 @@ class Answering:
         return {**given, "max_tokens": self._strong.max_tokens}
 
 
-def _strong_messages(record: Record, draft: str | None) -> Messages:
+def _is_an_answer(draft: Draft, parameters: Mapping[str, Any]) -> bool:
+    """It says something, asks for no more than text, and is within the request's own limit of tokens."""
+    others = {name: value for name, value in parameters.items() if name not in _LIMITS | _MANNERS}
+    limits = [value for name, value in parameters.items() if name in _LIMITS and value is not None]
+    is_within = all(isinstance(limit, int) and 0 < draft.output_tokens <= limit for limit in limits)
+    return bool(draft.text.strip()) and is_within and is_for_a_draft(others)
+
+
+def _strong_messages(record: Record, draft: Draft | None) -> Messages:
     messages, prompts = record.shown or record.request.messages, record.arm.pair.prompts
     if draft is None:
         return solo_messages(messages, prompts)
-    return refine_messages(messages, record.redacted.text(draft) if record.redacted else draft, prompts)
+    return refine_messages(messages, record.redacted.text(draft.text) if record.redacted else draft.text, prompts)
 
 
 def _served_digest(arm: Arm, result: ChatResult) -> str:
@@ -690,8 +702,8 @@ def _take(record: Record, payload: bytes, parts: list[str]) -> bool:
 
 
 # ---------------------------------------------------------------- answers of the weak model alone
-def _completion(record: Record, text: str) -> dict[str, Any]:
-    record.answer = text
+def _completion(record: Record, draft: Draft) -> dict[str, Any]:
+    record.answer = draft.text
     taken_in, given_out = record.weak_tokens
     return {
         "id": f"chatcmpl-{record.request.id}",
@@ -701,22 +713,22 @@ def _completion(record: Record, text: str) -> dict[str, Any]:
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": text},
+                "message": {"role": "assistant", "content": draft.text},
                 "logprobs": None,
-                "finish_reason": "stop",
+                "finish_reason": draft.finish_reason,
             }
         ],
         "usage": of_both_models(record, _usage(taken_in, given_out)),
     }
 
 
-def _events(record: Record, text: str) -> list[bytes]:
-    """A complete text as an event stream."""
-    whole = _completion(record, text)
+def _events(record: Record, draft: Draft) -> list[bytes]:
+    """A complete draft as an event stream."""
+    whole = _completion(record, draft)
     head = {name: whole[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
     deltas: list[tuple[dict[str, str], str | None]] = [
-        ({"role": "assistant", "content": text}, None),
-        ({}, "stop"),
+        ({"role": "assistant", "content": draft.text}, None),
+        ({}, draft.finish_reason),
     ]
     events = [
         _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}) for delta, reason in deltas

@@ -29,6 +29,7 @@ class Draft:
     weak_digest: str
     input_tokens: int
     output_tokens: int
+    finish_reason: str = "stop"
 
 
 Make = Callable[[], Coroutine[Any, Any, Draft]]

@@ -23,8 +23,17 @@ AGAIN_SECONDS = 30.0  # after a predictor could not be read
 MODES: Mapping[Route, Mode] = {"weakAlone": "WeakAlone", "strongAlone": "StrongAlone"}
 # A draft can do without these; whoever asks for a form, several answers or a limit gets the strong model's answer.
 WITHOUT_STRONG = frozenset(
-    {"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "metadata", "store"}
+    {
+        *("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty"),
+        *("metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
+    }
 )
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # other parameters that ask for nothing with one of these values
+    "n": (1,),
+    "response_format": ({"type": "text"},),
+    "stop": ([],),
+    "tools": ([],),
+}
 
 
 @dataclass(frozen=True)
@@ -89,4 +98,11 @@ class Routes:
 
 
 def _may(name: str, parameters: Mapping[str, Any]) -> bool:
-    return name != "weakAlone" or WITHOUT_STRONG.issuperset(parameters)
+    return name != "weakAlone" or is_for_a_draft(parameters)
+
+
+def is_for_a_draft(parameters: Mapping[str, Any]) -> bool:
+    """Whether a draft may be the answer to a request with these parameters."""
+    return all(
+        name in WITHOUT_STRONG or value is None or value in _NEUTRAL.get(name, ()) for name, value in parameters.items()
+    )

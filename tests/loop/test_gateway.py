@@ -465,6 +465,47 @@ async def test_the_draft_stands_in_for_the_answer_where_the_manifest_says_so(tmp
     assert (row["mode"], row["status"], row["answer"]) == ("WeakAlone", "strong_failed", "a hint")
 
 
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        pytest.param({"response_format": {"type": "json_object"}}, "a hint", id="a form"),
+        pytest.param({"n": 2}, "a hint", id="several answers"),
+        pytest.param({"stop": ["."]}, "a hint", id="stop words"),
+        pytest.param({"max_tokens": 1}, "a hint", id="fewer tokens than the draft has"),
+        pytest.param({}, " ", id="a draft without a word"),
+    ],
+)
+async def test_a_draft_that_is_no_answer_to_the_request_does_not_stand_in(
+    tmp_path: Path, options: dict[str, Any], hint: str
+) -> None:
+    both: dict[str, Any] = {"strong": {"faults": [500]}, "weak": {"answers": hint}}
+    async with world(tmp_path, when_strong_fails="WeakAlone", **both) as (_, _, door):
+        status, body, _ = await door.post("/v1/chat/completions", {"messages": ASKED, **options})
+        row = await door.row()
+    assert (status, body["error"]["code"]) == (502, "strong_failed")
+    assert (row["mode"], row["status"], row["answer"]) == ("Pair", "strong_failed", "")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_asks_for_nothing_more_gets_the_draft_and_hears_that_it_was_cut(
+    tmp_path: Path, stream: bool
+) -> None:
+    cut = {
+        "choices": [{"message": {"content": "a hint"}, "finish_reason": "length"}],
+        "usage": {"completion_tokens": 2},
+    }
+    both: dict[str, Any] = {"strong": {"faults": [500]}, "weak": {"faults": [Fault(200, body=json.dumps(cut))]}}
+    options: dict[str, Any] = {"n": 1, "max_tokens": 2, "temperature": 0.5, "response_format": {"type": "text"}}
+    async with world(tmp_path, when_strong_fails="WeakAlone", **both) as (_, _, door):
+        if stream:
+            text, chunks, _ = await streamed(door, **options)
+            reason = chunks[-1].choices[0].finish_reason
+        else:
+            choice = (await door.ask(**options))[0].choices[0]
+            text, reason = choice.message.content, choice.finish_reason
+    assert (text, reason) == ("a hint", "length")
+
+
 async def test_with_both_models_down_the_record_names_both(tmp_path: Path) -> None:
     faults = {"faults": [500] * 9}
     async with world(tmp_path, weak=faults, strong=faults, when_strong_fails="WeakAlone") as (_, _, door):
