@@ -25,6 +25,7 @@ from cowest_cli.replay import decision_of
 from cowest_operator import api, reconcile, rounds, story, strong
 from cowest_operator.manifest import local_path
 from cowest_operator.objects.desired import followed, waiting
+from cowest_operator.objects.weak import NO_THOUGHTS
 from cowest_serving.contract import Routing, dump
 from cowest_training.contract import (
     EXIT_BAD_INPUT,
@@ -463,9 +464,10 @@ class Engine:
     def _weak_command(self, spec: api.ServerSpec, port: int) -> list[str]:
         if self.job.spec.weak.engine != "vLLM":
             return self._python("cowest_serving.weak_server", "--model", spec.model, "--port", port, "--name", "weak")
-        # Without the last flag vLLM takes sampling defaults from the model's folder, which training never used.
+        # As in training: no sampling defaults of the model's folder, and no thinking aloud.
         return ["vllm", "serve", str(local_path(spec.model)), "--port", str(port), "--host", "127.0.0.1",
-                "--served-model-name", "weak", "--generation-config", "vllm"]  # fmt: skip
+                "--served-model-name", "weak", "--generation-config", "vllm",
+                "--default-chat-template-kwargs", NO_THOUGHTS]  # fmt: skip
 
     def _apply_steps(self, plan: api.Plan) -> None:
         if plan.failure and self._serves:

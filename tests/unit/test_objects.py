@@ -284,6 +284,9 @@ def test_vllm_serves_under_the_digest_too_so_that_readiness_can_be_proven() -> N
     (server,) = pod["containers"]
     names = server["args"][server["args"].index("--served-model-name") + 1 :]
     assert server["image"] == "vllm:1" and names[:2] == ["weak", "sha256:abc"]
+    assert json.loads(server["args"][server["args"].index("--default-chat-template-kwargs") + 1]) == {
+        "enable_thinking": False
+    }
 
 
 @pytest.mark.parametrize(

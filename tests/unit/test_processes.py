@@ -1,6 +1,7 @@
 """Child processes and the engine's patience with them."""
 
 import http.server
+import json
 import os
 import signal
 import subprocess
@@ -269,4 +270,5 @@ def test_vllm_samples_as_it_is_told_and_not_as_the_model_folder_says(tmp_path, s
     engine = make(tmp_path, starts, **{"weak.engine": "vLLM"})
     engine._start_weak(api.ServerSpec("sha256:a", "file:///my%20model"), 7, 1)
     assert starts.commands[0][:3] == ["vllm", "serve", "/my model"]
-    assert starts.commands[0][-2:] == ["--generation-config", "vllm"]
+    assert starts.commands[0][-4:-1] == ["--generation-config", "vllm", "--default-chat-template-kwargs"]
+    assert json.loads(starts.commands[0][-1]) == {"enable_thinking": False}

@@ -16,6 +16,7 @@ from cowest_serving.contract import digest_of
 KSERVE = "serving.kserve.io/v1beta1"
 DIGEST_ANNOTATION = "cowest.dev/model-digest"
 MODEL_FOLDER = "/mnt/models"
+NO_THOUGHTS = '{"enable_thinking": false}'  # as in training: a draft would be the beginning of them
 NAME = "weak"  # of the model in the OpenAI API
 # The image knows no user of our number: what /etc/passwd would say is said here, and all that is written goes to /tmp.
 VLLM_ENV = {
@@ -98,7 +99,7 @@ def _server(context: Context, server: api.ServerSpec, weak: api.Weak, tmp_mount:
         built = common.container(
             context, "kserve-container", context.images.vllm, "", 
             ["serve", MODEL_FOLDER, "--port", str(common.PORT), "--served-model-name", NAME, server.digest,
-             "--generation-config", "vllm"],
+             "--generation-config", "vllm", "--default-chat-template-kwargs", NO_THOUGHTS],
             env=[*(common.env(name, value) for name, value in VLLM_ENV.items())], **shared,
             **_probes("/health"),
         )  # fmt: skip
