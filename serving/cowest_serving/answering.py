@@ -41,7 +41,6 @@ from cowest_serving.models import (
     ChatResult,
     Crowded,
     DeadlineExceeded,
-    HttpChatModel,
     ModelError,
     RateLimited,
     content_text,
@@ -356,7 +355,19 @@ def user_hash(sticky_key: str | None) -> str:
 
 
 # ---------------------------------------------------------------- the models
-_Model = TypeVar("_Model", HttpChatModel, StrongDoor)
+_Model = TypeVar("_Model", "WeakModel", StrongDoor)
+
+
+class WeakModel(Guarded):
+    """A weak model's server as it is asked for drafts. One that hangs or fails is soon not asked, but now and then."""
+
+    when_crowded = "Give it more replicas (weak.replicas)."
+    longest_rest = 10.0  # it is ours, and drafts are missed when it is back
+
+
+def draft_seconds(timeout_seconds: float, draft_max_tokens: int) -> float:
+    """How long a draft is waited for: a slow CPU writes some ten tokens a second."""
+    return min(timeout_seconds, max(15.0, draft_max_tokens / 10))
 
 
 class Models:
@@ -372,14 +383,17 @@ class Models:
         fallback_keys: Sequence[Sequence[str]] = (),
         allowance: Allowance | None = None,
         hedging: Hedging | None = None,
+        *,
+        draft_max_tokens: int = 0,
     ) -> None:
         self._settings, self._keys = strong, tuple(strong_keys)
+        self._draft_seconds = draft_seconds(strong.timeout_seconds, draft_max_tokens)
         self._allowance, self._hedging = allowance, hedging
         self._fallback_keys = (*fallback_keys, *[()] * len(strong.fallbacks))
-        self._open: OrderedDict[tuple[str, str], HttpChatModel | StrongDoor] = OrderedDict()
-        self._retired: list[HttpChatModel | StrongDoor] = []
+        self._open: OrderedDict[tuple[str, str], WeakModel | StrongDoor] = OrderedDict()
+        self._retired: list[WeakModel | StrongDoor] = []
 
-    def weak(self, arm: Arm) -> HttpChatModel:
+    def weak(self, arm: Arm) -> WeakModel:
         assert arm.weak_endpoint is not None, "routing without weakEndpoint is refused when it is read"
         return self._get(arm.weak_endpoint, WEAK_MODEL, self._weak)
 
@@ -402,11 +416,15 @@ class Models:
                     found.setdefault(name, {})[labels] = value
         return found
 
-    def _weak(self, endpoint: str, model: str) -> HttpChatModel:
+    def _weak(self, endpoint: str, model: str) -> WeakModel:
         # One quick second try: a request should not wait long for a draft that it can do without.
-        timeout = self._settings.timeout_seconds
-        return HttpChatModel(
-            endpoint, model, timeout_seconds=timeout, max_concurrency=64, max_retries=1, backoff_seconds=0.1
+        return WeakModel(
+            endpoint,
+            model,
+            timeout_seconds=self._draft_seconds,
+            max_concurrency=64,
+            max_retries=1,
+            backoff_seconds=0.1,
         )
 
     def _door(self, endpoint: str, model: str) -> StrongDoor:

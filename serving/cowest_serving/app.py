@@ -270,7 +270,16 @@ class Gateway:
         """With the strong keys of now. What the answers under way use stays open: rotations are few."""
         fallbacks = [keys.current for keys in self._keys.fallbacks]
         keys = self._keys.strong.current
-        self._models.append(Models(self._settings.strong, keys, fallbacks, self._allowance, self._hedging))
+        self._models.append(
+            Models(
+                self._settings.strong,
+                keys,
+                fallbacks,
+                self._allowance,
+                self._hedging,
+                draft_max_tokens=self._settings.collaboration.draft_max_tokens,
+            )
+        )
         settings, models = self._settings, self._models[-1]
         return Answering(settings.strong, settings.collaboration, models, self._drafts, self._routes)
 

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from cowest_serving.models import HttpChatModel, ModelError, RateLimited, is_clients_fault
 
@@ -81,8 +81,13 @@ class Health:
 class Circuit:
     """Lets attempts through while the endpoint is well, and one at a time, now and then, while it is not."""
 
-    def __init__(self, health: Health, clock: Callable[[], float] = time.monotonic) -> None:
-        self._health, self._clock = health, clock
+    def __init__(
+        self,
+        health: Health,
+        clock: Callable[[], float] = time.monotonic,
+        longest_seconds: float = LONGEST_OPEN_SECONDS,
+    ) -> None:
+        self._health, self._clock, self._longest = health, clock, longest_seconds
         self._until, self._seconds = 0.0, 0.0  # not asked until then; length of that rest, 0 while closed
         self._is_tried = False
 
@@ -90,13 +95,16 @@ class Circuit:
     def is_open(self) -> bool:
         return self._seconds > 0
 
+    def check(self, endpoint: str) -> None:
+        """Raises `CircuitOpen` where no attempt would be let through now."""
+        if self.is_open and (self._is_tried or self._clock() < self._until):
+            raise self._open(endpoint)
+
     @contextmanager
     def attempt(self, endpoint: str) -> Iterator[None]:
         """Around one attempt. Raises `CircuitOpen`."""
-        is_open = self.is_open
-        if is_open and (self._is_tried or self._clock() < self._until):
-            raise self._open(endpoint)
-        self._is_tried = is_open
+        self.check(endpoint)
+        self._is_tried = is_open = self.is_open
         try:
             yield
         except ModelError as error:
@@ -115,7 +123,7 @@ class Circuit:
         if isinstance(error, RateLimited) or not error.retryable:
             self._seconds = 0.0
         elif self._health.is_failing and self._clock() >= self._until:
-            self._seconds = min(LONGEST_OPEN_SECONDS, self._seconds * 2 or OPEN_SECONDS)
+            self._seconds = min(self._longest, self._seconds * 2 or OPEN_SECONDS)
             self._until = self._clock() + self._seconds
 
     def _open(self, endpoint: str) -> CircuitOpen:
@@ -148,10 +156,12 @@ class Watched(HttpChatModel):
 class Guarded(HttpChatModel):
     """A model that is not asked while its circuit is open: its callers then hear so at once."""
 
+    longest_rest: ClassVar[float] = LONGEST_OPEN_SECONDS
+
     def __init__(self, endpoint: str, model: str, **limits: Any) -> None:
         super().__init__(endpoint, model, **limits)
         self.health = Health()
-        self._circuit = Circuit(self.health)
+        self._circuit = Circuit(self.health, longest_seconds=self.longest_rest)
 
     @property
     def is_at_ease(self) -> bool:
@@ -173,6 +183,9 @@ class Guarded(HttpChatModel):
             "cowest_endpoint_waiting": float(self._places.waiting),
             "cowest_endpoint_keys_away": float(self.keys.away),
         }
+
+    def _check(self) -> None:
+        self._circuit.check(self.endpoint)
 
     async def _once(self, *attempt: Any) -> Any:
         with self._circuit.attempt(self.endpoint):

@@ -155,6 +155,8 @@ class HttpChatModel:
     same Idempotency-Key.
     """
 
+    when_crowded: ClassVar[str] = "Raise strong.maxConcurrency where the endpoint takes more."
+
     def __init__(
         self,
         endpoint: str,
@@ -213,6 +215,7 @@ class HttpChatModel:
     ) -> ChatResult:
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
         body = self._body(messages, options, extra)
+        self._check()
         async with self._places:
             key, give_up_at = idempotency_key or new_key(), self._give_up_at()
             response, payload = await self._with_retries(body, key, True, give_up_at, on_wire)
@@ -238,6 +241,7 @@ class HttpChatModel:
         """
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
         body = self._body(messages, options, extra) | {"stream": True}
+        self._check()
         async with self._places:
             key, give_up_at = idempotency_key or new_key(), self._give_up_at()
             response, chunks = await self._with_retries(body, key, False, give_up_at, on_wire)
@@ -252,6 +256,9 @@ class HttpChatModel:
     def _body(self, messages: Messages, options: Mapping[str, Any], extra: Mapping[str, Any] | None) -> dict[str, Any]:
         given = {name: value for name, value in options.items() if value is not None}
         return {**(extra or {}), **given, "model": self.model, "messages": list(messages)}
+
+    def _check(self) -> None:
+        """Before a call waits for a place. Raises what would end it in any case."""
 
     # ------------------------------------------------------------ the one retry loop
     def _give_up_at(self) -> float:
@@ -318,7 +325,7 @@ class HttpChatModel:
     def _crowded(self) -> Crowded:
         return Crowded(
             f"{self.endpoint} was not asked: no place was free within {self._timeout:g} s, with "
-            f"{self._places.limit:.0f} calls at once. Raise strong.maxConcurrency where the endpoint takes more.",
+            f"{self._places.limit:.0f} calls at once. {self.when_crowded}",
             retry_after=1,
         )
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from cowest_serving.health import Circuit, CircuitOpen, Health
+from cowest_serving.health import Circuit, CircuitOpen, Guarded, Health
 from cowest_serving.models import BadRequest, EndpointUnreachable, ModelError, RateLimited, ServerFault, Unauthorized
 
 AWAY = EndpointUnreachable("http://s/v1 cannot be reached")
@@ -16,10 +16,10 @@ AWAY = EndpointUnreachable("http://s/v1 cannot be reached")
 class World:
     """A circuit on a clock of the test's."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest_rest: float = 30) -> None:
         self.now = 1000.0
         self.health = Health(lambda: self.now)
-        self.circuit = Circuit(self.health, lambda: self.now)
+        self.circuit = Circuit(self.health, lambda: self.now, longest_rest)
 
     def attempt(self, ends: ModelError | None = AWAY) -> bool:
         """False: it was not let through."""
@@ -80,12 +80,30 @@ def test_each_failed_try_is_followed_by_a_longer_rest_up_to_a_limit() -> None:
     assert rests == [2, 4, 8, 16, 30, 30]
 
 
+def test_a_shorter_limit_of_the_rest_holds() -> None:
+    world = World(longest_rest=3).fail()
+    world.now += 2
+    assert world.attempt()
+    world.now += 3
+    assert world.attempt()
+
+
 def test_a_try_whose_client_leaves_makes_room_for_the_next() -> None:
     world = World().fail()
     world.now += 2
     with suppress(asyncio.CancelledError), world.circuit.attempt("http://s/v1"):
         raise asyncio.CancelledError
     assert world.attempt(None)
+
+
+async def test_nobody_waits_for_a_place_at_an_endpoint_that_is_not_asked() -> None:
+    async with Guarded("http://s/v1", "m", max_concurrency=1) as model:
+        model.health.failures, model.health.since = 9, 0.0
+        with suppress(ModelError), model._circuit.attempt(model.endpoint):
+            raise AWAY
+        async with model._places, asyncio.timeout(1):
+            with pytest.raises(CircuitOpen):
+                await model([])
 
 
 @pytest.mark.parametrize(
