@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import math
+import re
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -53,6 +55,7 @@ from cowest_serving.models import (
 from cowest_serving.redaction import Redacted, Redactor, RestoredStream
 from cowest_serving.routes import MODES, USUAL, Routes, Way, is_for_a_draft
 
+log = logging.getLogger(__name__)
 WEAK_MODEL = "weak"  # the name that every weak server answers to
 _OWN_FIELDS = frozenset({"model", "messages", "stream", "stream_options", "user"})  # not passed on as they are
 OVER_BUDGET = "over_budget"  # status of an answer for which the strong model was not asked: the budget has no room
@@ -61,6 +64,8 @@ DRAFT_CACHE, HEDGE = "draftCache", "hedge"  # shortcuts, as the manifest names t
 _MAX_MODELS = 32
 _MAX_IDEMPOTENCY_KEY = 255
 _MAX_DEPTH = 250  # orjson writes some levels more
+_BEYOND = frozenset({"context_length_exceeded", "invalid_value"})  # codes of our own weak server
+_TOO_LONG = re.compile(r"(context|model|input|prompt) length|max_model_len|too long", re.IGNORECASE)  # as vLLM says it
 LARGE = 32 * 1024  # bytes of a body in which identifiers are looked for beside the event loop
 _LIMITS = frozenset({"max_tokens", "max_completion_tokens"})
 _MANNERS = frozenset({"reasoning_effort", "verbosity"})  # how the strong model is to go about it
@@ -273,6 +278,9 @@ class Record:
 
     def failed(self, status: str, error: object) -> None:
         self.status = status
+        self.noted(error)
+
+    def noted(self, error: object) -> None:
         self.errors.append(str(error) if isinstance(error, str) else f"{type(error).__name__}: {error}")
 
     @property
@@ -487,6 +495,7 @@ class Answering:
         self._strong, self._collaboration, self._models = strong, collaboration, models
         self._drafts, self._routes = drafts, routes
         self._redactor = Redactor(collaboration.redaction) if collaboration.redaction else None
+        self._refusing: set[str] = set()  # weak endpoints of which the log has said so
 
     async def answer(self, record: Record) -> Mapping[str, Any]:
         """The body of a chat completion."""
@@ -579,7 +588,10 @@ class Answering:
         try:
             draft = await self._at_hand(record)
         except ModelError as error:
-            if is_clients_fault(error):  # too long for it, say. In the steps too the strong model answers alone then
+            if is_clients_fault(error):
+                self._note_refusal(record.arm, error)
+            if _is_beyond_the_weak(error):  # in the steps too the strong model answers alone then
+                record.noted(error)
                 record.mode = "StrongAlone"
                 return None
             record.failed("weak_failed", error)
@@ -593,6 +605,20 @@ class Answering:
         if DRAFT_CACHE not in record.shortcuts:
             record.weak_tokens = (draft.input_tokens, draft.output_tokens)
         return draft
+
+    def _note_refusal(self, arm: Arm, error: ModelError) -> None:
+        """Once an endpoint: it may refuse every request, by its chat template or a context that is too short."""
+        if arm.weak_endpoint is None or arm.weak_endpoint in self._refusing:
+            return
+        self._refusing.add(arm.weak_endpoint)
+        # Not the message: it may quote content.
+        log.warning(
+            "%s refuses to draft for a request (%s %s): there the strong model answers alone. What it says stands in "
+            "the traces' column `error`.",
+            arm.weak_endpoint,
+            error.status,
+            error.error.get("code") or "",
+        )
 
     def _route(self, routes: Routes, record: Record) -> bool:
         """Take the shortcut that the predictor finds for this request, if any. True: there is no draft to make."""
@@ -640,6 +666,13 @@ class Answering:
         if self._strong.max_tokens is None or "max_tokens" in given or "max_completion_tokens" in given:
             return given
         return {**given, "max_tokens": self._strong.max_tokens}
+
+
+def _is_beyond_the_weak(error: ModelError) -> bool:
+    """Whether this very request is too much for the weak model, which is no fault of it or of its server."""
+    said = f"{error.error.get('code')} {error.error.get('message')}"
+    is_said = error.error.get("code") in _BEYOND or _TOO_LONG.search(said) is not None
+    return is_clients_fault(error) and (error.status == 413 or is_said)
 
 
 def _is_an_answer(draft: Draft, parameters: Mapping[str, Any]) -> bool:

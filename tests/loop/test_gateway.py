@@ -408,17 +408,47 @@ async def test_a_weak_model_that_fails_ends_the_answer_where_the_manifest_says_s
     assert (row["status"], row["answer"]) == ("weak_failed", "")
 
 
-@pytest.mark.parametrize("fault", [400, 413, 422])
+def refusal(status: int, **error: Any) -> Fault:
+    return Fault(status, body=json.dumps({"error": error}))
+
+
+OWN = {"message": "messages: the model's chat template refuses these messages", "code": "invalid_value"}
+OF_VLLM = {"message": "This model's maximum context length is 512 tokens. However, ...", "code": 400}
+TEMPLATE = refusal(400, message="System role not supported", type="BadRequestError", code=400)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(refusal(400, message="shorten it", code="context_length_exceeded"), id="too long for it"),
+        pytest.param(refusal(400, **OF_VLLM), id="too long for it, in vLLM's words"),
+        pytest.param(refusal(400, **OWN), id="messages that our own server cannot render"),
+        pytest.param(Fault(413), id="more bytes than it reads"),
+    ],
+)
 @pytest.mark.parametrize("when_weak_fails", ["StrongAlone", "Fail"])
 async def test_a_query_that_the_weak_model_cannot_be_asked_is_no_fault_of_it(
-    tmp_path: Path, fault: int, when_weak_fails: str
+    tmp_path: Path, fault: Fault, when_weak_fails: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A prompt that is too long for it: the live gate must not count that against a candidate."""
-    async with world(tmp_path, weak={"faults": [fault]}, when_weak_fails=when_weak_fails) as (_, strong, door):
+    """The live gate must not count that against a candidate; but where it is so for all, somebody should see it."""
+    async with world(tmp_path, weak={"faults": [fault] * 2}, when_weak_fails=when_weak_fails) as (weak, strong, door):
         _, headers = await door.ask()
-        row = await door.row()
+        await door.ask()
+        rows, metrics = await door.rows(), await door.metrics()
     assert strong.calls[0].body["messages"][0]["content"] == "SOLO why?"
-    assert (row["status"], row["mode"], headers["x-cowest-mode"]) == ("ok", "StrongAlone", "StrongAlone")
+    assert {(row["status"], row["mode"]) for row in rows} == {("ok", "StrongAlone")}
+    assert headers["x-cowest-mode"] == "StrongAlone"
+    assert all(row["error"].startswith("BadRequest: ") for row in rows)
+    assert 'error_type="BadRequest"' in metrics and "client_gone" not in metrics
+    said = [record.message for record in caplog.records if "refuses to draft" in record.message]
+    assert len(said) == 1 and weak.url in said[0] and "why?" not in said[0]
+
+
+async def test_a_weak_server_that_refuses_what_is_not_too_long_fails(tmp_path: Path) -> None:
+    async with world(tmp_path, weak={"faults": [TEMPLATE]}) as (_, _, door):
+        await door.ask()
+        row = await door.row()
+    assert (row["status"], row["mode"]) == ("weak_failed", "StrongAlone") and "System role" in row["error"]
 
 
 async def test_a_weak_server_with_another_model_drafts_nothing(tmp_path: Path) -> None:
