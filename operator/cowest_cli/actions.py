@@ -19,6 +19,7 @@ from cowest_cli.view import held_out, printable, rounds_table, spent, traces
 from cowest_operator import api, people
 from cowest_operator.manifest import FILE, absolute_uri, local_path
 from cowest_serving import store
+from cowest_serving.contract import KEY_MARK
 from cowest_training.contract import StepError
 
 if TYPE_CHECKING:
@@ -320,8 +321,9 @@ def lineage(
     """
     job = in_cluster(where)
     root = job.open_store(job.see()) if job else known(where).store.as_uri()
-    answer = None if what.startswith("sha256:") else _trace(root, what)
-    feedback = _feedback(root, what) if answer else []
+    request_id = what.partition(KEY_MARK)[0]
+    answer = None if what.startswith("sha256:") else _trace(root, request_id)
+    feedback = _feedback(root, request_id) if answer else []
     digest = answer["weak_digest"] if answer else what
     chain = list(_ancestry(root, digest)) if digest else []
     if answer is None and not chain:

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from cowest_operator import api
+from cowest_serving.contract import Redaction
 from cowest_training.contract import Evaluator
 
 AGAIN_FROM_SCRATCH = 3600.0  # seconds: retention takes segments away, and a count forgets none by itself
@@ -22,8 +23,9 @@ _Counted = tuple[api.TraceCounts, Callable[[float], int]]  # and how many were g
 class Counting:
     """The last count, and the one under way."""
 
-    def __init__(self, store: str, days: int, evaluator: Evaluator, held_out: str, clock: Clock = time.monotonic):
-        self.what = (store, days, evaluator, held_out)  # what is counted, and by what
+    def __init__(self, store: str, days: int, evaluator: Evaluator, held_out: str, clock: Clock = time.monotonic,
+                 redaction: Redaction | None = None):  # fmt: skip
+        self.what = (store, days, evaluator, held_out, redaction)  # what is counted, and by what
         self.counts = api.TraceCounts()
         self.counted = False  # `counts` is a count; before the first one nothing is known
         self._clock = clock
@@ -65,13 +67,15 @@ class Counting:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _counter(store: str, days: int, evaluator: Evaluator, held_out: str) -> Callable[[], _Counted]:
+def _counter(
+    store: str, days: int, evaluator: Evaluator, held_out: str, redaction: Redaction | None
+) -> Callable[[], _Counted]:
     """Old traces go first, so that they are not counted."""
     from cowest_training.observer import TraceCounter
     from cowest_training.retention import expire
 
     expire(store, days)
-    counter = TraceCounter(store, evaluator, held_out)
+    counter = TraceCounter(store, evaluator, held_out, redaction)
 
     def count() -> _Counted:
         seen = counter.count()

@@ -366,8 +366,9 @@ class Engine:
     def _new_counting(self) -> Counting:
         spec = self.job.spec
         return Counting(
-            self.home.store.as_uri(), spec.traces.retention_days, spec.feedback.evaluator, spec.data.held_out
-        )
+            self.home.store.as_uri(), spec.traces.retention_days, spec.feedback.evaluator, spec.data.held_out,
+            redaction=spec.collaboration.redaction,
+        )  # fmt: skip
 
     def _budget(self) -> api.Budget:
         """From the book of paid calls, read every other second."""

@@ -25,6 +25,7 @@ from cowest_serving.allowance import Allowance, BudgetUnknown, NoBudget
 from cowest_serving.collaborate import draft_messages, is_draftable, refine_messages, solo_messages
 from cowest_serving.contract import (
     HEADER_MODEL_DIGEST,
+    KEY_MARK,
     Arm,
     Collaboration,
     Messages,
@@ -37,6 +38,7 @@ from cowest_serving.drafts import Draft, DraftCache, Source, draft_key
 from cowest_serving.estimates import likely_input_tokens, likely_tokens
 from cowest_serving.health import CircuitOpen, Guarded, Health
 from cowest_serving.hedging import Hedging
+from cowest_serving.ids import new_id
 from cowest_serving.metrics import ModelCall
 from cowest_serving.models import (
     BadAnswer,
@@ -355,7 +357,17 @@ class Record:
             "shortcut": ",".join(self.shortcuts),
             "application": self.application,
             "propensity": self.way.propensity,
+            "placeholders": digests_text(self.redacted),  # last, when every text has its placeholders
         }
+
+    @property
+    def told_id(self) -> str:
+        """What the client is told as the request id; with it comes the key for its late words (`redaction.joined`)."""
+        return f"{self.request.id}{KEY_MARK}{self.redacted.key}" if self.redacted else self.request.id
+
+
+def digests_text(redacted: Redacted | None) -> str | None:
+    return orjson.dumps(redacted.digests).decode() if redacted and redacted.digests else None
 
 
 def user_hash(sticky_key: str | None) -> str:
@@ -556,15 +568,18 @@ class Answering:
         finally:
             record.answer_ms = _ms_since(started)
 
-    def hidden(self, text: str | None) -> str | None:
-        """What users write of an answer, as it may be stored."""
-        return self._redactor.begin().text(text) if self._redactor and text else text
+    def hidden(self, said: Mapping[str, str | None], key: str) -> Mapping[str, str | None]:
+        """What users write of an answer, as it may be stored. `key`: the one that came with the answer's id, or ""."""
+        if self._redactor is None:
+            return said
+        redacted = self._redactor.begin(key=key)
+        return {**redacted.texts(said), "placeholders": digests_text(redacted)}
 
     async def _hide(self, record: Record) -> None:
         """Before anything is sent or stored; where it fails, nothing is."""
         if self._redactor is None:
             return
-        record.redacted = self._redactor.begin(record.request.parameters)
+        record.redacted = self._redactor.begin(record.request.parameters, new_id())
         hide = partial(record.redacted.messages, record.request.messages)
         try:
             record.shown = await asyncio.to_thread(hide) if record.request.size > LARGE else hide()

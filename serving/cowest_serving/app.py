@@ -405,10 +405,10 @@ class Gateway:
         try:
             self._check_spool()
             data, key = await _body(scope, receive, self.max_body), word_key(_header(scope, _IDEMPOTENCY), client_key)
-            row = feedback_row(data, _header(scope, _SESSION) or None, key)
+            row, records_key = feedback_row(data, _header(scope, _SESSION) or None, key)
             is_durable = self._repeats.again(key, data)
             if is_durable is None:
-                is_durable = await self._keep_word(row)
+                is_durable = await self._keep_word(row, records_key)
                 self._repeats.remember(key, data, is_durable)
         except Refusal:
             self.count.count("cowest_feedback_total", result="refused")
@@ -416,8 +416,9 @@ class Gateway:
         self.count.count("cowest_feedback_total", result="taken")
         return _json({"id": row["feedback_id"]}, headers={HEADER_TRACE: DURABLE} if is_durable else {})
 
-    async def _keep_word(self, row: dict[str, Any]) -> bool:
-        kept = self.traces.keep_feedback(row | {name: self.answering.hidden(row[name]) for name in TEXTS})
+    async def _keep_word(self, row: dict[str, Any], records_key: str) -> bool:
+        hidden = self.answering.hidden({name: row[name] for name in TEXTS}, records_key)
+        kept = self.traces.keep_feedback({**row, **hidden})
         if kept is None:
             raise Refusal(503, "Feedback cannot be kept now.", "api_error", code="store_full", retry_after=5)
         return await kept
@@ -588,7 +589,7 @@ class Reply:
     async def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self._is_begun = True
         record = self._record
-        headers += [(_REQUEST_ID, record.request.id.encode()), *self._headers]
+        headers += [(_REQUEST_ID, record.told_id.encode()), *self._headers]
         pair = record.arm.pair.digest
         headers += _own_headers(record.arm.name, record.mode, pair, record.weak_digest, record.strong_model)
         await self._send({"type": "http.response.start", "status": status, "headers": headers})

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 # ---------------------------------------------------------------- headers
 HEADER_REQUEST_ID = "x-request-id"
+KEY_MARK = "."  # in it, before the key of late words, where identifiers are hidden
 HEADER_ARM = "x-cowest-arm"  # stable | candidate
 HEADER_MODE = "x-cowest-mode"  # Pair | StrongAlone | WeakAlone: what really made this answer
 HEADER_PAIR = "x-cowest-pair"  # digest of the pair
@@ -326,7 +327,7 @@ class Routing:
 # ---------------------------------------------------------------- records
 # Columns of a trace segment (Parquet, zstd): name -> arrow type name. One row an answer.
 TRACE_COLUMNS: dict[str, str] = {
-    "trace_id": "string",  # = x-request-id
+    "trace_id": "string",  # = x-request-id, where identifiers are hidden what stands before its dot
     "time": "timestamp[us, UTC]",
     "routing_version": "int64",
     "arm": "string",
@@ -357,6 +358,7 @@ TRACE_COLUMNS: dict[str, str] = {
     "shortcut": "string",  # those of collaboration.shortcuts that were taken, separated by commas; null in old segments
     "application": "string",  # whose client key it was: the name of its file in the Secret; "" or null: not known
     "propensity": "double",  # chance of the way it was answered, given the query; null in old segments: 1
+    "placeholders": "string",  # JSON: placeholder -> digest of its value by a key that only the client has; or null
 }
 FEEDBACK_COLUMNS: dict[str, str] = {
     "feedback_id": "string",
@@ -369,6 +371,7 @@ FEEDBACK_COLUMNS: dict[str, str] = {
     "correction": "string",  # what the answer should have been, as a user wrote it
     "accepted": "string",  # the text that a user went on with
     "source": "string",  # user hash or application
+    "placeholders": "string",  # as in traces, of the texts of this row; "": the word came without the key
 }
 PREDICTOR_FILE = "predictor.json"  # of the step `predictor`
 TRACES_PREFIX = "traces"  # <store>/traces/<YYYY-MM-DD>/<HHMMSS>-<writer>-<n>.parquet

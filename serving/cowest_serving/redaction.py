@@ -4,6 +4,10 @@
 a placeholder, `[Email_1]`, the same wherever it occurs in a request, so that a model can still tell two people apart;
 `inAnswers: Restore` puts the values back into what the client gets. The weak model is in-house and sees the original.
 
+Late words are hidden apart from the record that they are about, with other numbers. Both keep digests of their values,
+by a key that the gateway makes for each answer and keeps nowhere: it goes to the client as the end of the request id,
+and comes back with the word. So any gateway can take it, and nobody can try values on what is stored.
+
 Patterns are RE2's: their time grows with the text alone, whatever a client sends. What looks like a card, an IBAN or a
 national number counts only where its check digits agree (python-stdnum). A redactor that fails raises: the caller must
 then send and store nothing.
@@ -12,6 +16,7 @@ then send and store nothing.
 from __future__ import annotations
 
 import bisect
+import hmac
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -167,9 +172,17 @@ class Redactor:
         # One pass over a text, most of which has none. (Not re2.Set: out of memory it says that nothing matches.)
         self._any = _any_of("all", [form for forms in looks.values() for form in forms]) if looks else None
 
-    def begin(self, parameters: Mapping[str, Any] = NO_PARAMETERS) -> Redacted:
-        """For one request: its placeholders are its own. `parameters`: all of it but its messages."""
-        return Redacted(self, parameters)
+    def begin(self, parameters: Mapping[str, Any] = NO_PARAMETERS, key: str = "") -> Redacted:
+        """For one request: its placeholders are its own. `parameters`: all of it but its messages. `key`: of the
+        digests by which late words are `joined` to it.
+        """
+        return Redacted(self, parameters, key)
+
+    def comparable(self, messages: Messages) -> list[dict[str, Any]]:
+        """As a query is compared with what traces hold: hidden, or hidden once more, and without the numbers of
+        placeholders, which go by other texts of a request too."""
+        hidden = Redacted(self).messages(messages)
+        return [_changed(message, lambda _, text: _PLACEHOLDER.sub(r"[\1]", text)) for message in hidden]
 
     def find(self, text: str) -> list[Found]:
         """(start, end, kind) of what is to be hidden, in order; none overlap."""
@@ -215,8 +228,8 @@ def _meets(found: Sequence[Found], start: int, end: int) -> bool:
 class Redacted:
     """One request: which placeholder stands for which value."""
 
-    def __init__(self, redactor: Redactor, parameters: Mapping[str, Any] = NO_PARAMETERS) -> None:
-        self._redactor = redactor
+    def __init__(self, redactor: Redactor, parameters: Mapping[str, Any] = NO_PARAMETERS, key: str = "") -> None:
+        self._redactor, self.key = redactor, key
         self._placeholders: dict[tuple[str, str], str] = {}
         self._values: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
@@ -233,12 +246,26 @@ class Redacted:
         found = self._redactor.find(text)
         if not found:
             return text
-        self._foreign.update(_PLACEHOLDER.findall(text))
+        self._foreign.update(_placeholders_in(text))
         parts, at = [], 0
         for start, end, kind in found:
             parts += [text[at:start], self._placeholder(kind, text[start:end])]
             at = end
         return "".join([*parts, text[at:]])
+
+    def texts(self, said: Mapping[str, str | None]) -> dict[str, str | None]:
+        """Of one word on an answer. Placeholders in it are those of the answer's record: no others are called so."""
+        self._foreign.update(found for text in said.values() for found in _placeholders_in(text or ""))
+        return {name: self.text(text) if text else text for name, text in said.items()}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Placeholder -> a digest of its value that nobody can make, or try values with, who has no key; "" without."""
+        key = self.key.encode()
+        return {
+            placeholder: hmac.digest(key, value.encode(), "sha256").hex()[:32] if key else ""
+            for placeholder, value in self._values.items()
+        }
 
     def messages(self, messages: Messages) -> list[dict[str, Any]]:
         """Texts, their parts, and the arguments of tool calls; images and the like pass as they are."""
@@ -259,9 +286,7 @@ class Redacted:
         Where answers keep placeholders, such words are most likely those of an earlier answer: its values' again.
         """
         if self._redactor.restores:
-            self._foreign.update(
-                found for text in _all_texts(said) if "[" in text for found in _PLACEHOLDER.findall(text)
-            )
+            self._foreign.update(found for text in _all_texts(said) if "[" in text for found in _placeholders_in(text))
 
     def _placeholder(self, kind: str, value: str) -> str:
         known = self._placeholders.get((kind, value))
@@ -304,6 +329,34 @@ def _wants_json(parameters: Mapping[str, Any]) -> bool:
     return isinstance(form, Mapping) and form.get("type") in ("json_object", "json_schema")
 
 
+# ---------------------------------------------------------------- late words
+def joined(text: str, said: Mapping[str, str], known: Mapping[str, str]) -> str | None:
+    """A text that was hidden later, such as a late reference, in the placeholders of the record that it is about.
+
+    `said`, `known`: the digests of the text's and of the record's placeholders. A value that the record does not have
+    gets the number 0. None: the text came without the record's key, and nobody can tell whose its values are.
+    """
+    there = {digest: placeholder for placeholder, digest in known.items() if digest}
+    names: dict[str, str] = {}
+    for match in _PLACEHOLDER.finditer(text):
+        if match[0] in said:
+            if not said[match[0]]:
+                return None
+            names[match[0]] = there.get(said[match[0]], f"[{match[1]}_0]")
+    return _PLACEHOLDER.sub(lambda match: names.get(match[0], match[0]), text)
+
+
+def joined_reference(word: Mapping[str, Any], known: Mapping[str, str]) -> str | None:
+    """The late reference of a row of feedback, likewise."""
+    return joined(word["reference"] or "", digests_of(word), known)
+
+
+def digests_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """Of a row of the traces or of feedback."""
+    found: dict[str, str] = orjson.loads(row.get("placeholders") or "{}")
+    return found
+
+
 # ---------------------------------------------------------------- texts in messages
 Place = tuple[str, ...]  # the names of the fields that lead to a text
 _Change = Callable[[Place, str], str]
@@ -341,6 +394,10 @@ def _all_changed(value: Any, change: _Change, place: Place = ()) -> Any:
     return change(place, value) if isinstance(value, str) else value
 
 
+def _placeholders_in(text: str) -> Iterator[str]:
+    return (match[0] for match in _PLACEHOLDER.finditer(text))
+
+
 def _all_texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
@@ -352,7 +409,7 @@ def _all_texts(value: Any) -> Iterator[str]:
 
 
 _WITH_TEXT: Mapping[str, Callable[[Any, _Change], Any]] = {"metadata": _all_changed, "prediction": _changed}
-_PLACEHOLDER = re.compile(r"\[[A-Za-z][A-Za-z0-9]{0,31}_\d{1,9}\]")
+_PLACEHOLDER = re.compile(r"\[([A-Za-z][A-Za-z0-9]{0,31})_\d{1,9}\]")
 _BEGUN = re.compile(r"\[(?:[A-Za-z][A-Za-z0-9]{0,31}(?:_\d{0,9})?)?$")
 
 

@@ -12,17 +12,18 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cowest_serving.answering import Refusal, bad_field, optional, own_key, parse_object, user_hash
-from cowest_serving.contract import reference_text
+from cowest_serving.contract import KEY_MARK, reference_text
 from cowest_serving.ids import new_id
 
 TEXTS = ("reference", "correction", "accepted", "comment")  # columns with what users wrote
 _THUMBS = {"up": 1.0, "down": 0.0}
 
 
-def feedback_row(data: bytes, session: str | None, key: str | None = None) -> dict[str, Any]:
-    """By FEEDBACK_COLUMNS. Raises `Refusal` 400 that names the field. `key`: the same makes the same word.
+def feedback_row(data: bytes, session: str | None, key: str | None = None) -> tuple[dict[str, Any], str]:
+    """By FEEDBACK_COLUMNS, and the key of its record's placeholders, which is not stored; "" where none came.
 
-    A thumb is a score, and the corrected or the accepted text is a reference, where none is given itself.
+    Raises `Refusal` 400 that names the field. `key`: the same makes the same word. A thumb is a score, and the
+    corrected or the accepted text is a reference, where none is given itself.
     """
     body = parse_object(data)
     thumb = optional(body, "thumb", str, '"up" or "down"')
@@ -33,9 +34,10 @@ def feedback_row(data: bytes, session: str | None, key: str | None = None) -> di
     if score is None and thumb is None and not reference and not any(said.values()):
         wanted = "thumb, score, reference, correction, accepted and comment"
         raise Refusal(400, f"Wanted at least one of {wanted}, saw none.", code="no_feedback")
-    return {
+    trace_id, _, records_key = _request_id(body).partition(KEY_MARK)
+    row = {
         "feedback_id": key or new_id(),
-        "trace_id": _trace_id(body),
+        "trace_id": trace_id,
         "time": datetime.now(UTC),
         "thumb": thumb,
         "score": _THUMBS.get(thumb or "") if score is None else score,
@@ -43,13 +45,14 @@ def feedback_row(data: bytes, session: str | None, key: str | None = None) -> di
         **said,
         "source": user_hash(optional(body, "user", str, "text") or session),
     }
+    return row, records_key
 
 
-def _trace_id(body: Mapping[str, Any]) -> str:
-    trace_id = body.get("request_id")
-    if not isinstance(trace_id, str) or not trace_id.strip() or len(trace_id) > 200:
-        raise bad_field("request_id", "the x-request-id of an answer", trace_id)
-    return trace_id.strip()
+def _request_id(body: Mapping[str, Any]) -> str:
+    given = body.get("request_id")
+    if not isinstance(given, str) or not given.partition(KEY_MARK)[0].strip() or len(given) > 200:
+        raise bad_field("request_id", "the x-request-id of an answer", given)
+    return given.strip()
 
 
 def _score(body: Mapping[str, Any]) -> float | None:

@@ -1,7 +1,7 @@
 """What a round learns from: train rows and the traces that have earned it. Segments are real, on a disk."""
 
 import json
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,11 @@ import orjson
 import pytest
 
 from cowest_serving import store, traces
-from cowest_serving.contract import dump
+from cowest_serving.contract import Redaction, dump
 from cowest_training import collect
 from cowest_training.contract import Evaluator, StepError, StepSettings
 from cowest_training.data import read_rows, rows_digest
+from cowest_training.observer import TraceCounter
 from cowest_training.steps import read_manifest
 from tests.world import SPEC
 
@@ -34,6 +35,12 @@ class Desk:
     def write(self, name: str, queries: dict[str, str]) -> None:
         lines = [json.dumps({"id": i, "query": q, "reference": "1"}) for i, q in queries.items()]
         (self.folder / name).write_text("\n".join(lines))
+
+    def hide(self, *identifiers: str) -> Redaction:
+        spec = json.loads((self.folder / "job.json").read_text())
+        spec["collaboration"]["redaction"] = {"identifiers": identifiers}
+        (self.folder / "job.json").write_text(json.dumps(spec))
+        return Redaction(identifiers)
 
     def evaluate_by(self, kind: str, **more: Any) -> None:
         settings = StepSettings(SPEC.strong, SPEC.collaboration, SPEC.data, SPEC.feedback, SPEC.training)
@@ -206,3 +213,27 @@ def test_held_out_queries_are_read_again_when_the_file_changes(desk: Desk) -> No
     assert collect.held_out_keys(uri) is before
     desk.write("held_out.jsonl", {"h1": "one", "h2": "two and more"})
     assert collect.held_out_keys(uri) is not before
+
+
+def test_what_traces_hide_is_found_among_held_out_and_train_rows(desk: Desk) -> None:
+    desk.write("held_out.jsonl", {"h1": "does bob@example.org owe us money?", "h2": "another question"})
+    desk.write("train.jsonl", {"t1": "who is ann@example.org?", "t2": "what is the fee?"})
+    redaction = desk.hide("Email")
+    system = {"role": "system", "content": "You work for [Email_1]."}
+    asked = [
+        [system, {"role": "user", "content": "does [Email_2] owe us money?"}],
+        [{"role": "user", "content": "does bob@example.org owe us money?"}],  # of before it was hidden
+        [{"role": "user", "content": "who is [Email_1]?"}],
+        [{"role": "user", "content": "who is not [Email_1]?"}],
+    ]
+    for number, messages in enumerate(asked):
+        desk.answer(number, "", messages=json.dumps(messages))
+        desk.feedback(number, "yes")
+    metrics = desk.freeze()
+    assert metrics["excluded"] == {"HeldOut": 2, "InTrain": 1}
+    assert [row.query for row in desk.rows()] == [
+        "who is ann@example.org?", "what is the fee?", "who is not [Email_1]?",
+    ]  # fmt: skip
+    held_out = str(desk.folder / "held_out.jsonl")
+    counted = TraceCounter(desk.store, EXACT, held_out, redaction).count(date(2026, 1, 5))
+    assert "2 equal or nearly equal to a held-out query" in counted.reason

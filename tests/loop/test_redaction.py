@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ from cowest_serving.contract import Redaction, RedactionPattern
 from cowest_serving.redaction import Redacted
 from cowest_serving.traces import read_feedback
 from cowest_training.asking import open_asking
+from cowest_training.collect import usable_traces
 from cowest_training.contract import Evaluator, Row
+from cowest_training.data import Known
+from cowest_training.observer import TraceCounter
+from cowest_training.score_live import live_answer, verdicts
 from tests.fakes import ScriptedModel
 from tests.loop.test_gateway import arm_of, strong_settings, world
 
@@ -120,6 +125,73 @@ async def test_a_large_request_is_searched_beside_the_event_loop(tmp_path: Path)
     async with world(tmp_path, **pair()) as (_, strong, door):
         await door.ask(messages=long)
     assert has_none(strong.calls[0].body) and "[Email_1]" in strong.calls[0].last
+
+
+# ---------------------------------------------------------------- late words
+ANN_AND_BOB: Any = [{"role": "user", "content": f"Whom do I write to, {ANN} or bob@example.org?"}]
+EXACT = Evaluator("ExactMatch")
+
+
+async def told(tmp_path: Path, reference: str, cut: bool = False) -> Mapping[str, Any]:
+    """The word on an answer that is right: bob, who is the second of the question."""
+    async with world(tmp_path, **pair(strong={"answers": "[Email_2]"})) as (_, _, door):
+        _, headers = await door.ask(messages=ANN_AND_BOB)
+        request_id = headers["x-request-id"]
+        given = request_id.partition(".")[0] if cut else request_id
+        assert (await door.post("/v1/feedback", {"request_id": given, "reference": reference}))[0] == 200
+        trace = await door.row()
+    stored = b"".join(file.read_bytes() for file in tmp_path.rglob("*.parquet"))
+    assert request_id.partition(".")[2].encode() not in stored, "the key is the client's alone"
+    assert trace["trace_id"] == request_id.partition(".")[0]
+    return trace
+
+
+@pytest.mark.parametrize("reference", ["bob@example.org", "[Email_2]"])
+async def test_a_late_reference_names_whom_its_record_names(tmp_path: Path, reference: str) -> None:
+    trace = await told(tmp_path, reference)
+    (word,) = read_feedback(str(tmp_path)).to_pylist()
+    (row,) = usable_traces(str(tmp_path), EXACT, Known(())).rows
+    (said,) = verdicts([word]).values()
+    assert trace["answer"] == row.reference == said.reference_to(live_answer(trace, "stable")) == "[Email_2]"
+    assert "bob@" not in str(word)
+
+
+async def test_a_late_reference_that_is_wrong_stays_wrong(tmp_path: Path) -> None:
+    await told(tmp_path, f"{ANN}, eve@example.org")
+    (row,) = usable_traces(str(tmp_path), EXACT, Known(())).rows
+    assert row.reference == "[Email_1], [Email_0]", "whom the record does not have is nobody of it"
+
+
+async def test_a_reference_without_the_key_is_not_gone_by(tmp_path: Path) -> None:
+    trace = await told(tmp_path, "bob@example.org", cut=True)
+    (word,) = read_feedback(str(tmp_path)).to_pylist()
+    usable = usable_traces(str(tmp_path), EXACT, Known(()))
+    (said,) = verdicts([word]).values()
+    rows = [{"id": id_, "query": f"another {id_}", "reference": "1"} for id_ in "hi"]
+    (tmp_path / "held_out.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    counted = TraceCounter(str(tmp_path), EXACT, str(tmp_path / "held_out.jsonl")).count()
+    assert (usable.rows, usable.excluded) == ((), {"WrongReference": 1})
+    assert (counted.all, counted.usable) == (1, 0)
+    assert said.reference_to(live_answer(trace, "stable")) is None
+
+
+async def test_all_texts_of_a_word_have_the_same_placeholders(tmp_path: Path) -> None:
+    async with world(tmp_path, **pair()) as (_, _, door):
+        said = {
+            "request_id": "r",
+            "reference": "bob@example.org",
+            "comment": f"[Email_1] is not {ANN} nor bob@example.org",
+        }
+        await door.post("/v1/feedback", said)
+    (word,) = read_feedback(str(tmp_path)).to_pylist()
+    assert (word["reference"], word["comment"]) == ("[Email_2]", "[Email_1] is not [Email_3] nor [Email_2]")
+
+
+async def test_without_a_redaction_the_request_id_is_the_records_id(tmp_path: Path) -> None:
+    async with world(tmp_path) as (_, _, door):
+        _, headers = await door.ask()
+        row = await door.row()
+    assert headers["x-request-id"] == row["trace_id"] and row["placeholders"] is None
 
 
 # ---------------------------------------------------------------- the steps

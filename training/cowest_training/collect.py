@@ -21,7 +21,8 @@ from functools import lru_cache
 from typing import Any
 
 from cowest_serving import store
-from cowest_serving.contract import FEEDBACK_PREFIX, TRACES_PREFIX
+from cowest_serving.contract import FEEDBACK_PREFIX, TRACES_PREFIX, Redaction
+from cowest_serving.redaction import Redactor, digests_of, joined_reference
 from cowest_serving.traces import read_columns, read_feedback
 from cowest_training.cards import DatasetCard, dataset_card
 from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row, evaluator_digest
@@ -88,7 +89,8 @@ class Usable:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
-    evaluator = load_settings(args.job).feedback.evaluator
+    settings = load_settings(args.job)
+    evaluator, redaction = settings.feedback.evaluator, settings.collaboration.redaction
     train, held_out = read_rows(args.train), read_rows(args.held_out)
     check_split(train, held_out)
     for rows in (train, held_out):
@@ -105,8 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     progress = Progress(args.progress, "collect")
     progress.update(0, None, "rows", "reading traces")
-    traces = usable_traces(args.store, evaluator, Known(tuple(held_out))) if args.store else Usable((), {})
-    rows, in_train = merged(train, traces.rows)
+    redactor = Redactor(redaction) if redaction else None
+    traces = usable_traces(args.store, evaluator, Known(tuple(held_out), redactor)) if args.store else Usable((), {})
+    rows, in_train = merged(train, traces.rows, redactor)
     excluded = {**traces.excluded, **({IN_TRAIN: in_train} if in_train else {})}
     metrics = {
         "rows": len(rows),
@@ -155,22 +158,27 @@ def write(output: Output, rows: Sequence[Row], metrics: Mapping[str, Any]) -> No
     output.finish(kind="Dataset", metrics=metrics, digest=digest)
 
 
-def merged(train: Sequence[Row], traces: Sequence[Row]) -> tuple[list[Row], int]:
+def merged(train: Sequence[Row], traces: Sequence[Row], redactor: Redactor | None = None) -> tuple[list[Row], int]:
     """Train rows, then the traces that ask something else; and how many traces do not."""
-    known = {conversation_key(row.messages) for row in train}
-    new = [row for row in traces if conversation_key(row.messages) not in known]
+
+    def key(row: Row) -> tuple[str, ...]:
+        return conversation_key(redactor.comparable(row.messages) if redactor else row.messages)
+
+    known = {key(row) for row in train}
+    new = [row for row in traces if key(row) not in known]
     return [*train, *new], len(traces) - len(new)
 
 
 # ---------------------------------------------------------------- traces
 def usable_traces(store_uri: str, evaluator: Evaluator, held_out: Known, since: float | None = None) -> Usable:
     """The traces (since an epoch time) that can be learnt from."""
-    late = late_references(read_feedback(store_uri).select(["trace_id", "reference"]).to_pylist())
-    traces = read_columns(store_uri, ["trace_id", "status", "shadow", "messages"], since).to_pylist()
+    late = late_words(read_feedback(store_uri).select(["trace_id", "reference", "placeholders"]).to_pylist())
+    traces = read_columns(store_uri, ["trace_id", "status", "shadow", "messages", "placeholders"], since).to_pylist()
     excluded: Counter[str] = Counter()
     latest: dict[Any, Row] = {}
     for trace in traces:
-        row = as_row(trace, late.get(trace["trace_id"], ""), evaluator, held_out)
+        word = late.get(trace["trace_id"])
+        row = as_row(trace, joined_reference(word, digests_of(trace)) if word else "", evaluator, held_out)
         if isinstance(row, str):
             excluded[row] += 1
             continue
@@ -181,29 +189,30 @@ def usable_traces(store_uri: str, evaluator: Evaluator, held_out: Known, since: 
     return Usable(tuple(latest.values()), {reason: count for reason, count in excluded.items() if count})
 
 
-def late_references(feedback: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Trace id -> its latest reference; `feedback` is oldest first. A bare score takes nothing back."""
-    return {item["trace_id"]: item["reference"] for item in feedback if (item["reference"] or "").strip()}
+def late_words(feedback: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Trace id -> the word with its latest reference; `feedback` is oldest first. A bare score takes nothing back."""
+    return {item["trace_id"]: item for item in feedback if (item["reference"] or "").strip()}
 
 
-def as_row(trace: Mapping[str, Any], reference: str, evaluator: Evaluator, held_out: Known) -> Row | str:
-    """The trace as a row to learn from, or the reason why it is left out."""
+def as_row(trace: Mapping[str, Any], reference: str | None, evaluator: Evaluator, held_out: Known) -> Row | str:
+    """The trace as a row to learn from, or the reason why it is left out. `reference`: None where it says of whom
+    nobody can tell (`redaction.joined`)."""
     if trace["shadow"]:
         return SHADOW
     if trace["status"] != "ok":
         return FAILED
     if not trace["messages"]:
         return NO_CONTENT
-    record = {"id": f"trace-{trace['trace_id']}", "reference": reference, "source": "trace"}
+    record = {"id": f"trace-{trace['trace_id']}", "reference": reference or "", "source": "trace"}
     try:
         row = parse_row({**record, "messages": json.loads(trace["messages"])}, "")
     except ValueError:  # tool calls, images, a conversation that the assistant ends
         return NOT_TEXT
     if held_out.find(row.messages):
         return HELD_OUT
-    if needs_reference(evaluator) and not reference:
+    if needs_reference(evaluator) and reference == "":
         return NO_REFERENCE
-    return WRONG_REFERENCE if reference_problem(evaluator, reference) else row
+    return WRONG_REFERENCE if reference_problem(evaluator, row.reference) else row
 
 
 # ---------------------------------------------------------------- what the engine asks
@@ -213,9 +222,9 @@ def count_usable(store_uri: str, *, evaluator: Evaluator, held_out: Known, since
     return _counted(seen, store_uri, evaluator, held_out, since)
 
 
-def held_out_keys(uri: str) -> Known:
+def held_out_keys(uri: str, redaction: Redaction | None = None) -> Known:
     """The held-out queries, ready to be asked for; read again only when the file changes."""
-    return _known(store.fingerprint(uri), uri)
+    return _known(store.fingerprint(uri), uri, redaction)
 
 
 @lru_cache(maxsize=4)
@@ -227,8 +236,8 @@ def _counted(
 
 
 @lru_cache(maxsize=4)
-def _known(_fingerprint: str, uri: str) -> Known:
-    return Known(tuple(read_rows(uri)))
+def _known(_fingerprint: str, uri: str, redaction: Redaction | None) -> Known:
+    return Known(tuple(read_rows(uri)), Redactor(redaction) if redaction else None)
 
 
 def reason_of(excluded: Mapping[str, int], evaluator: Evaluator) -> str:

@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
 from itertools import pairwise
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from cowest_serving import store
 from cowest_serving.contract import Messages, digest_of, query_text, reference_text
+from cowest_serving.redaction import Redactor
 from cowest_training.contract import ProblemsError, Row, StepError
 
 MIN_ROWS = 2
@@ -328,9 +329,13 @@ class Hit:
 
 @dataclass(frozen=True, eq=False)  # by identity: hashing thousands of rows would cost more than asking them
 class Known:
-    """The held-out queries, to be asked whether a query is one of them. Made once, asked in constant time."""
+    """The held-out queries, to be asked whether a query is one of them. Made once, asked in constant time.
+
+    `redactor`: of a manifest by which traces hold placeholders; rows and queries are then compared with those.
+    """
 
     rows: tuple[Row, ...]
+    redactor: Redactor | None = None
 
     def find(self, messages: Messages) -> Hit | None:
         """The row that these messages ask again, equally or nearly; `None`: this query may be learnt from.
@@ -338,6 +343,7 @@ class Known:
         Nearly equal: the same words with one phrase moved; or, for long texts, nine tenths of the phrases that
         are the text's own (a template's are not) and the same numbers and codes.
         """
+        messages = self._compared(messages)
         if (row := self._equal.get(conversation_key(messages))) is not None:
             return Hit(row, equal=True)
         words = tokens(query_text(messages))
@@ -346,13 +352,24 @@ class Known:
         near = self._moved_phrase(words) or self._long_overlap(words)
         return Hit(near, equal=False) if near else None
 
+    def _compared(self, messages: Messages) -> Messages:
+        return self.redactor.comparable(messages) if self.redactor else messages
+
+    @cached_property
+    def _rows(self) -> tuple[Row, ...]:
+        """As they are compared."""
+        if self.redactor is None:
+            return self.rows
+        compared = [(row, self._compared(row.messages)) for row in self.rows]
+        return tuple(replace(row, messages=tuple(said), query=query_text(said)) for row, said in compared)
+
     @cached_property
     def _equal(self) -> dict[tuple[str, ...], Row]:
-        return {conversation_key(row.messages): row for row in self.rows}
+        return {conversation_key(row.messages): row for row in self._rows}
 
     @cached_property
     def _equal_query(self) -> dict[tuple[str, ...], Row]:
-        return {tokens(row.query): row for row in self.rows if _turns(row.messages) == 1}
+        return {tokens(row.query): row for row in self._rows if _turns(row.messages) == 1}
 
     @cached_property
     def _by_words(self) -> dict[tuple[str, ...], list[Row]]:
@@ -370,7 +387,7 @@ class Known:
     @cached_property
     def _own(self) -> list[frozenset[tuple[str, ...]]]:
         """Per row the shingles that at most one other row has: the query without its template."""
-        shingles = [_shingles(tokens(row.query)) for row in self.rows]
+        shingles = [_shingles(tokens(row.query)) for row in self._rows]
         counts = Counter(shingle for of_row in shingles for shingle in of_row)
         return [frozenset(s for s in of_row if counts[s] <= 2) for of_row in shingles]
 
@@ -386,7 +403,7 @@ class Known:
     def _long_overlap(self, words: tuple[str, ...]) -> Row | None:
         shared = Counter(number for shingle in _shingles(words) for number in self._rows_of_shingle.get(shingle, ()))
         for number, count in shared.most_common(3):
-            row = self.rows[number]
+            row = self._rows[number]
             if count >= MIN_SHARED * len(self._own[number]) and _codes(words) == _codes(tokens(row.query)):
                 return row
         return None

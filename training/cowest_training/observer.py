@@ -40,8 +40,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from cowest_serving import logs, store
-from cowest_serving.contract import FEEDBACK_PREFIX, KEEP_ALIVE_SECONDS, TRACES_PREFIX, SettingsError, parse
+from cowest_serving.contract import FEEDBACK_PREFIX, KEEP_ALIVE_SECONDS, TRACES_PREFIX, Redaction, SettingsError, parse
 from cowest_serving.metrics import Metrics
+from cowest_serving.redaction import joined_reference
 from cowest_training.collect import (
     DUPLICATE,
     NO_REFERENCE,
@@ -89,11 +90,17 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Hidden:
+    redaction: Redaction | None = None
+
+
+@dataclass(frozen=True)
 class ObserverSettings:
     """The part of a defaulted spec that is read here. An edit of any other leaves the observer running."""
 
     data: HeldOut
     feedback: Evaluated
+    collaboration: Hidden = Hidden()
     traces: Retention | None = None
 
 
@@ -105,11 +112,13 @@ class TraceCounter:
     Blocks; for one thread at a time.
     """
 
-    def __init__(self, store_uri: str, evaluator: Evaluator, held_out_uri: str) -> None:
+    def __init__(
+        self, store_uri: str, evaluator: Evaluator, held_out_uri: str, redaction: Redaction | None = None
+    ) -> None:
         self._store = store_uri
         self._evaluator = evaluator
-        self._held_out_uri = held_out_uri
-        self._restart(held_out_keys(held_out_uri))
+        self._held_out_uri, self._redaction = held_out_uri, redaction
+        self._restart(held_out_keys(held_out_uri, redaction))
 
     def _restart(self, held_out: Known) -> None:
         self._held_out = held_out
@@ -122,11 +131,11 @@ class TraceCounter:
 
     def count(self, today: date | None = None) -> TraceCounts:
         """Raises `StoreError` or `StepError`; what was read by then is kept."""
-        if (held_out := held_out_keys(self._held_out_uri)) is not self._held_out:
+        if (held_out := held_out_keys(self._held_out_uri, self._redaction)) is not self._held_out:
             self._restart(held_out)
         today = today or datetime.now(UTC).date()
         self._read(TRACES_PREFIX, ["trace_id", "time", "status", "shadow", "messages"], self._take, today)
-        self._read(FEEDBACK_PREFIX, ["trace_id", "reference", "time"], self._hear, today)
+        self._read(FEEDBACK_PREFIX, ["trace_id", "reference", "time", "placeholders"], self._hear, today)
         self._since = today
         still = {place for prefix in (TRACES_PREFIX, FEEDBACK_PREFIX) for place in self._places(prefix, today)}
         self._seen = {place: seen for place, seen in self._seen.items() if place in still}
@@ -164,8 +173,9 @@ class TraceCounter:
 
     def _hear(self, word: Record) -> None:
         """A bare score takes nothing back."""
-        if not (reference := word["reference"] or "").strip():
+        if not (word["reference"] or "").strip():
             return
+        reference = joined_reference(word, {}) or ""  # whatever the record has: that changes nothing here
         before = self._said.get(word["trace_id"])
         if before is None or word["time"] >= before[0]:
             self._said[word["trace_id"]] = (word["time"], reference_problem(self._evaluator, reference))
@@ -427,7 +437,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def make_counter() -> TraceCounter:
         if settings.traces is not None:
             take_away(args.store, settings.traces.retention_days)
-        return TraceCounter(args.store, settings.feedback.evaluator, settings.data.held_out)
+        return TraceCounter(
+            args.store, settings.feedback.evaluator, settings.data.held_out, settings.collaboration.redaction
+        )
 
     app = build_app(Observer(Desk(args.store, metrics), metrics, make_counter, every=args.count_seconds))
     # uvicorn raises the signal again after its shutdown; asked to stop and stopped is a success.

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from cowest_serving import store
 from cowest_serving.contract import Pair
 from cowest_serving.models import ModelError
+from cowest_serving.redaction import digests_of, joined_reference
 from cowest_serving.traces import Lane, Mark, read_new
 from cowest_serving.words import counted, scores_of
 
@@ -153,6 +154,7 @@ class LiveAnswer:
     row: Row  # without a reference
     answer: str | None  # None: its content was not sampled, or there was none
     failed: bool
+    placeholders: Mapping[str, str] = field(default_factory=dict)  # with the digests of what they hide
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,11 @@ class Verdict:
 
     score: float | None = None
     reference: str | None = None
+    placeholders: str | None = None  # of the reference, with their digests, as JSON
+
+    def reference_to(self, answer: LiveAnswer) -> str | None:
+        """In the placeholders of that answer. None: it names somebody, and nobody can tell whom."""
+        return joined_reference({"reference": self.reference, "placeholders": self.placeholders}, answer.placeholders)
 
 
 def arm_of(trace: Mapping[str, Any], candidate: Pair, control: Pair | None) -> str | None:
@@ -191,6 +198,7 @@ def live_answer(trace: Mapping[str, Any], arm: str) -> LiveAnswer:
         # A failure with an answer (of whoever stood in) is what the user got, and is scored as that.
         answer=None if failed and not trace["answer"] else trace["answer"],
         failed=failed,
+        placeholders=digests_of(trace),
     )
 
 
@@ -201,7 +209,7 @@ def verdicts(feedback: Sequence[Mapping[str, Any]]) -> dict[str, Verdict]:
     for word in feedback:
         said = found.setdefault(word["trace_id"], Verdict())
         if word["reference"] is not None:
-            found[word["trace_id"]] = replace(said, reference=word["reference"])
+            found[word["trace_id"]] = replace(said, reference=word["reference"], placeholders=word.get("placeholders"))
     return found
 
 
@@ -218,7 +226,9 @@ def why_unscorable(answer: LiveAnswer, said: Verdict, canary: Canary) -> str:
         return ""
     if said.reference is None:
         return "have no late reference yet"
-    problem = reference_problem(canary.evaluator, said.reference)
+    if (reference := said.reference_to(answer)) is None:
+        return "have a reference with identifiers that came without the key of its x-request-id"
+    problem = reference_problem(canary.evaluator, reference)
     return f"have a reference that the evaluator cannot use ({problem})" if problem else ""
 
 
@@ -307,7 +317,11 @@ class Scorer:
         if self._canary.signal == "Feedback":
             assert said.score is not None
             return (said.score,)
-        row = replace(answer.row, reference=said.reference or "") if self._canary.needs_reference else answer.row
+        row = (
+            replace(answer.row, reference=said.reference_to(answer) or "")
+            if self._canary.needs_reference
+            else answer.row
+        )
         if self._canary.signal == "ShadowReplay":
             return await self._replay(row)
         return (await self._asking.score_text(row, answer.answer or ""),)
