@@ -9,6 +9,7 @@ import atexit
 import functools
 import http.client
 import http.server
+import importlib.util
 import json
 import os
 import re
@@ -22,19 +23,23 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import urlopen
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 from minio import Minio
 from minio.commonconfig import ENABLED, Filter
+from minio.error import S3Error
 from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
+from urllib3 import HTTPResponse
 
 from cowest_operator import kube, manifest, settings
 from cowest_operator.metrics import Metrics
-from cowest_operator.objects import ray
+from cowest_operator.objects import common, ray
 from cowest_operator.schema import default
 from cowest_serving import app, proxy
 
@@ -180,7 +185,8 @@ def test_secrets_are_named_and_never_written(chart: Path, values: str | None) ->
     assert bool(made) == (chart == DOMAIN and values == "full")
     for where, pod in pods(objects):
         for container in pod["containers"]:
-            written = [e["name"] for e in container.get("env", []) if re.search("KEY|SECRET_|PASS|TOKEN", e["name"])]
+            named = [e["name"] for e in container.get("env", []) if not e["name"].endswith(("_FILE", "_FOLDER"))]
+            written = [name for name in named if re.search("KEY|SECRET_|PASS|TOKEN", name)]
             assert all("value" not in e for e in container.get("env", []) if e["name"] in written), where
 
 
@@ -406,6 +412,19 @@ def test_a_domain_makes_nothing_outside_its_namespace() -> None:
     assert {each["metadata"].get("namespace") for each in rendered(DOMAIN, "full")} == {"here"}
 
 
+@needs_helm
+@pytest.mark.parametrize(("policy", "said"), [("Keep", False), ("Delete", True)])
+def test_whoever_installs_is_told_to_delete_a_job_that_erases_before_its_release(
+    policy: str, said: bool, tmp_path: Path
+) -> None:
+    """Helm deletes what it does not know last: MinIO, policies and quotas are gone before the job is."""
+    chart = shutil.copytree(DOMAIN, tmp_path / "chart")
+    notes = '{{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}'  # rendered by an install alone
+    (chart / "templates" / "notes.yaml").write_text(f"kind: Notes\nsaid: {notes}\n")
+    (found,) = of_kind(rendered(chart, "minimal", f"job.deletionPolicy.models={policy}"), "Notes")
+    assert ("kubectl -n here delete cwj/desk --wait" in found["said"]) is said
+
+
 def policies(values: str, *sets: str) -> dict[str, Object]:
     found = of_kind(rendered(DOMAIN, values, *sets), "NetworkPolicy")
     return {each["metadata"]["name"].removeprefix("desk-"): each["spec"] for each in found}
@@ -536,7 +555,10 @@ def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     data = tmp_path_factory.mktemp("minio")
-    environment = {**os.environ, "MINIO_ROOT_USER": "tester", "MINIO_ROOT_PASSWORD": "only-for-tests"}
+    environment = dict(os.environ)
+    for name, value in (("USER", "tester"), ("PASSWORD", "only-for-tests")):
+        (data / name).write_text(value + "\n")  # as `kubectl create secret --from-file` may bring it
+        environment[f"MINIO_ROOT_{name}_FILE"] = str(data / name)
     certificates = ["--certs-dir", str(data / "none")]
     command = [str(MINIO), "server", str(data / "data"), "--quiet", "--address", address, *certificates]
     with (data / "log").open("wb") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as server:
@@ -584,6 +606,115 @@ def test_the_bucket_job_makes_the_bucket_and_keeps_the_rules_of_others(minio: st
     assert rules() == {"tmp/": 1, "team/a/here/desk/traces/": 3, "team/a/here/desk/feedback/": 3}
     run("bucket.expireTraces=false")
     assert rules() == {"tmp/": 1}
+
+
+@pytest.fixture(scope="module")
+def bucket_py() -> Any:
+    source = DOMAIN / "files" / "bucket.py"
+    specification = importlib.util.spec_from_file_location("bucket", source)
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+class Store:
+    """A bucket's lifecycle as an object store keeps it."""
+
+    def __init__(self, lifecycle: str = "", refused: str = "", headers: Mapping[str, str] | None = None) -> None:
+        self.lifecycle, self.refused, self.headers = lifecycle, refused, dict(headers or {})
+        self.written: list[Mapping[str, str]] = []
+
+    def _execute(
+        self, method: str, bucket: str, body: bytes = b"", headers: Any = None, query_params: Any = None
+    ) -> Any:
+        assert query_params == {"lifecycle": ""}
+        code = self.refused or ("" if self.lifecycle or method == "PUT" else "NoSuchLifecycleConfiguration")
+        if code:
+            raise S3Error(HTTPResponse(status=400), code, "no", bucket, "1", "1")
+        if method == "PUT":
+            self.lifecycle = body.decode()
+            self.written.append(headers)
+        return SimpleNamespace(data=self.lifecycle.encode(), headers=self.headers)
+
+    def delete_bucket_lifecycle(self, bucket: str) -> None:
+        self.lifecycle = ""
+
+
+THEIRS = (
+    "<Rule><ID>big</ID><Status>Enabled</Status><Filter><And><Prefix>a/</Prefix>"
+    "<ObjectSizeGreaterThan>9</ObjectSizeGreaterThan></And></Filter>"
+    "<Transition><Days>1</Days><StorageClass>IA</StorageClass></Transition>"
+    "<Transition><Days>9</Days><StorageClass>GLACIER</StorageClass></Transition></Rule>",
+    "<Rule><ID>old</ID><Prefix>tmp/</Prefix><Status>Enabled</Status><Expiration><Days>1</Days></Expiration></Rule>",
+    "<Rule><ID>all</ID><Status>Enabled</Status><Filter/><AbortIncompleteMultipartUpload>"
+    "<DaysAfterInitiation>1</DaysAfterInitiation></AbortIncompleteMultipartUpload></Rule>",
+)
+S3_NAMESPACE = ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
+
+
+@pytest.mark.parametrize("space", ["", S3_NAMESPACE], ids=["no namespace", "S3's namespace"])
+def test_rules_of_others_are_written_back_word_for_word(bucket_py: Any, space: str) -> None:
+    least = {bucket_py.SMALLEST: "varies_by_storage_class"}
+    store = Store(f"<LifecycleConfiguration{space}>{''.join(THEIRS)}</LifecycleConfiguration>", headers=least)
+    before, wanted = store.lifecycle, [bucket_py.rule("ours/traces=t/=7"), bucket_py.rule("ours/feedback=f/=7")]
+    bucket_py.expire(store, "desk", "ours/", wanted)
+    ours = "".join(
+        f"<Rule><ID>{each.name}</ID><Status>Enabled</Status><Filter><Prefix>{each.prefix}</Prefix></Filter>"
+        "<Expiration><Days>7</Days></Expiration></Rule>"
+        for each in wanted
+    )
+    canonical = ElementTree.canonicalize
+    assert canonical(store.lifecycle) == canonical(before.replace("</Life", f"{ours}</Life"))
+    assert store.written[0].items() >= least.items()
+    bucket_py.expire(store, "desk", "ours/", wanted)
+    assert len(store.written) == 1, "nothing has changed"
+    bucket_py.expire(store, "desk", "ours/", [])
+    assert canonical(store.lifecycle) == canonical(before)
+
+
+def test_the_last_rule_takes_the_lifecycle_with_it_and_an_edited_one_is_written_anew(bucket_py: Any) -> None:
+    store, wanted = Store(), [bucket_py.rule("ours/traces=t/=7")]
+    bucket_py.expire(store, "desk", "ours/", wanted)
+    good = store.lifecycle
+    store.lifecycle = good.replace("Enabled", "Disabled")
+    bucket_py.expire(store, "desk", "ours/", wanted)
+    assert store.lifecycle == good
+    bucket_py.expire(store, "desk", "ours/", [])
+    assert store.lifecycle == ""
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "NotImplemented"])
+def test_a_store_without_rules_is_a_trouble_only_where_traces_are_to_expire(bucket_py: Any, code: str) -> None:
+    bucket_py.expire(Store(refused=code), "desk", "ours/", [])
+    with pytest.raises(SystemExit, match="expireTraces"):
+        bucket_py.expire(Store(refused=code), "desk", "ours/", [bucket_py.rule("ours/traces=t/=7")])
+
+
+def test_keys_in_files_may_end_a_line_and_have_a_session(bucket_py: Any, tmp_path: Path) -> None:
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "me\n"),
+        ("AWS_SECRET_ACCESS_KEY", "x\r\n"),
+        ("AWS_SESSION_TOKEN", "t\n"),
+    ):
+        (tmp_path / name).write_text(value)
+    found = bucket_py.keys(str(tmp_path)).retrieve()
+    assert (found.access_key, found.secret_key, found.session_token) == ("me", "x", "t")
+
+
+@needs_helm
+def test_bucket_job_and_own_store_read_the_keys_from_files() -> None:
+    wanted = {"AWS_ACCESS_KEY_ID": False, "AWS_SECRET_ACCESS_KEY": False, "AWS_SESSION_TOKEN": True}
+    for where, pod in pods(rendered(DOMAIN, "full")):
+        if where.startswith(("Job", "StatefulSet")):
+            (container,) = pod["containers"]
+            assert {m["name"]: m["mountPath"] for m in container["volumeMounts"]}["s3-keys"] == common.STORE_KEYS, where
+            (volume,) = [each for each in pod["volumes"] if each["name"] == "s3-keys"]
+            sources = [each["secret"] for each in volume["projected"]["sources"]]
+            assert {s["items"][0]["key"]: s.get("optional", False) for s in sources} == wanted, where
+            assert {s["name"] for s in sources} == {"store"}
+            told = [e["value"] for e in container["env"] if e["name"].endswith(("KEYS_FOLDER", "USER_FILE"))]
+            assert all(each.startswith(common.STORE_KEYS) for each in told) and told, where
 
 
 @needs_helm

@@ -145,10 +145,24 @@ capabilities:
 {{- with $store.caBundleRef }}
 - {name: COWEST_S3_CA, value: /etc/cowest/s3-ca/{{ .key | default "ca.crt" }}}
 {{- end }}
-{{- with $store.credentialsSecretRef }}
-- name: AWS_ACCESS_KEY_ID
-  valueFrom: {secretKeyRef: {name: {{ .name }}, key: AWS_ACCESS_KEY_ID}}
-- name: AWS_SECRET_ACCESS_KEY
-  valueFrom: {secretKeyRef: {name: {{ .name }}, key: AWS_SECRET_ACCESS_KEY}}
+{{- if $store.credentialsSecretRef }}
+- {name: COWEST_S3_KEYS_FOLDER, value: /etc/cowest/s3-keys}
 {{- end }}
+{{- end -}}
+
+{{/* The volume `s3-keys` with the keys of the object store: files, whose last line may end, as `--from-file` leaves it. */}}
+{{- define "cowest-domain.storeKeys" -}}
+{{- $store := (include "cowest-domain.spec" . | fromJson).objectStore -}}
+name: s3-keys
+projected:
+  defaultMode: 0440
+  sources:
+  {{- range list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" "AWS_SESSION_TOKEN" }}
+  - secret:
+      name: {{ $store.credentialsSecretRef.name }}
+      items: [{key: {{ . }}, path: {{ . }}}]
+      {{- if eq . "AWS_SESSION_TOKEN" }}
+      optional: true
+      {{- end }}
+  {{- end }}
 {{- end -}}
