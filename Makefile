@@ -102,7 +102,7 @@ lock: setup  ## resolve requirements.lock anew
 
 IMAGE_REGISTRY ?= docker.io
 IMAGE_TAG ?= $(or $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml),dev)
-IMAGE_OPTIONS ?= $(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_TRUSTED_HOST PIP_CERT,--build-arg $(name))
+IMAGE_OPTIONS ?= $(foreach name,PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_TRUSTED_HOST PIP_FIND_LINKS,--build-arg $(name))
 # Called with DOCKERFILE CONTEXT TAG, and more of the builder's options.
 IMAGE_BUILD ?= sh -c 'file=$$0 context=$$1 tag=$$2; shift 2; docker build $(IMAGE_OPTIONS) --file "$$file" --tag "$$tag" "$$@" "$$context"'
 # serving-ray is needed for gateway.engine RayServe only.

@@ -305,9 +305,9 @@ class Applier:
         return True
 
     def _gateway_answers(self, context: Context, family: Family) -> bool:
-        """The old one may go only when the new one gets requests."""
-        seen = family.children.get(ray.kept_in(context))
-        return seen is not None and bool(seen.facts["current"] and seen.facts["available"])
+        """The old one may go only when the new one can take its requests."""
+        seen, wanted = family.children.get(ray.kept_in(context)), context.job.spec.gateway.replicas
+        return seen is not None and bool(seen.facts["current"] and seen.facts["available"] >= wanted)
 
     def _rolled_out(self, context: Context, family: Family) -> bool:
         """Pods of before the last edit still mount the manifest of before it."""

@@ -191,7 +191,7 @@ def look(playground: Playground) -> None:
 def test_an_engine_that_is_switched_leaves_the_old_gateway_until_the_new_one_answers(playground: Playground) -> None:
     old, new = f"{DEPLOYMENTS}/claims-gateway", f"{RAY_SERVICES}/claims-ray"
     with installed(playground.server, RAY), playground.operator():
-        apply(playground, manifest_of("claims", **RESTING))
+        apply(playground, manifest_of("claims", **RESTING, gateway={"replicas": 2}))
         playground.wait(lambda: ready(playground) and playground.get(old) is not None, "a gateway")
         engine(playground, "RayServe")
         playground.wait(lambda: playground.get(new) is not None, "the RayService")
@@ -204,11 +204,15 @@ def test_an_engine_that_is_switched_leaves_the_old_gateway_until_the_new_one_ans
         answers = {**initializing, "status": "True", "reason": "NonZeroServeEndpoints"}
         status = {"observedGeneration": generation, "numServeEndpoints": 1, "conditions": [answers]}
         playground.server.request("PATCH", f"{new}/status", {"status": status})
+        look(playground)
+        assert playground.get(old) is not None, "one of two would have all the requests"
+        status["numServeEndpoints"] = 2
+        playground.server.request("PATCH", f"{new}/status", {"status": status})
         playground.wait(lambda: playground.get(old) is None, "the Deployment to go")
         assert ready(playground)
         engine(playground, "ASGI")
         playground.wait(lambda: playground.get(new) is None, "the RayService to go")
-        assert playground.get(old)["status"]["availableReplicas"] == 1, "its successor answers"
+        assert playground.get(old)["status"]["availableReplicas"] == 2, "its successor answers"
 
 
 def test_a_mode_that_kserve_writes_anew_is_not_written_back_by_the_next_operator(playground: Playground) -> None:

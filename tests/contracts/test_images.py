@@ -151,6 +151,18 @@ def test_the_builder_is_given_file_context_tag_and_what_ray_needs(tmp_path: Path
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make on PATH")
+def test_the_builder_is_told_of_an_index_and_of_no_path_of_the_host(tmp_path: Path) -> None:
+    """A path would not be there in the build."""
+    (tmp_path / "docker").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "docker").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PIP_CERT": "/etc/ssl/own.pem"}
+    command = ["make", "--silent", "image-operator"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, env=environment)
+    told = set(re.findall("--build-arg (PIP_[A-Z_]+)", done.stdout))
+    assert told == {"PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "PIP_FIND_LINKS"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on PATH")
 def test_sizes_are_told_above_the_base() -> None:
     sizes = {"python": 200, "operator:t": 307, "serving:t": 511, "serving:t-ray": 900, "training:t": 2000}
     size = "; ".join(f"*{name}*) echo {mb};" for name, mb in sorted(sizes.items(), reverse=True))
