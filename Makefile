@@ -8,7 +8,7 @@ APISERVER_WORKERS ?= auto
 UV_VERSION = 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study paper test test-apiserver check format docs lock bench bench-kill bench-gateway bench-flip bench-gate soak-gateway bench-spool torture-spool torture-gateway bench-operator e2e e2e-faults rbac clean \
+.PHONY: help setup demo study paper test test-apiserver check format docs lock bench bench-kill bench-gateway bench-flip bench-gate bench-dpo soak-gateway bench-spool torture-spool torture-gateway bench-operator e2e e2e-faults rbac clean \
   images image-operator image-serving image-serving-ray image-training image-sizes lock-images helm-docs
 
 help:  ## say what there is
@@ -56,7 +56,7 @@ docs: setup  ## write docs/api.md and docs/cli.md anew
 	$(BIN)/python -m cowest_operator.docs
 	$(BIN)/python -m cowest_cli.docs
 
-bench: bench-kill bench-operator bench-gate  ## all benchmarks
+bench: bench-kill bench-operator bench-gate bench-dpo  ## all benchmarks
 
 bench-kill: setup  ## kill -9 the run at random moments; the same decision, no paid call twice
 	$(BIN)/python tests/benchmarks/kill.py --kills 20
@@ -66,6 +66,10 @@ bench-operator: setup  ## writes, reconcile time and memory of the operator with
 
 bench-gate: setup  ## 20,000 simulated canaries looked at as they come: who promotes what does not gain; 3 minutes
 	$(BIN)/python tests/benchmarks/gate_bench.py $(OPTIONS)
+
+bench-dpo: setup  ## pairs a second and memory of DPO with shared prompts beside TRL's own; hours with all pairs, OPTIONS="--pairs 48" minutes
+	$(BIN)/python tests/benchmarks/dpo_bench.py --workload demo $(OPTIONS)
+	$(BIN)/python tests/benchmarks/dpo_bench.py --workload wide $(OPTIONS)
 
 bench-gateway: setup  ## CPU, latency, streams and records of the gateway beside LiteLLM, Portkey, a Rust router and nginx; 15 minutes
 	$(BIN)/python -m tests.benchmarks.gateway.bench $(OPTIONS)

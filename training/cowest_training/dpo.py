@@ -30,6 +30,7 @@ from cowest_serving.generate import PromptError, prompt_ids, render_prompt
 from cowest_serving.model_files import model_digest
 from cowest_training import tuning
 from cowest_training.contract import EXIT_OK, Manifest, StepError, Training
+from cowest_training.shared_prompt import SharedPromptDPOTrainer
 from cowest_training.steps import Progress, load_settings, need_manifest, open_output, parser, run
 from cowest_training.weak_folders import weak_folder
 
@@ -145,7 +146,7 @@ def encode(weak: tuning.Weak, pairs: Iterable[Pair]) -> tuple[list[dict[str, lis
 
 
 # ---------------------------------------------------------------- tuning
-class TokenisedDPOTrainer(DPOTrainer):  # type: ignore[misc]
+class TokenisedDPOTrainer(SharedPromptDPOTrainer):
     """DPOTrainer on token ids. TRL 1.16 tokenises texts itself, which may double the beginning-of-sequence token and
     move the border of the prompt; here both are as the server sees them."""
 
