@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import unquote
 
 import typer
 
@@ -21,7 +23,8 @@ def upload(
 ) -> None:
     """Copy a data file or a model folder into an object store.
 
-    It is checked first; what is there already is not sent again.
+    It is checked first; what is there already is not sent again. What an earlier upload of another model left in the
+    same place is deleted; where anything else lies there, nothing is sent.
     """
     from cowest_serving import store
     from cowest_training.steps import file_sha256
@@ -29,9 +32,12 @@ def upload(
     if "://" not in target:
         raise StepError(f"{target}: wanted a target such as s3://bucket/key, saw a plain path.")
     digest = _checked(source)
-    files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+    noted = source / SUMS  # of an upload that this folder was a copy of
+    files = sorted(p for p in source.rglob("*") if p.is_file() and p != noted) if source.is_dir() else [source]
     sums_uri = store.join(target, SUMS) if source.is_dir() else f"{target}.sha256"
     there = _read_sums(sums_uri)
+    if source.is_dir():
+        there = _without_others(target, {p.relative_to(source).as_posix() for p in files}, there)
     sent = 0
     for path in files:
         name = path.relative_to(source).as_posix() if source.is_dir() else path.name
@@ -47,6 +53,26 @@ def upload(
         typer.echo(json.dumps({"uri": target, "digest": digest, "files": len(files), "sent": sent}))
         return
     typer.echo(f"{target}  {digest}  {len(files)} file(s), {sent} sent now")
+
+
+def _without_others(target: str, names: Collection[str], sums: Mapping[str, str]) -> dict[str, str]:
+    """The sums of these names. What an earlier upload left besides is deleted: a model is read as all that is there.
+
+    Raises `StepError` where something else lies there.
+    """
+    from cowest_serving import store
+
+    begin = target.rstrip("/") + "/"
+    uris = {uri.removeprefix(begin): uri for uri in store.list_files(target) if uri.startswith(begin)}
+    there = {unquote(name) if target.startswith("file://") else name: uri for name, uri in uris.items()}
+    others = [name for name in there if name not in names and name != SUMS]
+    if foreign := [name for name in others if name not in sums]:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        seen = ", ".join(foreign[:3])
+        raise StepError(f"{target}: wanted an empty place or an earlier upload, saw {seen}{more}. Name another place.")
+    for name in others:
+        store.delete(there[name])
+    return {name: value for name, value in sums.items() if name in names}
 
 
 def _read_sums(uri: str) -> dict[str, str]:
