@@ -31,6 +31,7 @@ class Facts:
     query_chars: float
     explained: int = 0  # training rows with an explanation
     train_digest: str = ""  # of the rows, not of the file
+    held_out_digest: str = ""
     notes: tuple[str, ...] = ()  # what is no fault, and a person should look at
     groups: Mapping[str, int] = field(default_factory=dict)  # held-out rows by `group`
 
@@ -77,6 +78,7 @@ def check_data(spec: Mapping[str, Any], source: str, names: Collection[str] = DA
         characters,
         explained,
         train_digest=rows_digest(train),
+        held_out_digest=rows_digest(held_out),
         notes=tuple(notes),
         groups=dict(Counter(row.group for row in held_out if row.group is not None)),  # asdict breaks a Counter
     )

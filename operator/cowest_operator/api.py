@@ -436,6 +436,14 @@ class Sight:
 
 
 @dataclass(frozen=True)
+class Looked:
+    """How many candidates were judged on one held-out set."""
+
+    held_out: str  # digest of the rows
+    looks: int
+
+
+@dataclass(frozen=True)
 class Status:
     conditions: tuple[Condition, ...] = ()
     stable: Pair | None = None
@@ -454,7 +462,8 @@ class Status:
     candidate: Trial | None = None
     trials: int = 0  # started so far; the next one's number
     looks: int = 0  # offline gates on this held-out set so far
-    held_out: str | None = None  # URI that `looks` counts for
+    held_out: str | None = None  # its URI
+    looked: tuple[Looked, ...] = ()  # at each held-out set, whatever its address; the newest last
     sight: Sight | None = None  # of that held-out set, once it was gone through
     rounds: tuple[Outcome, ...] = ()  # the last ten
     tuned_rounds: int = 0
@@ -476,6 +485,7 @@ class Status:
 
 KEEP_ROUNDS = 10
 KEEP_SLICES = 20
+KEEP_LOOKED = 36
 
 
 # ---------------------------------------------------------------- world

@@ -82,6 +82,13 @@ def not_vetoed_by_a_person(case: Offline) -> Refusal | None:
     return None
 
 
+def looks_before(status: api.Status, held_out: str, rows: str) -> int:
+    """Offline gates on these rows so far. A status of before these were counted by digest has them by address."""
+    if not status.looked:
+        return status.looks if status.held_out == held_out else 0
+    return next((seen.looks for seen in status.looked if seen.held_out == rows), 0)
+
+
 def enough_held_out_queries(case: Offline) -> Refusal | None:
     n = case.judged.against_control.n
     if n < case.gate.min_held_out:

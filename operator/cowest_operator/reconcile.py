@@ -184,7 +184,7 @@ def _start(world: World) -> Move:
     if following.trial is None:
         finished = following.message if following.final else None
         return Move(world.status, following.reason, following.message, finished=finished)
-    trial = following.trial
+    trial = _by_these_rows(world, following.trial)
     proposals = world.status.proposals[1:] if trial.origin == "Proposal" else world.status.proposals
     status = replace(world.status, candidate=trial, trials=trial.number + 1, proposals=proposals)
     if trial.origin in ("Baseline", "Round"):
@@ -194,6 +194,17 @@ def _start(world: World) -> Move:
         status = replace(status, traces_seen=world.traces.usable, traces_since=world.now, without_gain=gone_by)
     message = f"round {trial.number} ({trial.origin.lower()}) begins"
     return Move(status, message=message, events=(Event("Normal", "RoundStarted", message),))
+
+
+def _by_these_rows(world: World, trial: Trial) -> Trial:
+    """Whether a first model is tuned on explanations is settled as it begins: data.train may be edited while it runs.
+
+    Where nobody has looked yet, its `check` step does.
+    """
+    makes_first_model = trial.origin == "Baseline" or (trial.origin == "Edit" and trial.pair is None)
+    if world.has_explanations is None or not makes_first_model:
+        return trial
+    return replace(trial, done={"check": {"has_explanations": world.has_explanations}})
 
 
 def _prepare(world: World, trial: Trial) -> Move:
@@ -278,8 +289,9 @@ def _gate(world: World, trial: Trial) -> Move:
     if trial.origin == "Revalidation":
         return _revalidated(world, trial)
     spec, status, seen = world.trial_job.spec, world.status, world.report.against_control
-    if status.held_out != spec.data.held_out:
-        status = replace(status, looks=0, held_out=spec.data.held_out, sight=None)
+    held_out, rows = spec.data.held_out, world.report.held_out_digest
+    looks = promotion.looks_before(status, held_out, rows)
+    status = replace(status, looks=looks, held_out=held_out)
     # The later word of a person goes before an earlier one: what somebody proposes is judged in spite of a veto.
     judged = replace(status, vetoed=()) if trial.origin == "Proposal" else status
     case = promotion.Offline(spec.gate, spec.canary.max_error_percent, judged, trial.pair.digest, world.report)
@@ -289,7 +301,9 @@ def _gate(world: World, trial: Trial) -> Move:
         return Move(world.status, api.REASON_AWAITING_APPROVAL, message)
     trial = _measured(world, trial, world.report)
     of_control = routes.measured(world.report, "control", rounds.run_uri(world, trial, "predictor"))
-    status = replace(status, looks=status.looks + 1, candidate=trial, routes=of_control or status.routes)
+    looked = (*(seen for seen in status.looked if seen.held_out != rows), api.Looked(rows, looks + 1))
+    status = replace(status, looks=looks + 1, looked=looked[-api.KEEP_LOOKED :], candidate=trial)
+    status = replace(status, routes=of_control or status.routes)
     status = replace(status, sight=_sight(world.report))
     status, followed = _strong_follows(world, status, trial, case)
     world = replace(world, status=status)

@@ -655,10 +655,36 @@ def test_a_gate_keeps_what_its_held_out_set_can_show():
     assert plan.status.sight == api.Sight(1000, 0.14, {"rare": 29})
 
 
-def test_another_held_out_set_starts_the_count_of_looks_anew():
-    status = replace(evaluated(), held_out="file:///old.jsonl", looks=7)
-    plan = reconcile.plan(w.world(status=status, report=w.report()))
-    assert (plan.status.looks, plan.status.held_out) == (1, "file:///held_out.jsonl")
+def looked_at(status, rows, held_out="file:///held_out.jsonl"):
+    """The status after a candidate was judged on these rows at that address."""
+    now = w.job(data={"held_out": held_out})
+    judged = replace(evaluated(), looks=status.looks, held_out=status.held_out, looked=status.looked)
+    return reconcile.plan(w.world(status=judged, job=now, report=w.report(held_out_digest=rows))).status
+
+
+def test_other_held_out_rows_start_the_count_of_looks_anew():
+    status = looked_at(looked_at(w.SERVED, "sha256:a"), "sha256:a")
+    assert status.looks == 2
+    assert looked_at(status, "sha256:b").looks == 1, "also at the same address"
+
+
+def test_the_same_held_out_rows_are_looked_at_once_more_wherever_they_lie():
+    first = looked_at(w.SERVED, "sha256:a")
+    assert looked_at(first, "sha256:a", "file:///copy.jsonl").looks == 2
+    elsewhere = looked_at(first, "sha256:b", "file:///b.jsonl")
+    assert looked_at(elsewhere, "sha256:a").looks == 2
+    assert looked_at(elsewhere, "sha256:a").looked == (api.Looked("sha256:b", 1), api.Looked("sha256:a", 2))
+
+
+def test_a_status_that_counted_looks_by_address_goes_on_with_them():
+    before = replace(w.SERVED, looks=7)
+    assert looked_at(before, "sha256:a").looks == 8
+    assert looked_at(replace(before, held_out="file:///old.jsonl"), "sha256:a").looks == 1
+
+
+def test_no_more_held_out_sets_are_remembered_than_a_status_can_hold():
+    many = tuple(api.Looked(f"sha256:{i}", 1) for i in range(api.KEEP_LOOKED))
+    assert len(looked_at(replace(w.SERVED, looked=many), "sha256:a").looked) == api.KEEP_LOOKED
 
 
 def test_an_evaluator_edited_in_a_canary_is_measured_afterwards():
@@ -1005,6 +1031,15 @@ def test_where_nobody_has_looked_at_the_data_a_check_comes_first_and_decides_abo
     assert [rounds.key(trial, s) for s in rounds.chain(seen, trial)] == ["check", "publish", "evaluate"]
     checked = replace(trial, done={"check": {"has_explanations": True}})
     assert [rounds.key(trial, s) for s in rounds.chain(seen, checked)] == ["check", "sft", "evaluate"]
+
+
+def test_an_edit_of_the_data_does_not_change_the_way_of_a_first_model_that_is_being_made() -> None:
+    begun = reconcile.plan(w.world(status=api.Status(), has_explanations=False)).status
+    after_the_edit = w.world(status=begun, has_explanations=True)
+    steps = rounds.chain(after_the_edit, begun.candidate)
+    assert [rounds.key(begun.candidate, step) for step in steps] == ["publish", "evaluate"]
+    unknown = reconcile.plan(w.world(status=api.Status(), has_explanations=None)).status
+    assert unknown.candidate.done == {}, "its check step looks"
 
 
 def test_a_manifest_that_cannot_be_followed_starts_nothing_and_says_why() -> None:
