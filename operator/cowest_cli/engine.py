@@ -104,6 +104,7 @@ class Order:
     client_keys: str | None = None
     fallback_keys: str | None = None
     client_names: str | None = None
+    file: Path | None = None  # of the manifest
 
     @property
     def of_gateway(self) -> tuple[Any, ...]:
@@ -123,6 +124,7 @@ def read_order(file: Path, secrets: Path | None) -> Order:
         jobs.client_keys(declared.job, secrets),
         jobs.fallback_keys(declared.job, secrets),
         jobs.client_names(declared.job, secrets),
+        file,
     )
 
 
@@ -194,7 +196,9 @@ class Engine:
             self.close()
 
     def _say_where(self) -> None:
-        jobs.write_json(self.home.run, {"pid": os.getpid(), "gateway": f"http://127.0.0.1:{self.port}/v1"})
+        where = {"pid": os.getpid(), "gateway": f"http://127.0.0.1:{self.port}/v1"}
+        file = self._order.file
+        jobs.write_json(self.home.run, where | ({"manifest": str(file.resolve())} if file else {}))
 
     def _follow(self) -> None:
         """Take up an edit of the manifest: what runs goes on as a job in a cluster does."""

@@ -21,8 +21,9 @@ from cowest_cli.options import File, HomeFolder, Output
 from cowest_cli.preflight import facts_of
 from cowest_cli.processes import port_is_free
 from cowest_cli.view import View, printable, rounds_table
-from cowest_operator import api, rounds
+from cowest_operator import api, manifest, rounds
 from cowest_operator.power import Power, sentences
+from cowest_operator.promotion import looks_before
 from cowest_serving.contract import Strong
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RETRY, MANIFEST, StepError
 
@@ -86,6 +87,7 @@ def _run(wanted: Wanted, output: str) -> None:
     console = Console(stderr=True, highlight=False, markup=False)
     with jobs.locked(place):
         order = engines.read_order(file, secrets)
+        _is_its_state(order, place)
         order = replace(order, declared=jobs.with_generation(order.declared, place))
         engines.wait_for_port(port or order.declared.job.spec.gateway.port)  # before anything is asked or paid
         _before_it_pays(order, place, wanted.yes, console)
@@ -117,10 +119,47 @@ def what_next(failure: api.Failure) -> str:
     return "Run the same command again to go on from here."
 
 
+def _is_its_state(order: engines.Order, place: jobs.Home) -> None:
+    """Nothing begins on the state of another job, or on one that lies elsewhere than its models say.
+
+    Raises `StepError`.
+    """
+    _same_job(order, place)
+    status = jobs.read_status(place)
+    trial = status.candidate
+    for pair in (status.stable, trial.pair if trial else None, status.previous):
+        if pair and pair.weak_uri and not pair.weak_uri.startswith(f"{place.store.as_uri()}/"):
+            written = manifest.local_path(pair.weak_uri.rpartition("/store/runs/")[0] or pair.weak_uri)
+            raise StepError(
+                f"{place.root}: this state was written in {written}, and names its models by that place. Move it back"
+                " there, or begin anew with another --home.",
+                EXIT_BAD_INPUT,
+            )
+
+
+def _same_job(order: engines.Order, place: jobs.Home) -> None:
+    known = jobs.read_json(place.job)
+    name, wanted = order.declared.job.name, known["metadata"]["name"] if known else order.declared.job.name
+    if name != wanted:
+        raise StepError(
+            f"{order.file}: wanted the job {wanted}, whose state is in {place.root}, saw {name}. Another job is another"
+            " `cowest run`, with a state of its own.",
+            EXIT_BAD_INPUT,
+        )
+
+
+def other_manifest(place: jobs.Home, order: engines.Order) -> str:
+    """The state is that of a job of the same name from another file: it may be another job; else ""."""
+    before = (jobs.read_json(place.run) or {}).get("manifest")
+    if before is None or order.file is None or before == str(order.file.resolve()):
+        return ""
+    return f"{place.root} is the state of {before} so far. A job of its own wants another metadata.name, or --home."
+
+
 def _before_it_pays(order: engines.Order, place: jobs.Home, yes: bool, console: Console) -> None:
     for path in jobs.without_effect_here(order.declared.document):
         console.print(f"note: {path} has no effect on one machine", soft_wrap=True)
-    for note in (*order.facts.notes, other_rows(place, order)):
+    for note in (*order.facts.notes, other_rows(place, order), other_manifest(place, order)):
         if note:
             console.print(f"note: {note}", soft_wrap=True)
     if not yes and not place.status.exists():
@@ -158,9 +197,7 @@ def _another_order(file: Path, place: jobs.Home, secrets: Path | None, port: int
     """An edit of the manifest while it runs, checked as at the start. Raises `ManifestError` or `StepError`."""
     order = engines.read_order(file, secrets)
     known = jobs.read_json(place.job)
-    name, wanted = order.declared.job.name, known["metadata"]["name"]
-    if name != wanted:
-        raise StepError(f"{file}: wanted the job {wanted}, saw {name}. Another job is another `cowest run`.")
+    _same_job(order, place)
     new = order.declared.job.spec.gateway.port
     if port is None and new != known["spec"]["gateway"]["port"] and not port_is_free(new):
         raise StepError(f"spec.gateway.port: port {new} is in use. Give another.")
@@ -250,8 +287,10 @@ def longest_hours(spec: api.Spec, cost: rounds.Estimate) -> float:
 
 def sight(job: api.Job, facts: preflight.Facts, status: api.Status) -> tuple[Power, int, int]:
     """What the held-out rows can show, the next look at them and the last that there can be."""
-    same = status.held_out == job.spec.data.held_out
-    looks, seen = (status.looks, status.sight) if same else (0, None)
+    looks = looks_before(status, job.spec.data.held_out, facts.held_out_digest)
+    last = status.looked[-1].held_out if status.looked else ""
+    same = last == facts.held_out_digest if last else status.held_out == job.spec.data.held_out
+    seen = status.sight if same else None
     trials = (status.stable is None) + max(0, job.spec.rounds.max - status.tuned_rounds)
     power = Power(facts.held_out, job.spec.gate, seen.discordant if seen else None, facts.groups)
     return power, looks + 1, looks + trials

@@ -12,7 +12,7 @@ from rich.console import Console
 from cowest_cli import engine as engines
 from cowest_cli import jobs
 from cowest_cli.preflight import Facts
-from cowest_cli.run import _ask, other_rows, what_next
+from cowest_cli.run import _ask, _is_its_state, other_manifest, other_rows, what_next
 from cowest_operator import api
 from cowest_training.contract import (
     EXIT_BAD_INPUT,
@@ -90,3 +90,35 @@ def test_who_does_not_say_yes_has_met_no_bug(monkeypatch, answer, code):
     assert said.value.code == code
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
     _ask(order_of_much, Console(file=io.StringIO(), force_terminal=True))
+
+
+# ---------------------------------------------------------------- whose state it is
+def served_from(folder: Path, home: jobs.Home) -> None:
+    pair = replace(w.STABLE, weak_uri=f"{jobs.Home(folder).store.as_uri()}/runs/r0/sft")
+    jobs.write_status(home, replace(w.SERVED, stable=pair))
+
+
+def test_a_state_that_was_moved_is_refused_with_the_place_where_it_was_written(tmp_path):
+    home = jobs.Home(tmp_path / "here")
+    served_from(tmp_path / "there", home)
+    with pytest.raises(StepError, match=rf"this state was written in {tmp_path}/there, .* Move it back there"):
+        _is_its_state(order("sha256:a"), home)
+    served_from(home.root, home)
+    _is_its_state(order("sha256:a"), home)
+
+
+def test_the_state_of_another_job_is_refused(tmp_path):
+    home = jobs.Home(tmp_path)
+    _is_its_state(order("sha256:a"), home)
+    jobs.write_json(home.job, {"metadata": {"name": "other"}})
+    with pytest.raises(StepError, match=r"wanted the job other, whose state is in .*, saw desk"):
+        _is_its_state(order("sha256:a"), home)
+
+
+def test_a_job_of_the_same_name_from_another_file_is_noted(tmp_path):
+    home, here = jobs.Home(tmp_path), replace(order("sha256:a"), file=tmp_path / "b.yaml")
+    assert other_manifest(home, here) == ""
+    jobs.write_json(home.run, {"pid": 1, "manifest": str(tmp_path / "a.yaml")})
+    assert f"is the state of {tmp_path}/a.yaml so far" in other_manifest(home, here)
+    jobs.write_json(home.run, {"pid": 1, "manifest": str(tmp_path / "b.yaml")})
+    assert other_manifest(home, here) == ""
