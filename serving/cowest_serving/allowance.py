@@ -45,6 +45,7 @@ REPORT_SECONDS = 5.0  # between words to the book, where there is something to s
 AHEAD = 4  # a slice is what went in so many reports, and at least so many calls
 AGAIN_SECONDS = 1.0  # a book that is away, or has no room, is not asked more often by calls that wait
 BOOK_SECONDS = 3.0  # that a call waits for the book
+ASKS_FOR_A_CALL = 3  # while one waits for the book, smaller ones go on and may take of what it gets
 
 
 class NoBudget(ModelError):
@@ -90,8 +91,9 @@ class HttpLender:
     async def lend(self, ask: Ask) -> Lease:
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=BOOK_SECONDS))
-        saw, data = "", orjson.dumps(dump(ask))
+        saw = ""
         try:
+            data = orjson.dumps(dump(ask))
             for key in self._read_keys() or ("",):
                 headers = {"authorization": f"Bearer {key}"} if key else {}
                 async with self._session.post(self._url, data=data, headers=headers) as answer:
@@ -196,15 +198,17 @@ class Allowance:
         *,
         clock: Callable[[], float] = time.monotonic,
         report_seconds: float = REPORT_SECONDS,
+        book_seconds: float = BOOK_SECONDS,
     ) -> None:
-        self._lender, self._prices, self._clock, self._every = lender, prices, clock, report_seconds
+        self._lender, self._prices, self._clock = lender, prices, clock
+        self._every, self._patience = report_seconds, book_seconds
         self._number = 0
         self._share: Share | None = None
         self._ending: list[Share] = []  # of days that are over, until all their calls are settled
         self._one = asyncio.Lock()  # asks are made one after the other
-        self._waiting = Amount()
+        self._waiting = 0  # calls
         self._slice = Amount()
-        self._largest = (Amount(), Amount())  # call in this period and in the one before
+        self._calls = [(0, NOTHING), (0, NOTHING)]  # how many, and what was taken for them: in this period, in the last
         self._refused: tuple[Amount, float, NoBudget] | None = None  # from so large on, not again until then
         self._short_until = 0.0  # the book had less than was wanted: what goes on beside calls waits so long
         self._renewing: asyncio.Task[None] | None = None
@@ -240,12 +244,13 @@ class Allowance:
         return Bill(share, amount, taken_in, most)
 
     def _take(self, amount: Amount) -> Share | None:
-        self._largest = (self._largest[0].at_least(amount), self._largest[1])
         share = self._share
         if share is None or self._clock() >= share.until or not share.left.covers(amount):
             return None
         share.held += amount
         share.calls += 1
+        number, taken = self._calls[0]
+        self._calls[0] = number + 1, taken + amount
         if self._clock() >= self._short_until and not share.left.covers(self._half_a_slice):
             self._renew()
         return share
@@ -270,13 +275,15 @@ class Allowance:
 
     # ------------------------------------------------------------ the book
     async def _wait_for(self, amount: Amount) -> Share:
-        self._waiting += amount
+        self._waiting += 1
         try:
             async with self._one:
-                if (share := self._take(amount)) is not None:
-                    return share
-                self._refuse_again(amount)
-                await self._ask(amount)
+                for _ in range(ASKS_FOR_A_CALL):
+                    if (share := self._take(amount)) is not None:
+                        return share
+                    self._refuse_again(amount)
+                    if not await self._ask(amount):
+                        break
                 if (share := self._take(amount)) is not None:
                     return share
                 raise self._note_refusal(amount, self._spent_error(amount))
@@ -286,7 +293,7 @@ class Allowance:
             )
             raise self._note_refusal(Amount(), BudgetUnknown(message, retry_after=5)) from None
         finally:
-            self._waiting -= amount
+            self._waiting -= 1
 
     def _refuse_again(self, amount: Amount) -> None:
         if self._refused is None:
@@ -312,38 +319,47 @@ class Allowance:
             retry_after=max(1, math.ceil(self._share.until - self._clock())),
         )
 
-    async def _ask(self, needed: Amount = NOTHING) -> None:
-        """Report, and have the slice that the pace of now wants. Under `_one`. Raises `BookError`."""
+    async def _ask(self, needed: Amount = NOTHING) -> bool:
+        """Report, and have the slice that the pace of now wants. Under `_one`. Raises `BookError`.
+
+        True: the book gave what is needed. Smaller calls may have taken of it meanwhile.
+        """
         share = self._share
         if share is not None and self._clock() >= share.until:
             self._ending.append(share)
             share = self._share = None
-        wanted_more = self._slice_of_now().at_least(self._waiting).at_least(needed)
         share = share or Share()
-        await self._exchange(share, share.used + needed, share.used + wanted_more)
+        needed_in_all, slice_of_now = share.used + needed, self._slice_of_now(needed)
+        await self._exchange(share, needed_in_all, needed_in_all + slice_of_now)
         self._share = share
+        return share.granted.covers(needed_in_all)
 
     async def _exchange(self, share: Share, needed: Amount, wanted: Amount) -> None:
         share.granted = share.granted.at_most(wanted)  # what is given back is not spent meanwhile
         self._number += 1
         began, told = self._clock(), share.spent
         ask = Ask(share.holder, self._number, share.day or None, told, needed, wanted)
-        async with asyncio.timeout(BOOK_SECONDS):
-            try:
+        try:
+            async with asyncio.timeout(self._patience):
                 lease = await self._lender.lend(ask)
-            except TimeoutError:
-                raise BookError("The book of paid calls gives no answer.") from None
+        except TimeoutError:
+            raise BookError(f"The book of paid calls gives no answer within {self._patience:g} s.") from None
         share.day, share.until = lease.day, began + lease.seconds_left
         share.granted, share.told = lease.granted, told
         if not lease.granted.covers(wanted):
             self._short_until = self._clock() + AGAIN_SECONDS
         self.room, self._trouble = lease.room, ""
 
-    def _slice_of_now(self) -> Amount:
-        """So many calls of the size that comes, or what went in so many reports: the larger; at rest nothing."""
-        large = self._largest[0].at_least(self._largest[1])
-        pace = self._share.spent.amount - self._share.told.amount if self._share else Amount()
-        self._slice = large.at_least(pace).times(AHEAD)
+    def _slice_of_now(self, first: Amount = NOTHING) -> Amount:
+        """So many calls of the usual size, and those that wait, or what went in so many reports: the larger; at rest
+        nothing. `first`: the size of a call of which there was none before.
+
+        Usual is what was taken, of calls that had room: one that asks for more than there is changes nothing.
+        """
+        (new, of_new), (old, of_old) = self._calls
+        usual = (of_new + of_old).part(new + old) if new + old else first
+        pace = self._share.spent.amount - self._share.told.amount if self._share else NOTHING
+        self._slice = pace.times(AHEAD).at_least(usual.times(max(AHEAD, self._waiting)))
         return self._slice
 
     @property
@@ -365,7 +381,7 @@ class Allowance:
     async def _report(self) -> None:
         while True:
             await asyncio.sleep(self._every)
-            await self.report()
+            await self._tell(self.report())
 
     async def report(self) -> None:
         """Say what was spent, give back what rest does not need, and end the days that are over."""
@@ -373,20 +389,21 @@ class Allowance:
             share = self._share
             if share is not None and (share.spent != share.told or not self._slice_of_now().covers(share.left)):
                 await self._tell(self._ask())
-            self._largest = (Amount(), self._largest[0])
+            self._calls = [(0, NOTHING), self._calls[0]]
             for over in list(self._ending):
                 await self._tell(self._exchange(over, over.used, over.used))
                 if not over.calls and over.spent == over.told:
                     self._ending.remove(over)
 
     async def _tell(self, asking: Any) -> None:
-        """A book that is away is told once, and asked again."""
+        """A book that is away is told once, and asked again. What else goes wrong too: nobody else would ask again."""
         try:
             await asking
-        except BookError as error:
+        except Exception as error:
             if not self._trouble:
-                log.warning("%s Live answers go on until what was set aside is used up.", error)
-            self._trouble = str(error)
+                is_a_bug = not isinstance(error, BookError)
+                log.warning("%s Live answers go on until what was set aside is used up.", error, exc_info=is_a_bug)
+            self._trouble = str(error) or type(error).__name__
 
     async def aclose(self) -> None:
         """Give back what was not spent."""

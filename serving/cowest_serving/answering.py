@@ -65,6 +65,8 @@ FELL_BACK = "fell_back"  # status of an answer that is not of the pair's own str
 DRAFT_CACHE, HEDGE = "draftCache", "hedge"  # shortcuts, as the manifest names them
 _MAX_MODELS = 32
 _MAX_IDEMPOTENCY_KEY = 255
+_OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens")
+_MOST_OUTPUT = 10_000_000  # tokens, or answers: what is set aside for a call has to be a sum that a book can hold
 _MAX_DEPTH = 250  # orjson writes some levels more
 _BEYOND = frozenset({"context_length_exceeded", "invalid_value"})  # codes of our own weak server
 _TOO_LONG = re.compile(r"(context|model|input|prompt) length|max_model_len|too long", re.IGNORECASE)  # as vLLM says it
@@ -118,6 +120,8 @@ def parse_chat(
 ) -> ChatRequest:
     """Raises `Refusal` 400 that names the field."""
     body = parse_object(data)
+    for name in (*_OUTPUT_LIMITS, "n"):
+        _check_whole(body, name)
     user = optional(body, "user", str, "text")
     options = optional(body, "stream_options", dict, "an object") or {}
     return ChatRequest(
@@ -131,6 +135,13 @@ def parse_chat(
         idempotency_key=idempotency_key or request_id,
         size=len(data),
     )
+
+
+def _check_whole(body: Mapping[str, Any], name: str) -> None:
+    value = body.get(name)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_OUTPUT):
+        return
+    raise bad_field(name, f"a whole number from 1 to {_MOST_OUTPUT}", value)
 
 
 def own_key(given: str, client_key: str) -> str | None:
@@ -678,9 +689,11 @@ class Answering:
         given = record.request.parameters
         if record.redacted:
             given = record.redacted.parameters(given)
-        if self._strong.max_tokens is None or "max_tokens" in given or "max_completion_tokens" in given:
+        most = self._strong.max_tokens
+        if most is None:
             return given
-        return {**given, "max_tokens": self._strong.max_tokens}
+        limits = {name: min(given[name], most) for name in _OUTPUT_LIMITS if given.get(name) is not None}
+        return {**given, **(limits or {"max_tokens": most})}
 
 
 def _is_beyond_the_weak(error: ModelError) -> bool:

@@ -18,7 +18,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -626,7 +626,10 @@ def _of_it(live: float) -> str:
 
 
 def _transaction(db: sqlite3.Connection, work: Sequence[Work]) -> list[Any]:
-    """Results (or the exception) of each piece of work, all committed at once; a refused piece leaves no trace."""
+    """Results (or the exception) of each piece of work, all committed at once; one that fails leaves no trace.
+
+    Never raises: each piece has somebody who waits for its result.
+    """
     results: list[Any] = []
     try:
         db.execute("BEGIN IMMEDIATE")
@@ -634,14 +637,17 @@ def _transaction(db: sqlite3.Connection, work: Sequence[Work]) -> list[Any]:
             db.execute("SAVEPOINT piece")
             try:
                 results.append(piece(db))
-            except BudgetSpent as refusal:
+            except sqlite3.Error:  # of the file, which is amiss for all
+                raise
+            except Exception as error:  # of this piece: a budget that is spent, a figure that SQLite cannot hold
                 db.execute("ROLLBACK TO piece")
-                results.append(refusal)
+                results.append(error)
             db.execute("RELEASE piece")
         db.execute("COMMIT")
     except sqlite3.Error as error:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
+        with suppress(sqlite3.Error):
+            if db.in_transaction:
+                db.execute("ROLLBACK")
         return [_book_error(error)] * len(work)
     return results
 

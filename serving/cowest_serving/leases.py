@@ -18,6 +18,7 @@ from cowest_serving.contract import SettingsError
 
 LEASE_PATH = "/v1/lease"  # of the proxy
 ONE_GATEWAY = 8  # takes at most this part of the room in advance: others want some too
+_MOST = 2**63  # no file of SQLite holds a whole number so large
 _CRUMB = 1e-9  # of money: sums of binary fractions are not exact
 
 SCHEMA = """
@@ -63,6 +64,10 @@ class Amount:
     def times(self, factor: int) -> Amount:
         return Amount(self.tokens * factor, self.money * factor)
 
+    def part(self, of: int) -> Amount:
+        """One of so many equal ones, in whole tokens."""
+        return Amount(-(-self.tokens // of), self.money / of)
+
     def covers(self, other: Amount) -> bool:
         return self.tokens >= other.tokens and self.money >= other.money - _CRUMB
 
@@ -80,6 +85,10 @@ class Room:
     tokens: int | None = None
     money: float | None = None
 
+    def covers(self, needed: Amount) -> bool:
+        has_tokens = self.tokens is None or self.tokens >= needed.tokens
+        return has_tokens and (self.money is None or self.money >= needed.money - _CRUMB)
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -94,8 +103,8 @@ class Ask:
 
     def __post_init__(self) -> None:
         figures = (*vars(self.spent).values(), *vars(self.needed).values(), *vars(self.wanted).values(), self.number)
-        if not self.holder or min(figures) < 0:
-            raise SettingsError("a lease: wanted the name of a holder and figures of at least 0, saw others")
+        if not self.holder or min(figures) < 0 or max(figures) >= _MOST:
+            raise SettingsError("a lease: wanted the name of a holder and figures from 0 to 2^63 - 1, saw others")
 
 
 @dataclass(frozen=True)
@@ -147,8 +156,11 @@ def lend(db: sqlite3.Connection, ask: Ask, limits: Limits, now: float) -> Lease:
 
 def _granted(ask: Ask, before: Amount, room: Room) -> Amount:
     base = before.at_least(ask.spent.amount)
-    more_tokens = _more(ask.wanted.tokens - base.tokens, ask.needed.tokens - base.tokens, room.tokens)
-    more_money = _more(ask.wanted.money - base.money, ask.needed.money - base.money, room.money)
+    wanted, needed = ask.wanted - base, ask.needed - base
+    # Where the room is too small for what is needed, of one or the other, nobody could use more of either.
+    has_room = room.covers(needed)
+    more_tokens = _more(wanted.tokens, needed.tokens, room.tokens) if has_room else 0
+    more_money = _more(wanted.money, needed.money, room.money) if has_room else 0
     return Amount(
         int(base.tokens + more_tokens) if more_tokens else min(before.tokens, ask.wanted.tokens),
         base.money + more_money if more_money else min(before.money, ask.wanted.money),
@@ -156,13 +168,10 @@ def _granted(ask: Ask, before: Amount, room: Room) -> Amount:
 
 
 def _more(wanted: float, needed: float, room: float | None) -> float:
-    """Nothing where the room is too small for what is needed: nobody could use it."""
     if wanted <= 0:
         return 0
     if room is None:
         return wanted
-    if needed > room + (_CRUMB if isinstance(room, float) else 0):
-        return 0
     return max(0, min(wanted, room, max(needed, room / ONE_GATEWAY)))
 
 

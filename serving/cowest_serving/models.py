@@ -540,9 +540,13 @@ def _result(endpoint: str, response: Response, payload: Mapping[str, Any]) -> Ch
     )
 
 
+_MOST_TOKENS = 2**53
+
+
 def count(value: Any) -> int:
-    """A token count as an endpoint may give it; anything else than a number counts as 0."""
-    return int(value) if isinstance(value, int | float) else 0
+    """A token count as an endpoint may give it; 0 where it is no number, below 0, or too large for a book to add up."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return int(value) if is_number and 0 <= value < _MOST_TOKENS else 0
 
 
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')

@@ -41,7 +41,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from cowest_serving.answering import Refusal, bad_field, kind_of, parse_chat, parse_object, retry_hints, wrong_key
+from cowest_serving.answering import Refusal, kind_of, parse_chat, parse_object, retry_hints, wrong_key
 from cowest_serving.book import (
     CODE_BUDGET_SPENT,
     HEADER_PURPOSE,
@@ -250,10 +250,6 @@ def parse_request(data: bytes, headers: Mapping[str, str], strong: Strong, secti
     if request.model not in ("", strong.model):
         message = f"model: wanted {strong.model} ({section}.model), saw {request.model}: this proxy serves no other."
         raise Refusal(404, message, param="model", code="model_not_found")
-    for name in ("max_tokens", "max_completion_tokens", "n"):
-        value = body.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise bad_field(name, "a whole number above 0", value)
     extra = {name: value for name, value in body.items() if name not in _DELIVERY}
     key = headers.get(HEADER_IDEMPOTENCY, "").strip()
     if key and not _KEY.fullmatch(key):

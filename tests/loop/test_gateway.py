@@ -27,7 +27,7 @@ import openai
 import pytest
 import uvicorn
 
-from cowest_serving.answering import user_hash
+from cowest_serving.answering import Refusal, parse_chat, user_hash
 from cowest_serving.app import GatewayLimits, GatewaySettings, Keys, TraceSettings, build_app, fallback_keys_of
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import (
@@ -268,15 +268,33 @@ async def test_the_idempotency_key_is_the_clients_or_the_request_id(tmp_path: Pa
     [
         pytest.param({}, 50, id="the manifest's"),
         pytest.param({"max_tokens": 7}, 7, id="the client's"),
-        pytest.param({"max_completion_tokens": 7}, None, id="the client's, by its new name"),
+        pytest.param({"max_tokens": 70}, 50, id="the manifest's, where the client's is larger"),
+        pytest.param({"max_tokens": None}, 50, id="the manifest's, where the client's is null"),
     ],
 )
-async def test_max_tokens_of_the_manifest_hold_unless_the_client_says_so(
-    tmp_path: Path, options: dict[str, int], sent: int | None
+async def test_an_answer_is_no_longer_than_the_manifest_allows(
+    tmp_path: Path, options: dict[str, int | None], sent: int
 ) -> None:
     async with world(tmp_path, max_tokens=50) as (_, strong, door):
-        await door.ask(**options)
-    assert strong.calls[0].body.get("max_tokens") == sent
+        await door.post("/v1/chat/completions", {"messages": ASKED} | options)
+    assert strong.calls[0].body["max_tokens"] == sent
+
+
+@pytest.mark.parametrize(("given", "sent"), [(7, 7), (70, 50)])
+async def test_a_limit_by_its_new_name_keeps_it(tmp_path: Path, given: int, sent: int) -> None:
+    async with world(tmp_path, max_tokens=50) as (_, strong, door):
+        await door.ask(max_completion_tokens=given)
+    body = strong.calls[0].body
+    assert body["max_completion_tokens"] == sent and "max_tokens" not in body
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "n"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "9", 10_000_001, 5_000_000_000_000_000_000, 10**30])
+def test_a_limit_that_no_answer_has_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(Refusal) as refused:
+        parse_chat(json.dumps({"messages": ASKED, name: value}).encode(), "1")
+    assert (refused.value.status, refused.value.param) == (400, name)
+    assert refused.value.message.startswith(f"{name}: wanted a whole number from 1 to 10000000, saw ")
 
 
 # ---------------------------------------------------------------- streams

@@ -177,6 +177,32 @@ async def test_a_book_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     assert error.value.code == EXIT_RETRY
 
 
+async def test_what_the_file_cannot_hold_fails_alone_and_the_book_goes_on(tmp_path: Path) -> None:
+    async def model(messages: Any, **options: Any) -> ChatResult:
+        return ChatResult("hi", "stop", 1, 2**64 if messages[0]["content"] == "odd" else 1, "m", "", {})
+
+    about = {"endpoint": "http://s/v1", "name": "m", "purpose": "test", "params": {"max_tokens": 5}}
+    async with PaidCalls(tmp_path / "calls", budget=Budget(tokens_per_day=1_000)) as book, asyncio.timeout(5):
+        asks = [book.ask(model, [{"role": "user", "content": text}], **about) for text in ("odd", "plain", "other")]
+        odd, *others = await asyncio.gather(*asks, return_exceptions=True)
+        assert isinstance(odd, OverflowError)
+        assert all(isinstance(other, tuple) for other in others)
+        assert (book.spent().calls, book.spent().tokens) == (2, 4)
+
+
+@pytest.mark.parametrize("usage", ["-1", "18446744073709551615", "1e300", "true", '"7"'])
+async def test_an_odd_count_of_an_endpoint_is_none(tmp_path: Path, usage: str) -> None:
+    counts = f'"usage": {{"prompt_tokens": {usage}, "completion_tokens": {usage}}}'
+    body = '{"choices": [{"message": {"content": "twelve chars"}, "finish_reason": "stop"}], ' + counts + "}"
+    async with (
+        ScriptedModel(faults=[Fault(200, body=body)]) as server,
+        PaidCalls(tmp_path / "calls", budget=Budget(tokens_per_day=30)) as book,
+        asyncio.timeout(10),
+    ):
+        await ask(book, server, "x", params={"max_tokens": 5})
+        assert (book.spent().input_tokens, book.spent().output_tokens) == (5, 4)
+
+
 async def test_purposes_and_rounds_are_counted_apart(tmp_path: Path) -> None:
     async with ScriptedModel() as server, PaidCalls(tmp_path / "calls", round_number=4) as book:
         await ask(book, server, "x", purpose="evaluate:1:solo")

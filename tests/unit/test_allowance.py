@@ -45,6 +45,8 @@ class Book:
     asks: list[Ask] = field(default_factory=list)
     late: list[Ask] = field(default_factory=list)
     is_away: bool = False
+    slow: asyncio.Event | None = None  # set: it answers again
+    bug: Exception | None = None
     db: sqlite3.Connection = field(default_factory=lambda: sqlite3.connect(":memory:"))
 
     def __post_init__(self) -> None:
@@ -53,6 +55,10 @@ class Book:
     async def lend(self, ask: Ask) -> Lease:
         self.asks.append(ask)
         await asyncio.sleep(0)
+        if self.slow is not None:
+            await self.slow.wait()
+        if self.bug is not None:
+            raise self.bug
         if self.is_away:
             raise BookError("away")
         fate = self.chance.random()
@@ -81,8 +87,8 @@ class Book:
         return True
 
 
-def allowance(book: Book, prices: Prices | None = PRICES) -> Allowance:
-    return Allowance(book, prices, clock=lambda: book.now)
+def allowance(book: Book, prices: Prices | None = PRICES, **seconds: float) -> Allowance:
+    return Allowance(book, prices, clock=lambda: book.now, **seconds)
 
 
 async def call(door: Allowance, output: int = 10, most: int = 10) -> None:
@@ -193,6 +199,44 @@ async def test_under_load_the_book_is_asked_seldom() -> None:
     assert len(book.asks) < 40, "5,000 calls"
 
 
+async def test_calls_of_mixed_sizes_are_not_refused_while_there_is_room_and_the_book_is_asked_seldom() -> None:
+    book, chance = Book(Room(100_000_000, None)), random.Random(1)
+    door = allowance(book)
+    for _ in range(50):
+        await asyncio.gather(*(call(door, most=10_000 if chance.random() < 0.01 else 10) for _ in range(100)))
+    assert len(book.asks) < 60, "5,000 calls, 50 of them large"
+
+
+async def test_calls_that_are_refused_take_nothing_from_others() -> None:
+    book = Book(Room(100_000, 100_000.0))
+    door = allowance(book)
+    for number in range(1, 20):
+        with pytest.raises(NoBudget):
+            await call(door, most=10_000_000)
+        await call(door)
+        book.now += 1.5
+        taken, all_calls = shares(book.db, TODAY), 22 * number
+        assert taken.tokens <= all_calls + 5 * 22 and taken.money <= 32.0 * number + 5 * 32, "a slice beside the calls"
+
+
+async def test_a_call_that_has_no_room_in_tokens_holds_no_money() -> None:
+    book = Book(Room(1_000, 100_000.0))
+    for _ in range(3):
+        with pytest.raises(NoBudget):
+            await call(allowance(book), most=2_000)
+    assert shares(book.db, TODAY) == Amount()
+
+
+async def test_one_large_call_that_took_little_makes_no_large_slice() -> None:
+    book = Book(Room(1_000_000, None))
+    door = allowance(book)
+    for _ in range(99):
+        await call(door)
+    await call(door, most=50_000)
+    await door.report()
+    assert shares(book.db, TODAY).tokens < 100 * 22 + 100 * 22 + 5 * 600, "what went, and calls of the mean size"
+
+
 async def test_a_call_within_the_slice_does_not_wait_for_the_book() -> None:
     book = Book(Room(100_000, None))
     door = allowance(book)
@@ -223,6 +267,35 @@ async def test_calls_that_wait_for_a_book_that_is_away_ask_it_once_a_second() ->
     found = await asyncio.gather(*(call(door) for _ in range(50)), return_exceptions=True)
     assert [type(error) for error in found] == [BudgetUnknown] * 50 and len(book.asks) == 1
     assert door.refused == 50
+
+
+async def test_a_book_that_is_slow_is_one_that_does_not_answer() -> None:
+    book = Book(Room(100_000, None), slow=asyncio.Event())
+    door = allowance(book, book_seconds=0.01)
+    with pytest.raises(BudgetUnknown, match=r"used up\. The book of paid calls gives no answer within 0\.01 s\."):
+        await call(door)
+    assert book.slow is not None
+    book.slow.set()
+    book.now += 1.5
+    await call(door)
+
+
+@pytest.mark.parametrize("trouble", ["slow", "bug"])
+async def test_reports_go_on_whatever_the_book_does(trouble: str) -> None:
+    book = Book(Room(100_000, None))
+    door = allowance(book, report_seconds=0.001, book_seconds=0.01)
+    await call(door)
+    wait = asyncio.Event()
+    book.slow, book.bug = (wait, None) if trouble == "slow" else (None, ValueError("unheard of"))
+    await door.start()
+    async with asyncio.timeout(5):
+        while not door.word()["trouble"]:
+            await asyncio.sleep(0.001)
+        book.slow = book.bug = None
+        while live_spent(book.db, TODAY).calls == 0:
+            await asyncio.sleep(0.001)
+    assert door.word()["trouble"] is None
+    await door.aclose()
 
 
 # ---------------------------------------------------------------- the end of a budget, and of a day
@@ -344,7 +417,9 @@ def test_yesterdays_share_can_only_be_given_back() -> None:
     assert book.write(replace(ASK, number=3, wanted=Amount(30))).granted.tokens == 30
 
 
-@pytest.mark.parametrize("wrong", [{"holder": ""}, {"number": -1}, {"wanted": Amount(-5)}, {"spent": Spent(-1)}])
+@pytest.mark.parametrize(
+    "wrong", [{"holder": ""}, {"number": -1}, {"wanted": Amount(-5)}, {"wanted": Amount(2**63)}, {"spent": Spent(-1)}]
+)
 def test_a_senseless_ask_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match="a lease: wanted the name of a holder"):
         replace(ASK, **wrong)  # type: ignore[arg-type]
