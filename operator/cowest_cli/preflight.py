@@ -54,7 +54,7 @@ def check_files(spec: Mapping[str, Any], source: str) -> None:
 
 def check_data(spec: Mapping[str, Any], source: str, names: Collection[str] = DATA) -> Facts:
     """The fields of `spec.data` that are named are read, and held beside each other where both are."""
-    from cowest_training.data import check_split, read_rows, rows_digest
+    from cowest_training.data import case_note, check_split, read_rows, rows_digest
     from cowest_training.evaluator import check_references, extract_note
     from cowest_training.round_trip import check_tokenizer
 
@@ -69,8 +69,8 @@ def check_data(spec: Mapping[str, Any], source: str, names: Collection[str] = DA
         _check_held_out(len(held_out), spec["gate"]["minHeldOut"], source)
     explained = sum(row.explanation is not None for row in train)
     characters = sum(len(row.query) for row in held_out) / max(1, len(held_out))
-    note = extract_note(evaluator, train, spec["collaboration"]["draft"])
-    notes = [*([note] if note else []), *(_tuning_notes(spec, train) if train else ())]
+    of_rows = (extract_note(evaluator, train, spec["collaboration"]["draft"]), case_note(train), case_note(held_out))
+    notes = [*filter(None, of_rows), *(_tuning_notes(spec, train) if train else ())]
     return Facts(
         len(train),
         len(held_out),

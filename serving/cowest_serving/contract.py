@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -405,8 +404,3 @@ def reference_text(value: Any) -> str | None:
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return json.dumps(value, ensure_ascii=False)
     return None
-
-
-def normalised(text: str) -> str:
-    """For comparing queries: case, punctuation and runs of white space do not count."""
-    return re.sub(r"\W+", " ", text.casefold()).strip()

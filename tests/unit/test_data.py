@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cowest_training.contract import ProblemsError, Row, StepError
-from cowest_training.data import Known, check_split, read_rows, rows_digest, tokens, write_jsonl
+from cowest_training.data import Known, case_note, check_split, read_rows, rows_digest, tokens, write_jsonl
 
 LONG = (
     "The tenant of the second floor writes that the lift is out of order since the storm of last week, that two "
@@ -131,6 +131,17 @@ def test_a_table_of_other_columns_is_refused_once_with_the_columns_it_has(tmp_pa
             id="no content",
         ),
         pytest.param(record(1), "id 'r1' is that of rows.jsonl:1 too", id="id used twice"),
+        pytest.param(
+            record(9, "hello \ud83d"), "query: wanted Unicode text, saw half of a surrogate pair", id="half a pair"
+        ),
+        pytest.param(
+            {"id": "x", "messages": [{"role": "user", "content": "\udc00"}], "reference": "1"},
+            "messages[0].content: wanted Unicode text",
+            id="half a pair in a message",
+        ),
+        pytest.param(record(9) | {"reference": ["a", "\ud83d"]}, "reference[1]: wanted Unicode", id="in a reference"),
+        pytest.param("[" * 100_000, "saw one that is nested too deep", id="a JSON bomb"),
+        pytest.param(f'{{"group": {"[" * 990}{"]" * 990}}}', "nested too deep", id="a smaller one"),
     ],
 )
 def test_a_bad_row_names_file_line_and_reason(tmp_path: Path, line: Any, reason: str) -> None:
@@ -161,6 +172,18 @@ def test_too_little_data_is_refused(tmp_path: Path, content: str | None, reason:
     assert reason in refusal(str(path))
 
 
+def test_a_column_that_a_table_has_twice_is_named(tmp_path: Path) -> None:
+    columns = [pa.array(values) for values in (["1", "2"], ["a", "b"], ["a", "b"], ["1", "2"])]
+    pq.write_table(pa.Table.from_arrays(columns, ["id", "query", "query", "reference"]), tmp_path / "rows.parquet")
+    assert "wanted each column once, saw query more than once" in refusal(str(tmp_path / "rows.parquet"))
+
+
+def test_bytes_in_a_table_that_are_no_text_are_named_by_row(tmp_path: Path) -> None:
+    query = pa.array([b"a", b"\xff"]).view(pa.string())
+    pq.write_table(pa.table({"id": ["1", "2"], "query": query, "reference": ["1", "2"]}), tmp_path / "rows.parquet")
+    assert "rows.parquet:row 2: wanted UTF-8 text, saw byte 0xff" in refusal(str(tmp_path / "rows.parquet"))
+
+
 def test_a_broken_parquet_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"PAR1" + b"\0" * 40)
     assert "wanted a Parquet table" in refusal(str(tmp_path / "rows.parquet"))
@@ -185,7 +208,11 @@ def test_train_as_held_out_is_refused_in_one_sentence() -> None:
 @pytest.mark.parametrize(
     ("train", "held_out", "nearly"),
     [
-        pytest.param("Ship 3 drum of QF17 to orlo!", "ship 3  drum of qf17 to Orlo", False, id="case and punctuation"),
+        pytest.param("Ship 3 drum of QF17 to orlo!", "ship 3  drum of QF17, to Orlo", False, id="case and punctuation"),
+        pytest.param("Ship 3 drum of QF17 to orlo!", "ship 3 drum of qf17 to orlo", True, id="case of a code"),
+        pytest.param("is caf\u00e9 a word?", "is cafe\u0301 a word?", False, id="composed and decomposed letters"),
+        pytest.param("\u0130stanbul nerede?", "istanbul nerede?", True, id="a Turkish I"),
+        pytest.param("I don\u2019t know 5 \u2212 3", "I don't know 5 - 3", False, id="signs in another shape"),
         pytest.param("to orlo ship 3 drum of QF17", "ship 3 drum of QF17 to orlo", True, id="a phrase moved"),
         pytest.param("ship to orlo 3 drum of QF17", "ship 3 drum of QF17 to orlo", True, id="a phrase moved inside"),
         pytest.param(LONG.replace("elderly", "old"), LONG, True, id="one word of a long text"),
@@ -208,6 +235,18 @@ def test_leaks_are_found(train: str, held_out: str, nearly: bool) -> None:
         pytest.param("what is 5 - 3", "what is 5 + 3", id="another sign"),
         pytest.param("7 - 4", "4 - 7", id="a few words in another order"),
         pytest.param("what is C", "what is C++", id="a sign in a name"),
+        pytest.param("\u092f\u0939 \u0926\u093f\u0928", "\u092f\u0939 \u0926\u093e\u0928", id="Hindi day and gift"),
+        pytest.param("\u0e1b\u0e35", "\u0e1b\u0e39", id="Thai year and crab"),
+        pytest.param("x \u2264 3", "x \u2265 3", id="a comparison"),
+        pytest.param("3 \u00d7 4", "3 \u00f7 4", id="times and divided by"),
+        pytest.param("A \u222a B", "A \u2229 B", id="union and intersection"),
+        pytest.param("what means \U0001f600", "what means \U0001f621", id="two emoji"),
+        pytest.param("a[0]", "a(0)", id="other brackets"),
+        pytest.param("2*(3+4)", "2*3+4", id="no brackets"),
+        pytest.param("what is 2 * (3 + 4) in all", "what is (2 * 3) + 4 in all", id="brackets elsewhere"),
+        pytest.param("what is f(g(x)) for all of them", "what is g(f(x)) for all of them", id="one in the other"),
+        pytest.param("what is f'(x)", "what is f(x)", id="a prime"),
+        pytest.param("if x != 3", "if x = 3", id="unequal"),
         pytest.param(LONG, LONG.replace("2019", "2020"), id="another year in a long text"),
     ],
 )
@@ -227,7 +266,7 @@ def test_leaks_among_thousands_are_found_quickly() -> None:
 
 
 def test_a_query_asked_twice_is_refused_with_both_places() -> None:
-    train = [row(1, "what is a?", where="t:1"), row(2, "What is A", where="t:2")]
+    train = [row(1, "what is a?", where="t:1"), row(2, "What is 'A'", where="t:2")]
     assert "t:2: the query is that of t:1 too" in split_refusal(train, [row(3, "x"), row(4, "y")])
 
 
@@ -251,7 +290,15 @@ def test_explanations_may_be_on_some_rows_only() -> None:
 
 
 def test_words_numbers_and_signs_are_told_apart() -> None:
-    assert tokens('An e-mail: "3,500.5 % of QF-17"?') == ("an", "e", "mail", "3,500.5", "%", "of", "qf", "-", "17")
+    assert tokens('An e-mail: "3,500.5 % of QF-17"?') == ("An", "e", "mail", "3,500.5", "%", "of", "QF", "-", "17")
+
+
+def test_queries_that_differ_in_a_code_s_case_are_two_of_one_file_and_noted_but_not_two_sides_of_the_split() -> None:
+    benzene, hexane = row(1, "name c1ccccc1", where="t:1"), row(2, "name C1CCCCC1", where="t:2")
+    check_split([benzene, hexane], [row(3, "x"), row(4, "y")])
+    assert case_note([benzene, hexane]).endswith("count as queries of their own: 1, the first t:2 (from t:1).")
+    assert not case_note([benzene, row(3, "x")])
+    assert "is nearly that of held-out row t:2" in split_refusal([benzene, row(3, "x")], [hexane, row(4, "y")])
 
 
 def test_a_chat_is_quoted_by_its_first_turn_too_and_a_nearly_equal_query_beside_the_other() -> None:

@@ -1,6 +1,7 @@
 """Scores by rule, by a judge and by a user's own scorer; an evaluator that cannot tell never makes a score up."""
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -10,7 +11,15 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Row, StepError, evaluator_digest
+from cowest_training.contract import (
+    EVALUATOR_RULES,
+    EXIT_BAD_INPUT,
+    EXIT_RETRY,
+    Evaluator,
+    Row,
+    StepError,
+    evaluator_digest,
+)
 from cowest_training.evaluator import (
     SCORER_CONCURRENCY,
     HttpScorer,
@@ -43,6 +52,8 @@ def score(settings: Evaluator, answer: str, reference: str) -> float:
     [
         pytest.param("The  Eiffel Tower!", "eiffel tower", 1, 1, id="case, articles, punctuation, white space"),
         pytest.param("Eiffel", "Eiffel Tower", 0, 2 / 3, id="half of it"),
+        pytest.param("\u201cl\u2019Avare\u201d", "l'avare", 1, 1, id="curly quotes"),
+        pytest.param("cafe\u0301", "caf\u00e9", 1, 1, id="composed and decomposed letters"),
         pytest.param("tower tower", "tower", 0, 2 / 3, id="a word twice counts once"),
         pytest.param("Paris", "London", 0, 0, id="wrong"),
         pytest.param("", "London", 0, 0, id="no answer"),
@@ -96,6 +107,17 @@ def test_labels(answer: str, label: str | None) -> None:
         pytest.param("B is a choice", ("A", "B"), "B", id="case before position"),
         pytest.param("(b)", ("A", "B"), "B", id="in brackets"),
         pytest.param("grade: C+", ("C", "C+"), "C+", id="with a sign"),
+        pytest.param("Cevap: KISA", ("k\u0131sa", "uzun"), "k\u0131sa", id="a Turkish label in capitals"),
+        pytest.param("cevap: iyi", ("\u0130yi", "K\u00f6t\u00fc"), "\u0130yi", id="another in small letters"),
+        pytest.param("iyi", ("\u0130yi", "K\u00f6t\u00fc"), "\u0130yi", id="as the whole answer"),
+        pytest.param(
+            "it is Ko\u0308tu\u0308", ("\u0130yi", "K\u00f6t\u00fc"), "K\u00f6t\u00fc", id="decomposed letters"
+        ),
+        pytest.param("The action is **not** allowed.", ("allowed", "not allowed"), "not allowed", id="in bold"),
+        pytest.param("It is not-allowed here", ("allowed", "not allowed"), "not allowed", id="with a hyphen"),
+        pytest.param("so not\nallowed!", ("allowed", "not allowed"), "not allowed", id="over two lines"),
+        pytest.param("so it is not allowed", ("allowed", "not_allowed"), "not_allowed", id="the label with a dash"),
+        pytest.param("a", ("A", "a"), "a", id="labels that differ in case"),
     ],
 )
 def test_awkward_labels(answer: str, choices: tuple[str, ...], label: str) -> None:
@@ -126,6 +148,16 @@ def test_a_choice_scores_one_or_zero_and_gives_its_label() -> None:
         ("$1'000'000", 1_000_000),
         ("7,4", 4),
         ("12,3456", 3456),
+        ("about 10 000", 10_000),
+        ("about 1\u2009234\u2009567.5 in all", 1_234_567.5),
+        ("in 2020 100 came", 100),
+        ("a loss of -$5", -5),
+        ("-US$ 5", -5),
+        ("10-$15", 15),
+        ("(500)", -500),
+        ("($1,500)", -1500),
+        ("as many (500)", 500),
+        ("f(2) (3)", 3),
     ],
 )
 def test_the_last_number_of_a_text(text: str, value: float | None) -> None:
@@ -223,6 +255,7 @@ def test_the_digest_is_of_what_decides_the_score() -> None:
     digest = evaluator_digest(Evaluator("Judge", **judge))
     assert digest == evaluator_digest(Evaluator("Judge", **judge | {"endpoint": "http://b/v1"}, timeout_seconds=9))
     assert digest != evaluator_digest(Evaluator("Judge", **judge | {"rubric": "be brief"}))
+    assert EVALUATOR_RULES["Judge"] < EVALUATOR_RULES["Choice"], "a judge is not asked anew for another rule's sake"
     assert evaluator_digest(Evaluator("HTTP", endpoint="a")) != evaluator_digest(Evaluator("HTTP", endpoint="b"))
 
 
@@ -407,15 +440,13 @@ async def test_a_judge_sees_the_whole_conversation_and_no_message_can_close_its_
     assert prompt.count("</request>") == 1
 
 
-async def test_what_a_judge_refuses_to_read_is_a_tie_until_it_refuses_too_much() -> None:
+async def test_what_a_judge_refuses_to_read_is_a_tie() -> None:
     async with judging(lambda _: "ACCEPT") as (judge, server):
         server.faults = [400]
         assert await judge(row(), "a") == 0.5
         assert len(server.calls) == 2, "asking again changes nothing"
         server.faults = [400] * 99
-        with pytest.raises(StepError, match="without a verdict"):
-            await judge(row(), "a")
-            await judge(row(), "b")
+        assert [await judge(row(), f"a{number}") for number in range(40)] == [0.5] * 40
 
 
 async def test_a_judge_prefers_only_what_wins_in_both_orders() -> None:
@@ -435,6 +466,24 @@ async def test_a_judge_without_a_verdict_is_asked_again() -> None:
     async with judging(lambda _: next(answers)) as (judge, server):
         assert await judge(row(), "a") == 1.0
     assert len({call.key for call in server.calls}) == 3
+
+
+async def test_a_judge_without_a_verdict_now_and_then_is_one_until_it_happens_too_often() -> None:
+    said = itertools.cycle(["ACCEPT"] * 9 + ["hm"] * 3)
+    async with judging(lambda _: next(said)) as (judge, _):
+        for number in range(24):
+            await judge(row(), f"a{number}")
+    said = itertools.cycle(["ACCEPT"] * 4 + ["hm"] * 3)
+    async with judging(lambda _: next(said)) as (judge, _):
+        for number in range(24):
+            await judge(row(), f"a{number}")
+        with pytest.raises(StepError, match="without a verdict"):
+            await judge(row(), "a")
+    async with judging(lambda _: next(said)) as (judge, _):
+        for _ in range(1000):
+            judge.remember()
+        for number in range(50):
+            await judge(row(), f"a{number}")
 
 
 async def test_a_judge_that_never_gives_a_verdict_is_refused() -> None:

@@ -75,7 +75,18 @@ def test_sampled_flips_come_near_the_exact_value_of_the_binomial() -> None:
 
 
 def test_a_sampled_p_value_is_never_zero() -> None:
-    assert st.compare_paired([0.7] * 100, [0.1] * 100).p_better == pytest.approx(1 / 20_001)
+    result = st.compare_paired([0.7] * 100, [0.1] * 100)
+    assert 0.5**100 < result.p_better == pytest.approx(np.exp(-50)), "Hoeffding's bound, above the exact value"
+    assert result.p_worse == 1.0
+
+
+def test_a_sampled_p_value_is_bounded_only_where_no_sample_reaches_what_was_seen() -> None:
+    """With equal steps the exact value is the binomial's. At 36 of 50 a few of 20,000 samples reach it, at 46 none."""
+    for better in (36, 46):
+        result = st.compare_paired(scores((0.5, better), (0, 50 - better)), scores((0, better), (0.5, 50 - better)))
+        exact = stats.binom.sf(better - 1, 50, 0.5)
+        assert result.p_better >= exact
+        assert (result.p_better < 1 / 20_001) == (better == 46)
 
 
 # ---------------------------------------------------------------- two samples

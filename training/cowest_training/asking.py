@@ -27,7 +27,7 @@ from cowest_serving.models import BadRequest, ChatResult, HttpChatModel, is_clie
 from cowest_serving.redaction import Redacted, Redactor
 
 from .contract import EXIT_BAD_INPUT, EXIT_BUDGET, Evaluator, Row, StepError
-from .evaluator import DEFAULT_TIMEOUT_SECONDS, Score, build_evaluator, check_settings, judge_model
+from .evaluator import DEFAULT_TIMEOUT_SECONDS, Judge, Score, build_evaluator, check_settings, judge_model
 from .paid_calls import PaidCalls, Spent
 
 if TYPE_CHECKING:
@@ -288,7 +288,17 @@ class Asking:
         if self.evaluator.needs_reference:
             return await self.evaluator(row, answer)
         key = digest_of([self.evaluator.digest, list(row.messages), row.reference, answer])
-        return await self.calls.remember_score(key, lambda: self.evaluator(row, answer))
+        asked = False
+
+        async def ask() -> float:
+            nonlocal asked
+            asked = True
+            return await self.evaluator(row, answer)
+
+        score = await self.calls.remember_score(key, ask)
+        if not asked and isinstance(self.evaluator, Judge):
+            self.evaluator.remember()
+        return score
 
     def refuse_nothing_but_errors(self, errors: int, asked: int) -> None:
         """Models that find every query wrong are set up wrongly; that is no measurement."""

@@ -13,7 +13,7 @@ from typing import Any
 from cowest_serving import store
 from cowest_serving.contract import digest_of
 from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row, StepError, evaluator_digest
-from cowest_training.data import check_split, read_rows, rows_digest
+from cowest_training.data import case_note, check_split, read_rows, rows_digest
 from cowest_training.evaluator import check_references, extract_note
 from cowest_training.round_trip import check_ids, check_tokenizer
 from cowest_training.steps import Progress, load_settings, load_spec, open_output, parser, run, say
@@ -38,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress.update(0, 2, "checks", "reading rows")
     train, held_out = read_rows(data.train), read_rows(data.held_out)
     check_rows(train, held_out, evaluator)
-    if note := extract_note(evaluator, train, settings.collaboration.draft):
-        say(f"note: {note}")
+    for note in (extract_note(evaluator, train, settings.collaboration.draft), case_note(train), case_note(held_out)):
+        if note:
+            say(f"note: {note}")
     progress.update(1, 2, "checks", "looking at the weak model")
     check_weak_model(model)
     if not is_of_the_hub(model):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from io import BytesIO
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, NoReturn
 
 import pyarrow as pa
@@ -111,6 +112,8 @@ def _json_line(line: bytes) -> Any:
         return json.loads(line.decode(), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         return ValueError(f"wanted UTF-8 text, saw byte {line[error.start]:#04x} at column {error.start + 1}")
+    except RecursionError:
+        return ValueError("wanted a JSON object on one line, saw one that is nested too deep")
     except ValueError as error:
         return ValueError(f"wanted a JSON object on one line, saw {line[:60].decode(errors='replace')!r} ({error})")
 
@@ -128,13 +131,29 @@ def _parquet(uri: str, data: bytes) -> Iterator[tuple[str, Any]]:
         ) from None
     _check_columns(uri, table.column_names)
     wanted = [name for name in table.column_names if name in COLUMNS]
-    for number, record in enumerate(table.select(wanted).to_pylist(), start=1):
-        # Nulls are how a table says "absent", also inside the structs of `messages`.
-        yield f"{_short(uri)}:row {number}", _without_nulls(record)
+    for number, record in enumerate(_records(table.select(wanted)), start=1):
+        yield f"{_short(uri)}:row {number}", record
+
+
+def _records(table: pa.Table) -> Iterator[Any]:
+    """Row by row, or what is wrong with the row. Nulls are how a table says "absent", also inside of `messages`."""
+    try:
+        yield from map(_without_nulls, table.to_pylist())
+    except UnicodeDecodeError:  # before the first row is given
+        yield from (_record(table.slice(number, 1)) for number in range(len(table)))
+
+
+def _record(row: pa.Table) -> Any:
+    try:
+        return _without_nulls(row.to_pylist()[0])
+    except UnicodeDecodeError as error:
+        return ValueError(f"wanted UTF-8 text, saw byte {error.object[error.start]:#04x}")
 
 
 def _check_columns(uri: str, seen: Sequence[str]) -> None:
     """Once for the table, not once a row."""
+    if twice := [name for name, count in Counter(seen).items() if count > 1 and name in COLUMNS]:
+        raise StepError(f"{uri}: wanted each column once, saw {', '.join(twice)} more than once. Leave one.")
     if "id" not in seen or not {"query", "messages"} & set(seen):
         columns = ", ".join(seen) or "none"
         raise StepError(f"{uri}: wanted columns id, query (or messages) and reference, saw {columns}. Rename them.")
@@ -157,6 +176,11 @@ def parse_row(record: Any, where: str) -> Row:
         raise record
     if not isinstance(record, Mapping):
         raise ValueError(f"wanted a JSON object, saw {type(record).__name__}")
+    try:
+        for name in COLUMNS:
+            _check_unicode(record.get(name), name)
+    except RecursionError:
+        raise ValueError(f"{name}: wanted text or messages, saw what is nested too deep") from None
     messages = _messages(record)
     return Row(
         id=_id(record.get("id")),
@@ -168,6 +192,23 @@ def parse_row(record: Any, where: str) -> Row:
         source=_source(record.get("source", "train")),
         where=where,
     )
+
+
+def _check_unicode(value: Any, path: str) -> None:
+    """JSON can write half of a pair (`"\\ud83d"`), which no file, digest or request can hold."""
+    match value:
+        case str():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{path}: wanted Unicode text, saw half of a surrogate pair") from None
+        case list():
+            for number, item in enumerate(value):
+                _check_unicode(item, f"{path}[{number}]")
+        case dict():
+            for name, item in value.items():
+                _check_unicode(name, path)
+                _check_unicode(item, f"{path}.{name}")
 
 
 def _id(value: Any) -> str:
@@ -271,6 +312,18 @@ def repeated_queries(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def case_note(rows: Sequence[Row]) -> str:
+    """Said of queries that differ from another in the case of their codes alone; "" where none does."""
+    near = _repeats((folded_key(row.messages), row) for row in rows)
+    if not near:
+        return ""
+    row, first = near[0]
+    return (
+        f"queries that differ from another in case alone count as queries of their own: {len(near)}, the first"
+        f" {_place(row)} (from {_place(first)})."
+    )
+
+
 def _repeats(keyed: Iterable[tuple[Any, Row]]) -> list[tuple[Row, Row]]:
     """(row, the first row with its key) for each row whose key came before."""
     first: dict[Any, Row] = {}
@@ -305,20 +358,68 @@ def _cut(text: str) -> str:
 
 
 # ---------------------------------------------------------------- equal and nearly equal queries
-# A word with its decimals ("3.5", "1,000"), or a sign that changes the meaning ("C++", "5 - 3", "10 %").
-_TOKEN = re.compile(r"\w+(?:[.,]\d+)*|[-+*/<>=^%#$€£&|~@\\]")
+# Apostrophes, primes and minus signs that are one sign in other shapes.
+_SHAPES = str.maketrans({**dict.fromkeys("\u2019\u2018\u02bc\u2032`\u00b4", "'"), "\u2212": "-"})
+_QUOTED = re.compile(r"(?<!\w)'([^'\n]*)'(?!\w)")
 _HYPHEN = re.compile(r"(?<=[^\W\d])-(?=[^\W\d])")
+_BRACKETS = "()[]{}⟨⟩⟦⟧⌈⌉⌊⌋"
+_OTHERS = re.escape(f"-*/%#&@\\‰‱″‴{_BRACKETS}")
+
+
+@cache
+def _token() -> re.Pattern[str]:
+    """A word with its decimals ("3.5", "1,000"), or a sign that changes the meaning ("C++", "5 - 3", "≤", "f'(x)").
+
+    `\\w` alone lacks the vowels that many scripts write as marks: the day would be the gift in Hindi.
+    """
+    marks, signs = _characters("M"), _characters("S")
+    return re.compile(rf"[\w{marks}]+(?:[.,]\d+)*|[{signs}{_OTHERS}]|(?<=[\w)'])'(?!\w)|!(?=[\w(=])")
+
+
+def _characters(kind: str) -> str:
+    """All of one kind of Unicode, as a character class's ranges. Selectors of a variant change the looks alone."""
+    codes = [
+        code
+        for code in range(0x20000)
+        if unicodedata.category(chr(code)).startswith(kind) and not 0xFE00 <= code <= 0xFE0F and chr(code) not in "`´"
+    ]
+    runs = [list(run) for _, run in groupby(enumerate(codes), key=lambda each: each[1] - each[0])]
+    return "".join(f"\\U{run[0][1]:08x}-\\U{run[-1][1]:08x}" for run in runs)
 
 
 def tokens(text: str) -> tuple[str, ...]:
-    """Words, numbers and signs of a text. Case, white space and sentence punctuation do not count."""
-    return tuple(_TOKEN.findall(_HYPHEN.sub(" ", text.casefold())))
+    """Words, numbers and signs of a text. White space, quotes and sentence punctuation do not count; case does."""
+    bare = _QUOTED.sub(r" \1 ", unicodedata.normalize("NFC", text).translate(_SHAPES))
+    return tuple(_token().findall(_HYPHEN.sub(" ", bare)))
+
+
+def folded(text: str) -> str:
+    """For comparing texts without their case: `casefold` of composed and decomposed letters alike.
+
+    The Turkish i's are one letter here, for what is İstanbul to the one is istanbul to the other.
+    """
+    bare = unicodedata.normalize("NFD", text).casefold().replace("i\u0307", "i").replace("ı", "i")
+    return unicodedata.normalize("NFC", bare)
 
 
 def conversation_key(messages: Messages) -> tuple[str, ...]:
-    """What makes two conversations the same: the words of all turns. A system message is no turn."""
-    turns = [query_text([{**m, "role": "user"}]) for m in messages if m.get("role") in ("user", "assistant")]
-    return tuple(token for turn in turns for token in (*tokens(turn), "\n"))
+    """What makes two conversations the same: the words of all turns. A system message is no turn.
+
+    Case counts in codes, for `c1ccccc1` is another substance than `C1CCCCC1`; for `Known` not even there.
+    """
+    return tuple(token if any(c.isdigit() for c in token) else token.casefold() for token in _said(messages))
+
+
+def folded_key(messages: Messages) -> tuple[str, ...]:
+    """`conversation_key` without any case."""
+    return tuple(map(folded, _said(messages)))
+
+
+def _said(messages: Messages) -> Iterator[str]:
+    for message in messages:
+        if message.get("role") in ("user", "assistant"):
+            yield from tokens(query_text([{**message, "role": "user"}]))
+            yield "\n"
 
 
 @dataclass(frozen=True)
@@ -340,15 +441,13 @@ class Known:
     def find(self, messages: Messages) -> Hit | None:
         """The row that these messages ask again, equally or nearly; `None`: this query may be learnt from.
 
-        Nearly equal: the same words with one phrase moved; or, for long texts, nine tenths of the phrases that
-        are the text's own (a template's are not) and the same numbers and codes.
+        Nearly equal: the same but for case; the same words with one phrase moved; or, for long texts, nine tenths of
+        the phrases that are the text's own (a template's are not) and the same numbers and codes.
         """
         messages = self._compared(messages)
-        if (row := self._equal.get(conversation_key(messages))) is not None:
-            return Hit(row, equal=True)
-        words = tokens(query_text(messages))
-        if _turns(messages) == 1 and (row := self._equal_query.get(words)) is not None:
-            return Hit(row, equal=True)
+        if (row := self._equal.get(folded_key(messages))) is not None:
+            return Hit(row, equal=conversation_key(row.messages) == conversation_key(messages))
+        words = _words(query_text(messages))
         near = self._moved_phrase(words) or self._long_overlap(words)
         return Hit(near, equal=False) if near else None
 
@@ -365,29 +464,26 @@ class Known:
 
     @cached_property
     def _equal(self) -> dict[tuple[str, ...], Row]:
-        return {conversation_key(row.messages): row for row in self._rows}
-
-    @cached_property
-    def _equal_query(self) -> dict[tuple[str, ...], Row]:
-        return {tokens(row.query): row for row in self._rows if _turns(row.messages) == 1}
+        return {folded_key(row.messages): row for row in self._rows}
 
     @cached_property
     def _by_words(self) -> dict[tuple[str, ...], list[Row]]:
         found: dict[tuple[str, ...], list[Row]] = {}
-        for words, row in self._equal_query.items():
-            found.setdefault(tuple(sorted(words)), []).append(row)
+        for row in self._rows:
+            if _turns(row.messages) == 1:
+                found.setdefault(tuple(sorted(_words(row.query))), []).append(row)
         return found
 
     def _moved_phrase(self, words: tuple[str, ...]) -> Row | None:
-        if len(words) < MIN_MOVED_WORDS:
+        if sum(not _is_sign(word) for word in words) < MIN_MOVED_WORDS:
             return None
         candidates = self._by_words.get(tuple(sorted(words)), [])
-        return next((row for row in candidates if _broken(words, tokens(row.query)) <= MAX_BROKEN_NEIGHBOURS), None)
+        return next((row for row in candidates if _is_one_phrase_moved(words, _words(row.query))), None)
 
     @cached_property
     def _own(self) -> list[frozenset[tuple[str, ...]]]:
         """Per row the shingles that at most one other row has: the query without its template."""
-        shingles = [_shingles(tokens(row.query)) for row in self._rows]
+        shingles = [_shingles(_words(row.query)) for row in self._rows]
         counts = Counter(shingle for of_row in shingles for shingle in of_row)
         return [frozenset(s for s in of_row if counts[s] <= 2) for of_row in shingles]
 
@@ -404,7 +500,7 @@ class Known:
         shared = Counter(number for shingle in _shingles(words) for number in self._rows_of_shingle.get(shingle, ()))
         for number, count in shared.most_common(3):
             row = self._rows[number]
-            if count >= MIN_SHARED * len(self._own[number]) and _codes(words) == _codes(tokens(row.query)):
+            if count >= MIN_SHARED * len(self._own[number]) and _codes(words) == _codes(_words(row.query)):
                 return row
         return None
 
@@ -417,9 +513,21 @@ def _shingles(words: Sequence[str]) -> frozenset[tuple[str, ...]]:
     return frozenset(tuple(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1))
 
 
-def _broken(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many neighbours of the one text are no neighbours in the other."""
-    return (Counter(pairwise(one)) - Counter(pairwise(other))).total()
+def _words(text: str) -> tuple[str, ...]:
+    """The tokens without their case."""
+    return tuple(map(folded, tokens(text)))
+
+
+def _is_sign(token: str) -> bool:
+    return not any(character.isalnum() for character in token)
+
+
+def _is_one_phrase_moved(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Of two texts of the same words. What a sign joins stays joined: 2 * (3 + 4) is not (2 * 3) + 4."""
+    here, there = Counter(pairwise(one)), Counter(pairwise(other))
+    if (here - there).total() > MAX_BROKEN_NEIGHBOURS:
+        return False
+    return not any(_is_sign(word) for pair in (here - there) + (there - here) for word in pair)
 
 
 def _codes(words: Sequence[str]) -> Counter[str]:

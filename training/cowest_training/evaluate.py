@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cowest_serving import store
-from cowest_serving.contract import PREDICTOR_FILE, Pair, digest_of, message_text, normalised
+from cowest_serving.contract import PREDICTOR_FILE, Pair, digest_of, message_text
 from cowest_serving.predictor import Predictor, features, load_predictor
 
 from . import steps
@@ -59,7 +59,7 @@ from .contract import (
     StepSettings,
     evaluator_digest,
 )
-from .data import read_rows, rows_digest
+from .data import folded, read_rows, rows_digest, tokens
 from .evaluator import check_references, extracted, find_label
 from .paid_calls import Spent
 from .statistics import compare_paired, macro_f1, mean_interval
@@ -299,7 +299,7 @@ def clusters(rows: Sequence[Row]) -> list[str] | None:
     for row in rows:
         first = next((i for i, message in enumerate(row.messages) if message.get("role") == "assistant"), None)
         opening = row.messages if first is None else row.messages[: first + 1]
-        found.append(normalised(" ".join(message_text(message) for message in opening)))
+        found.append(" ".join(tokens(folded(" ".join(message_text(message) for message in opening)))))
     return found if len(set(found)) < len(found) else None
 
 

@@ -21,9 +21,11 @@ import json
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, assert_never
 
 import aiohttp
@@ -39,7 +41,7 @@ from cowest_serving.models import (
 )
 from cowest_serving.outward import proxy_of
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Row, StepError, evaluator_digest
-from cowest_training.data import refuse
+from cowest_training.data import folded, refuse
 
 DEFAULT_TIMEOUT_SECONDS = 60
 DEFAULT_RELATIVE_TOLERANCE = 1e-6
@@ -48,6 +50,8 @@ TRIES = 3  # of a judge that gives no verdict
 SCORER_RETRIES = 6  # of a scorer that is away or overloaded, as for models
 SCORER_CONCURRENCY = 8  # a scorer may well have one thread: more at once would only wait in its queue
 MAX_UNDECIDED = 0.1  # a judge that gives no verdict more often than this is no judge
+ENOUGH_VERDICTS = 50  # a share of fewer says little
+NEVER_DECIDES = 6  # verdicts that a judge fails to give before its first one
 
 
 class Score(Protocol):
@@ -106,13 +110,17 @@ def extracted(pattern: str | None, answer: str) -> str:
 
 
 def squad_normalised(text: str) -> str:
-    """Lower case without punctuation, articles, extra white space, unless nothing is left ("A", "+")."""
-    lower = " ".join(text.lower().split())
-    bare = " ".join("".join(c for c in lower if c not in _PUNCTUATION).split())
+    """Lower case without punctuation, articles, extra white space, unless nothing is left ("A", "+").
+
+    Of composed and decomposed letters the same; the punctuation of other scripts and typographers counts as ASCII's.
+    """
+    lower = unicodedata.normalize("NFC", " ".join(text.lower().split()))
+    bare = " ".join("".join(c for c in lower if not _is_punctuation(c)).split())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or bare or lower
 
 
-_PUNCTUATION = frozenset(string.punctuation)
+def _is_punctuation(character: str) -> bool:
+    return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
 def references_of(reference: str) -> tuple[str, ...]:
@@ -150,31 +158,42 @@ def find_label(answer: str, choices: Sequence[str]) -> str | None:
 
     Case counts first ("B is a choice" means B, not A), and is dropped only where nothing is found.
     """
-    by_key = {_label_key(choice): choice for choice in choices}
-    if (whole := by_key.get(_label_key(answer))) is not None:
+    by_key = {_label_key(choice): choice for choice in reversed(choices)} | {choice: choice for choice in choices}
+    if (whole := by_key.get(answer.strip()) or by_key.get(_label_key(answer))) is not None:
         return whole
     longest_first = sorted(choices, key=len, reverse=True)  # "not allowed" before "allowed"
-    pattern = r"(?<!\w)(?:" + "|".join(map(re.escape, longest_first)) + r")(?!\w)"
-    for flags in (0, re.IGNORECASE):
-        if found := re.findall(pattern, answer, flags):
-            return by_key[_label_key(found[-1])]
+    for form in (partial(unicodedata.normalize, "NFC"), folded):
+        pattern = "|".join(f"({_as_said(form(choice))})" for choice in longest_first)
+        if found := list(re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", form(answer))):
+            return longest_first[(found[-1].lastindex or 1) - 1]
     return None
+
+
+def _as_said(choice: str) -> str:
+    """A pattern of the label's words: "not allowed" is not-allowed and **not** allowed too, and never allowed."""
+    return _BETWEEN_WORDS.join(map(re.escape, re.split(r"\s+|(?<=\w)[-_](?=\w)", choice.strip())))
+
+
+_BETWEEN_WORDS = r"[\s*_`~-]+"
 
 
 def _label_key(text: str) -> str:
     """White space, case and enclosing punctuation do not count; + and - do: they may tell labels apart."""
-    words = " ".join(text.casefold().split())
+    words = " ".join(folded(text).split())
     return words.strip(" .,;:!?\"'`*_()[]{}") or words
 
 
 # ---------------------------------------------------------------- numbers
 _NUMBER = re.compile(
-    r"""(?<![\w.])(?P<sign>[-+\u2212])?
-        (?P<digits>\d{1,3}(?:[,'\u2019\u00a0\u202f]\d{3})+(?!\d)|\d+|(?=\.\d))
+    r"""(?<![\w.])(?P<sign>[-+\u2212])?(?:[A-Z]{0,3}[$\u20ac\u00a3\u00a5]\s?)?
+        (?P<digits>\d{1,3}(?:(?P<comma>[,'\u2019\u00a0\u202f\u2009\ ])\d{3}(?:(?P=comma)\d{3})*)(?!\d)|\d+|(?=\.\d))
         (?P<rest>(?:\.\d+)?(?:[eE][-+]?\d+)?)
         (?P<percent>\s?%)?""",
     re.VERBOSE,
 )
+
+
+_IN_BRACKETS = re.compile(r"\([^()]*\)")
 
 
 @dataclass(frozen=True)
@@ -189,14 +208,20 @@ class Number:
 
 def last_number(text: str) -> Number | None:
     """The last number of a text, thousands separators allowed; digits in a code (`QF17`) are no number."""
+    if (whole := parse_number(text)) is not None:
+        return whole
     found = [number for match in _NUMBER.finditer(text) if (number := _number(match)) is not None]
     return found[-1] if found else None
 
 
 def parse_number(text: str) -> Number | None:
-    """The number that the whole text is, else `None`."""
-    match = _NUMBER.fullmatch(text.strip())
-    return _number(match) if match else None
+    """The number that the whole text is, else `None`. (500) is a loss of 500, as accounts have it."""
+    bare = text.strip()
+    match = _NUMBER.fullmatch(bare.removeprefix("(").removesuffix(")") if _IN_BRACKETS.fullmatch(bare) else bare)
+    number = _number(match) if match else None
+    if number is None or match is None or not bare.startswith("("):
+        return number
+    return None if match["sign"] else replace(number, value=-number.value)
 
 
 def _number(match: re.Match[str]) -> Number | None:
@@ -450,7 +475,7 @@ class Judge:
         self._rubric = settings.rubric
         self._endpoint = settings.endpoint or ""
         self._model = model
-        self._asked = self._undecided = 0
+        self._decided = self._undecided = 0  # verdicts
 
     async def __call__(self, row: Row, answer: str) -> float:
         return await self.score(row, answer)
@@ -486,9 +511,15 @@ class Judge:
         rubric = self._rubric or "A good answer is correct, complete and to the point."
         return rubric + (" It agrees with the reference." if row.reference else "")
 
+    def remember(self) -> None:
+        """A score of before, whose verdicts were not asked for again, is one of a judge that does as told."""
+        self._decided += 2
+
     async def _verdict(self, prompt: str, words: Mapping[str, float]) -> float:
-        """The last verdict word of the judge's text; asked again with another seed where there is none."""
-        self._asked += 1
+        """The last verdict word of the judge's text; asked again with another seed where there is none.
+
+        What a content filter withholds, or is too long, is a tie; a model that does not do as told is no judge.
+        """
         pattern = re.compile(r"\b(" + "|".join(words) + r")\b")
         text = ""
         for seed in range(TRIES):
@@ -499,13 +530,14 @@ class Judge:
             except BadRequest as error:
                 if not is_clients_fault(error):
                     raise
-                text = str(error)
-                break  # a content filter, or too long: asking again changes nothing
+                return 0.5  # asking again changes nothing
             if found := pattern.findall(text):
+                self._decided += 1
                 return words[found[-1]]
         self._undecided += 1
-        # One refusal of a content filter is a tie; a model that does not do as told is no judge.
-        if self._undecided > max(2.0, MAX_UNDECIDED * self._asked):
+        asked_in_all = self._decided + self._undecided
+        is_rare = asked_in_all < ENOUGH_VERDICTS or self._undecided <= MAX_UNDECIDED * asked_in_all
+        if not is_rare or (not self._decided and self._undecided >= NEVER_DECIDES):
             raise StepError(
                 f"the judge {self._endpoint} gave {self._undecided} answers without a verdict: wanted one of "
                 f"{', '.join(words)}, saw {text[:120]!r}. Name a model that follows instructions."

@@ -27,7 +27,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cowest_training.contract import Row
-from cowest_training.data import Known, conversation_key, parse_row, tokens
+from cowest_training.data import Known, conversation_key, folded, parse_row, tokens
 
 Record = Mapping[str, Any]
 
@@ -118,9 +118,9 @@ def ifqa(records: Sequence[Record], prefix: str, settings: Settings) -> Iterator
 
 def evidence_of(question: str, answers: Sequence[str], passages: Sequence[str]) -> str:
     """The sentence with most words of question and answers; the first of several, "" where there is none."""
-    wanted = {word for text in (question, *answers) for word in tokens(text)}
+    wanted = {word for text in (question, *answers) for word in tokens(folded(text))}
     sentences = [sentence.strip() for passage in passages for sentence in SENTENCE_END.split(passage)]
-    return max(sentences, key=lambda sentence: len(wanted.intersection(tokens(sentence))), default="")
+    return max(sentences, key=lambda sentence: len(wanted.intersection(tokens(folded(sentence)))), default="")
 
 
 def references(answers: Sequence[str]) -> str:
