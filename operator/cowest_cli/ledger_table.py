@@ -38,6 +38,7 @@ _MEANINGS = {
     "seed": "that the draft was sampled with",
     "draft": "what the weak model wrote",
     "draft_tokens": "its length",
+    "draft_finish_reason": "`stop`, or `length` where it was cut off; empty in ledgers of older versions",
     "answer": "of the strong model with this draft",
     "answer_score": "of that answer by the evaluator, 0 to 1",
     "solo": "answer of the strong model without a draft",

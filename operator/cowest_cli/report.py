@@ -438,6 +438,7 @@ _WORDS: Mapping[str, str] = {
     "mean_gain": "mean gain by a draft",
     "hurt_rate": "share of drafts that hurt",
     "draft_tokens": "mean tokens of a draft",
+    "cut_drafts": "drafts cut off at spec.collaboration.draftMaxTokens",
     "strong_calls_cached": "answers that were paid before and cost nothing",
     "judge_calls": "calls of the judge",
     "cut_answers": "answers cut off at spec.strong.maxTokens",

@@ -263,8 +263,10 @@ def _step_done(
         if trial.origin == "Baseline":
             trial = replace(trial, model=world.trial_job.spec.weak.model)
     status = replace(world.status, candidate=trial)
-    if name == "feedback" and int(state.metrics["pairs"]) < (least := world.trial_job.spec.feedback.min_pairs):
-        message = f"{state.metrics['pairs']} usable pairs, feedback.minPairs wants {least}{_lost(state.metrics)}."
+    least = world.trial_job.spec.feedback.min_pairs
+    if name in ("feedback", "dpo") and int(state.metrics.get("pairs", least)) < least:
+        usable = f"{state.metrics['pairs']} usable pairs"
+        message = f"{usable}, feedback.minPairs wants {least}{_lost(state.metrics)}{_left_out(state.metrics)}."
         return _end(replace(world, status=status), trial, "Refused", api.REASON_TOO_FEW_PAIRS, message)
     message = f"step {step.name} is done"
     return Move(status, message=message, events=(Event("Normal", "StepDone", message),))
@@ -279,6 +281,13 @@ def _lost(metrics: Mapping[str, Any]) -> str:
     }
     found = [f"{metrics[name]} {words}" for name, words in whys.items() if metrics.get(name)]
     return f" (of {metrics['queries']} queries {', '.join(found)})" if found and "queries" in metrics else ""
+
+
+def _left_out(metrics: Mapping[str, Any]) -> str:
+    """Which pairs were not tuned on; "" for a step that tunes on none or on all."""
+    dropped: Mapping[str, int] = metrics.get("dropped") or {}
+    found = [f"{count} {reason}" for reason, count in dropped.items() if count]
+    return f" ({', '.join(found)}; training.maxLength and the prompts decide what fits)" if found else ""
 
 
 def _gate(world: World, trial: Trial) -> Move:
@@ -354,7 +363,9 @@ def _awaits_approval(world: World, trial: Trial) -> bool:
 
 def _measured(world: World, trial: Trial, report: EvaluationReport) -> Trial:
     seen = report.against_control
-    notes = (promotion.weak_alone(report), routes.note(report, world.trial_job.spec.collaboration.shortcuts))
+    alarms = trial.done.get("dpo", {}).get("alarms", ())
+    shortcuts = world.trial_job.spec.collaboration.shortcuts
+    notes = (promotion.weak_alone(report), routes.note(report, shortcuts), *alarms)
     return replace(
         trial,
         difference=seen.difference,

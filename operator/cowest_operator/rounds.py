@@ -357,5 +357,5 @@ def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baselin
 
 def needed_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a step's metrics that later decisions and the status need."""
-    wanted = ("pairs", "rows", "from_traces", "traces_usable", "strong_calls", "money", "has_explanations")
+    wanted = ("pairs", "rows", "from_traces", "traces_usable", "strong_calls", "money", "has_explanations", "alarms")
     return {name: metrics[name] for name in wanted if name in metrics}

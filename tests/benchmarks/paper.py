@@ -243,7 +243,7 @@ class PaperStudy(Study):
 
     def subset(self, feedback: str, count: int, name: str) -> str:
         """`count` of the pairs, drawn so that a larger set holds the smaller ones."""
-        lines = (_folder(feedback) / "pairs.jsonl").read_text("utf-8").splitlines()
+        lines = [line for line in (_folder(feedback) / "pairs.jsonl").read_text("utf-8").split("\n") if line]
         lines.sort(key=lambda line: hashlib.sha256(f"{self.seed}/{line}".encode()).digest())
         path = self.work / f"{name}.jsonl"
         path.write_text("".join(f"{line}\n" for line in lines[:count]), "utf-8")
@@ -266,7 +266,7 @@ class PaperStudy(Study):
 
     def count(self, pairs: str) -> int:
         path = _folder(pairs)
-        lines = (path if path.suffix == ".jsonl" else path / "pairs.jsonl").read_text("utf-8").splitlines()
+        lines = (path if path.suffix == ".jsonl" else path / "pairs.jsonl").read_text("utf-8").split("\n")
         return sum(bool(line.strip()) for line in lines)
 
 

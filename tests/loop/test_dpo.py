@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,23 @@ def test_pairs_that_teach_nothing_or_do_not_fit_are_left_out_and_counted(base: P
     pairs = [PAIRS[0], *(dpo.Pair(asked, chosen, rejected) for chosen, rejected in others)]
     examples, dropped = dpo.encode(weak, pairs)
     assert (len(examples), dropped) == (1, {dpo.SAME: 2, dpo.TOO_LONG: 1})
+
+
+def test_a_draft_that_was_cut_off_is_taught_no_end(base: Path) -> None:
+    weak = tuning.load_weak(base, tuning="Full", max_length=48, seed=0)
+    (example,), _ = dpo.encode(weak, [replace(PAIRS[0], chosen_ends=False)])
+    end = weak.tokenizer.eos_token_id
+    assert (end in example["chosen_ids"], example["rejected_ids"][-1] == end) == (False, True)
+
+
+def test_pairs_are_read_line_by_line_whatever_stands_in_their_texts(tmp_path: Path) -> None:
+    odd = replace(PAIRS[0], chosen="one\u2028two\u2029three\u0085four", rejected_ends=False)
+    line = {"prompt": list(odd.prompt), "chosen": odd.chosen, "rejected": odd.rejected}
+    text = json.dumps(line | {"rejected_finish_reason": "length"}, ensure_ascii=False)
+    (tmp_path / "pairs.jsonl").write_text(f"{text}\n{json.dumps(line)}\n", "utf-8")
+    first, second = dpo.read_pairs(str(tmp_path / "pairs.jsonl"))
+    assert (first, second) == (odd, replace(odd, rejected_ends=True))
+    assert "chosen_ends" not in second.record(), "pairs of older days keep their digest"
 
 
 @pytest.mark.parametrize(

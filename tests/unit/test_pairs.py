@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from cowest_training.asking import Draft, Reply, draft_seed
 from cowest_training.contract import Evaluator, Feedback, Row
-from cowest_training.feedback import Asked, Entry, best_versus_worst, choose_queries, make_pairs, measured, sign_of_gain
+from cowest_training.feedback import (
+    Asked,
+    Entry,
+    best_versus_worst,
+    choose_queries,
+    make_pairs,
+    measured,
+    notes,
+    sign_of_gain,
+    write_pairs,
+)
 from cowest_training.paid_calls import Spent
+from tests.world import STABLE as PAIR
 
 
 def row(id_: str) -> Row:
@@ -83,6 +97,18 @@ def test_metrics_count_hurt_drafts_ties_and_skipped_queries() -> None:
     assert seen["mean_gain"] == pytest.approx(0.0)
     assert (seen["strong_calls"], seen["strong_calls_cached"], seen["money"]) == (5, 1, 0.25)
     assert (seen["judge_calls"], seen["cut_answers"]) == (2, 1)
+
+
+def test_drafts_that_were_cut_off_are_counted_and_noted_and_so_marked_in_their_pair(tmp_path: Path) -> None:
+    cut, whole = entries([1.0, 0.0])
+    ledger = [replace(cut, draft=replace(cut.draft, finish_reason="length")), whole]
+    pairs = make_pairs(ledger, settings("BestVersusWorst"))
+    metrics = measured(Asked(ledger, Spent(), 0, 0, {}), pairs, 1, 0.5)
+    assert metrics["cut_drafts"] == 1
+    assert "1 of 2 drafts were cut off" in notes(metrics)[0] and "draftMaxTokens" in notes(metrics)[0]
+    write_pairs(tmp_path / "pairs.jsonl", pairs, PAIR)
+    said = json.loads((tmp_path / "pairs.jsonl").read_text())
+    assert (said["chosen_finish_reason"], said["rejected_finish_reason"]) == ("length", "")
 
 
 def test_the_queries_of_a_round_depend_on_seed_and_round_alone() -> None:

@@ -175,6 +175,24 @@ def test_too_few_pairs_are_explained_by_where_the_queries_went():
     assert "of 60 queries 7 drew the same draft each time, 40 have drafts whose answers score alike" in said
 
 
+def test_a_tuning_that_left_out_most_pairs_ends_the_round_too():
+    steps_ = {"r1-dpo": done({"pairs": 5, "dropped": {"longer than maxLength": 95}})}
+    status = w.on_trial(pair=None, done={"collect": {"digest": "d"}, "feedback": {"pairs": 100}})
+    outcome = reconcile.plan(w.world(status=status, steps=steps_)).status.rounds[-1]
+    assert (outcome.decision, outcome.reason) == ("Refused", api.REASON_TOO_FEW_PAIRS)
+    assert "5 usable pairs" in outcome.message and "95 longer than maxLength" in outcome.message
+
+
+def test_what_the_tuning_gave_alarm_for_stands_in_the_rounds_note():
+    alarm = "Chosen drafts are 2.00 times as long as rejected ones."
+    steps_ = {"r1-dpo": done({"pairs": 100, "alarms": [alarm]})}
+    begun = w.on_trial(pair=None, done={"collect": {"digest": "d"}, "feedback": {"pairs": 100}})
+    tuned = reconcile.plan(w.world(status=begun, steps=steps_)).status.candidate
+    judged = evaluated()
+    judged = replace(judged, candidate=replace(judged.candidate, done={**judged.candidate.done, **tuned.done}))
+    assert alarm in settle(w.world(status=judged, report=w.report())).status.candidate.note
+
+
 def test_a_candidate_that_gains_goes_to_canary_with_its_server():
     plan = settle(w.world(status=evaluated(), report=w.report()))
     assert plan.status.candidate.stage == "Canary"

@@ -59,6 +59,7 @@ class Draft:
     seed: int
     text: str
     tokens: int
+    finish_reason: str = ""  # stop | length; "": drawn by a version that did not keep it
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Drafts:
             [Ask(ids, recipe.max_tokens, recipe.temperature if index else 0.0, seed) for _, index, seed, ids in wanted]
         )
         return [
-            Draft(query_id, index, seed, result.text, len(result.token_ids))
+            Draft(query_id, index, seed, result.text, len(result.token_ids), result.finish_reason)
             for (query_id, index, seed, _), result in zip(wanted, drawn, strict=True)
         ]
 

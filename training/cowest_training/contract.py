@@ -13,8 +13,8 @@ from typing import Any, Literal
 from cowest_serving.contract import Collaboration, Pair, SecretRef, Strong, digest_of
 
 MANIFEST = "manifest.json"
-# Raise a type's when its rule in evaluator.py changes: scores of different rules must not be compared. The stable pair is
-# then measured anew, as by another evaluator.
+# Raise a type's when its rule in evaluator.py changes: scores of different rules must not be compared. The stable
+# pair is then measured anew, as by another evaluator.
 EVALUATOR_RULES = {"ExactMatch": 3, "TokenF1": 3, "Choice": 3, "Numeric": 3, "Judge": 2, "HTTP": 2}
 
 # Exit codes of every step and of `cowest`: retry is worth it only for EXIT_RETRY.
@@ -193,6 +193,7 @@ LEDGER_COLUMNS: dict[str, str] = {
     "seed": "int64",
     "draft": "string",
     "draft_tokens": "int32",
+    "draft_finish_reason": "string",  # stop | length; "" where a draft of older days does not say
     "answer": "string",
     "answer_score": "double",
     "solo": "string",
@@ -213,7 +214,8 @@ LEDGER_COLUMNS: dict[str, str] = {
     "solo_money": "double",
 }
 # pairs.jsonl of the feedback step: {"query_id", "prompt": [messages], "chosen": str, "rejected": str,
-#   "chosen_score", "rejected_score", "solo_score"}; `prompt` is what the weak model saw.
+#   "chosen_score", "rejected_score", "solo_score", "chosen_finish_reason", "rejected_finish_reason"}; `prompt` is what
+#   the weak model saw.
 
 
 @dataclass(frozen=True)

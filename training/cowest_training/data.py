@@ -381,7 +381,9 @@ def _characters(kind: str) -> str:
     codes = [
         code
         for code in range(0x20000)
-        if unicodedata.category(chr(code)).startswith(kind) and not 0xFE00 <= code <= 0xFE0F and chr(code) not in "`´"
+        if unicodedata.category(chr(code)).startswith(kind)
+        and not 0xFE00 <= code <= 0xFE0F
+        and code not in (0x60, 0xB4)
     ]
     runs = [list(run) for _, run in groupby(enumerate(codes), key=lambda each: each[1] - each[0])]
     return "".join(f"\\U{run[0][1]:08x}-\\U{run[-1][1]:08x}" for run in runs)
@@ -398,7 +400,7 @@ def folded(text: str) -> str:
 
     The Turkish i's are one letter here, for what is İstanbul to the one is istanbul to the other.
     """
-    bare = unicodedata.normalize("NFD", text).casefold().replace("i\u0307", "i").replace("ı", "i")
+    bare = unicodedata.normalize("NFD", text).casefold().replace("i\u0307", "i").replace("\u0131", "i")
     return unicodedata.normalize("NFC", bare)
 
 

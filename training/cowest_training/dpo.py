@@ -31,7 +31,7 @@ from cowest_serving.model_files import model_digest
 from cowest_training import tuning
 from cowest_training.contract import EXIT_OK, Manifest, StepError, Training
 from cowest_training.shared_prompt import SharedPromptDPOTrainer
-from cowest_training.steps import Progress, load_settings, need_manifest, open_output, parser, run
+from cowest_training.steps import Progress, load_settings, need_manifest, open_output, parser, run, say
 from cowest_training.weak_folders import weak_folder
 
 WARMUP = 0.1
@@ -81,7 +81,7 @@ def made_by(uri: str) -> dict[str, str]:
 def _inputs(training: Training, pairs: Sequence[Pair], model: str) -> dict[str, Any]:
     return {
         "model": model,
-        "pairs": digest_of([dataclasses.asdict(pair) for pair in pairs]),
+        "pairs": digest_of([pair.record() for pair in pairs]),
         "training": {
             **dataclasses.asdict(training.preference),
             "lora": dataclasses.asdict(training.lora),
@@ -94,23 +94,30 @@ def _inputs(training: Training, pairs: Sequence[Pair], model: str) -> dict[str, 
 # ---------------------------------------------------------------- pairs
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two drafts for one prompt; `prompt` is what the weak model was asked."""
+    """Two drafts for one prompt; `prompt` is what the weak model was asked. One that was cut off has no end."""
 
     prompt: tuple[Mapping[str, Any], ...]
     chosen: str
     rejected: str
+    chosen_ends: bool = True
+    rejected_ends: bool = True
+
+    def record(self) -> dict[str, Any]:
+        """For the digest of what went in, which is that of older days for pairs of whole drafts."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not True}
 
 
 def read_pairs(uri: str) -> list[Pair]:
     """The pairs of a pairs.jsonl; a line that is no pair is named by its number."""
-    lines = store.get(uri).decode().splitlines()
+    lines = store.get(uri).split(b"\n")  # splitlines would break texts at U+2028 too
     return [_pair(line, f"{uri}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _pair(line: str, where: str) -> Pair:
+def _pair(line: bytes, where: str) -> Pair:
     try:
         data = json.loads(line)
-        pair = Pair(tuple(data["prompt"]), data["chosen"], data["rejected"])
+        ends = (data.get(f"{side}_finish_reason") != "length" for side in ("chosen", "rejected"))
+        pair = Pair(tuple(data["prompt"]), data["chosen"], data["rejected"], *ends)
     except (ValueError, KeyError, TypeError) as error:
         raise StepError(
             f"{where}: wanted prompt, chosen and rejected as JSON, saw {error!r}; run the feedback step again"
@@ -134,8 +141,8 @@ def encode(weak: tuning.Weak, pairs: Iterable[Pair]) -> tuple[list[dict[str, lis
         except PromptError:
             dropped[REFUSED] += 1
             continue
-        chosen = tuning.completion_ids(weak.tokenizer, text, pair.chosen)
-        rejected = tuning.completion_ids(weak.tokenizer, text, pair.rejected)
+        chosen = tuning.completion_ids(weak.tokenizer, text, pair.chosen, ends=pair.chosen_ends)
+        rejected = tuning.completion_ids(weak.tokenizer, text, pair.rejected, ends=pair.rejected_ends)
         if chosen == rejected:
             dropped[SAME] += 1
         elif len(prompt) + max(len(chosen), len(rejected)) > weak.limit:
@@ -191,7 +198,11 @@ def align(
         "logp_chosen_after": _mean(after),
         "length_ratio": _mean(len(e["chosen_ids"]) for e in examples) / _mean(len(e["rejected_ids"]) for e in examples),
     }
-    return {**measured, "alarms": alarms(measured)}
+    found = alarms(measured)
+    tuning.say_left_out(len(pairs), dropped, "pairs")
+    for sentence in found:
+        say(f"Note: {sentence}")
+    return {**measured, "alarms": found}
 
 
 def build_trainer(

@@ -367,7 +367,14 @@ def _entry(record: Mapping[str, Any], row: Row) -> Entry:
     model, version = record["strong_model"], record["strong_version"]
     return Entry(
         row=row,
-        draft=Draft(row.id, record["draft_index"], record["seed"], record["draft"], record["draft_tokens"]),
+        draft=Draft(
+            row.id,
+            record["draft_index"],
+            record["seed"],
+            record["draft"],
+            record["draft_tokens"],
+            record.get("draft_finish_reason") or "",
+        ),
         answer=Reply(record["answer"], record["answer_call"], version, model, paid=_paid(record, "answer")),
         answer_score=record["answer_score"],
         solo=Reply(record["solo"], record["solo_call"], version, model, paid=_paid(record, "solo")),
@@ -399,6 +406,7 @@ def _record(entry: Entry, pair: Pair, evaluator: str) -> dict[str, Any]:
         "seed": draft.seed,
         "draft": draft.text,
         "draft_tokens": draft.tokens,
+        "draft_finish_reason": draft.finish_reason,
         "answer": entry.answer.text,
         "answer_score": entry.answer_score,
         "solo": entry.solo.text,
@@ -433,6 +441,8 @@ def write_pairs(path: Path, pairs: Sequence[Preference], pair: Pair) -> None:
                 "chosen_score": chosen.answer_score,
                 "rejected_score": rejected.answer_score,
                 "solo_score": chosen.solo_score,
+                "chosen_finish_reason": chosen.draft.finish_reason,
+                "rejected_finish_reason": rejected.draft.finish_reason,
             }
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -462,6 +472,8 @@ def card_of(inputs: Mapping[str, Any], metrics: Mapping[str, Any], digest: str, 
             "chosen_score": "of the strong model's answer with the chosen draft, 0 to 1",
             "rejected_score": "of its answer with the rejected draft",
             "solo_score": "of its answer without a draft",
+            "chosen_finish_reason": "`length` where the chosen draft was cut off",
+            "rejected_finish_reason": "`length` where the rejected draft was cut off",
         },
         version=steps.code_version(),
     )
@@ -493,6 +505,7 @@ def measured(asked: Asked, pairs: Sequence[Preference], queries: int, min_margin
         "mean_gain": sum(entry.gain for entry in ledger) / n,
         "hurt_rate": sum(entry.gain < 0 for entry in ledger) / n,
         "draft_tokens": sum(entry.draft.tokens for entry in ledger) / n,
+        "cut_drafts": sum(entry.draft.finish_reason == "length" for entry in ledger),
         "strong_calls": spent.calls,
         "strong_calls_cached": asked.cached,
         "judge_calls": asked.judge_calls,
@@ -507,6 +520,8 @@ def measured(asked: Asked, pairs: Sequence[Preference], queries: int, min_margin
 def notes(metrics: Mapping[str, Any]) -> list[str]:
     """What a person should look at, a sentence each."""
     found = unusual_words(metrics)
+    if cut := metrics["cut_drafts"]:
+        found.append(f"Note: {cut} of {metrics['drafts']} drafts were cut off: raise collaboration.draftMaxTokens.")
     if metrics["queries"] and metrics["answer_score"] == metrics["solo_score"] == 0:
         found.append(ALL_ZERO)
     return found

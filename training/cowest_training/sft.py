@@ -117,6 +117,7 @@ def fine_tune(
     )
     log = tuning.train(trainer, work)
     tuning.save_whole(tuning.plain(trainer), weak, work.target)
+    tuning.say_left_out(len(rows), dropped, "rows")
     return {
         "rows": len(examples),
         "dropped": dict(dropped),

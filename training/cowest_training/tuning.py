@@ -31,7 +31,7 @@ from cowest_serving.model_files import CARD, base_of_adapter, is_adapter, make_r
 from cowest_training.cards import ModelCard, model_card
 from cowest_training.contract import Lora, Stage, StepError
 from cowest_training.round_trip import RoundTrip
-from cowest_training.steps import Output, Progress, code_version, inputs_digest, local_path
+from cowest_training.steps import Output, Progress, code_version, inputs_digest, local_path, say
 from cowest_training.weak_folders import copy_tokenizer, inherited_license, tokenizer_folder
 
 GENERATION = "generation_config.json"
@@ -131,8 +131,8 @@ def finish(output: Output, source: Path, *, base: str, data_digest: str, metrics
 
 
 # ---------------------------------------------------------------- token ids
-def completion_ids(tokenizer: Any, prompt: str, draft: str) -> list[int]:
-    """Ids of a draft as they follow the ids of `prompt`, with the end-of-sequence token.
+def completion_ids(tokenizer: Any, prompt: str, draft: str, *, ends: bool = True) -> list[int]:
+    """Ids of a draft as they follow the ids of `prompt`, with the end-of-sequence token where the draft has an end.
 
     Both together are tokenised where that leaves the prompt's ids as they are (a word piece may depend on its
     neighbour); otherwise the draft alone.
@@ -140,7 +140,7 @@ def completion_ids(tokenizer: Any, prompt: str, draft: str) -> list[int]:
     bare = _bare_ids(tokenizer, prompt)
     joint = _bare_ids(tokenizer, prompt + draft)
     ids = joint[len(bare) :] if joint[: len(bare)] == bare else _bare_ids(tokenizer, draft)
-    return [*ids, tokenizer.eos_token_id]
+    return [*ids, tokenizer.eos_token_id] if ends else ids
 
 
 def _bare_ids(tokenizer: Any, text: str) -> list[int]:
@@ -318,6 +318,13 @@ def quiet() -> None:
     quiet_transformers()
     os.environ["TQDM_DISABLE"] = "1"
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
+def say_left_out(total: int, dropped: Mapping[str, int], what: str) -> None:
+    """What the step did not learn from, a note for each reason."""
+    for reason, count in dropped.items():
+        if count:
+            say(f"Note: {count} of {total} {what} were left out: {reason}.")
 
 
 def require_rows(kept: int, total: int, dropped: Mapping[str, int], what: str, remedy: str) -> None:
