@@ -7,6 +7,7 @@ import contextvars
 import logging
 import random
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,8 @@ class Keeper:
         self._wakes: dict[Key, asyncio.Event] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._closed = False
-        self._looking_around, self._has_looked_around = asyncio.Lock(), False
+        self._looking: dict[str, asyncio.Lock] = {}  # by namespace, "" for all
+        self._looked_at: set[tuple[str, str]] = set()  # (kind, namespace)
 
     def wake(self, key: Key) -> None:
         """Something of this job has changed. Starts its task with its first event, ends it with its last."""
@@ -111,7 +113,7 @@ class Keeper:
             return OVERTAKEN
 
     async def _turn(self, key: Key, memory: Memory) -> float:
-        await self._look_around()
+        await self._look_around(key[0] if self.observer.settings.namespaces else "")
         if (family := self.watched.families.get(key)) is None:
             return 0.0
         assert family.job is not None
@@ -132,16 +134,16 @@ class Keeper:
             log.info("%s/%s: %s", *key, event.message, extra=said)
         return _pace(plan)
 
-    async def _look_around(self) -> None:
-        """Once, before anything is decided: watches begin one by one, and a job may be shown before its children."""
-        async with self._looking_around:
-            if self._has_looked_around:
-                return
-            told = self.observer.settings
-            for kind in self._kinds():
-                for namespace in told.namespaces or ("",):
+    async def _look_around(self, namespace: str) -> None:
+        """Once, before anything is decided: watches begin one by one, and a job may be shown before its children.
+
+        Where that fails the jobs of this namespace wait, and no others.
+        """
+        async with self._looking.setdefault(namespace, asyncio.Lock()):
+            for kind in sorted(self._kinds()):
+                if (kind, namespace) not in self._looked_at:
                     await self._look_at_all(kind, namespace)
-            self._has_looked_around = True
+                    self._looked_at.add((kind, namespace))
 
     async def follow(self, every: float = LIST_AGAIN) -> None:
         """For ever: looks for what is gone without a word."""
@@ -155,18 +157,25 @@ class Keeper:
     async def look_for_the_gone(self) -> None:
         """After a gap in a watch kopf lists anew, and is told of no delete. Names only: it is cheap at 1,000 jobs."""
         for namespace in self.observer.settings.namespaces or ("",):
-            for key in self.watched.jobs_gone(namespace, *await self.applier.kube.names(api.KIND, namespace)):
-                log.info("%s/%s is gone", *key, extra=_of(key))
-                self.forget(key)
+            if (jobs := await self._names(api.KIND, namespace)) is not None:
+                for key in self.watched.jobs_gone(namespace, *jobs):
+                    log.info("%s/%s is gone", *key, extra=_of(key))
+                    self.forget(key)
             for kind in self._kinds():
-                try:
-                    found = await self.applier.kube.names(kind, namespace, labelSelector=JOB_LABEL)
-                except KubeError as error:
-                    if error.code != 404:
-                        raise
-                    continue
-                for key in self.watched.gone(kind, namespace, *found):
-                    self.wake(key)
+                if (found := await self._names(kind, namespace, labelSelector=JOB_LABEL)) is not None:
+                    for key in self.watched.gone(kind, namespace, *found):
+                        self.wake(key)
+
+    async def _names(self, kind: str, namespace: str, **query: str) -> tuple[int, set[tuple[str, str]]] | None:
+        """None where the kind is not there, or the namespace and our rights with it."""
+        try:
+            return await self.applier.kube.names(kind, namespace, **query)
+        except KubeError as error:
+            if error.code not in (403, 404):
+                raise
+            if error.code == 403:
+                log.warning("%s: %s", namespace or "all namespaces", error)
+            return None
 
     def _kinds(self) -> set[str]:
         return PLURALS.keys() - {api.KIND, "Event"} - (set() if self.observer.discovery.rayservices else {"RayService"})
@@ -174,10 +183,18 @@ class Keeper:
     async def _look_at_all(self, kind: str, namespace: str) -> None:
         try:
             async for body in self.applier.kube.list(kind, namespace, labelSelector=JOB_LABEL):
-                self.watched.child(None, kind, body)
+                self._look_at(kind, body)
         except KubeError as error:
             if error.code != 404:  # KServe, Argo Workflows or KubeRay is not there
                 raise
+
+    def _look_at(self, kind: str, body: Mapping[str, Any]) -> None:
+        """What one job's child says that nobody can read must not stop the others."""
+        try:
+            self.watched.child(None, kind, body)
+        except Exception:
+            metadata = body["metadata"]
+            log.exception("%s %s/%s cannot be read", kind, metadata.get("namespace"), metadata.get("name"))
 
     async def _goodbye(self, family: Family, memory: Memory) -> float:
         """Nothing is decided any more, and no pod that may be gone is asked."""

@@ -122,8 +122,11 @@ class Discovery:
     async def _has_right_to_ray(self) -> bool:
         """An older chart's roles do not name RayServices. Watched without a right, they would hold up every job."""
         for namespace in self._namespaces or ("",):
+            if namespace and not await self._may("list", "CollaborationJob", namespace):
+                log.warning("no right to list jobs in namespace %s: is it gone? The others are kept", namespace)
+                continue
             for verb in RAY_VERBS:
-                if not await self._may(verb, namespace):
+                if not await self._may(verb, "RayService", namespace):
                     where = f"in namespace {namespace}" if namespace else "in all namespaces"
                     log.warning(
                         "no right to %s rayservices.ray.io %s: gateways with engine RayServe run in Deployments."
@@ -133,9 +136,9 @@ class Discovery:
                     return False
         return True
 
-    async def _may(self, verb: str, namespace: str) -> bool:
+    async def _may(self, verb: str, kind: str, namespace: str) -> bool:
         try:
-            return await self.kube.may(verb, "RayService", namespace)
+            return await self.kube.may(verb, kind, namespace)
         except KubeError as error:
             if error.code not in (403, 404):
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -259,6 +260,9 @@ def _number(text: Any, default: int) -> int:
     return int(digits) if digits.isascii() and digits.isdigit() else default
 
 
+_CODE = re.compile("-?[0-9]{1,9}")
+
+
 def _exit(status: Mapping[str, Any]) -> tuple[int | None, str]:
     """Exit code and last words of the pod that ended last; of several side by side, of one that will not be retried,
     else of one that failed. (A Workflow of one step never compresses its nodes.)"""
@@ -266,7 +270,7 @@ def _exit(status: Mapping[str, Any]) -> tuple[int | None, str]:
     pods.sort(key=lambda node: (_weight(node), node.get("finishedAt") or ""))
     for node in reversed(pods):
         code = _code(node)
-        if code.lstrip("-").isdigit() and (code != "0" or status.get("phase") == "Succeeded"):
+        if _CODE.fullmatch(code) and (code != "0" or status.get("phase") == "Succeeded"):
             return int(code), str(node.get("message", ""))
     return None, str(pods[-1].get("message", "")) if pods else ""
 

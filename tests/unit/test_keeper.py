@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, cast
+
+import pytest
 
 from cowest_operator import api
 from cowest_operator.apply import Applier, JobGoneError
 from cowest_operator.keeper import Keeper
-from cowest_operator.kube import Kube
+from cowest_operator.kube import Kube, KubeError
 from cowest_operator.metrics import Metrics
 from cowest_operator.observe import Memory, Observer
 from cowest_operator.watched import Key, Watched
@@ -146,3 +149,32 @@ async def test_a_job_that_is_held_is_in_the_metrics_though_its_status_says_so_al
     await anew.turn(KEY, Memory("u"))
     assert 'type="Degraded",reason="ConfigMapMissing"} 1' in anew.metrics.text()
     assert "cowest_job_rounds_total{" not in anew.metrics.text(), "nobody has counted them yet"
+
+
+# ---------------------------------------------------------------- what one namespace or object must not do to others
+async def test_a_namespace_that_is_gone_holds_up_the_jobs_of_no_other() -> None:
+    desk, server = desk_and_server()
+    server.refuses["list", "ConfigMap", "gone"] = server.refuses["list", api.KIND, "gone"] = KubeError(403, "forbidden")
+    keeper = keeper_of(desk, server)
+    keeper.observer.settings = replace(keeper.observer.settings, namespaces=("desks", "gone"))
+    await keeper.turn(KEY, Memory("u"))
+    assert ("status", api.KIND, "claims") in server.writes
+    with pytest.raises(KubeError, match="forbidden"):
+        await keeper.turn(("gone", "other"), Memory("u"))
+    del desk.family.children["Deployment", "claims-proxy"]
+    desk.has("Deployment", "left", metadata={"resourceVersion": "1"})
+    await keeper.look_for_the_gone()
+    assert ("Deployment", "claims-left") not in desk.family.children, "those that can be listed are looked for"
+    await keeper.close()
+
+
+async def test_an_object_that_cannot_be_read_holds_up_no_job() -> None:
+    desk, server = desk_and_server()
+    owner = {"kind": api.KIND, "name": "others", "uid": "x", "controller": True}
+    metadata = {"name": "others-r0-sft", "namespace": "desks", "labels": {"cowest.dev/job": "others"},
+                "ownerReferences": [owner]}  # fmt: skip
+    server.keep({"kind": "Workflow", "metadata": metadata, "status": {"nodes": ["none"]}})
+    keeper = keeper_of(desk, server)
+    await keeper.turn(KEY, Memory("u"))
+    assert ("status", api.KIND, "claims") in server.writes
+    await keeper.close()

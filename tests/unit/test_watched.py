@@ -84,6 +84,11 @@ def test_the_exit_code_is_that_of_the_pod_that_ended_last() -> None:
     assert (facts["phase"], facts["code"], facts["words"]) == ("Failed", 2, "a typo")
 
 
+def test_an_exit_code_that_is_no_number_is_none() -> None:
+    nodes = {"one": {"type": "Pod", "outputs": {"exitCode": "--²"}, "message": "odd"}}
+    assert see("Workflow", body("Workflow", status={"phase": "Failed", "nodes": nodes})).facts["code"] is None
+
+
 def test_a_pod_that_was_never_made_has_no_exit_code_but_words() -> None:
     nodes = {"one": {"type": "Pod", "finishedAt": "2026-01-01T00:00:01Z", "message": "pods is forbidden"}}
     facts = see("Workflow", body("Workflow", status={"phase": "Error", "nodes": nodes})).facts
