@@ -18,6 +18,7 @@ class KubeInMemory:
     def __init__(self, *objects: Mapping[str, Any]) -> None:
         self.objects: dict[Key, dict[str, Any]] = {}
         self.refuses: dict[tuple[str, str, str], KubeError] = {}  # (verb, kind, namespace) -> what it says
+        self.immutable: set[str] = set()  # kinds of which nothing that is there can be applied to
         self.writes: list[tuple[str, str, str]] = []  # (verb, kind, name)
         self._numbers = itertools.count(100)
         for each in objects:  # as they are, version and all
@@ -60,6 +61,8 @@ class KubeInMemory:
         kind, metadata = child["kind"], child["metadata"]
         self.writes.append(("apply", kind, metadata["name"]))
         self._asked("apply", kind, metadata["namespace"])
+        if kind in self.immutable and (kind, metadata["namespace"], metadata["name"]) in self.objects:
+            raise KubeError(422, f"{kind} {metadata['name']}: spec.selector: field is immutable")
         return self.keep(child)
 
     async def create(self, child: Mapping[str, Any]) -> bool:

@@ -105,6 +105,7 @@ REASON_STRONG_FAILS = "StrongEndpointFails"
 REASON_PODS_FAIL = "PodsFail"
 REASON_SERVER_FAILS = "WeakServerFails"
 REASON_API_REFUSED = "ApiServerRefused"
+REASON_NAME_TAKEN = "NameTaken"
 REASON_STATE_UNREADABLE = "StateUnreadable"
 REASON_OPERATOR_FAILS = "OperatorFails"  # a fault of ours; its log has more
 

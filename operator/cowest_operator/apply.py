@@ -20,7 +20,7 @@ from cowest_operator.objects import desired as builders
 from cowest_operator.objects.common import Child, Context, key_of
 from cowest_operator.observe import Memory, Observed
 from cowest_operator.platform import NO_ARGO, NO_KSERVE
-from cowest_operator.watched import ACTIVE, Family, Seen, see, shared
+from cowest_operator.watched import ACTIVE, Family, Seen, is_of, see, shared
 from cowest_serving.contract import Routing, digest_of, dump
 
 log = logging.getLogger("cowest.apply")
@@ -44,6 +44,17 @@ class OvertakenError(Exception):
     def __init__(self, job: Mapping[str, Any]) -> None:
         super().__init__(f"{job['metadata']['namespace']}/{job['metadata']['name']}")
         self.job = job  # as it is now
+
+
+class TakenError(KubeError):
+    """There is an object of the wanted name that is not this job's. No look soon helps, a person does."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(
+            422,
+            f"{kind} {name} exists and is not this job's: it is left as it is, and the job lacks its own. Rename one of"
+            " the two: make the job anew under another name, or the other object.",
+        )
 
 
 @dataclass
@@ -109,7 +120,7 @@ class Applier:
             return
         version = before["version"] if before is not None else await self._version_before(context, family)
         child = builders.routing_map(context, replace(routing, version=version + 1))
-        self._note(family, await self._put(child))
+        self._note(family, await self._put(child, family))
 
     async def _version_before(self, context: Context, family: Family) -> int:
         """Of the routing where the job has none of its own: pods of a job of this name may still follow an older one.
@@ -126,10 +137,7 @@ class Applier:
 
     async def _freeze(self, context: Context, trial: api.Trial | None, family: Family) -> None:
         if trial is not None and ("ConfigMap", builders.frozen_name(context, trial)) not in family.children:
-            child = builders.frozen_manifest(context, trial)
-            await self.kube.create(child)
-            if found := await self.kube.get("ConfigMap", context.namespace, child["metadata"]["name"]):
-                self._note(family, found)
+            await self._create(builders.frozen_manifest(context, trial), family)
 
     async def _children(self, seen: Observed, plan: api.Plan, family: Family, memory: Memory, refused: Refused) -> None:
         for child in builders.desired(seen.context, plan, seen.frozen_document):
@@ -143,18 +151,41 @@ class Applier:
             return
         if known is not None and child["kind"] == "PersistentVolumeClaim":
             return  # a claim cannot be changed, but for its size by a person
-        now = self._note(family, await self._put(child))
+        now = self._note(family, await self._put(child, family))
         memory.applied[key] = (intent, now)
 
-    async def _put(self, child: Child) -> dict[str, Any]:
+    async def _put(self, child: Child, family: Family) -> dict[str, Any]:
+        """Raises `TakenError` too. An apply by force would take over, or delete, what is somebody else's."""
+        known = family.children.get(key_of(child))
+        uid = known.uid if known is not None else await self._uid_of_ours(child)
         try:
             return await self.kube.apply(child)
         except KubeError as error:
             if error.code != 422 or "immutable" not in str(error) or child["kind"] == "PersistentVolumeClaim":
                 raise
             kind, name = key_of(child)
-            await self.kube.delete(kind, child["metadata"]["namespace"], name)  # a selector or roleRef was edited
+            await self.kube.delete(kind, child["metadata"]["namespace"], name, uid)  # a selector or roleRef was edited
             return await self.kube.apply(child)
+
+    async def _uid_of_ours(self, child: Child) -> str | None:
+        """None: there is none of its name. By a list of one, as of jobs: children are watched and so listed anyway."""
+        kind, name = key_of(child)
+        listed = self.kube.list(kind, child["metadata"]["namespace"], fieldSelector=f"metadata.name={name}")
+        found = await anext(listed, None)
+        if found is None:
+            return None
+        if not is_of(found["metadata"], child["metadata"]["labels"][common.JOB_LABEL]):
+            raise TakenError(kind, name)
+        return str(found["metadata"]["uid"])
+
+    async def _create(self, child: Child, family: Family) -> None:
+        """Once: what is there already stays as it is. Raises `TakenError` too."""
+        await self.kube.create(child)
+        kind, name = key_of(child)
+        if found := await self.kube.get(kind, child["metadata"]["namespace"], name):
+            if not is_of(found["metadata"], child["metadata"]["labels"][common.JOB_LABEL]):
+                raise TakenError(kind, name)
+            self._note(family, found)
 
     def _note(self, family: Family, answer: Mapping[str, Any]) -> str:
         """What the API server answered is newer than what the watch has shown, unless the answer was overtaken."""
@@ -244,15 +275,12 @@ class Applier:
                 await self._child(orders, family, memory)
                 if step.name in seen.instead:
                     await self._give_up(context, seen.instead[step.name], family)
-                workflow = steps.workflow(context, step, attempt)
-                await self.kube.create(workflow)
+                await self._create(steps.workflow(context, step, attempt), family)
             except KubeError as error:
                 if error.code != 404 and error.retryable:
                     raise
                 memory.apply_troubles = (*memory.apply_troubles, _refused({"kind": "Workflow"}, error))
                 continue
-            if found := await self.kube.get("Workflow", context.namespace, workflow["metadata"]["name"]):
-                self._note(family, found)
 
     async def _give_up(self, context: Context, name: str, family: Family) -> None:
         """It has not begun, and holds the mutex that the next attempt needs."""
@@ -269,7 +297,8 @@ class Applier:
     async def _prune(self, seen: Observed, plan: api.Plan, family: Family, memory: Memory) -> None:
         context = seen.context
         for kind, name in list(self._not_wanted(seen, plan, family, memory)):
-            await self.kube.delete(kind, context.namespace, name)
+            if (child := family.children.get((kind, name))) is not None:
+                await self.kube.delete(kind, context.namespace, name, child.uid)
             memory.applied.pop((kind, name), None)
             family.children.pop((kind, name), None)
 
@@ -348,6 +377,8 @@ def _trial_of(context: Context, name: str) -> int | None:
 
 def _refused(child: Mapping[str, Any], error: KubeError) -> api.Trouble:
     kind = child["kind"]
+    if isinstance(error, TakenError):
+        return api.Trouble(api.REASON_NAME_TAKEN, str(error))
     if error.code == 404 and kind == "InferenceService":
         return NO_KSERVE
     if error.code == 404 and kind in ("Workflow", "WorkflowTemplate"):

@@ -146,8 +146,9 @@ class Kube:
             raise
         return True
 
-    async def delete(self, kind: str, namespace: str, name: str) -> None:
-        body = {"propagationPolicy": "Background"}
+    async def delete(self, kind: str, namespace: str, name: str, uid: str | None = None) -> None:
+        """Only the one of this uid, where that is given; 409: it is another by now."""
+        body = {"propagationPolicy": "Background", **({"preconditions": {"uid": uid}} if uid else {})}
         try:
             await self._call("DELETE", self._path(kind, namespace, name), None, body)
         except KubeError as error:

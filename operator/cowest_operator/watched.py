@@ -142,6 +142,15 @@ def _owner(metadata: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return next((o for o in owners if o.get("controller") and o.get("kind") == KIND), None)
 
 
+def is_of(metadata: Mapping[str, Any], name: str) -> bool:
+    """May a job of this name write it? Its controller is one of this name, perhaps one that is gone and whose children
+    the garbage collector has not reached yet; or it has none, and our label, as when somebody took its owner away."""
+    controller = next((o for o in metadata.get("ownerReferences") or [] if o.get("controller")), None)
+    if controller is None:
+        return (metadata.get("labels") or {}).get(JOB_LABEL) == name
+    return bool(controller.get("kind") == KIND and controller.get("name") == name)
+
+
 def _job(body: Mapping[str, Any]) -> dict[str, Any]:
     """Without the record of who set what: half of its size."""
     metadata = {k: v for k, v in body["metadata"].items() if k != "managedFields"}

@@ -427,6 +427,46 @@ def test_two_jobs_whose_names_begin_alike_leave_each_others_children_alone(playg
         assert versions(playground, gone) == {}
 
 
+SERVICES = "/api/v1/namespaces/default/services"
+
+
+def test_what_is_somebody_elses_under_a_name_of_the_job_stays_as_it_is_is_said_and_heals(
+    playground: Playground,
+) -> None:
+    pods = {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "main", "image": "x"}]}}
+    bodies: dict[str, Any] = {
+        f"{DEPLOYMENTS}/claims-gateway": {"spec": {"selector": {"matchLabels": {"a": "b"}}, "template": pods}},
+        f"{SERVICES}/claims-proxy": {"spec": {"ports": [{"port": 80}], "selector": {"a": "b"}}},
+        f"{MAPS}/claims-r0": {"data": {"job.json": "mine"}},
+    }
+    for path, body in bodies.items():
+        place, _, name = path.rpartition("/")
+        assert playground.server.request("POST", place, {"metadata": {"name": name}, **body})[0] == 201
+
+    def owned() -> dict[str, tuple[str, Any]]:
+        """What may not change: only the Deployment's status does."""
+        found = {path: playground.get(path) for path in bodies}
+        return {
+            path: (each["metadata"]["uid"], each["metadata"].get("ownerReferences")) for path, each in found.items()
+        }
+
+    before = owned()
+    with playground.operator():
+        apply(playground, manifest_of("claims", **ONLY_BASELINE))
+        wait_for_reason(playground, "claims", api.DEGRADED, api.REASON_NAME_TAKEN)
+        wake(playground)
+        message = playground.condition("claims", api.DEGRADED)["message"]
+        for kind in ("Deployment claims-gateway", "Service claims-proxy", "ConfigMap claims-r0"):
+            assert f"{kind} exists and is not this job's" in message
+        assert owned() == before
+        assert playground.get(f"{MAPS}/claims-r0")["data"] == {"job.json": "mine"}
+        for path in bodies:
+            playground.server.request("DELETE", path)
+        wake(playground)
+        playground.wait(lambda: decisions(playground, "claims") == PROMOTED[:1], "the baseline", 120)
+        wait_for_reason(playground, "claims", api.DEGRADED, api.REASON_AS_EXPECTED)
+
+
 def test_a_job_deleted_in_the_middle_of_a_round_is_let_go_and_one_of_its_name_starts_anew(
     playground: Playground,
 ) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from contextlib import suppress
 from typing import Any, cast
 
 import pytest
 
 from cowest_operator import reconcile
 from cowest_operator.apply import Applier
-from cowest_operator.kube import Kube
+from cowest_operator.kube import Kube, KubeError
 from cowest_operator.watched import see
 from tests import world as w
 from tests.kube_in_memory import KubeInMemory
@@ -56,3 +57,55 @@ def test_a_routing_that_a_hand_made_into_none_is_put_back_and_newer_than_any(tex
     applied(desk, server)
     assert [arm["name"] for arm in routing(server)["arms"]] == ["stable"]
     assert routing(server)["version"] > time.time() - 60, "it counted from 1, so the clock is ahead of it"
+
+
+# ---------------------------------------------------------------- what is somebody else's
+FOREIGN = [("Deployment", "claims-gateway"), ("Service", "claims-proxy"), ("ConfigMap", "claims-routing"),
+           ("ConfigMap", "claims-r1"), ("Workflow", "claims-r1-collect"), ("ConfigMap", "claims-r1-collect"),
+           ("PersistentVolumeClaim", "claims-proxy")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), FOREIGN)
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        pytest.param({}, id="of nobody"),
+        pytest.param({"labels": {"cowest.dev/job": "other"}}, id="with another job's label"),
+        pytest.param({"ownerReferences": [{"kind": "Chart", "name": "claims", "uid": "c", "controller": True}],
+                      "labels": {"cowest.dev/job": "claims"}}, id="of another controller"),
+    ],
+)  # fmt: skip
+def test_what_is_somebody_elses_is_neither_written_nor_deleted_and_said(
+    kind: str, name: str, metadata: dict[str, Any]
+) -> None:
+    desk = Desk(w.on_trial(number=1))
+    server = server_of(desk)
+    foreign = server.keep({"kind": kind, "metadata": {"name": name, "namespace": "desks", **metadata}, "spec": 1})
+    server.immutable = {"Deployment"}
+    for _ in range(3):
+        with suppress(KubeError):
+            applied(desk, server)
+        desk.family.job = server.objects["CollaborationJob", "desks", "claims"]
+    assert server.objects[kind, "desks", name] is foreign
+    conditions = {each["type"]: each for each in desk.family.job["status"]["conditions"]}
+    assert conditions["Degraded"]["reason"] == "NameTaken"
+    assert f"{kind} {name} exists and is not this job's" in conditions["Degraded"]["message"]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        pytest.param({"ownerReferences": [{"kind": "CollaborationJob", "name": "claims", "uid": "of before",
+                                           "controller": True}]}, id="of a job of this name that is gone"),
+        pytest.param({"labels": {"cowest.dev/job": "claims"}}, id="whose owner was taken away"),
+    ],
+)  # fmt: skip
+def test_what_was_left_of_the_job_is_taken_and_what_cannot_be_changed_is_made_anew(metadata: dict[str, Any]) -> None:
+    desk = Desk(w.SERVED)
+    server = server_of(desk)
+    server.keep({"kind": "Deployment", "metadata": {"name": "claims-gateway", "namespace": "desks", **metadata}})
+    server.immutable = {"Deployment"}
+    applied(desk, server)
+    assert ("delete", "Deployment", "claims-gateway") in server.writes
+    owners = server.objects["Deployment", "desks", "claims-gateway"]["metadata"]["ownerReferences"]
+    assert [owner["uid"] for owner in owners] == ["u"]
