@@ -324,7 +324,7 @@ class _Look:
             if self._waits_for_what_was_edited(seen):
                 self.submit[name], self.instead[name] = facts["attempt"] + 1, seen.name
                 return None
-            return api.StepState("Running", attempts=1, message=facts["message"])
+            return api.StepState("Running", attempts=1, message=self._not_made(seen) or facts["message"])
         if name.removeprefix(f"r{trial.number}-") in trial.done:
             return None
         if facts["phase"] == "Succeeded":
@@ -349,6 +349,14 @@ class _Look:
             return False
         return bool(facts["template"] != steps.workflow_template(self.context)["metadata"]["name"])
 
+    def _not_made(self, workflow: Seen) -> str:
+        """Why there is no pod of it, as where a quota refuses one: Argo says so of the node, and waits."""
+        is_late = self.now - workflow.created > PATIENCE
+        if workflow.facts["phase"] not in ACTIVE or not is_late or not workflow.facts["pending"]:
+            return ""
+        lives = any(not pod.facts["ended"] for pod in self._pods_of(workflow))
+        return "" if lives else f"its pod is not made: {workflow.facts['pending']}"
+
     def _pods_of(self, workflow: Seen) -> list[Seen]:
         return [pod for pod in self.family.of("Pod") if pod.facts["workflow"] == workflow.name]
 
@@ -365,8 +373,9 @@ class _Look:
 
     def _watcher(self, trial: api.Trial) -> dict[str, api.StepState]:
         name = f"r{trial.number}-live-{trial.step}"
+        seen = self.family.children.get(("Deployment", self.context.name("live")))
         trouble = next((pod.facts["trouble"] for pod in self._pods("score-live") if pod.facts["trouble"]), "")
-        if trouble:
+        if trouble := trouble or (seen.facts["message"] if seen else ""):
             return {name: api.StepState("Failed", EXIT_RETRY, 1, trouble)}
         return {name: api.StepState("Running")}
 
@@ -500,10 +509,16 @@ class _Look:
                 said.add(part)
                 message = f"pod {pod.name} ({part}) {trouble}"
                 self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(message)))
+        for seen in self.family.of("Deployment"):
+            if words := seen.facts["message"]:
+                message = f"Deployment {seen.name}: its pods are not made: {words}"
+                self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(message)))
 
     def _look_at_steps(self) -> None:
         """Argo tries what died again for minutes before the Workflow fails; the first death may be an accident."""
         for workflow in self.family.of("Workflow"):
+            if words := self._not_made(workflow):
+                self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(f"Workflow {workflow.name}: {words}")))
             pods = self._pods_of(workflow) if workflow.facts["phase"] == "Running" else []
             died = [pod for pod in pods if pod.facts["died"]]
             if died and (len(died) > 1 or not any(pod.facts["phase"] == "Running" for pod in pods)):
@@ -515,7 +530,8 @@ class _Look:
     def _look_at_controllers(self) -> None:
         """What no controller has taken up, or has left where it was, is nobody's fault but its own."""
         for workflow in self.family.of("Workflow"):
-            if workflow.facts["phase"] == "Running" and (ended := self._ended(workflow)):
+            is_over = workflow.facts["phase"] == "Running" and not self._not_made(workflow)
+            if is_over and (ended := self._ended(workflow)):
                 message = (
                     f"Workflow {workflow.name} is Running, but its pod ended at {_clock(ended)}: does the controller of"
                     " Argo Workflows run, and may it watch this namespace?"

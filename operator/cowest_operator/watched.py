@@ -260,6 +260,7 @@ def _workflow(body: Mapping[str, Any]) -> dict[str, Any]:
         "generation": _number(labels.get(GENERATION_LABEL), 0),
         "template": ((body.get("spec") or {}).get("workflowTemplateRef") or {}).get("name", ""),
         "waits": _waits(status),
+        "pending": _pending(status),
     }
 
 
@@ -289,6 +290,12 @@ def _waits(status: Mapping[str, Any]) -> bool:
     pods = [node for node in (status.get("nodes") or {}).values() if node.get("type") == "Pod"]
     packed = status.get("compressedNodes") or status.get("offloadNodeStatusVersion")
     return not packed and all(node.get("phase", "Pending") == "Pending" for node in pods)
+
+
+def _pending(status: Mapping[str, Any]) -> str:
+    """Argo's words of a pod that it makes, or cannot make."""
+    pods = [node for node in (status.get("nodes") or {}).values() if node.get("type") == "Pod"]
+    return next((str(n["message"]) for n in pods if n.get("phase", "Pending") == "Pending" and n.get("message")), "")
 
 
 def _weight(node: Mapping[str, Any]) -> int:

@@ -324,3 +324,60 @@ def test_a_workflow_whose_pod_has_ended_long_ago_waits_for_argo(phase: str, ago:
     waiting(desk, "1")
     pod_of(desk, phase, None if ago is None else NOW - ago)
     assert desk.troubles() == ([api.REASON_CONTROLLER_AWAY] if said else [])
+
+
+# ---------------------------------------------------------------- pods that are never made
+QUOTA = 'pods "x" is forbidden: exceeded quota: desk, requested: limits.cpu=4, used: 2, limited: 4'
+
+
+def refused(desk: Desk, part: str, available: int = 0) -> None:
+    condition = {"type": "ReplicaFailure", "status": "True", "message": QUOTA}
+    desk.has("Deployment", part, status={"availableReplicas": available, "conditions": [condition]})
+
+
+def test_a_step_whose_pod_a_quota_refuses_is_said_in_the_api_servers_words() -> None:
+    desk = Desk(w.on_trial(number=1))
+    waiting(desk, "1", message=QUOTA)
+    seen = desk.look()
+    (trouble,) = seen.world.troubles or ()
+    assert trouble.reason == api.REASON_PODS_FAIL
+    assert trouble.message == f"Workflow claims-r1-collect: its pod is not made: {QUOTA}."
+    assert seen.world.steps["r1-collect"].message == f"its pod is not made: {QUOTA}"
+    assert QUOTA in story_of(seen, api.ROUND_PROGRESSING)
+
+
+def story_of(seen: Observed, kind: str) -> str:
+    conditions = reconcile.plan(seen.world).status.conditions
+    return next(condition.message for condition in conditions if condition.type == kind)
+
+
+@pytest.mark.parametrize(
+    ("pod", "words", "said"),
+    [
+        pytest.param(None, "", [], id="Argo has said nothing yet"),
+        pytest.param("Pending", "ContainerCreating", [], id="its pod is there"),
+        pytest.param("Failed", QUOTA, [api.REASON_PODS_FAIL], id="the pod before it ended"),
+    ],
+)
+def test_a_pod_that_is_there_speaks_for_itself(pod: str | None, words: str, said: list[str]) -> None:
+    desk = Desk(w.on_trial(number=1))
+    waiting(desk, "1", message=words)
+    if pod is not None:
+        pod_of(desk, pod, NOW - 300 if pod == "Failed" else None)
+    assert desk.troubles() == said
+
+
+@pytest.mark.parametrize("part", ["gateway", "proxy", "observer", "live"])
+def test_a_server_whose_pods_a_quota_refuses_is_said(part: str) -> None:
+    desk = Desk(w.SERVED)
+    refused(desk, part)
+    troubles = [trouble for trouble in desk.look().world.troubles or () if trouble.reason == api.REASON_PODS_FAIL]
+    assert [trouble.message for trouble in troubles] == [f"Deployment claims-{part}: its pods are not made: {QUOTA}."]
+
+
+def test_live_scores_that_a_quota_refuses_are_no_step_that_runs() -> None:
+    desk = Desk(w.on_trial(stage="Canary", number=1, step=1, done=w.PREPARED))
+    assert desk.look().world.steps["r1-live-1"].phase == "Running"
+    refused(desk, "live")
+    state = desk.look().world.steps["r1-live-1"]
+    assert (state.phase, state.message) == ("Failed", QUOTA)
