@@ -93,7 +93,7 @@ class Applier:
         if not seen.stopped:
             with refused.by("ConfigMap"):
                 await self._routing(context, plan.routing, family)
-                await self._freeze(context, plan.status.candidate, family)
+                await self._freeze(seen, plan.status.candidate, family)
             if refused.error is not None:
                 plan = _standing_still(plan, seen)
             await self._children(seen, plan, family, memory, refused)
@@ -135,9 +135,19 @@ class Applier:
         is_new = "state" not in ((family.job or {}).get("status") or {})
         return 0 if is_new and left is None else int(time.time())
 
-    async def _freeze(self, context: Context, trial: api.Trial | None, family: Family) -> None:
-        if trial is not None and ("ConfigMap", builders.frozen_name(context, trial)) not in family.children:
-            await self._create(builders.frozen_manifest(context, trial), family)
+    async def _freeze(self, seen: Observed, trial: api.Trial | None, family: Family) -> None:
+        """Before the status that begins the trial: with an edit between the two it begins anew, by what is edited."""
+        if trial is None:
+            return
+        child, begun = builders.frozen_manifest(seen.context, trial), seen.world.status.candidate
+        known = family.children.get(key_of(child))
+        is_new = begun is None or begun.number != trial.number
+        if known is not None and is_new and known.facts.get("frozen") != child["data"]["job.json"]:
+            await self.kube.delete(known.kind, seen.context.namespace, known.name, known.uid)
+            del family.children[key_of(child)]
+            known = None
+        if known is None:
+            await self._create(child, family)
 
     async def _children(self, seen: Observed, plan: api.Plan, family: Family, memory: Memory, refused: Refused) -> None:
         for child in builders.desired(seen.context, plan, seen.frozen_document):

@@ -14,6 +14,7 @@ from cowest_operator.kube import CHILDREN
 from cowest_operator.objects.common import JOB_LABEL
 from cowest_operator.objects.steps import ATTEMPT_LABEL, GENERATION_LABEL, RETRY_CODES, STEP_LABEL
 from cowest_operator.objects.weak import DIGEST_ANNOTATION
+from cowest_serving.contract import digest_of
 
 Key = tuple[str, str]  # (namespace, job)
 ACTIVE = ("Pending", "Running")  # phases of a Workflow that may still write
@@ -21,7 +22,7 @@ ACTIVE = ("Pending", "Running")  # phases of a Workflow that may still write
 
 @dataclass(frozen=True, slots=True)  # 30 of them a job
 class Seen:
-    """A child as it is. `stamp` changes when its intent does: generation, or resourceVersion where there is none."""
+    """A child as it is. `stamp` changes when its intent does: generation, else a digest or the resourceVersion."""
 
     kind: str
     name: str
@@ -173,8 +174,7 @@ def see(kind: str, body: Mapping[str, Any]) -> Seen:
         kind,
         sys.intern(metadata["name"]),
         metadata["uid"],
-        str(metadata.get("generation") or metadata["resourceVersion"]) if kind not in _BY_VERSION
-        else metadata["resourceVersion"],
+        _stamp(kind, body),
         epoch(metadata.get("creationTimestamp")),
         "deletionTimestamp" in metadata,
         int(metadata["resourceVersion"]),
@@ -185,6 +185,16 @@ def see(kind: str, body: Mapping[str, Any]) -> Seen:
 
 _NOTHING: Mapping[str, Any] = {}
 _BY_VERSION = ("ConfigMap", "Service", "ServiceAccount", "Role", "RoleBinding")
+_BY_CONTENT = ("HorizontalPodAutoscaler", "PersistentVolumeClaim")  # a status of their own, and mostly no generation
+
+
+def _stamp(kind: str, body: Mapping[str, Any]) -> str:
+    metadata = body["metadata"]
+    if kind in _BY_VERSION or not (metadata.get("generation") or kind in _BY_CONTENT):
+        return str(metadata["resourceVersion"])
+    if kind in _BY_CONTENT:
+        return digest_of([metadata.get("labels"), metadata.get("ownerReferences"), body.get("spec")])
+    return str(metadata["generation"])
 
 
 def _deployment(body: Mapping[str, Any]) -> dict[str, Any]:

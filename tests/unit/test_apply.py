@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from cowest_operator import reconcile
-from cowest_operator.apply import Applier
+from cowest_operator.apply import Applier, OvertakenError
 from cowest_operator.kube import Kube, KubeError
 from cowest_operator.watched import see
 from tests import world as w
@@ -109,3 +109,28 @@ def test_what_was_left_of_the_job_is_taken_and_what_cannot_be_changed_is_made_an
     assert ("delete", "Deployment", "claims-gateway") in server.writes
     owners = server.objects["Deployment", "desks", "claims-gateway"]["metadata"]["ownerReferences"]
     assert [owner["uid"] for owner in owners] == ["u"]
+
+
+# ---------------------------------------------------------------- an edit between the look and its status
+def test_a_trial_that_an_edit_made_begin_anew_is_frozen_on_the_edited_manifest() -> None:
+    desk = Desk(w.SERVED)
+    server = server_of(desk)
+    assert desk.family.job is not None
+    server.keep(desk.family.job)  # edited, and not seen yet
+    with pytest.raises(OvertakenError):
+        applied(desk, server)
+    first = server.objects["ConfigMap", "desks", "claims-r1"]
+    desk.declare(**{"training.seed": 77})
+    assert desk.family.job is not None
+    version = server.objects["CollaborationJob", "desks", "claims"]["metadata"]["resourceVersion"]
+    desk.family.job["metadata"]["resourceVersion"] = version
+    applied(desk, server)
+    frozen = json.loads(server.objects["ConfigMap", "desks", "claims-r1"]["data"]["job.json"])
+    assert frozen["spec"]["training"]["seed"] == 77 != json.loads(first["data"]["job.json"])["spec"]["training"]["seed"]
+    desk.declare(**{"training.seed": 78})
+    assert desk.family.job is not None
+    version = server.objects["CollaborationJob", "desks", "claims"]["metadata"]["resourceVersion"]
+    desk.family.job["metadata"]["resourceVersion"] = version
+    applied(desk, server)
+    kept = json.loads(server.objects["ConfigMap", "desks", "claims-r1"]["data"]["job.json"])
+    assert kept == frozen, "a trial that has begun goes by its own"

@@ -74,6 +74,17 @@ def test_what_has_no_generation_is_told_apart_by_its_version() -> None:
     assert see("Deployment", body(version="12", generation=3)).stamp == "3"
 
 
+def test_what_has_a_status_and_no_generation_is_told_apart_by_its_content() -> None:
+    """An autoscaler writes its status every few seconds."""
+
+    def stamp(version: str, most: int, **more: Any) -> str:
+        scaler = body("HorizontalPodAutoscaler", version, None, spec={"maxReplicas": most}, **more)
+        return see("HorizontalPodAutoscaler", scaler).stamp
+
+    assert stamp("5", 3) == stamp("6", 3, status={"currentReplicas": 2})
+    assert len({stamp("5", 3), stamp("5", 4), stamp("5", 3, labels={"a": "b"}), stamp("5", 3, owners=[])}) == 4
+
+
 def test_the_exit_code_is_that_of_the_pod_that_ended_last() -> None:
     nodes = {
         "retry": {"type": "Retry", "message": "No more retries left"},
