@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from shutil import rmtree
+from typing import Any, cast
 
 import pytest
 
 from cowest_serving.contract import Pair
 from cowest_serving.traces import TraceWriter
-from cowest_training import score_live
-from cowest_training.contract import EXIT_BAD_INPUT, LiveReport, StepError, load_live_report
+from cowest_training import score_live, steps
+from cowest_training.contract import EXIT_BAD_INPUT, LiveReport, Row, StepError, load_live_report
 from tests.fakes import Call, ScriptedModel
 from tests.loop import asking_world as world
 
@@ -228,17 +229,23 @@ def strong() -> Iterator[ScriptedModel]:
         yield server
 
 
-def test_shadow_replay_compares_both_arms_on_each_live_query(tmp_path: Path, strong: ScriptedModel) -> None:
-    live = Live(tmp_path, strong.url, canary={"signal": "ShadowReplay"})
-    candidate = world.make_pair(tmp_path / "weak", strong)
+def replayed_queries(folder: Path, strong: ScriptedModel, n: int = len(world.WORDS)) -> tuple[Live, Pair]:
+    """Live queries with their references, and the candidate that half of them were answered by."""
+    live = Live(folder, strong.url, canary={"signal": "ShadowReplay"})
+    candidate = world.make_pair(folder / "weak", strong)
     traces, words = [], []
-    for i, row in enumerate(world.rows()):
+    for i, row in enumerate(world.rows(n)):
         messages = json.dumps([{"role": "user", "content": row["query"]}])
         arm, digest = ("candidate", candidate.digest) if i % 2 else ("stable", STABLE.digest)
         content = {"query": row["query"], "messages": messages, "pair_digest": digest, "user_hash": ""}
         traces.append(trace(f"t{i}", arm, **content))
         words.append(word(f"t{i}", reference=row["reference"]))
     live.record(traces, words)
+    return live, candidate
+
+
+def test_shadow_replay_compares_both_arms_on_each_live_query(tmp_path: Path, strong: ScriptedModel) -> None:
+    live, candidate = replayed_queries(tmp_path, strong)
     report = live.once(candidate, control=None)
     assert report.answers == {"candidate": 4, "control": 4}
     assert report.scored == {"candidate": 8, "control": 8}
@@ -252,6 +259,44 @@ def test_shadow_replay_compares_both_arms_on_each_live_query(tmp_path: Path, str
     paid = len(strong.paid)
     again = live.once(candidate, control=None)
     assert (again.comparison, len(strong.calls)) == (report.comparison, paid)
+
+
+def test_a_watcher_that_begins_again_draws_no_draft_anew(tmp_path: Path, strong: ScriptedModel) -> None:
+    live, candidate = replayed_queries(tmp_path, strong, 3)
+    report = live.once(candidate, control=None)
+    (kept,) = (tmp_path / "calls.drafts").iterdir()
+    kept.write_bytes(kept.read_bytes() + b'\n{"query": "torn')
+    rmtree(tmp_path / "weak")  # what would draw
+    live.record(words=[word("t0", 1, score=1.0), word("t1", 1, reference="no idea")])
+    again = live.once(candidate, control=None)
+    assert (again.scored, again.pending) == (report.scored, ())
+    assert [arm.score for arm in again.arms if arm.name == "control"] == [2 / 3], "by the later reference"
+
+
+class Counting:
+    """Stands for the models behind `Asking`, and counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def score_text(self, row: Row, answer: str) -> float:
+        self.asked += 1
+        return float(answer == row.reference)
+
+
+async def test_only_the_word_that_the_signal_goes_by_makes_a_score_anew(tmp_path: Path) -> None:
+    settings = steps.load_settings(Live(tmp_path).job)
+    canary = score_live.Canary(settings, CANDIDATE, STABLE, 1, SINCE)
+    asking = Counting()
+    scorer = score_live.Scorer(canary, cast(Any, asking), tmp_path)
+    answers = {"c1": score_live.live_answer(trace("c1", "candidate"), "candidate")}
+    for score, reference, asked, scored in (
+        (None, "1", 1, 1.0), (0.0, "1", 1, 1.0), (1.0, "1", 1, 1.0), (1.0, "2", 2, 0.0)
+    ):  # fmt: skip
+        said = {"c1": score_live.Verdict(score, reference)}
+        scorer.begin(answers, said)
+        await scorer.settle(None)
+        assert (scorer.scores(said), asking.asked) == ({"c1": (scored,)}, asked)
 
 
 def test_of_a_users_many_replayed_queries_the_first_scored_one_is_a_difference() -> None:

@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,21 +184,41 @@ def generate_greedy(generator: Generator, row: Row, pair: Pair, max_tokens: int)
     return generator.run([Ask(ids, max_tokens, 0.0, 0)])[0].text
 
 
+class GreedyDrafts:
+    """A pair's greedy drafts of one query at a time, from disk where a run before drew them.
+
+    One by one: which queries come together must not change a draft, as it would in a batch.
+    """
+
+    def __init__(self, pair: Pair, max_tokens: int, folder: Path, load: Callable[[], Generator]) -> None:
+        self._pair, self._max_tokens, self._load = pair, max_tokens, load
+        what = digest_of([pair.weak_digest, pair.prompts.draft, max_tokens])
+        self._path = folder / f"greedy-{what.removeprefix('sha256:')}.jsonl"
+        self._known: dict[str, str | None] = {line["query"]: line["draft"] for line in _read_lines(self._path)}
+
+    def draw(self, row: Row) -> str | None:
+        """None where none can be drawn. Blocks; not to be called twice at once."""
+        query = digest_of(list(row.messages))
+        if query not in self._known:
+            self._known[query] = generate_greedy(self._load(), row, self._pair, self._max_tokens)
+            _append(self._path, {"query": query, "draft": self._known[query]})
+        return self._known[query]
+
+
 def drafts_folder(calls: str | Path) -> Path:
     """Beside the book of paid calls: local, and kept as long as it."""
     return Path(f"{calls}.drafts")
 
 
 def _read_batches(path: Path) -> dict[int, list[Draft]]:
-    known: dict[int, list[Draft]] = {}
+    return {line["batch"]: [Draft(*values) for values in line["drafts"]] for line in _read_lines(path)}
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         for line in path.read_bytes().split(b"\n"):
-            try:
-                batch = json.loads(line)
-                known[batch["batch"]] = [Draft(*values) for values in batch["drafts"]]
-            except (ValueError, KeyError, TypeError):
-                continue  # torn by a kill: that batch is drawn again
-    return known
+            with suppress(ValueError):  # torn by a kill: it is drawn again
+                yield json.loads(line)
 
 
 def _append(path: Path, value: Mapping[str, Any]) -> None:

@@ -39,7 +39,7 @@ from cowest_serving.traces import Lane, Mark, read_new
 from cowest_serving.words import counted, scores_of
 
 from . import steps
-from .asking import Asking, generate_greedy, load_generator, open_asking, read_pair
+from .asking import Asking, GreedyDrafts, drafts_folder, load_generator, open_asking, read_pair
 from .contract import (
     EXIT_BUDGET,
     EXIT_OK,
@@ -272,17 +272,18 @@ Key = tuple[str, Verdict]
 class Scorer:
     """Scores each answer once for each word said about it. What fails for now is tried again in the next pass."""
 
-    def __init__(self, canary: Canary, asking: Asking) -> None:
-        self._canary, self._asking = canary, asking
+    def __init__(self, canary: Canary, asking: Asking, drafts: Path) -> None:
+        self._canary, self._asking, self._folder = canary, asking, drafts
         self._tasks: dict[Key, asyncio.Task[Scores]] = {}
         self._weak: dict[str, Generator] = {}
+        self._drafts: dict[tuple[str, str], GreedyDrafts] = {}  # by weak model and its prompt
         self._drawing = asyncio.Lock()  # the weak models run in one thread at a time
         self.trouble = ""  # what stands in the way now
 
     def begin(self, answers: Mapping[str, LiveAnswer], said: Mapping[str, Verdict]) -> None:
         """Start on what can be scored and is not."""
         for answer in answers.values():
-            key = (answer.id, said.get(answer.id, Verdict()))
+            key = self._key(answer.id, said)
             if key in self._tasks or answer.id in self._canary.until.pending:
                 continue
             if not why_unscorable(answer, key[1], self._canary):
@@ -304,14 +305,20 @@ class Scorer:
         """By trace id, by the latest word."""
         return {
             id_: task.result()
-            for (id_, verdict), task in self._tasks.items()
-            if task.done() and verdict == said.get(id_, Verdict())
+            for (id_, word), task in self._tasks.items()
+            if task.done() and (id_, word) == self._key(id_, said)
         }
 
     async def aclose(self) -> None:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _key(self, id_: str, said: Mapping[str, Verdict]) -> Key:
+        """With the part of the word that the signal goes by: no other makes a score anew."""
+        word = said.get(id_, Verdict())
+        score = word.score if self._canary.signal == "Feedback" else None
+        return id_, Verdict(score, word.reference if self._canary.needs_reference else None)
 
     async def _score(self, answer: LiveAnswer, said: Verdict) -> Scores:
         if self._canary.signal == "Feedback":
@@ -338,12 +345,18 @@ class Scorer:
         return await self._asking.score(row, reply)
 
     async def _draft(self, row: Row, pair: Pair) -> str | None:
-        # One row at a time: which queries arrive together must not change a draft.
         async with self._drawing:
-            if pair.weak_digest not in self._weak:
-                self._weak[pair.weak_digest] = await asyncio.to_thread(load_generator, pair)
-            limit = self._canary.settings.collaboration.draft_max_tokens
-            return await asyncio.to_thread(generate_greedy, self._weak[pair.weak_digest], row, pair, limit)
+            how = (pair.weak_digest, pair.prompts.draft)
+            if how not in self._drafts:
+                limit = self._canary.settings.collaboration.draft_max_tokens
+                self._drafts[how] = GreedyDrafts(pair, limit, self._folder, lambda: self._generator(pair))
+            return await asyncio.to_thread(self._drafts[how].draw, row)
+
+    def _generator(self, pair: Pair) -> Generator:
+        """Loaded for the first draft that is not on disk. Blocks."""
+        if pair.weak_digest not in self._weak:
+            self._weak[pair.weak_digest] = load_generator(pair)
+        return self._weak[pair.weak_digest]
 
 
 def may_pass(error: BaseException) -> bool:
@@ -468,7 +481,7 @@ async def _watch(canary: Canary, args: Any, progress: steps.Progress) -> None:
         strong, canary.evaluator, args.calls, purpose=purpose, round_number=args.round,
         redaction=canary.settings.collaboration.redaction,
     ) as asking:  # fmt: skip
-        scorer = Scorer(canary, asking)
+        scorer = Scorer(canary, asking, drafts_folder(args.calls))
         try:
             while True:
                 last = args.once or stop.is_set()
