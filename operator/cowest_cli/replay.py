@@ -26,6 +26,8 @@ from cowest_operator import api, promotion, rounds
 from cowest_serving.contract import dump, parse
 from cowest_training.contract import LiveReport, StepError, load_live_report
 
+MEASURED = ("answers", "scored", "errors", "refused", "p_refused", "arms", "comparison", "differences")  # of a report
+
 
 # ---------------------------------------------------------------- keeping
 def decision_of(world: api.World, plan: api.Plan, spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -126,12 +128,9 @@ def replayed(place: jobs.Home, kept: Mapping[str, Any]) -> Replayed:
 
 def _measured(live: LiveReport | None, then: LiveReport | None) -> bool:
     """Whether two reports say the same of the answers; when they were written and what was in the way is no part."""
-    return live is then or (
-        live is not None
-        and then is not None
-        and (live.answers, live.scored, live.errors, live.arms, live.comparison, live.differences)
-        == (then.answers, then.scored, then.errors, then.arms, then.comparison, then.differences)
-    )
+    if live is None or then is None:
+        return live is then
+    return all(getattr(live, name) == getattr(then, name) for name in MEASURED)
 
 
 def score_again(place: jobs.Home, kept: Mapping[str, Any]) -> LiveReport:

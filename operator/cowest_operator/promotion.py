@@ -279,7 +279,7 @@ def judge_live(canary: api.Canary, gate: api.Gate, trial: api.Trial, live: LiveR
         return undecided(f"0 of {wanted} scored live answers", "", canary)
     at_least = min(20, step.min_answers)
     answers, errors = live.answers.get("candidate", 0), live.errors.get("candidate", 0)
-    if verdict := _too_many_errors(canary, answers, errors, at_least):
+    if verdict := _too_many_errors(canary, gate.significance, live, (answers, errors), at_least):
         return verdict
     scored, control = live.scored.get("candidate", 0), live.scored.get("control", 0)
     of_control = min(wanted, MIN_CONTROL_ANSWERS)
@@ -290,7 +290,7 @@ def judge_live(canary: api.Canary, gate: api.Gate, trial: api.Trial, live: LiveR
     if control < of_control or live.comparison is None:
         short = f"{scored} of {wanted} scored live answers of the candidate, {control} of {of_control} of the control"
         return undecided(short, live.unscored_reason, canary)
-    if canary.test == "AnytimeValid" and step == canary.steps[-1]:
+    if looks_at_every_user(canary, trial):
         return _judge_gain(canary, gate, trial, live, late)
     return _judge_loss(canary, gate, trial, live)
 
@@ -348,6 +348,17 @@ def _evidence(log_wealth: float) -> str:
     return f"{math.exp(min(log_wealth, 300.0)):.3g}"
 
 
+def most_answers(canary: api.Canary, trial: api.Trial) -> int:
+    """Scored answers of an arm that all looks at this step, or at the watch, come to."""
+    step = canary.steps[-1] if canary.steps and trial.stage == "Watch" else step_of(canary, trial)
+    return (step.min_answers if step else MIN_CONTROL_ANSWERS) << LOOKS_PER_STEP - 1
+
+
+def looks_at_every_user(canary: api.Canary, trial: api.Trial) -> bool:
+    """A test that may be looked at goes on until a gain is shown or unlikely: no number of answers ends it."""
+    return trial.stage == "Canary" and canary.test == "AnytimeValid" and step_of(canary, trial) == canary.steps[-1]
+
+
 def step_of(canary: api.Canary, trial: api.Trial) -> api.CanaryStep | None:
     """The step that the trial is in. Where fewer are declared by now the last of them: no data is never a pass."""
     return canary.steps[min(trial.step, len(canary.steps) - 1)] if canary.steps else None
@@ -363,7 +374,7 @@ def judge_watch(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveRe
     if live is not None and _is_of(live, trial):
         counts = (live.answers.get("candidate", 0), live.errors.get("candidate", 0))
         answers, errors = counts[0] - trial.entered.get("answers", 0), counts[1] - trial.entered.get("errors", 0)
-        if verdict := _too_many_errors(canary, answers, errors, 20):
+        if verdict := _too_many_errors(canary, alpha, live, (answers, errors), 20):
             return verdict
         if verdict := _look_in_watch(canary, alpha, trial, live, over=now >= ends):
             return verdict
@@ -424,15 +435,38 @@ def _is_of(live: LiveReport, trial: api.Trial) -> bool:
     return (live.candidate, live.step) == (candidate, trial.step) and live.updated >= trial.step_since
 
 
-def _too_many_errors(canary: api.Canary, answers: int, errors: int, at_least: int) -> Verdict | None:
-    if answers < at_least or 100 * errors / answers <= canary.max_error_percent:
+def _too_many_errors(
+    canary: api.Canary, alpha: float, live: LiveReport, counts: tuple[int, int], at_least: int
+) -> Verdict | None:
+    """`counts`: of the candidate's answers and of those that failed.
+
+    A request that the strong model refuses is the client's fault in either arm; what more the candidate's are refused
+    is its drafts' (too long, filtered), and counts as failed once it is not by chance.
+    """
+    answers, errors = counts
+    failed = errors / answers if answers >= at_least else 0.0
+    refused = live.refused.get("candidate", 0)
+    more = max(0.0, _refused(live, "candidate") - _refused(live, "control"))
+    if live.p_refused >= _level(canary, alpha):
+        more = 0.0
+    if 100 * (failed + more) <= canary.max_error_percent:
         return None
+    also = (
+        f" and {refused} of its requests were refused by the strong model, {100 * more:.1f} % more than of the"
+        f" control's (p = {live.p_refused:.2g})"
+    ) if more else ""  # fmt: skip
     return Verdict(
         "RollBack",
         api.REASON_TOO_MANY_ERRORS,
-        f"{errors} of the candidate's {answers} live answers failed, more than canary.maxErrorPercent ="
+        f"{errors} of the candidate's {answers} live answers failed{also}, more than canary.maxErrorPercent ="
         f" {canary.max_error_percent:g}.",
     )
+
+
+def _refused(live: LiveReport, arm: str) -> float:
+    """Share of the arm's requests that the strong model refused."""
+    refused = live.refused.get(arm, 0)
+    return refused / max(1, refused + live.answers.get(arm, 0))
 
 
 def _wait(said: str, why: str, canary: api.Canary) -> Verdict:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cowest_operator import api
-from cowest_operator.promotion import SOLO, control_of
+from cowest_operator.promotion import SOLO, control_of, looks_at_every_user, most_answers
 from cowest_operator.schedule import next_after
 from cowest_serving.contract import Pair, dump
 
@@ -293,8 +293,9 @@ def live_name(trial: api.Trial) -> str:
 
 def live_score(world: api.World, trial: api.Trial, control: Pair | None) -> api.StepSpec:
     """The watcher that scores live answers in a canary, one report a step; without `control` against solo."""
-    candidate = trial.pair
+    candidate, canary = trial.pair, world.trial_job.spec.canary
     assert candidate is not None
+    goes_on = trial.stage == "Watch" and trial.since  # with the records of the last step
     return api.StepSpec(
         live_name(trial),
         f"{STEPS}.score_live",
@@ -302,9 +303,12 @@ def live_score(world: api.World, trial: api.Trial, control: Pair | None) -> api.
         (
             ("--store", world.store),
             ("--step", str(trial.step)),
-            ("--since", repr(trial.since if trial.stage == "Watch" and trial.since else trial.step_since)),
+            ("--since", repr(trial.since if goes_on else trial.step_since)),
             ("--calls", world.calls),
             ("--round", str(trial.number)),
+            ("--most", str(most_answers(canary, trial))),
+            *((("--watched", repr(trial.step_since)),) if goes_on else ()),
+            *((("--beyond", "first-of-user"),) if looks_at_every_user(canary, trial) else ()),
             *(() if control else (("--control", SOLO),)),
         ),
         files=(

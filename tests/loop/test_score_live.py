@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from shutil import rmtree
@@ -17,10 +17,12 @@ from typing import Any, cast
 
 import pytest
 
+from cowest_operator import api, promotion, rounds
 from cowest_serving.contract import Pair
 from cowest_serving.traces import TraceWriter
 from cowest_training import score_live, steps
 from cowest_training.contract import EXIT_BAD_INPUT, LiveReport, Row, StepError, load_live_report
+from tests import world as w
 from tests.fakes import Call, ScriptedModel
 from tests.loop import asking_world as world
 
@@ -122,7 +124,6 @@ def test_late_references_score_the_answers_of_each_arm(tmp_path: Path) -> None:
         pytest.param({"shadow": True}, id="a replay"),
         pytest.param({"propensity": 0.9}, id="a predictor could choose its way"),
         pytest.param({"status": "client_gone"}, id="the user left"),
-        pytest.param({"status": "refused"}, id="a request that no model takes"),
         pytest.param({"status": "fell_back"}, id="another strong model's"),
         pytest.param({"time": datetime.fromtimestamp(SINCE - 1, UTC)}, id="before the step began"),
     ],
@@ -294,21 +295,192 @@ async def test_only_the_word_that_the_signal_goes_by_makes_a_score_anew(tmp_path
         (None, "1", 1, 1.0), (0.0, "1", 1, 1.0), (1.0, "1", 1, 1.0), (1.0, "2", 2, 0.0)
     ):  # fmt: skip
         said = {"c1": score_live.Verdict(score, reference)}
-        scorer.begin(answers, said)
+        scorer.begin(list(answers.values()), said)
         await scorer.settle(None)
         assert (scorer.scores(said), asking.asked) == ({"c1": (scored,)}, asked)
 
 
-def test_of_a_users_many_replayed_queries_the_first_scored_one_is_a_difference() -> None:
-    answers = {}
-    for second, (user, score) in enumerate(
-        [("ann", None), ("ann", 1.0), ("ann", 0.0), ("bob", 0.0), ("", 1.0), ("", 1.0)]
-    ):
-        row = trace(f"t{second}", "candidate", user_hash=user)
-        answers[row["trace_id"]] = (score_live.live_answer(row, "candidate"), score)
-    scores = {id_: (score, 0.25) for id_, (_, score) in answers.items() if score is not None}
-    found = score_live.first_differences({id_: answer for id_, (answer, _) in answers.items()}, scores)
-    assert found == ((-0.25, 1), (0.75, 3)), "bob's, ann's, and of those who are not known each"
+def live_answers(*rows: dict[str, Any]) -> dict[str, score_live.LiveAnswer]:
+    return {row["trace_id"]: score_live.live_answer(row, canary_arm(row)) for row in rows}
+
+
+def canary_arm(row: dict[str, Any]) -> str:
+    return score_live.CANDIDATE if row["arm"] == "candidate" else score_live.CONTROL
+
+
+def canary_of(
+    folder: Path, most: int | None = None, watched: float | None = None, **settings: Any
+) -> score_live.Canary:
+    sections = {
+        "canary": {"signal": settings.get("signal", "Judge")},
+        "feedback": {
+            "evaluator": {"type": settings.get("evaluator", "Judge"), "endpoint": "http://j/v1", "model": "j"}
+        },
+    }
+    bound = score_live.Bound(most, watched, every_user=settings.get("every_user", False))
+    job = steps.load_settings(Live(folder, **sections).job)
+    until = score_live.Until(pending=frozenset(settings.get("pending", ())))
+    return score_live.Canary(job, CANDIDATE, STABLE, 1, SINCE, until, bound)
+
+
+def test_of_a_user_counts_what_could_be_scored_first_and_no_other_before_it_is(tmp_path: Path) -> None:
+    canary = canary_of(tmp_path, signal="ShadowReplay", evaluator="ExactMatch")
+    users = ["ann", "ann", "ann", "bob", "bob", "", ""]
+    answers = live_answers(*(trace(f"t{i}", "candidate", user_hash=user) for i, user in enumerate(users)))
+
+    def differences(references: dict[str, int], **scores: float) -> tuple[tuple[float, int], ...]:
+        said = score_live.verdicts([word(id_, n, reference="1", score=None) for id_, n in references.items()])
+        ready = score_live.in_order(canary, answers, said)
+        return score_live.first_differences(ready, {id_: (score, 0.25) for id_, score in scores.items()})
+
+    early = {"t1": 1, "t3": 2, "t4": 3, "t5": 4, "t6": 5}
+    assert differences(early, t1=1.0, t3=0.0, t4=1.0, t5=1.0, t6=1.0) == ((-0.25, 1), (0.75, 3))
+    assert differences(early, t1=1.0, t4=1.0) == ((0.75, 1),), "bob's first is under way: his second does not stand in"
+    assert differences({**early, "t0": 9}, t0=0.0, t1=1.0) == ((0.75, 1),), "a late reference changes no look"
+
+
+# ---------------------------------------------------------------- what is paid for
+def chosen(canary: score_live.Canary, answers: dict[str, score_live.LiveAnswer], begun: Sequence[str] = ()) -> set[str]:
+    ready = score_live.in_order(canary, answers, {})
+    return {answer.id for answer in score_live.next_to_score(canary, ready, begun)}
+
+
+def test_no_more_answers_are_paid_for_than_the_gate_looks_at(tmp_path: Path) -> None:
+    rows = [trace(f"c{i}", "candidate") for i in range(5)] + [trace(f"s{i}", "stable") for i in range(5)]
+    answers = live_answers(*rows)
+    assert chosen(canary_of(tmp_path, 2), answers) == {"c0", "c1", "s0", "s1"}
+    assert chosen(canary_of(tmp_path, 2), answers, ["c4"]) == {"c0", "s0", "s1"}, "what is under way counts"
+    assert chosen(canary_of(tmp_path, 2), answers, ["c0", "c4", "s3", "s4"]) == set()
+    assert len(chosen(canary_of(tmp_path), answers)) == 10, "nobody told it a bound"
+    assert len(chosen(canary_of(tmp_path, 2, signal="LateReference", evaluator="Numeric"), answers)) == 0, (
+        "no reference"
+    )
+    free = canary_of(tmp_path, 2, signal="Feedback")
+    said = {id_: score_live.Verdict(1.0) for id_ in answers}
+    assert len(score_live.next_to_score(free, score_live.in_order(free, answers, said), ())) == 10, "costs nothing"
+
+
+def test_the_watch_has_as_many_again_and_leaves_over_what_the_step_did(tmp_path: Path) -> None:
+    answers = live_answers(*(trace(f"c{i}", "candidate") for i in range(9)))
+    assert chosen(canary_of(tmp_path, 2, watched=SINCE + 5), answers, ["c0", "c1"]) == {"c5", "c6"}
+
+
+def test_a_replayed_query_is_of_both_arms_and_a_test_that_may_be_looked_at_goes_on_by_users(tmp_path: Path) -> None:
+    rows = [trace(f"t{i}", "stable" if i % 2 else "candidate", user_hash="ab"[i // 3]) for i in range(6)]
+    replayed = canary_of(tmp_path, 2, signal="ShadowReplay")
+    assert chosen(replayed, live_answers(*rows)) == {"t0", "t1"}
+    assert chosen(canary_of(tmp_path, 2, signal="ShadowReplay", every_user=True), live_answers(*rows)) == {
+        "t0", "t1", "t3"
+    }  # fmt: skip
+
+
+def test_of_a_control_with_most_of_the_traffic_answers_of_the_whole_step_are_paid_for(tmp_path: Path) -> None:
+    rows = [trace(f"s{i}", "stable", weight_percent=90) for i in range(900)]
+    found = chosen(canary_of(tmp_path, 1000), live_answers(*rows))
+    assert 150 < len(found) < 250, "twice the candidate's 100"
+    assert any(int(id_[1:]) > 850 for id_ in found)
+
+
+def test_a_replay_scores_what_was_scored_though_more_came_to_light(tmp_path: Path) -> None:
+    answers = live_answers(*(trace(f"c{i}", "candidate") for i in range(9)))
+    scored = {"c1", "c4"}  # c0, c2 and c3 came late, or failed for a while
+    ready = score_live.in_order(canary_of(tmp_path, 2), answers, {})
+    pending = score_live.not_scored_yet(canary_of(tmp_path, 2), ready, scored)
+    assert pending == ["c0", "c2", "c3"]
+    assert chosen(canary_of(tmp_path, 2, pending=pending), answers) == scored
+    report = score_live.make_report(canary_of(tmp_path, 2), answers, {}, {id_: (1.0,) for id_ in scored}, 0.0)
+    assert report.unscored_reason == "Of 9 answers 4 are more than the gate looks at, 3 are being scored."
+
+
+# ---------------------------------------------------------------- refusals
+def test_refused_requests_are_no_answers_and_are_compared_by_users(tmp_path: Path) -> None:
+    live = Live(tmp_path)
+    rows = [trace(f"c{i}", "candidate", status="refused" if i < 4 else "ok", answer=None) for i in range(20)]
+    rows += [trace(f"s{i}", "stable", status="refused" if i == 0 else "ok") for i in range(100)]
+    live.record(rows)
+    report = live.once()
+    assert (report.answers, report.errors) == ({"candidate": 16, "control": 99}, {"candidate": 0, "control": 0})
+    assert report.refused == {"candidate": 4, "control": 1}
+    assert report.p_refused == pytest.approx(0.0025, abs=0.001)
+    assert "5 were refused by the strong model" in report.unscored_reason
+
+
+def test_one_client_that_asks_in_vain_again_and_again_is_one_user() -> None:
+    vain = live_answers(*(trace(f"c{i}", "candidate", status="refused", user_hash="bot") for i in range(50)))
+    others = live_answers(*(trace(f"c{i}", "candidate") for i in range(50, 60)))
+    control = live_answers(*(trace(f"s{i}", "stable") for i in range(60)))
+    assert score_live.p_refused([*vain.values(), *others.values()], list(control.values())) > 0.1
+    assert score_live.p_refused(list(vain.values()), []) == 1.0, "nothing to compare with"
+
+
+def test_a_refused_query_is_replayed_and_lost_where_the_draft_made_it_impossible(
+    tmp_path: Path, strong: ScriptedModel
+) -> None:
+    live, candidate = replayed_queries(tmp_path, strong, 0)
+    live.record([trace("t9", "candidate", None, status="refused", pair_digest=candidate.digest)])
+    live.record(words=[word("t9", reference="1")])
+    strong.faults = [400]  # with the draft; alone it answers
+    report = live.once(candidate, control=None)
+    assert (report.answers["candidate"], report.refused["candidate"]) == (0, 1)
+    assert report.differences == ((-1.0, 1),)
+
+
+# ---------------------------------------------------------------- a test that may be looked at
+BY_GAIN = {
+    "steps": (api.CanaryStep(10, 2), api.CanaryStep(50, 5)), "signal": "ShadowReplay", "test": "AnytimeValid"
+}  # fmt: skip
+
+
+def asked_of(call: Call) -> str:
+    return next(word for word in call.last.replace("?", " ").split() if word in world.NUMBERS)
+
+
+def of_draft(call: Call) -> str:
+    """Knows every answer with a draft, whichever it is; alone it knows none but alpha's."""
+    word = asked_of(call)
+    return world.NUMBERS[word] if "DRAFT" in call.last or word == "alpha" else "no idea"
+
+
+def alone(call: Call) -> str:
+    """Drafts make it forget what it knows."""
+    return "no idea" if "DRAFT" in call.last else world.NUMBERS[asked_of(call)]
+
+
+def neither(call: Call) -> str:
+    return "no idea"
+
+
+@pytest.mark.parametrize(
+    ("answers", "late", "action", "reason", "differences"),
+    [
+        pytest.param(of_draft, False, "Advance", api.REASON_PROGRESSING, ((0.0, 1), (1.0, 7)), id="a gain"),
+        pytest.param(alone, False, "RollBack", api.REASON_GAIN_NOT_SHOWN, ((-1.0, 8),), id="a loss"),
+        pytest.param(neither, False, "Wait", api.REASON_WAITING_FOR_ANSWERS, ((0.0, 8),), id="nothing yet"),
+        pytest.param(neither, True, "RollBack", api.REASON_GAIN_NOT_SHOWN, ((0.0, 8),), id="nothing by the deadline"),
+    ],
+)
+def test_replayed_queries_promote_a_gain_and_roll_back_what_shows_none(
+    tmp_path: Path,
+    strong: ScriptedModel,
+    answers: Callable[[Call], str],
+    late: bool,
+    action: str,
+    reason: str,
+    differences: tuple[tuple[float, int], ...],
+) -> None:
+    strong.answers = answers
+    live, candidate = replayed_queries(tmp_path, strong)
+    job = w.job(canary=BY_GAIN, gate={"minimum_effect_points": 50.0})
+    trial = w.trial("Canary", step=1, step_since=SINCE, pair=candidate, discordant=0.6)
+    started = rounds.live_score(w.world(job=job), trial, None)
+    flags = [part for flag, value in started.args if flag in ("--most", "--beyond") for part in (flag, value)]
+    assert flags == ["--most", "20", "--beyond", "first-of-user"]
+    score_live.main([*live.flags(candidate, None), "--once", *flags])
+    report = live.report()
+    now = report.updated + (job.spec.canary.deadline_seconds if late else 0)
+    trial = replace(trial, step_since=report.updated - 1)
+    verdict = promotion.judge(job.spec.canary, job.spec.gate, trial, report, now)
+    assert (verdict.action, verdict.reason, report.differences) == (action, reason, differences), verdict.message
 
 
 # ---------------------------------------------------------------- the watch

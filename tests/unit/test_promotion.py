@@ -208,6 +208,43 @@ def test_each_step_has_the_whole_deadline_and_time_without_an_engine_is_no_part_
     assert judge(None, replace(late, away=101.0)).action == "Wait"
 
 
+def refused(candidate, control, p):
+    return w.live(60, 300, refused={"candidate": candidate, "control": control}, p_refused=p)
+
+
+@pytest.mark.parametrize(
+    ("live", "action"),
+    [
+        pytest.param(refused(6, 0, 0.0001), "RollBack", id="drafts make requests impossible"),
+        pytest.param(refused(6, 0, 0.01), "Advance", id="or it is by chance"),
+        pytest.param(refused(3, 0, 0.0001), "Advance", id="fewer than maxErrorPercent"),
+        pytest.param(replace(refused(3, 0, 0.0001), errors={"candidate": 2}), "RollBack", id="with failures more"),
+        pytest.param(refused(6, 30, 0.001), "Advance", id="clients ask the control in vain as often"),
+        pytest.param(replace(refused(9, 0, 0.0001), answers={"control": 300}), "RollBack", id="no answer at all"),
+    ],
+)
+def test_what_the_strong_model_refuses_more_of_the_candidates_requests_is_the_drafts_fault(live, action):
+    verdict = judge(live)
+    assert verdict.action == action, verdict.message
+    if action == "RollBack":
+        assert verdict.reason == api.REASON_TOO_MANY_ERRORS
+        assert "more than of the control's" in verdict.message
+    watched = replace(WATCH, entered={})
+    assert judge_watch(replace(live, step=2, comparison=None), watched).action == (
+        "RollBack" if action == "RollBack" else "Wait"
+    )
+
+
+def test_so_many_answers_are_scored_as_all_looks_come_to():
+    assert [promotion.most_answers(CANARY, w.trial("Canary", step=step)) for step in (0, 1)] == [200, 400]
+    assert promotion.most_answers(CANARY, w.trial("Watch", step=2)) == 400
+    assert promotion.most_answers(replace(CANARY, steps=()), w.trial("Watch")) == 120
+    assert promotion.looks_at_every_user(BY_GAIN, LAST_STEP)
+    assert not promotion.looks_at_every_user(BY_GAIN, w.trial("Canary"))
+    assert not promotion.looks_at_every_user(CANARY, LAST_STEP)
+    assert not promotion.looks_at_every_user(BY_GAIN, w.trial("Watch", step=1))
+
+
 def test_a_report_from_before_the_step_is_no_data():
     stale = w.live(updated=w.NOW - 51)
     assert judge(stale).action == "Wait"

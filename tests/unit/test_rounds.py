@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from cowest_operator import rounds
 from cowest_serving.contract import RouteLimits, Shortcuts
 from cowest_training.contract import Evaluator
@@ -31,3 +33,20 @@ def test_a_judge_is_paid_for_the_drafts_of_all_queries_where_they_may_be_answers
     collaboration = replace(plain.spec.collaboration, shortcuts=shortcuts)
     routed = replace(plain, spec=replace(plain.spec, collaboration=collaboration))
     assert rounds.estimate(routed, **sizes).calls == rounds.estimate(plain, **sizes).calls + 2 * 10
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "canary", "flags"),
+    [
+        pytest.param("Canary", 0, {}, {"--most": "200"}, id="a step"),
+        pytest.param("Watch", 2, {}, {"--most": "400", "--watched": "2000.5"}, id="a watch goes on with the last step"),
+        pytest.param("Canary", 0, {"test": "AnytimeValid"}, {"--most": "200"}, id="not the last step"),
+        pytest.param("Canary", 1, {"test": "AnytimeValid"}, {"--most": "400", "--beyond": "first-of-user"},
+                     id="no number of answers ends the last step"),
+    ],
+)  # fmt: skip
+def test_the_watcher_is_told_how_many_answers_the_gate_looks_at(stage, step, canary, flags):
+    trial = w.trial(stage, step=step, step_since=2000.5, since=1000.5 if stage == "Watch" else 0.0)
+    args = dict(rounds.live_score(w.world(job=w.job(canary=canary)), trial, None).args)
+    assert {flag: args[flag] for flag in ("--most", "--watched", "--beyond") if flag in args} == flags
+    assert args["--since"] == ("1000.5" if stage == "Watch" else "2000.5")

@@ -328,8 +328,12 @@ class LiveReport:
     # feedback), and the answers that could be scored but were not yet.
     seen: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     pending: tuple[str, ...] = ()
-    # ShadowReplay: candidate minus control on the first scored query of a user, and how many users had it.
+    # ShadowReplay: candidate minus control on what could be scored first of a user, and how many users had it.
     differences: tuple[tuple[float, int], ...] = ()
+    # arm -> requests that the strong model refused, in neither `answers` nor `errors`: what the client sent or what the
+    # draft added is to blame. With the one-sided p of "no more of the candidate's users see that than the control's".
+    refused: Mapping[str, int] = field(default_factory=dict)
+    p_refused: float = 1.0
 
 
 def load_report(data: Mapping[str, Any]) -> EvaluationReport:

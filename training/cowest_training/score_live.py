@@ -7,7 +7,8 @@
 
 Only records decide: the same traces, feedback and book of calls give the same report. Runs until SIGTERM (or one pass
 with --once) and rewrites the report atomically about once a second. An endpoint or store that is away for a while is
-named in `unscored_reason`, and scoring goes on when it is back.
+named in `unscored_reason`, and scoring goes on when it is back. Where a score costs money no more answers are scored
+than the gate looks at (`--most`).
 
 A report says which records it was made of. `--once --until REPORT` makes the same report again from the kept records,
 which is how a decision is replayed; `--until EPOCH` takes what was recorded by then.
@@ -19,11 +20,12 @@ which is how a decision is replayed; `--until EPOCH` takes what was recorded by 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -54,16 +56,19 @@ from .contract import (
     load_live_report,
 )
 from .evaluator import needs_reference, reference_problem
-from .statistics import compare_independent, compare_paired, mean_interval
+from .statistics import compare_independent, compare_paired, fisher, mean_interval
 
 if TYPE_CHECKING:
     from cowest_serving.generate import Generator
 
+FIRST_OF_USER = "first-of-user"
 SOLO, CANDIDATE, CONTROL = "solo", "candidate", "control"
 PASS_SECONDS = 1.0
 FAILED = ("weak_failed", "strong_failed")
-# The user left, asked what no model answers, or a fallback of the strong model answered: says nothing about an arm.
-NOT_OURS = ("client_gone", "refused", "fell_back", "over_budget")
+# The user left, the budget had no room, or a fallback of the strong model answered: says nothing about an arm.
+NOT_OURS = ("client_gone", "fell_back", "over_budget")
+REFUSED = "refused"  # by the strong model, for what the client sent or for what the draft added to it
+CONTROL_PER_CANDIDATE = 2  # answers of the control that are scored for one of the candidate's, where scores cost money
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = steps.load_settings(args.job)
     control = None if args.control == SOLO else read_pair(args.control)
     until = read_until(args.until) if args.until else Until()
-    canary = Canary(settings, read_pair(args.candidate), control, args.step, args.since, until)
+    bound = Bound(args.most, args.watched, args.beyond == FIRST_OF_USER)
+    canary = Canary(settings, read_pair(args.candidate), control, args.step, args.since, until, bound)
     asyncio.run(_watch(canary, args, steps.Progress(args.progress, "score_live")))
     return EXIT_OK
 
@@ -87,6 +93,13 @@ def _flags(argv: Sequence[str] | None) -> Any:
     flags.add_argument("--since", required=True, type=float, metavar="EPOCH", help="when the step began")
     flags.add_argument("--calls", required=True, metavar="FILE", help="book of paid calls (SQLite, local)")
     flags.add_argument("--round", type=int, metavar="N", help="whose budget pays; default: the book's latest round")
+    flags.add_argument(
+        "--most", type=int, metavar="N", help="score so many answers of an arm, where scores cost money; default: all"
+    )
+    flags.add_argument("--watched", type=float, metavar="EPOCH", help="when the watch began, which has N of its own")
+    flags.add_argument(
+        "--beyond", choices=("nothing", FIRST_OF_USER), default="nothing", help="what is scored beyond N all the same"
+    )
     flags.add_argument("--once", action="store_true", help="one pass over what is recorded, then end")
     flags.add_argument("--until", metavar="EPOCH|REPORT", help="count only what was recorded by then (with --once)")
     args = flags.parse_args(argv)
@@ -118,6 +131,15 @@ def read_until(value: str) -> Until:
     return Until(seen=report.seen, pending=frozenset(report.pending))
 
 
+@dataclass(frozen=True)
+class Bound:
+    """How many answers are scored where that costs money: the gate looks at no more."""
+
+    most: int | None = None  # of each arm; of all queries with ShadowReplay. None: all
+    watched: float | None = None  # epoch seconds: the watch, which has as many again, began
+    every_user: bool = False  # beyond these the first of each user: what an AnytimeValid step goes by
+
+
 # ---------------------------------------------------------------- records (pure)
 @dataclass(frozen=True)
 class Canary:
@@ -129,6 +151,7 @@ class Canary:
     step: int
     since: float
     until: Until = field(default_factory=Until)
+    bound: Bound = field(default_factory=Bound)
 
     @property
     def signal(self) -> str:
@@ -142,10 +165,16 @@ class Canary:
     def needs_reference(self) -> bool:
         return self.signal == "LateReference" or (self.signal == "ShadowReplay" and needs_reference(self.evaluator))
 
+    @property
+    def is_paid(self) -> bool:
+        """Whether a score costs calls of the strong model, of a judge or of a user's scorer."""
+        asks = self.signal != "Feedback" and self.evaluator.type in ("Judge", "HTTP")
+        return self.signal == "ShadowReplay" or asks
+
 
 @dataclass(frozen=True)
 class LiveAnswer:
-    """One answer that a user got from one of the arms."""
+    """What a user got from one of the arms: an answer, or an error."""
 
     id: str
     arm: str
@@ -155,6 +184,8 @@ class LiveAnswer:
     answer: str | None  # None: its content was not sampled, or there was none
     failed: bool
     placeholders: Mapping[str, str] = field(default_factory=dict)  # with the digests of what they hide
+    refused: bool = False  # by the strong model; neither an answer nor a failure
+    weight: int | None = None  # percent of the traffic that its arm had
 
 
 @dataclass(frozen=True)
@@ -164,6 +195,7 @@ class Verdict:
     score: float | None = None
     reference: str | None = None
     placeholders: str | None = None  # of the reference, with their digests, as JSON
+    heard: datetime | None = field(default=None, compare=False)  # when its first usable reference came
 
     def reference_to(self, answer: LiveAnswer) -> str | None:
         """In the placeholders of that answer. None: it names somebody, and nobody can tell whom."""
@@ -199,17 +231,23 @@ def live_answer(trace: Mapping[str, Any], arm: str) -> LiveAnswer:
         answer=None if failed and not trace["answer"] else trace["answer"],
         failed=failed,
         placeholders=digests_of(trace),
+        refused=trace["status"] == REFUSED,
+        weight=trace.get("weight_percent"),
     )
 
 
-def verdicts(feedback: Sequence[Mapping[str, Any]]) -> dict[str, Verdict]:
+def verdicts(
+    feedback: Sequence[Mapping[str, Any]], is_usable: Callable[[str], bool] = lambda reference: True
+) -> dict[str, Verdict]:
     """By trace id. `feedback` in order of time: a source's later score replaces its earlier one, the mean of several
     sources counts; the last reference counts, whoever gave it."""
     found = {trace_id: Verdict(score=score) for trace_id, score in scores_of(feedback).items()}
     for word in feedback:
         said = found.setdefault(word["trace_id"], Verdict())
-        if word["reference"] is not None:
-            found[word["trace_id"]] = replace(said, reference=word["reference"], placeholders=word.get("placeholders"))
+        if (reference := word["reference"]) is not None:
+            heard = said.heard or (word["time"] if is_usable(reference) else None)
+            placeholders = word.get("placeholders")
+            found[word["trace_id"]] = replace(said, reference=reference, placeholders=placeholders, heard=heard)
     return found
 
 
@@ -218,6 +256,8 @@ def why_unscorable(answer: LiveAnswer, said: Verdict, canary: Canary) -> str:
     if canary.signal == "ShadowReplay":
         if not answer.row.query:
             return "have no content in their trace (traces.contentSamplePercent)"
+    elif answer.refused:
+        return "were refused by the strong model"
     elif answer.answer is None and canary.signal != "Feedback":
         return "have no answer in their trace (it failed, or traces.contentSamplePercent left it out)"
     if canary.signal == "Feedback":
@@ -230,6 +270,80 @@ def why_unscorable(answer: LiveAnswer, said: Verdict, canary: Canary) -> str:
         return "have a reference with identifiers that came without the key of its x-request-id"
     problem = reference_problem(canary.evaluator, reference)
     return f"have a reference that the evaluator cannot use ({problem})" if problem else ""
+
+
+# ---------------------------------------------------------------- which are scored (pure)
+def in_order(canary: Canary, answers: Mapping[str, LiveAnswer], said: Mapping[str, Verdict]) -> list[LiveAnswer]:
+    """All that can be scored, by when that could be: what comes to light later is never before what was there."""
+
+    def since(answer: LiveAnswer) -> tuple[datetime, datetime, str]:
+        heard = said.get(answer.id, Verdict()).heard if canary.needs_reference else None
+        return heard or answer.at, answer.at, answer.id
+
+    nothing = Verdict()
+    ready = (each for each in answers.values() if not why_unscorable(each, said.get(each.id, nothing), canary))
+    return sorted(ready, key=since)
+
+
+def firsts(ready: Sequence[LiveAnswer]) -> dict[str, LiveAnswer]:
+    """Of each user what could be scored first."""
+    found: dict[str, LiveAnswer] = {}
+    for answer in ready:
+        found.setdefault(answer.user, answer)
+    return found
+
+
+def next_to_score(canary: Canary, ready: Sequence[LiveAnswer], begun: Collection[str]) -> list[LiveAnswer]:
+    """Of what can be scored and is not begun what should be: all that is free of charge, of the rest the first `most`.
+
+    What a replay must leave out as it was not scored then (`until.pending`) is left out.
+    """
+    left = [answer for answer in ready if answer.id not in begun and answer.id not in canary.until.pending]
+    bound = canary.bound
+    if bound.most is None or not canary.is_paid:
+        return left
+    taken = Counter(_share(canary, answer) for answer in ready if answer.id in begun)
+    first = firsts(ready) if bound.every_user else {}
+    chosen = []
+    for answer in left:
+        share = _share(canary, answer)
+        if taken[share] < bound.most and _keeps_pace(canary, answer):
+            taken[share] += 1
+            chosen.append(answer)
+        elif first.get(answer.user) is answer:
+            chosen.append(answer)
+    return chosen
+
+
+def not_scored_yet(canary: Canary, ready: Sequence[LiveAnswer], scores: Collection[str]) -> list[str]:
+    """What a scoring anew of the same records would take and this one has not scored."""
+    bound = canary.bound
+    if bound.most is None or not canary.is_paid:
+        return [answer.id for answer in ready if answer.id not in scores]
+    found, taken = [], Counter[tuple[str, bool]]()
+    first = firsts(ready) if bound.every_user else {}
+    for answer in ready:
+        share = _share(canary, answer)
+        if answer.id in scores:
+            taken[share] += 1
+        elif (taken[share] < bound.most and _keeps_pace(canary, answer)) or first.get(answer.user) is answer:
+            found.append(answer.id)
+    return found
+
+
+def _share(canary: Canary, answer: LiveAnswer) -> tuple[str, bool]:
+    """What has a bound of its own: each arm, in the last step and in the watch. A replayed query is of both arms."""
+    watched = canary.bound.watched is not None and answer.at.timestamp() >= canary.bound.watched
+    return "" if canary.signal == "ShadowReplay" else answer.arm, watched
+
+
+def _keeps_pace(canary: Canary, answer: LiveAnswer) -> bool:
+    """The control has most of the traffic in a step. The first of its answers would be of the step's first minutes
+    alone: of all of them so many are taken, by id, that they are of the same hours as the candidate's."""
+    if canary.signal == "ShadowReplay" or answer.arm == CANDIDATE or not answer.weight:
+        return True
+    share = CONTROL_PER_CANDIDATE * (100 - answer.weight) / answer.weight
+    return int.from_bytes(hashlib.sha256(answer.id.encode()).digest()[:8], "big") < share * 2**64
 
 
 # ---------------------------------------------------------------- reading
@@ -261,7 +375,7 @@ class Records:
 
     @property
     def verdicts(self) -> dict[str, Verdict]:
-        return verdicts(counted(self._words))
+        return verdicts(counted(self._words), lambda reference: not reference_problem(self.canary.evaluator, reference))
 
 
 # ---------------------------------------------------------------- scoring
@@ -280,14 +394,14 @@ class Scorer:
         self._drawing = asyncio.Lock()  # the weak models run in one thread at a time
         self.trouble = ""  # what stands in the way now
 
-    def begin(self, answers: Mapping[str, LiveAnswer], said: Mapping[str, Verdict]) -> None:
-        """Start on what can be scored and is not."""
-        for answer in answers.values():
-            key = self._key(answer.id, said)
-            if key in self._tasks or answer.id in self._canary.until.pending:
-                continue
-            if not why_unscorable(answer, key[1], self._canary):
-                self._tasks[key] = asyncio.create_task(self._score(answer, key[1]))
+    def begin(self, ready: Sequence[LiveAnswer], said: Mapping[str, Verdict]) -> None:
+        """Start on what should be scored and is not, and again on what another word was said of."""
+        begun = {id_ for id_, _ in self._tasks}
+        again = [answer for answer in ready if answer.id in begun and self._key(answer.id, said) not in self._tasks]
+        for answer in (*again, *next_to_score(self._canary, ready, begun)):
+            self._tasks[self._key(answer.id, said)] = asyncio.create_task(
+                self._score(answer, said.get(answer.id, Verdict()))
+            )
 
     async def settle(self, seconds: float | None) -> None:
         """Wait for the scores under way, at most so long. Raises what no waiting mends."""
@@ -376,7 +490,10 @@ def make_report(
     trouble: str = "",
     seen: Mapping[str, Mark] | None = None,
 ) -> LiveReport:
-    by_arm = {arm: [answer for answer in answers.values() if answer.arm == arm] for arm in (CANDIDATE, CONTROL)}
+    asked = {arm: [answer for answer in answers.values() if answer.arm == arm] for arm in (CANDIDATE, CONTROL)}
+    by_arm = {arm: [answer for answer in found if not answer.refused] for arm, found in asked.items()}
+    ready = in_order(canary, answers, said)
+    pending = sorted(not_scored_yet(canary, ready, scores))
     samples, seed = _samples(canary, answers, scores), canary.settings.training.seed
     paired = canary.signal == "ShadowReplay"
     alone = samples[CONTROL] if paired and canary.control is None else None
@@ -389,18 +506,26 @@ def make_report(
         errors={arm: sum(answer.failed for answer in found) for arm, found in by_arm.items()},
         arms=tuple(_arm_report(arm, samples[arm], alone, seed) for arm in by_arm if samples[arm][0]),
         comparison=_compare(paired, samples[CANDIDATE], samples[CONTROL], seed),
-        differences=first_differences(answers, scores) if paired else (),
-        unscored_reason=unscored_reason(canary, answers, said, scores, trouble),
+        differences=first_differences(ready, scores) if paired else (),
+        unscored_reason=unscored_reason(canary, answers, said, scores, pending, trouble),
         updated=now,
         seen={lane: dict(mark) for lane, mark in (seen or {}).items()},
-        pending=tuple(
-            sorted(
-                id_
-                for id_, answer in answers.items()
-                if id_ not in scores and not why_unscorable(answer, said.get(id_, Verdict()), canary)
-            )
-        ),
+        pending=tuple(pending),
+        refused={arm: sum(answer.refused for answer in found) for arm, found in asked.items()},
+        p_refused=p_refused(asked[CANDIDATE], asked[CONTROL]),
     )
+
+
+def p_refused(candidate: Sequence[LiveAnswer], control: Sequence[LiveAnswer]) -> float:
+    """One-sided p of "no more of the candidate's users see a refusal than of the control's".
+
+    Of users, since one client that asks in vain again and again is in one arm with all it asks.
+    """
+    users = [{answer.user for answer in found} for found in (candidate, control)]
+    refused = [{answer.user for answer in found if answer.refused} for found in (candidate, control)]
+    if not refused[0] or not users[1]:
+        return 1.0
+    return fisher(len(refused[0]), len(users[0]), len(refused[1]), len(users[1]))
 
 
 Sample = tuple[tuple[float, ...], tuple[str, ...]]  # scores and the users that they come from
@@ -417,16 +542,11 @@ def _samples(canary: Canary, answers: Mapping[str, LiveAnswer], scores: Mapping[
     return {arm: (tuple(s for s, _ in sample), tuple(u for _, u in sample)) for arm, sample in found.items()}
 
 
-def first_differences(answers: Mapping[str, LiveAnswer], scores: Mapping[str, Scores]) -> tuple[tuple[float, int], ...]:
-    """Of each user the one that came first: a test that is looked at all the time needs pairs that do not belong
-    together, and one that is not another at the next look."""
-    first: dict[str, LiveAnswer] = {}
-    for answer in (answers[id_] for id_ in scores.keys() & answers.keys()):
-        known = first.get(answer.user)
-        if known is None or (answer.at, answer.id) < (known.at, known.id):
-            first[answer.user] = answer
-    gains = Counter(round(scores[a.id][0] - scores[a.id][1], 6) for a in first.values())
-    return tuple(sorted(gains.items()))
+def first_differences(ready: Sequence[LiveAnswer], scores: Mapping[str, Scores]) -> tuple[tuple[float, int], ...]:
+    """Of each user that of what could be scored first, once it is: a test that is looked at all the time needs pairs
+    that do not belong together, and one that is not another at the next look."""
+    scored = [scores[answer.id] for answer in firsts(ready).values() if answer.id in scores]
+    return tuple(sorted(Counter(round(candidate - control, 6) for candidate, control in scored).items()))
 
 
 # Remembered, as most passes see no new score and the bootstrap takes its time.
@@ -454,12 +574,16 @@ def unscored_reason(
     answers: Mapping[str, LiveAnswer],
     said: Mapping[str, Verdict],
     scores: Mapping[str, Scores],
+    pending: Collection[str],
     trouble: str,
 ) -> str:
     """A sentence on why some answers do not count (yet); "" when all do."""
+    pending = frozenset(pending)
     waiting = [answer for id_, answer in answers.items() if id_ not in scores]
     whys = Counter(
-        why_unscorable(answer, said.get(answer.id, Verdict()), canary) or "are being scored" for answer in waiting
+        why_unscorable(answer, said.get(answer.id, Verdict()), canary)
+        or ("are being scored" if answer.id in pending else "are more than the gate looks at")
+        for answer in waiting
     )
     parts = [f"{count} {why}" for why, count in whys.most_common()]
     counted = f"Of {len(answers)} answers {', '.join(parts)}." if parts else ""
@@ -508,7 +632,7 @@ async def _one_pass(canary: Canary, records: Records, scorer: Scorer, seconds: f
             raise
         trouble = str(error)
     said = records.verdicts
-    scorer.begin(records.answers, said)
+    scorer.begin(in_order(canary, records.answers, said), said)
     await scorer.settle(seconds)
     scores = scorer.scores(said)
     return await asyncio.to_thread(
