@@ -432,7 +432,9 @@ class Scorer:
         """With the part of the word that the signal goes by: no other makes a score anew."""
         word = said.get(id_, Verdict())
         score = word.score if self._canary.signal == "Feedback" else None
-        return id_, Verdict(score, word.reference if self._canary.needs_reference else None)
+        if not self._canary.needs_reference:
+            return id_, Verdict(score)
+        return id_, Verdict(score, word.reference, word.placeholders)
 
     async def _score(self, answer: LiveAnswer, said: Verdict) -> Scores:
         if self._canary.signal == "Feedback":
