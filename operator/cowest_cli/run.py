@@ -25,6 +25,7 @@ from cowest_operator import api, manifest, rounds
 from cowest_operator.power import Power, sentences
 from cowest_operator.promotion import looks_before
 from cowest_serving.contract import Strong
+from cowest_serving.estimates import UNKNOWN_OUTPUT_TOKENS
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RETRY, MANIFEST, StepError
 
 ASK_ABOVE_CALLS = 20_000
@@ -243,6 +244,8 @@ def _ask(order: engines.Order, console: Console) -> None:
         return
     costs = f"{whole.calls} strong-model calls" + (f" and {whole.money:.2f} {whole.currency}" if whole.money else "")
     console.print(f"The whole job may cost up to {costs} (`cowest plan` has the parts).", soft_wrap=True)
+    for sentence in no_bounds(order.declared.job.spec):
+        console.print(sentence, soft_wrap=True)
     if not console.is_terminal:
         raise StepError(f"up to {costs}: wanted --yes to go on without a question, saw none.")
     try:
@@ -278,6 +281,20 @@ def limits_met(spec: api.Spec, costs: Sequence[rounds.Estimate]) -> Iterator[str
                 share = f"{100 * limit / bound:.0f} % of its bound of {round(bound, 2) or bound:.10g}"
                 goes_on = "a rerun on the next day goes on" if "Day" in name else "a higher limit goes on from there"
                 yield f"budget.{name} = {limit:.10g} stops the {cost.name} at {share}; {goes_on}."
+
+
+def no_bounds(spec: api.Spec) -> Iterator[str]:
+    """Where what is said to be paid at most may be exceeded."""
+    if spec.strong.max_tokens is None:
+        yield (
+            f"strong.maxTokens is not set: an answer is taken for {UNKNOWN_OUTPUT_TOKENS} tokens, so tokens and money"
+            " are a guess, not a bound."
+        )
+    if spec.canary.test == "AnytimeValid":
+        yield (
+            "canary.test AnytimeValid replays one query of each user until a gain is shown or unlikely: beyond 4 times"
+            " minAnswers these are not counted."
+        )
 
 
 def longest_hours(spec: api.Spec, cost: rounds.Estimate) -> float:
@@ -320,6 +337,8 @@ def plan(file: File, output: Output = "text") -> None:
         "A call is one question to the strong model or to a judge. Steps count answers: of these some were paid for"
         " before, as those of the strong model alone and of the pair that is served, and are not paid again."
     )
+    for sentence in no_bounds(spec):
+        typer.echo(sentence)
     for limit in limits_met(spec, costs):
         typer.echo(limit)
     hours = ", ".join(f"{longest_hours(spec, cost):.1f} h for the {cost.name}" for cost in costs)

@@ -249,6 +249,7 @@ class DeletionPolicy:
 @dataclass(frozen=True)
 class Retention:
     retention_days: int = 30
+    content_sample_percent: int = 100
 
 
 @dataclass(frozen=True)

@@ -350,8 +350,14 @@ def _evidence(log_wealth: float) -> str:
 
 def most_answers(canary: api.Canary, trial: api.Trial) -> int:
     """Scored answers of an arm that all looks at this step, or at the watch, come to."""
-    step = canary.steps[-1] if canary.steps and trial.stage == "Watch" else step_of(canary, trial)
-    return (step.min_answers if step else MIN_CONTROL_ANSWERS) << LOOKS_PER_STEP - 1
+    step = step_of(canary, trial)
+    least = last_least(canary) if step is None or trial.stage == "Watch" else step.min_answers
+    return least << LOOKS_PER_STEP - 1
+
+
+def last_least(canary: api.Canary) -> int:
+    """Answers that the first look of a watch wants: those of the last step's."""
+    return canary.steps[-1].min_answers if canary.steps else MIN_CONTROL_ANSWERS
 
 
 def looks_at_every_user(canary: api.Canary, trial: api.Trial) -> bool:
@@ -386,7 +392,7 @@ def judge_watch(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveRe
 
 def _look_in_watch(canary: api.Canary, alpha: float, trial: api.Trial, live: LiveReport, over: bool) -> Verdict | None:
     """One of the looks of the watch, when it is due: after 1, 2 and 4 times the last `minAnswers`, or at its end."""
-    last = canary.steps[-1].min_answers if canary.steps else MIN_CONTROL_ANSWERS
+    last = last_least(canary)
     new = live.scored.get("candidate", 0) - trial.entered.get("scored", 0)
     if live.comparison is None or trial.looks >= LOOKS_PER_STEP or not (over or new >= last * 2**trial.looks):
         return None

@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cowest_operator import api
-from cowest_operator.promotion import SOLO, control_of, looks_at_every_user, most_answers
+from cowest_operator.promotion import LOOKS_PER_STEP, SOLO, control_of, last_least, looks_at_every_user, most_answers
 from cowest_operator.schedule import next_after
 from cowest_serving.contract import Pair, dump
+from cowest_serving.estimates import UNKNOWN_OUTPUT_TOKENS
 
 STEPS = "cowest_training"
 
@@ -336,19 +337,28 @@ JUDGE_TOKENS = 200  # of what a judge is told and says around a request, its ref
 
 
 def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baseline: bool) -> Estimate:
-    """Paid calls of the baseline or of one tuned round: all drafts distinct, no call cached but solo ones."""
+    """Paid calls of the baseline or of one tuned round: all drafts distinct, no call cached but solo ones.
+
+    A tuned round may learn from traces too, of which nobody knows how many will come. What its canary asks is in it.
+    """
     spec = job.spec
-    queries = 0 if baseline else min(rows, spec.feedback.max_queries)
+    most = spec.feedback.max_queries
+    learnt = most if spec.traces.content_sample_percent > 0 else min(rows, most)
+    queries = 0 if baseline else learnt
     with_draft = queries * spec.feedback.drafts_per_query + held_out
     alone = queries + (held_out if baseline else 0)
     # A judge is asked in both orders, and of the weak model's own drafts on the held-out queries too; where a draft may
     # be the answer, on all queries.
     shortcuts = spec.collaboration.shortcuts
     as_answers = held_out + (queries if shortcuts and shortcuts.weak_alone else 0)
-    judged = 2 * (with_draft + alone + as_answers) if spec.feedback.evaluator.type == "Judge" else 0
+    by_judge = spec.feedback.evaluator.type == "Judge"
+    judged = 2 * (with_draft + alone + as_answers) if by_judge else 0
+    replayed, live = live_answers(spec.canary)
+    with_draft += replayed
+    judged += 2 * live if by_judge else 0
     question = query_chars / 4 + len(job.prompts.refine) / 4
     draft = spec.collaboration.draft_max_tokens
-    answer = spec.strong.max_tokens or 256
+    answer = spec.strong.max_tokens or UNKNOWN_OUTPUT_TOKENS
     inputs = with_draft * (question + draft) + alone * question + judged * (question + 2 * answer + JUDGE_TOKENS)
     outputs = (with_draft + alone) * answer + judged * JUDGE_TOKENS
     prices = spec.strong.prices
@@ -357,6 +367,13 @@ def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baselin
     return Estimate(
         name, with_draft + alone + judged, int(inputs + outputs), money, prices.currency if prices else None
     )
+
+
+def live_answers(canary: api.Canary) -> tuple[int, int]:
+    """At most (asked again of the strong model, scored) in the steps and the watch of a canary."""
+    least = [step.min_answers for step in canary.steps] + [last_least(canary)] * (canary.watch_seconds > 0)
+    both_arms = 2 * sum(count << LOOKS_PER_STEP - 1 for count in least)
+    return (both_arms if canary.signal == "ShadowReplay" else 0), both_arms
 
 
 def needed_of(metrics: Mapping[str, Any]) -> dict[str, Any]:

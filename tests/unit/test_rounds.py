@@ -21,8 +21,9 @@ def test_a_judge_is_paid_for_both_orders_of_every_answer_and_of_the_weak_models_
     by_rule = rounds.estimate(judged_by(Evaluator("ExactMatch")), **sizes)
     by_judge = rounds.estimate(judged_by(Evaluator("Judge", endpoint="http://judge/v1", model="m")), **sizes)
     answers = 10 * 4 + 10 + 5
+    live = 2 * 4 * (50 + 100)  # both arms of two steps, at the last look
     assert by_rule.calls == answers
-    assert by_judge.calls == answers + 2 * (answers + 5)
+    assert by_judge.calls == answers + 2 * (answers + 5) + 2 * live
     assert by_judge.tokens > by_rule.tokens
 
 
@@ -33,6 +34,19 @@ def test_a_judge_is_paid_for_the_drafts_of_all_queries_where_they_may_be_answers
     collaboration = replace(plain.spec.collaboration, shortcuts=shortcuts)
     routed = replace(plain, spec=replace(plain.spec, collaboration=collaboration))
     assert rounds.estimate(routed, **sizes).calls == rounds.estimate(plain, **sizes).calls + 2 * 10
+
+
+def test_a_canary_by_replays_asks_both_arms_at_every_look_and_in_the_watch():
+    sizes = {"rows": 10, "held_out": 5, "query_chars": 40.0, "baseline": False}
+    plain, steps = w.job(feedback={"max_queries": 10}), 2 * 4 * (50 + 100)
+    replayed = w.job(feedback={"max_queries": 10}, canary={"signal": "ShadowReplay", "watch_seconds": 60})
+    assert rounds.estimate(replayed, **sizes).calls == rounds.estimate(plain, **sizes).calls + steps + 2 * 4 * 100
+
+
+def test_a_round_may_learn_from_as_many_queries_as_it_takes_where_traces_have_texts():
+    sizes = {"rows": 10, "held_out": 5, "query_chars": 40.0, "baseline": False}
+    assert rounds.estimate(w.job(), **sizes).calls == 1000 * 5 + 5
+    assert rounds.estimate(w.job(traces={"content_sample_percent": 0}), **sizes).calls == 10 * 5 + 5
 
 
 @pytest.mark.parametrize(
