@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -13,6 +15,8 @@ from kubernetes.aio import client, config
 from kubernetes.aio.client.exceptions import ApiException
 
 from cowest_operator import api
+
+log = logging.getLogger("cowest.kube")
 
 CHILDREN, STATUS = "cowest-operator", "cowest-status"  # field managers
 TIMEOUT = 30.0  # seconds of one request
@@ -61,6 +65,7 @@ class Kube:
     def __init__(self, api_client: client.ApiClient) -> None:
         self._client = api_client
         self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
+        self._undeclared: frozenset[Field] = frozenset()  # fields of the status that the cluster's CRD does not know
 
     @classmethod
     async def connect(cls) -> Kube:
@@ -156,16 +161,29 @@ class Kube:
                 raise
 
     async def apply_status(self, namespace: str, name: str, status: Mapping[str, Any], version: int) -> dict[str, Any]:
-        """The whole status, by its own field manager; nothing of spec or metadata. 409: the job is not of `version`."""
+        """The whole status, by its own field manager; nothing of spec or metadata. 409: the job is not of `version`.
+
+        Fields that the cluster's CRD does not declare, as it is older than this operator, are left out and said once.
+        """
         body = {
             "apiVersion": f"{api.GROUP}/{api.VERSION}",
             "kind": api.KIND,
             "metadata": {"name": name, "namespace": namespace, "resourceVersion": str(version)},
-            "status": dict(status),
+            "status": _without(status, self._undeclared),
         }
         path = self._path(api.KIND, namespace, name) + "/status"
         query = {"fieldManager": STATUS, "force": "true"}
-        return await self._call("PATCH", path, query, body, "application/apply-patch+yaml")
+        try:
+            return await self._call("PATCH", path, query, body, "application/apply-patch+yaml")
+        except KubeError as error:
+            more = undeclared(str(error)) - self._undeclared
+            if not more:
+                raise
+            names = ", ".join(sorted(".".join(("status", *path)) for path in more))
+            log.warning("The CRD of this cluster is older than this operator: it lacks %s. Upgrade the CRD.", names)
+            self._undeclared |= more
+            body["status"] = _without(status, self._undeclared)
+            return await self._call("PATCH", path, query, body, "application/apply-patch+yaml")
 
     async def patch(self, kind: str, namespace: str, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
         path = self._path(kind, namespace, name)
@@ -211,3 +229,22 @@ def _words(text: str) -> str:
         return str(json.loads(text)["message"])
     except (ValueError, KeyError, TypeError):
         return text[:500]
+
+
+# ---------------------------------------------------------------- a CRD that is older than this operator
+Field = tuple[str, ...]  # names below `status`, without the places in lists
+_UNDECLARED = re.compile(r"\.status((?:\.\w+|\[[^\]]*\])+): field not declared in schema")
+
+
+def undeclared(message: str) -> frozenset[Field]:
+    """The fields that the API server says its schema lacks; it refuses the whole apply for them."""
+    return frozenset(tuple(re.findall(r"\.(\w+)", path)) for path in _UNDECLARED.findall(message))
+
+
+def _without(value: Any, fields: frozenset[Field]) -> Any:
+    if isinstance(value, list):
+        return [_without(each, fields) for each in value]
+    if not fields or not isinstance(value, Mapping):
+        return value
+    below = {name: frozenset(path[1:] for path in fields if path[0] == name) for name in value}
+    return {name: _without(part, below[name]) for name, part in value.items() if () not in below[name]}
