@@ -123,7 +123,7 @@ def ends(desk: Desk, after: int, seconds: float = 600) -> dict[str, Any]:
 
 def goes_on(desk: Desk, fault: Fault, after: int, seconds: float = 240) -> None:
     """The step that was broken is done: the next one runs. The rest of the trial is of no interest here."""
-    fault.heals(lambda: bool(step_pods("evaluate")), "the next step", seconds)
+    fault.heals(lambda: bool(pods_on_trial(desk, "evaluate")), "the next step", seconds)
     say(desk, "rollback")
     assert ends(desk, after)["reason"] == "RolledBackByPerson"
 
@@ -161,9 +161,15 @@ def step_pods(step: str, job: str = JOB) -> list[str]:
     return [name for name in found if step in name]
 
 
-def in_step(desk: Desk, step: str, job: str = JOB, seconds: float = 240) -> list[str]:
-    wait_for(lambda: bool(step_pods(step, job)), f"a pod of the step {step}", seconds)
-    return step_pods(step, job)
+def pods_on_trial(desk: Desk, step: str) -> list[str]:
+    """Those of the trial that is on: an earlier one's may still be ending."""
+    number = on_trial(desk).get("round")
+    return [name for name in step_pods(step) if f"{JOB}-r{number}-{step}" in name]
+
+
+def in_step(desk: Desk, step: str, seconds: float = 240) -> list[str]:
+    wait_for(lambda: bool(pods_on_trial(desk, step)), f"a pod of the step {step}", seconds)
+    return pods_on_trial(desk, step)
 
 
 def in_canary(desk: Desk) -> None:
@@ -358,7 +364,7 @@ def test_the_object_store_is_away_while_a_round_trains(standing: Desk, fault: Fa
             time.sleep(max(0.0, AWAY - (time.monotonic() - fault.begun)))
             assert is_ready()
         fault.heals(is_well, "no trouble", 180)
-        wait_for(lambda: bool(step_pods("dpo") or step_pods("evaluate")), "the next step", 300)
+        wait_for(lambda: any(pods_on_trial(standing, step) for step in ("dpo", "evaluate")), "the next step", 300)
     fault.nobody_noticed()
 
 
@@ -456,7 +462,7 @@ def test_a_job_is_deleted_in_the_middle_of_a_round_and_the_one_beside_it_goes_on
     kubectl("delete", "collaborationjob", SECOND, "--ignore-not-found", "--timeout=60s")
     second(standing)
     with fault.users(standing):
-        in_step(standing, "sft", SECOND)
+        wait_for(lambda: bool(step_pods("sft", SECOND)), "the second job's first step", 240)
         propose(standing, WORSE)  # both are at work
         in_step(standing, "publish")
         kubectl("delete", "collaborationjob", SECOND, "--timeout=20s")
