@@ -244,7 +244,7 @@ def _ask(order: engines.Order, console: Console) -> None:
         return
     costs = f"{whole.calls} strong-model calls" + (f" and {whole.money:.2f} {whole.currency}" if whole.money else "")
     console.print(f"The whole job may cost up to {costs} (`cowest plan` has the parts).", soft_wrap=True)
-    for sentence in no_bounds(order.declared.job.spec):
+    for sentence in no_bounds(order.declared.job.spec, order.facts.rows):
         console.print(sentence, soft_wrap=True)
     if not console.is_terminal:
         raise StepError(f"up to {costs}: wanted --yes to go on without a question, saw none.")
@@ -283,8 +283,14 @@ def limits_met(spec: api.Spec, costs: Sequence[rounds.Estimate]) -> Iterator[str
                 yield f"budget.{name} = {limit:.10g} stops the {cost.name} at {share}; {goes_on}."
 
 
-def no_bounds(spec: api.Spec) -> Iterator[str]:
+def no_bounds(spec: api.Spec, rows: int) -> Iterator[str]:
     """Where what is said to be paid at most may be exceeded."""
+    most = spec.feedback.max_queries
+    if rows < most and spec.traces.content_sample_percent > 0:
+        yield (
+            f"Counted are the {rows} training rows; a round learns from usable traces too, up to feedback.maxQueries ="
+            f" {most} queries in all."
+        )
     if spec.strong.max_tokens is None:
         yield (
             f"strong.maxTokens is not set: an answer is taken for {UNKNOWN_OUTPUT_TOKENS} tokens, so tokens and money"
@@ -337,7 +343,7 @@ def plan(file: File, output: Output = "text") -> None:
         "A call is one question to the strong model or to a judge. Steps count answers: of these some were paid for"
         " before, as those of the strong model alone and of the pair that is served, and are not paid again."
     )
-    for sentence in no_bounds(spec):
+    for sentence in no_bounds(spec, facts.rows):
         typer.echo(sentence)
     for limit in limits_met(spec, costs):
         typer.echo(limit)

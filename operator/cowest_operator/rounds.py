@@ -339,12 +339,11 @@ JUDGE_TOKENS = 200  # of what a judge is told and says around a request, its ref
 def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baseline: bool) -> Estimate:
     """Paid calls of the baseline or of one tuned round: all drafts distinct, no call cached but solo ones.
 
-    A tuned round may learn from traces too, of which nobody knows how many will come. What its canary asks is in it.
+    `rows`: of training; a round may learn from traces too, of which nobody knows how many will come. What its canary
+    asks is in it.
     """
     spec = job.spec
-    most = spec.feedback.max_queries
-    learnt = most if spec.traces.content_sample_percent > 0 else min(rows, most)
-    queries = 0 if baseline else learnt
+    queries = 0 if baseline else min(rows, spec.feedback.max_queries)
     with_draft = queries * spec.feedback.drafts_per_query + held_out
     alone = queries + (held_out if baseline else 0)
     # A judge is asked in both orders, and of the weak model's own drafts on the held-out queries too; where a draft may

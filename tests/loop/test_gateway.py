@@ -228,6 +228,7 @@ async def test_the_record_of_an_answer_says_everything(tmp_path: Path) -> None:
         "shortcut": "",
         "application": "",
         "propensity": 1.0,
+        "placeholders": None,
     }
 
 
@@ -1106,6 +1107,7 @@ async def test_feedback_joins_its_answer_by_the_request_id(tmp_path: Path) -> No
         "correction": None,
         "accepted": None,
         "source": user_hash("ann"),
+        "placeholders": None,
     }
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from cowest_cli import run
 from cowest_operator import rounds
 from cowest_serving.contract import RouteLimits, Shortcuts
 from cowest_training.contract import Evaluator
@@ -43,10 +44,16 @@ def test_a_canary_by_replays_asks_both_arms_at_every_look_and_in_the_watch():
     assert rounds.estimate(replayed, **sizes).calls == rounds.estimate(plain, **sizes).calls + steps + 2 * 4 * 100
 
 
-def test_a_round_may_learn_from_as_many_queries_as_it_takes_where_traces_have_texts():
-    sizes = {"rows": 10, "held_out": 5, "query_chars": 40.0, "baseline": False}
-    assert rounds.estimate(w.job(), **sizes).calls == 1000 * 5 + 5
-    assert rounds.estimate(w.job(traces={"content_sample_percent": 0}), **sizes).calls == 10 * 5 + 5
+def test_where_a_plan_is_no_bound_it_says_so():
+    spec = w.job(strong={"max_tokens": 100}).spec
+    assert not list(run.no_bounds(spec, 1000))
+    (traces,) = run.no_bounds(spec, 999)
+    assert "feedback.maxQueries = 1000" in traces
+    assert not list(run.no_bounds(w.job(strong={"max_tokens": 100}, traces={"content_sample_percent": 0}).spec, 9))
+    (guess,) = run.no_bounds(w.SPEC, 1000)
+    assert "a guess, not a bound" in guess
+    replays = {"signal": "ShadowReplay", "test": "AnytimeValid"}
+    assert "until a gain is shown" in list(run.no_bounds(w.job(canary=replays).spec, 1000))[-1]
 
 
 @pytest.mark.parametrize(
