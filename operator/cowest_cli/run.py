@@ -24,8 +24,7 @@ from cowest_cli.view import View, printable, rounds_table
 from cowest_operator import api, manifest, rounds
 from cowest_operator.power import Power, sentences
 from cowest_operator.promotion import looks_before
-from cowest_serving.contract import Strong
-from cowest_serving.estimates import UNKNOWN_OUTPUT_TOKENS
+from cowest_serving.contract import UNKNOWN_OUTPUT_TOKENS, Strong
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RETRY, MANIFEST, StepError
 
 ASK_ABOVE_CALLS = 20_000

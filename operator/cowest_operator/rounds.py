@@ -10,8 +10,7 @@ from typing import Any
 from cowest_operator import api
 from cowest_operator.promotion import LOOKS_PER_STEP, SOLO, control_of, last_least, looks_at_every_user, most_answers
 from cowest_operator.schedule import next_after
-from cowest_serving.contract import Pair, dump
-from cowest_serving.estimates import UNKNOWN_OUTPUT_TOKENS
+from cowest_serving.contract import UNKNOWN_OUTPUT_TOKENS, Pair, dump
 
 STEPS = "cowest_training"
 

@@ -27,8 +27,8 @@ import aiohttp
 import orjson
 
 from cowest_serving.book import BookError, PaidCalls
-from cowest_serving.contract import Messages, Prices, SettingsError, Strong, dump, parse
-from cowest_serving.estimates import UNKNOWN_OUTPUT_TOKENS, likely_input_tokens, likely_tokens, most_output_tokens
+from cowest_serving.contract import UNKNOWN_OUTPUT_TOKENS, Messages, Prices, SettingsError, Strong, dump, parse
+from cowest_serving.estimates import likely_input_tokens, likely_tokens, most_output_tokens
 from cowest_serving.key_files import PROXY_KEYS, ReadKeys, keys_of
 from cowest_serving.leases import LEASE_PATH, Amount, Ask, Lease, Room, Spent
 from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, count

@@ -24,13 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from cowest_serving.contract import Budget, Messages, Prices, SettingsError, Strong, digest_of
-from cowest_serving.estimates import (
-    UNKNOWN_OUTPUT_TOKENS,
-    likely_input_tokens,
-    likely_tokens,
-    most_output_tokens,
-)
+from cowest_serving.contract import UNKNOWN_OUTPUT_TOKENS, Budget, Messages, Prices, SettingsError, Strong, digest_of
+from cowest_serving.estimates import likely_input_tokens, likely_tokens, most_output_tokens
 from cowest_serving.leases import SCHEMA as LEASES_SCHEMA
 from cowest_serving.leases import Amount, Ask, Lease, Limits, Room, Spent, day_of, lend, live_spent, shares
 from cowest_serving.models import ChatModel, ChatResult

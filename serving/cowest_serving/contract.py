@@ -31,6 +31,7 @@ HEADER_TRACE = "x-cowest-trace"  # "durable": the record of this answer survives
 HEADER_SESSION = "x-session-id"  # sticky routing when the body has no `user`
 HEADER_IDEMPOTENCY = "idempotency-key"
 JUDGE_PATH = "/judge/v1"  # of the proxy: the judge of spec.feedback.evaluator, as /v1 is the strong model
+UNKNOWN_OUTPUT_TOKENS = 1024  # of an answer that nothing bounds, when none has been seen
 KEEP_ALIVE_SECONDS = 75  # longer than clients and ingresses keep an idle connection: none is sent into as it closes
 
 Mode = Literal["Pair", "StrongAlone", "WeakAlone"]

@@ -9,7 +9,6 @@ import orjson
 
 from cowest_serving.contract import Messages
 
-UNKNOWN_OUTPUT_TOKENS = 1024  # of an answer that nothing bounds, when none has been seen
 IMAGE_TOKENS = 2048  # of a part that is no text, generously: its bytes say nothing of its tokens
 _READ = ("tools", "functions", "response_format")  # parameters that a model reads like text
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterable
 from importlib import metadata
@@ -74,6 +75,24 @@ def test_the_operators_image_has_no_model_libraries() -> None:
     assert not {"torch", "transformers", "trl", "ray", "kserve", "pyarrow", "numpy", "starlette"} & set(
         lock("operator")
     )
+
+
+IMPORTED = """
+import importlib.metadata, pkgutil, runpy, sys
+import cowest_operator
+for each in pkgutil.walk_packages(cowest_operator.__path__, "cowest_operator."):
+    if each.name != "cowest_operator.docs":  # makes the documents of the repository
+        __import__(each.name)
+owners = importlib.metadata.packages_distributions()
+print(*{owner for name in sys.modules if "." not in name for owner in owners.get(name, ())})
+"""
+
+
+def test_the_operators_image_has_all_that_its_modules_import() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
+    installed = {canonicalize_name(name) for name in done.stdout.split()} - {"cowest"}
+    assert "kopf" in installed
+    assert installed <= {*lock("operator"), "setuptools"}
 
 
 def test_the_serving_image_has_no_torch() -> None:
