@@ -182,20 +182,14 @@ class Applier:
         kind, name = key_of(child)
         listed = self.kube.list(kind, child["metadata"]["namespace"], fieldSelector=f"metadata.name={name}")
         found = await anext(listed, None)
-        if found is None:
-            return None
-        if not is_of(found["metadata"], child["metadata"]["labels"][common.JOB_LABEL]):
-            raise TakenError(kind, name)
-        return str(found["metadata"]["uid"])
+        return str(_of_the_job(child, found)["metadata"]["uid"]) if found else None
 
     async def _create(self, child: Child, family: Family) -> None:
         """Once: what is there already stays as it is. Raises `TakenError` too."""
         await self.kube.create(child)
         kind, name = key_of(child)
         if found := await self.kube.get(kind, child["metadata"]["namespace"], name):
-            if not is_of(found["metadata"], child["metadata"]["labels"][common.JOB_LABEL]):
-                raise TakenError(kind, name)
-            self._note(family, found)
+            self._note(family, _of_the_job(child, found))
 
     def _note(self, family: Family, answer: Mapping[str, Any]) -> str:
         """What the API server answered is newer than what the watch has shown, unless the answer was overtaken."""
@@ -364,6 +358,13 @@ def _standing_still(plan: api.Plan, seen: Observed) -> api.Plan:
 def _of(context: Context) -> dict[str, str]:
     """What a line of the log carries, to be found by."""
     return {"job": f"{context.namespace}/{context.job.name}"}
+
+
+def _of_the_job(child: Child, found: dict[str, Any]) -> dict[str, Any]:
+    """What is there under the name of `child`. Raises `TakenError` where it is somebody else's."""
+    if not is_of(found["metadata"], child["metadata"]["labels"][common.JOB_LABEL]):
+        raise TakenError(*key_of(child))
+    return found
 
 
 def _routing_of(seen: Seen | None) -> dict[str, Any] | None:

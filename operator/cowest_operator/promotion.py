@@ -351,7 +351,11 @@ def _evidence(log_wealth: float) -> str:
 def most_answers(canary: api.Canary, trial: api.Trial) -> int:
     """Scored answers of an arm that all looks at this step, or at the watch, come to."""
     step = step_of(canary, trial)
-    least = last_least(canary) if step is None or trial.stage == "Watch" else step.min_answers
+    return at_the_last_look(last_least(canary) if step is None or trial.stage == "Watch" else step.min_answers)
+
+
+def at_the_last_look(least: int) -> int:
+    """Answers where the first look wants `least`: each look wants twice as many as the one before."""
     return least << LOOKS_PER_STEP - 1
 
 

@@ -14,7 +14,15 @@ from typing import Any, Literal
 from cowest_operator import anytime, api, people, promotion, rounds, routes
 from cowest_operator.api import Event, Plan, Status, Trial, World
 from cowest_serving.contract import Arm, Mode, Pair, Routing
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_FAILED, EXIT_RETRY, EvaluationReport, LiveReport
+from cowest_training.contract import (
+    EXIT_BAD_INPUT,
+    EXIT_BUDGET,
+    EXIT_FAILED,
+    EXIT_RETRY,
+    Comparison,
+    EvaluationReport,
+    LiveReport,
+)
 
 SHOWN_EDITS = 6  # by name, in a sentence
 RETRIES = 3  # of a step that ended with EXIT_RETRY, before the embedded run gives up
@@ -370,17 +378,22 @@ def _measured(world: World, trial: Trial, report: EvaluationReport) -> Trial:
         trial,
         difference=seen.difference,
         p_value=seen.p_better,
-        discordant=anytime.share_of((seen.better + seen.worse) / max(1, seen.n), seen.n),
+        discordant=anytime.share_of(_discordant(seen), seen.n),
         score=report.arm("candidate").score,
         note=" ".join(filter(None, notes)),
         routes=routes.measured(report, "candidate", rounds.run_uri(world, trial, "predictor")),
     )
 
 
+def _discordant(seen: Comparison) -> float:
+    """Share of the queries that the arms score differently."""
+    return (seen.better + seen.worse) / max(1, seen.n)
+
+
 def _sight(report: EvaluationReport) -> api.Sight:
     seen = report.against_control
     smallest = sorted(report.slices, key=lambda part: (part.n, part.group))[: api.KEEP_SLICES]
-    return api.Sight(seen.n, (seen.better + seen.worse) / max(1, seen.n), {part.group: part.n for part in smallest})
+    return api.Sight(seen.n, _discordant(seen), {part.group: part.n for part in smallest})
 
 
 def _revalidated(world: World, trial: Trial) -> Move:

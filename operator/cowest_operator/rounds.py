@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cowest_operator import api
-from cowest_operator.promotion import LOOKS_PER_STEP, SOLO, control_of, last_least, looks_at_every_user, most_answers
+from cowest_operator.promotion import SOLO, at_the_last_look, control_of, last_least, looks_at_every_user, most_answers
 from cowest_operator.schedule import next_after
 from cowest_serving.contract import UNKNOWN_OUTPUT_TOKENS, Pair, dump
 
@@ -370,7 +370,7 @@ def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baselin
 def live_answers(canary: api.Canary) -> tuple[int, int]:
     """At most (asked again of the strong model, scored) in the steps and the watch of a canary."""
     least = [step.min_answers for step in canary.steps] + [last_least(canary)] * (canary.watch_seconds > 0)
-    both_arms = 2 * sum(count << LOOKS_PER_STEP - 1 for count in least)
+    both_arms = 2 * sum(map(at_the_last_look, least))
     return (both_arms if canary.signal == "ShadowReplay" else 0), both_arms
 
 

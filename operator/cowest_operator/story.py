@@ -64,8 +64,10 @@ def written(status: api.Status, plan: api.Plan, traces: api.TraceCounts, generat
 def _cut(schema: Schema, value: Any) -> Any:
     """No text longer than the schema allows: one that is would make the API server refuse the whole status, and each
     one after it. `state` has no limits of its own."""
+    if not schema:
+        return value
     if isinstance(value, str):
-        limit = min(schema.get("maxLength", LONGEST), LONGEST) if schema else len(value)
+        limit = min(schema.get("maxLength", LONGEST), LONGEST)
         return value if len(value) <= limit else value[: limit - 1] + "…"
     if isinstance(value, list):
         return [_cut(schema.get("items", {}), item) for item in value]

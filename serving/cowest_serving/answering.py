@@ -71,7 +71,6 @@ _MAX_DEPTH = 250  # orjson writes some levels more
 _BEYOND = frozenset({"context_length_exceeded", "invalid_value"})  # codes of our own weak server
 _TOO_LONG = re.compile(r"(context|model|input|prompt) length|max_model_len|too long", re.IGNORECASE)  # as vLLM says it
 LARGE = 32 * 1024  # bytes of a body in which identifiers are looked for beside the event loop
-_LIMITS = frozenset({"max_tokens", "max_completion_tokens"})
 _MANNERS = frozenset({"reasoning_effort", "verbosity"})  # how the strong model is to go about it
 NO_QUOTA = "insufficient_quota"  # OpenAI's word for money that is spent
 
@@ -705,8 +704,8 @@ def _is_beyond_the_weak(error: ModelError) -> bool:
 
 def _is_an_answer(draft: Draft, parameters: Mapping[str, Any]) -> bool:
     """It says something, asks for no more than text, and is within the request's own limit of tokens."""
-    others = {name: value for name, value in parameters.items() if name not in _LIMITS | _MANNERS}
-    limits = [value for name, value in parameters.items() if name in _LIMITS and value is not None]
+    others = {name: value for name, value in parameters.items() if name not in (*_OUTPUT_LIMITS, *_MANNERS)}
+    limits = [parameters[name] for name in _OUTPUT_LIMITS if parameters.get(name) is not None]
     is_within = all(isinstance(limit, int) and 0 < draft.output_tokens <= limit for limit in limits)
     return bool(draft.text.strip()) and is_within and is_for_a_draft(others)
 

@@ -244,10 +244,12 @@ class HttpChatModel:
         self._check()
         async with self._places:
             key, give_up_at = idempotency_key or new_key(), self._give_up_at()
-            response, chunks = await self._with_retries(body, key, False, give_up_at, on_wire)
+            response, (begun, rest) = await self._with_retries(body, key, False, give_up_at, on_wire)
             self._places.answered()
             try:
-                async for chunk in chunks:
+                for chunk in begun:
+                    yield chunk
+                async for chunk in rest:
                     yield chunk
                 response.finish()
             finally:
@@ -267,8 +269,8 @@ class HttpChatModel:
     async def _with_retries(
         self, body: Mapping[str, Any], key: str, read: bool, give_up_at: float, on_wire: OnWire | None
     ) -> tuple[Response, Any]:
-        """A response with status 2xx and its parsed body, or its chunks where it is not to be `read`; tried again while
-        that may help."""
+        """A response with status 2xx and its parsed body, or what `_begun` gives where it is not to be `read`; tried
+        again while that may help."""
         attempt, keys_left, has_hung = 0, len(self.keys) - 1, False
         refused: dict[str, str] = {}  # parameters that this call does without
         while True:
@@ -553,8 +555,8 @@ _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
 _MAX_UNREAD = 8 * 1024  # bytes of a body that is no event stream, kept to say what it is
 
 
-async def _begun(endpoint: str, response: Response, timeout: float) -> AsyncIterator[bytes]:
-    """A stream of which the answer's first chunk is there: an error that comes in its place is one of the call."""
+async def _begun(endpoint: str, response: Response, timeout: float) -> tuple[list[bytes], AsyncIterator[bytes]]:
+    """A stream up to the answer's first chunk, and its rest: an error in that chunk's place is one of the call."""
     payloads, read = _events(endpoint, response, timeout), []
     try:
         async for payload in payloads:
@@ -564,14 +566,7 @@ async def _begun(endpoint: str, response: Response, timeout: float) -> AsyncIter
     except BaseException:
         response.close()
         raise
-    return _joined(read, payloads)
-
-
-async def _joined(read: Sequence[bytes], rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    for payload in read:
-        yield payload
-    async for payload in rest:
-        yield payload
+    return read, payloads
 
 
 def _is_of_the_answer(endpoint: str, payload: bytes) -> bool:

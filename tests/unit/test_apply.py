@@ -112,6 +112,14 @@ def test_what_was_left_of_the_job_is_taken_and_what_cannot_be_changed_is_made_an
 
 
 # ---------------------------------------------------------------- an edit between the look and its status
+def edit_seed(desk: Desk, server: KubeInMemory, seed: int) -> None:
+    """The job with another seed, as its watch shows it."""
+    desk.declare(**{"training.seed": seed})
+    assert desk.family.job is not None
+    version = server.objects["CollaborationJob", "desks", "claims"]["metadata"]["resourceVersion"]
+    desk.family.job["metadata"]["resourceVersion"] = version
+
+
 def test_a_trial_that_an_edit_made_begin_anew_is_frozen_on_the_edited_manifest() -> None:
     desk = Desk(w.SERVED)
     server = server_of(desk)
@@ -120,17 +128,11 @@ def test_a_trial_that_an_edit_made_begin_anew_is_frozen_on_the_edited_manifest()
     with pytest.raises(OvertakenError):
         applied(desk, server)
     first = server.objects["ConfigMap", "desks", "claims-r1"]
-    desk.declare(**{"training.seed": 77})
-    assert desk.family.job is not None
-    version = server.objects["CollaborationJob", "desks", "claims"]["metadata"]["resourceVersion"]
-    desk.family.job["metadata"]["resourceVersion"] = version
+    edit_seed(desk, server, 77)
     applied(desk, server)
     frozen = json.loads(server.objects["ConfigMap", "desks", "claims-r1"]["data"]["job.json"])
     assert frozen["spec"]["training"]["seed"] == 77 != json.loads(first["data"]["job.json"])["spec"]["training"]["seed"]
-    desk.declare(**{"training.seed": 78})
-    assert desk.family.job is not None
-    version = server.objects["CollaborationJob", "desks", "claims"]["metadata"]["resourceVersion"]
-    desk.family.job["metadata"]["resourceVersion"] = version
+    edit_seed(desk, server, 78)
     applied(desk, server)
     kept = json.loads(server.objects["ConfigMap", "desks", "claims-r1"]["data"]["job.json"])
     assert kept == frozen, "a trial that has begun goes by its own"

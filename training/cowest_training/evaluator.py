@@ -25,7 +25,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol, assert_never
 
 import aiohttp
@@ -158,15 +158,32 @@ def find_label(answer: str, choices: Sequence[str]) -> str | None:
 
     Case counts first ("B is a choice" means B, not A), and is dropped only where nothing is found.
     """
-    by_key = {_label_key(choice): choice for choice in reversed(choices)} | {choice: choice for choice in choices}
-    if (whole := by_key.get(answer.strip()) or by_key.get(_label_key(answer))) is not None:
+    labels = _labels(tuple(choices))
+    if (whole := labels.whole.get(answer.strip()) or labels.whole.get(_label_key(answer))) is not None:
         return whole
-    longest_first = sorted(choices, key=len, reverse=True)  # "not allowed" before "allowed"
+    for form, pattern in labels.forms:
+        if found := list(pattern.finditer(form(answer))):
+            return labels.longest_first[(found[-1].lastindex or 1) - 1]
+    return None
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What answers are compared with: the same for all of a job."""
+
+    whole: Mapping[str, str]
+    longest_first: Sequence[str]  # "not allowed" before "allowed"
+    forms: Sequence[tuple[Callable[[str], str], re.Pattern[str]]]  # of an answer, and a group a label there
+
+
+@lru_cache(maxsize=8)
+def _labels(choices: tuple[str, ...]) -> _Labels:
+    whole = {_label_key(choice): choice for choice in reversed(choices)} | {choice: choice for choice in choices}
+    longest_first, forms = sorted(choices, key=len, reverse=True), []
     for form in (partial(unicodedata.normalize, "NFC"), folded):
         pattern = "|".join(f"({_as_said(form(choice))})" for choice in longest_first)
-        if found := list(re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", form(answer))):
-            return longest_first[(found[-1].lastindex or 1) - 1]
-    return None
+        forms.append((form, re.compile(rf"(?<!\w)(?:{pattern})(?!\w)")))
+    return _Labels(whole, longest_first, forms)
 
 
 def _as_said(choice: str) -> str:

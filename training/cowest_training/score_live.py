@@ -171,6 +171,11 @@ class Canary:
         asks = self.signal != "Feedback" and self.evaluator.type in ("Judge", "HTTP")
         return self.signal == "ShadowReplay" or asks
 
+    @property
+    def most(self) -> int | None:
+        """Answers that are scored of what has a bound of its own. None: all."""
+        return self.bound.most if self.is_paid else None
+
 
 @dataclass(frozen=True)
 class LiveAnswer:
@@ -299,15 +304,14 @@ def next_to_score(canary: Canary, ready: Sequence[LiveAnswer], begun: Collection
     What a replay must leave out as it was not scored then (`until.pending`) is left out.
     """
     left = [answer for answer in ready if answer.id not in begun and answer.id not in canary.until.pending]
-    bound = canary.bound
-    if bound.most is None or not canary.is_paid:
+    if (most := canary.most) is None:
         return left
     taken = Counter(_share(canary, answer) for answer in ready if answer.id in begun)
-    first = firsts(ready) if bound.every_user else {}
+    first = firsts(ready) if canary.bound.every_user else {}
     chosen = []
     for answer in left:
         share = _share(canary, answer)
-        if taken[share] < bound.most and _keeps_pace(canary, answer):
+        if taken[share] < most and _keeps_pace(canary, answer):
             taken[share] += 1
             chosen.append(answer)
         elif first.get(answer.user) is answer:
@@ -317,16 +321,15 @@ def next_to_score(canary: Canary, ready: Sequence[LiveAnswer], begun: Collection
 
 def not_scored_yet(canary: Canary, ready: Sequence[LiveAnswer], scores: Collection[str]) -> list[str]:
     """What a scoring anew of the same records would take and this one has not scored."""
-    bound = canary.bound
-    if bound.most is None or not canary.is_paid:
+    if (most := canary.most) is None:
         return [answer.id for answer in ready if answer.id not in scores]
     found, taken = [], Counter[tuple[str, bool]]()
-    first = firsts(ready) if bound.every_user else {}
+    first = firsts(ready) if canary.bound.every_user else {}
     for answer in ready:
         share = _share(canary, answer)
         if answer.id in scores:
             taken[share] += 1
-        elif (taken[share] < bound.most and _keeps_pace(canary, answer)) or first.get(answer.user) is answer:
+        elif (taken[share] < most and _keeps_pace(canary, answer)) or first.get(answer.user) is answer:
             found.append(answer.id)
     return found
 
@@ -440,11 +443,9 @@ class Scorer:
         if self._canary.signal == "Feedback":
             assert said.score is not None
             return (said.score,)
-        row = (
-            replace(answer.row, reference=said.reference_to(answer) or "")
-            if self._canary.needs_reference
-            else answer.row
-        )
+        row = answer.row
+        if self._canary.needs_reference:
+            row = replace(row, reference=said.reference_to(answer) or "")
         if self._canary.signal == "ShadowReplay":
             return await self._replay(row)
         return (await self._asking.score_text(row, answer.answer or ""),)
