@@ -28,6 +28,7 @@ from cowest_serving.key_files import texts_in
 from cowest_serving.outward import proxy_of
 
 LAST = "manifest.json"  # an output without it does not exist: uploaded last
+MAX_WAIT = 2  # seconds between tries of one call, however long a store asks for: who calls again has a clock of its own
 AT_ONCE = 8  # reads of one process that a store is asked for side by side; as many connections are kept
 _PART = ".part"  # suffix of a file that is still being written; never listed
 _RETRYABLE_CODES = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "XMinioServerNotInitialized"}
@@ -411,7 +412,9 @@ def _pool(settings: _S3Settings) -> Any:
     options: dict[str, Any] = {
         "maxsize": AT_ONCE,
         "timeout": urllib3.Timeout(connect=5, read=60),
-        "retries": urllib3.Retry(total=3, backoff_factor=0.2, status_forcelist=(500, 502, 503, 504)),
+        "retries": urllib3.Retry(
+            total=3, backoff_factor=0.2, status_forcelist=(500, 502, 503, 504), retry_after_max=MAX_WAIT
+        ),
         "cert_reqs": "CERT_REQUIRED",
         "ca_certs": settings.ca or None,
     }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,34 @@ def test_an_s3_endpoint_that_is_down_is_worth_a_retry(monkeypatch: pytest.Monkey
     with pytest.raises(StoreError, match="COWEST_S3_ENDPOINT") as caught:
         store.get("s3://bucket/key")
     assert caught.value.retryable
+
+
+class Starting(http.server.BaseHTTPRequestHandler):
+    """What MinIO answers until it has begun."""
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(503)
+        self.send_header("Retry-After", "60")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+def test_a_store_that_asks_for_a_minute_does_not_hold_the_caller_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Starting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("COWEST_S3_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        monkeypatch.setattr(time, "sleep", slept.append)
+        with pytest.raises(StoreError, match="503") as caught:
+            store.put("s3://bucket/key", b"x")
+        server.shutdown()
+    assert caught.value.retryable and slept == [store.MAX_WAIT] * 3
 
 
 @pytest.mark.parametrize(
