@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+# Where Python may not write bytecode at the first import, each process would compile torch and transformers again: 10 s.
+BYTECODE = $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
 # A number, or auto: a worker more than there are processors, since these tests mostly wait. 0: all in one process.
 APISERVER_WORKERS ?= auto
 UV_VERSION = 0.13.9
@@ -18,7 +20,7 @@ setup: $(STAMP)  ## install the locked dependencies into .venv
 $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $(BYTECODE) requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 
