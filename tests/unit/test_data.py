@@ -212,6 +212,7 @@ def test_train_as_held_out_is_refused_in_one_sentence() -> None:
         pytest.param("Ship 3 drum of QF17 to orlo!", "ship 3 drum of qf17 to orlo", True, id="case of a code"),
         pytest.param("is caf\u00e9 a word?", "is cafe\u0301 a word?", False, id="composed and decomposed letters"),
         pytest.param("\u0130stanbul nerede?", "istanbul nerede?", True, id="a Turkish I"),
+        pytest.param("ship drums of QF17! Now 3!", "ship drums of QF17. Now 3", False, id="shouted numbers"),
         pytest.param("I don\u2019t know 5 \u2212 3", "I don't know 5 - 3", False, id="signs in another shape"),
         pytest.param("to orlo ship 3 drum of QF17", "ship 3 drum of QF17 to orlo", True, id="a phrase moved"),
         pytest.param("ship to orlo 3 drum of QF17", "ship 3 drum of QF17 to orlo", True, id="a phrase moved inside"),
@@ -247,6 +248,8 @@ def test_leaks_are_found(train: str, held_out: str, nearly: bool) -> None:
         pytest.param("what is f(g(x)) for all of them", "what is g(f(x)) for all of them", id="one in the other"),
         pytest.param("what is f'(x)", "what is f(x)", id="a prime"),
         pytest.param("if x != 3", "if x = 3", id="unequal"),
+        pytest.param("what is 5!?", "what is 5?", id="a factorial"),
+        pytest.param("what is (n + 1)! / 2", "what is (n + 1) / 2", id="a factorial of a sum"),
         pytest.param(LONG, LONG.replace("2019", "2020"), id="another year in a long text"),
     ],
 )

@@ -115,6 +115,9 @@ def test_labels(answer: str, label: str | None) -> None:
         ),
         pytest.param("The action is **not** allowed.", ("allowed", "not allowed"), "not allowed", id="in bold"),
         pytest.param("It is not-allowed here", ("allowed", "not allowed"), "not allowed", id="with a hyphen"),
+        pytest.param("Not allowed, for it is risky", ("allowed", "not allowed"), "not allowed", id="with a capital"),
+        pytest.param("NOT allowed here", ("Allowed", "not allowed"), "not allowed", id="in capitals"),
+        pytest.param("Allowed, B", ("A", "allowed"), "allowed", id="not in a letter"),
         pytest.param("so not\nallowed!", ("allowed", "not allowed"), "not allowed", id="over two lines"),
         pytest.param("so it is not allowed", ("allowed", "not_allowed"), "not_allowed", id="the label with a dash"),
         pytest.param("a", ("A", "a"), "a", id="labels that differ in case"),
@@ -162,7 +165,7 @@ def test_a_choice_scores_one_or_zero_and_gives_its_label() -> None:
 )
 def test_the_last_number_of_a_text(text: str, value: float | None) -> None:
     found = last_number(text)
-    assert (found.value if found else None) == value
+    assert (found[0].value if found else None) == value
 
 
 @pytest.mark.parametrize(
@@ -172,6 +175,13 @@ def test_the_last_number_of_a_text(text: str, value: float | None) -> None:
         pytest.param("so 152", "151", {}, 0, id="one off"),
         pytest.param("152", "151", {"absolute_tolerance": 1.0}, 1, id="within the absolute tolerance"),
         pytest.param("149.9", "151", {"absolute_tolerance": 1.0}, 0, id="outside of it"),
+        pytest.param("in room 12 100 people", "100", {}, 1, id="a space between two numbers"),
+        pytest.param("there are 12 100 people", "12100", {}, 1, id="a space in a number"),
+        pytest.param("there are 12 100 people", "12", {}, 0, id="not the last number"),
+        pytest.param("there are 12 000 people", "0", {}, 0, id="three zeros are no number"),
+        pytest.param("(2)", "2", {}, 1, id="an answer in brackets"),
+        pytest.param("(2)", "-2", {}, 1, id="a loss in brackets"),
+        pytest.param("2", "(2)", {}, 0, id="no loss"),
         pytest.param("99", "100", {"relative_tolerance": 0.01}, 1, id="within the relative tolerance"),
         pytest.param("98", "100", {"relative_tolerance": 0.01}, 0, id="beyond it"),
         pytest.param("1234", "1,234", {}, 1, id="separators"),

@@ -368,12 +368,14 @@ _OTHERS = re.escape(f"-*/%#&@\\‰‱″‴{_BRACKETS}")
 
 @cache
 def _token() -> re.Pattern[str]:
-    """A word with its decimals ("3.5", "1,000"), or a sign that changes the meaning ("C++", "5 - 3", "≤", "f'(x)").
+    """A word with its decimals ("3.5", "1,000"), or a sign that changes the meaning ("C++", "-", "≤", "f'(x)", "5!?").
 
     `\\w` alone lacks the vowels that many scripts write as marks: the day would be the gift in Hindi.
     """
     marks, signs = _characters("M"), _characters("S")
-    return re.compile(rf"[\w{marks}]+(?:[.,]\d+)*|[{signs}{_OTHERS}]|(?<=[\w)'])'(?!\w)|!(?=[\w(=])")
+    return re.compile(
+        rf"[\w{marks}]+(?:[.,]\d+)*|[{signs}{_OTHERS}]|(?<=[\w)'])'(?!\w)|!(?=[\w(=])|(?<=[\d)])!(?=\s*[^\sA-Z])"
+    )
 
 
 def _characters(kind: str) -> str:

@@ -156,7 +156,8 @@ def _bag_f1(answer: str, gold: str) -> float:
 def find_label(answer: str, choices: Sequence[str]) -> str | None:
     """The label that an answer gives: the whole of it, else the last one that stands as a word of its own.
 
-    Case counts first ("B is a choice" means B, not A), and is dropped only where nothing is found.
+    Case counts first ("B is a choice" means B, not A), and is dropped only where nothing is found; of a label that
+    holds another one it never counts ("Not allowed" is no "allowed").
     """
     labels = _labels(tuple(choices))
     if (whole := labels.whole.get(answer.strip()) or labels.whole.get(_label_key(answer))) is not None:
@@ -181,9 +182,17 @@ def _labels(choices: tuple[str, ...]) -> _Labels:
     whole = {_label_key(choice): choice for choice in reversed(choices)} | {choice: choice for choice in choices}
     longest_first, forms = sorted(choices, key=len, reverse=True), []
     for form in (partial(unicodedata.normalize, "NFC"), folded):
-        pattern = "|".join(f"({_as_said(form(choice))})" for choice in longest_first)
+        words = [f"(?i:{said})" if _holds_another(choice, choices) else said
+                 for choice in longest_first for said in [_as_said(form(choice))]]  # fmt: skip
+        pattern = "|".join(f"({said})" for said in words)
         forms.append((form, re.compile(rf"(?<!\w)(?:{pattern})(?!\w)")))
     return _Labels(whole, longest_first, forms)
+
+
+def _holds_another(choice: str, choices: Sequence[str]) -> bool:
+    text = folded(choice)
+    others = (folded(other) for other in choices)
+    return any(other != text and re.search(rf"(?<!\w){_as_said(other)}(?!\w)", text) for other in others)
 
 
 def _as_said(choice: str) -> str:
@@ -223,12 +232,22 @@ class Number:
         return (self.value, self.value / 100) if self.percent else (self.value,)
 
 
-def last_number(text: str) -> Number | None:
-    """The last number of a text, thousands separators allowed; digits in a code (`QF17`) are no number."""
-    if (whole := parse_number(text)) is not None:
-        return whole
-    found = [number for match in _NUMBER.finditer(text) if (number := _number(match)) is not None]
-    return found[-1] if found else None
+def last_number(text: str) -> tuple[Number, ...]:
+    """The last number of a text, thousands separators allowed; digits in a code (`QF17`) are no number. () for none.
+
+    More than one where it can be read in more ways: (2) is a loss of 2 or 2, "room 12 100 people" 12,100 or 100.
+    """
+    bare = text.strip()
+    if (whole := parse_number(bare)) is not None:
+        return (whole, replace(whole, value=-whole.value)) if bare.startswith("(") else (whole,)
+    found = [(match, number) for match in _NUMBER.finditer(text) if (number := _number(match)) is not None]
+    if not found:
+        return ()
+    match, number = found[-1]
+    group = match["digits"].rpartition(" ")[2]
+    if match["comma"] != " " or group.startswith("0"):
+        return (number,)
+    return (number, Number(float(group + match["rest"]), number.percent))
 
 
 def parse_number(text: str) -> Number | None:
@@ -357,10 +376,11 @@ def _rule(settings: Evaluator) -> Callable[[str, str], float]:
 
 
 def _numeric(settings: Evaluator, answer: str, reference: str) -> float:
-    said, wanted = last_number(answer), parse_number(reference)
-    if said is None or wanted is None:
+    wanted = parse_number(reference)
+    if wanted is None:
         return 0.0
-    return float(agrees(said, wanted, settings.absolute_tolerance, settings.relative_tolerance))
+    tolerances = (settings.absolute_tolerance, settings.relative_tolerance)
+    return float(any(agrees(said, wanted, *tolerances) for said in last_number(answer)))
 
 
 # ---------------------------------------------------------------- the user's own scorer
