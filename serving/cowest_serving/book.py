@@ -162,7 +162,7 @@ class PaidCalls:
         self._writer = _open(path)
         self._round = _settle_round(self._writer, round_number)
         self._flying: dict[str, tuple[str, asyncio.Task[Answer]]] = {}  # by key: digest of the request, flight
-        self._judging: dict[str, asyncio.Future[float]] = {}
+        self._judging: dict[str, asyncio.Future[float | None]] = {}
         self._sent = 0  # calls on the wire: they may still give back part of what they reserved
         self._metered = 0
         self._landings = 0
@@ -292,8 +292,8 @@ class PaidCalls:
         """From now on what is not on its way is not begun: its callers see a CancelledError."""
         self._closing = True
 
-    async def remember_score(self, key: str, score: Callable[[], Awaitable[float]]) -> float:
-        """A score that costs money or time (a judge's), looked up by `key` first, kept once it is there."""
+    async def remember_score(self, key: str, score: Callable[[], Awaitable[float | None]]) -> float | None:
+        """A score that costs money or time (a judge's), looked up by `key` first; kept once it is there, None never."""
         row = self._reader.execute("SELECT score FROM scores WHERE key = ?", (key,)).fetchone()
         if row is not None:
             return float(row[0])
@@ -303,10 +303,11 @@ class PaidCalls:
             judging.add_done_callback(_looked_at)
         return await asyncio.shield(judging)
 
-    async def _judge(self, key: str, score: Callable[[], Awaitable[float]]) -> float:
+    async def _judge(self, key: str, score: Callable[[], Awaitable[float | None]]) -> float | None:
         try:
             value = await score()
-            await self._commit(lambda db: db.execute("INSERT OR REPLACE INTO scores VALUES(?, ?)", (key, value)))
+            if value is not None:
+                await self._commit(lambda db: db.execute("INSERT OR REPLACE INTO scores VALUES(?, ?)", (key, value)))
             return value
         finally:
             del self._judging[key]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cowest_serving.contract import Budget, Prices
+from cowest_serving.contract import Budget, Prices, Strong
 from cowest_serving.models import BadRequest, ChatResult, HttpChatModel, ServerFault
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_RETRY, StepError
+from cowest_training.asking import Asking, open_asking
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_RETRY, Evaluator, Row, StepError
+from cowest_training.evaluator import TRIES
 from cowest_training.paid_calls import PaidCalls, read_spent
 from tests.fakes import Call, Fault, ScriptedModel
 
@@ -228,6 +231,47 @@ async def test_a_score_that_costs_is_remembered(tmp_path: Path) -> None:
             scores = await asyncio.gather(*(book.remember_score("k", judge) for _ in range(3)))
             assert scores == [0.5, 0.5, 0.5]
     assert len(asked) == 1
+
+
+def judged_by(judge: ScriptedModel, book: Path) -> AbstractAsyncContextManager[Asking]:
+    strong = Strong(judge.url, "big", (), timeout_seconds=5, max_concurrency=8, max_retries=0)
+    return open_asking(strong, Evaluator("Judge", endpoint=judge.url, model="judge"), str(book), purpose="evaluate:1")
+
+
+async def score_until_refused(book: Path, judge: ScriptedModel) -> list[float]:
+    """The scores of ten answers by a judge, one after the other, in a step of their own; shorter where it ended it."""
+    scores = []
+    async with judged_by(judge, book) as asking:
+        for n in range(10):
+            row = Row(f"r{n}", f"q{n}", ({"role": "user", "content": f"q{n}"},), "1")
+            try:
+                scores.append(await asking.score_text(row, "an answer"))
+            except StepError:
+                break
+    return scores
+
+
+async def test_a_judge_that_never_decides_is_refused_as_soon_by_each_rerun(tmp_path: Path) -> None:
+    async with ScriptedModel("I cannot say") as judge:
+        for _ in range(3):
+            assert await score_until_refused(tmp_path / "calls", judge) == [0.5, 0.5]
+        assert len(judge.calls) == 3 * 2 * TRIES, "what it said is paid for once"
+
+
+async def test_a_judge_that_refused_is_asked_again_once_it_is_mended(tmp_path: Path) -> None:
+    async with ScriptedModel("ACCEPT", faults=[None, 400] + [400] * 2) as judge:
+        assert await score_until_refused(tmp_path / "calls", judge) == [0.5, 0.5] + [1.0] * 8
+        asked = len(judge.calls)
+        assert await score_until_refused(tmp_path / "calls", judge) == [1.0] * 10
+        assert len(judge.calls) == asked + 3, "what it refused, and nothing else"
+
+
+async def test_one_text_that_was_refused_is_a_tie_for_all_who_wait_for_it(tmp_path: Path) -> None:
+    async with ScriptedModel("ACCEPT", faults=[400]) as judge:
+        async with judged_by(judge, tmp_path / "calls") as asking:
+            row = Row("r", "q", ({"role": "user", "content": "q"},), "1")
+            assert await asyncio.gather(*(asking.score_text(row, "an answer") for _ in range(3))) == [0.5] * 3
+        assert len(judge.calls) == 2
 
 
 async def test_a_score_that_fails_after_its_caller_has_gone_says_no_more(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from cowest_operator import api, promotion, rounds
 from cowest_serving.contract import Pair
 from cowest_serving.traces import TraceWriter
 from cowest_training import score_live, steps
-from cowest_training.contract import EXIT_BAD_INPUT, LiveReport, Row, StepError, load_live_report
+from cowest_training.asking import GreedyDrafts
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, LiveReport, Row, StepError, load_live_report
 from tests import world as w
 from tests.fakes import Call, ScriptedModel
 from tests.loop import asking_world as world
@@ -260,6 +261,29 @@ def test_shadow_replay_compares_both_arms_on_each_live_query(tmp_path: Path, str
     paid = len(strong.paid)
     again = live.once(candidate, control=None)
     assert (again.comparison, len(strong.calls)) == (report.comparison, paid)
+
+
+def test_a_disk_that_takes_no_draft_is_named_and_scoring_goes_on_when_it_does(
+    tmp_path: Path, strong: ScriptedModel
+) -> None:
+    live, candidate = replayed_queries(tmp_path, strong, 3)
+    (tmp_path / "calls.drafts").write_text("no folder can be here")
+    report = live.once(candidate, control=None)
+    assert report.scored == {"candidate": 0, "control": 0}
+    assert "calls.drafts" in report.unscored_reason and "run again" in report.unscored_reason
+    (tmp_path / "calls.drafts").unlink()
+    assert live.once(candidate, control=None).scored == {"candidate": 3, "control": 3}
+
+
+def test_a_watcher_goes_on_with_a_draft_that_no_disk_took(tmp_path: Path) -> None:
+    (tmp_path / "full").write_text("no folder can be here")
+    loaded = []
+    drafts = GreedyDrafts(CANDIDATE, 8, tmp_path / "full" / "drafts", lambda: cast("Any", loaded.append(1)))
+    image = Row("r", "", ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},), "1")
+    with pytest.raises(StepError, match="no draft can be kept") as error:
+        drafts.draw(image)
+    assert error.value.code == EXIT_RETRY
+    assert drafts.draw(image) is None and len(loaded) == 1, "no text, so no draft: known by now"
 
 
 def test_a_watcher_that_begins_again_draws_no_draft_anew(tmp_path: Path, strong: ScriptedModel) -> None:

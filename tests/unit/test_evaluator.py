@@ -455,8 +455,33 @@ async def test_what_a_judge_refuses_to_read_is_a_tie() -> None:
         server.faults = [400]
         assert await judge(row(), "a") == 0.5
         assert len(server.calls) == 2, "asking again changes nothing"
+    async with judging(lambda _: "ACCEPT") as (judge, server):
+        server.faults = [400] * 80
+        assert [await judge(row(), f"a{number}") for number in range(40)] == [0.5] * 40, "all for one query"
+        assert await judge(replace(row(), id="r2"), "a") == 1.0
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+async def test_a_judge_that_refuses_all_is_none_and_its_own_error_is_told(status: int) -> None:
+    async with judging(lambda _: "ACCEPT") as (judge, server):
+        server.faults = [status] * 99
+        assert [await judge(replace(row(), id=f"r{number}"), "a") for number in range(2)] == [0.5] * 2
+        with pytest.raises(
+            StepError, match=rf"6 of 6 requests without a verdict.*{server.url}.*scripted {status}"
+        ) as no:
+            await judge(replace(row(), id="r2"), "a")
+    assert no.value.code == EXIT_BAD_INPUT
+
+
+async def test_a_judge_that_refuses_too_much_is_none() -> None:
+    async with judging(lambda _: "ACCEPT") as (judge, server):
+        for number in range(30):
+            await judge(replace(row(), id=f"read {number}"), "a")
         server.faults = [400] * 99
-        assert [await judge(row(), f"a{number}") for number in range(40)] == [0.5] * 40
+        for number in range(3):
+            assert await judge(replace(row(), id=f"refused {number}"), "a") == 0.5
+        with pytest.raises(StepError, match="7 of 67 requests"):
+            await judge(replace(row(), id="refused 3"), "a")
 
 
 async def test_a_judge_prefers_only_what_wins_in_both_orders() -> None:

@@ -26,8 +26,8 @@ from cowest_serving.key_files import PROXY_KEYS, keys_of
 from cowest_serving.models import BadRequest, ChatResult, HttpChatModel, is_clients_fault, is_same_origin
 from cowest_serving.redaction import Redacted, Redactor
 
-from .contract import EXIT_BAD_INPUT, EXIT_BUDGET, Evaluator, Row, StepError
-from .evaluator import DEFAULT_TIMEOUT_SECONDS, Judge, Score, build_evaluator, check_settings, judge_model
+from .contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_RETRY, Evaluator, Row, StepError
+from .evaluator import DEFAULT_TIMEOUT_SECONDS, TIE, Judge, Score, build_evaluator, check_settings, judge_model
 from .paid_calls import PaidCalls, Spent
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ class GreedyDrafts:
         """None where none can be drawn. Blocks; not to be called twice at once."""
         query = digest_of(list(row.messages))
         if query not in self._known:
+            # Known before it is kept: where that fails, a watcher that asks again goes on without drawing anew.
             self._known[query] = generate_greedy(self._load(), row, self._pair, self._max_tokens)
             _append(self._path, {"query": query, "draft": self._known[query]})
         return self._known[query]
@@ -222,12 +223,20 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _append(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        # A line begins with a newline, so that one torn by a kill spoils no other.
-        file.write(b"\n" + json.dumps(value).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    """Raises `StepError`, as the book beside it does where the disk takes nothing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            # A line begins with a newline, so that one torn by a kill spoils no other.
+            file.write(b"\n" + json.dumps(value).encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StepError(
+            f"{path}: no draft can be kept there: {error}. Wanted a writable folder on a disk with room; "
+            "run again once it is.",
+            EXIT_RETRY,
+        ) from None
 
 
 # ---------------------------------------------------------------- answers
@@ -309,16 +318,19 @@ class Asking:
         if self.evaluator.needs_reference:
             return await self.evaluator(row, answer)
         key = digest_of([self.evaluator.digest, list(row.messages), row.reference, answer])
+        judge = self.evaluator if isinstance(self.evaluator, Judge) else None
         asked = False
 
-        async def ask() -> float:
+        async def ask() -> float | None:
             nonlocal asked
             asked = True
-            return await self.evaluator(row, answer)
+            return await (judge.score(row, answer) if judge else self.evaluator(row, answer))
 
         score = await self.calls.remember_score(key, ask)
-        if not asked and isinstance(self.evaluator, Judge):
-            self.evaluator.remember()
+        if score is None:  # not kept: a rerun sees again how often the judge decides, and asks one that was mended
+            return TIE
+        if judge and not asked:
+            judge.remember()
         return score
 
     def refuse_nothing_but_errors(self, errors: int, asked: int) -> None:

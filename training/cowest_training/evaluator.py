@@ -9,8 +9,9 @@
 | Judge | a model's verdict 0, 0.5 or 1, asked in both orders; disagreement is a tie (0.5) |
 | HTTP | what the user's own scorer says |
 
-An evaluator that cannot tell raises (endpoint away: retryable), it never makes a score up. Differs from the
-paper, where the strong model itself evaluates: a judge should be of another family.
+An evaluator that cannot tell raises (endpoint away: retryable), it never makes a score up. A few texts that a judge
+gives no verdict on are ties; many are no measurement. Differs from the paper, where the strong model itself evaluates:
+a judge should be of another family.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ SCORER_CONCURRENCY = 8  # a scorer may well have one thread: more at once would 
 MAX_UNDECIDED = 0.1  # a judge that gives no verdict more often than this is no judge
 ENOUGH_VERDICTS = 50  # a share of fewer says little
 NEVER_DECIDES = 6  # verdicts that a judge fails to give before its first one
+ORDERS = 2  # in which a judge is asked, so verdicts of one score
+TIE = 0.5
 
 
 class Score(Protocol):
@@ -513,19 +516,23 @@ class Judge:
         self._endpoint = settings.endpoint or ""
         self._model = model
         self._decided = self._undecided = 0  # verdicts
+        self._refused: Counter[str] = Counter()  # requests, by row
 
     async def __call__(self, row: Row, answer: str) -> float:
-        return await self.score(row, answer)
+        score = await self.score(row, answer)
+        return TIE if score is None else score
 
-    async def score(self, row: Row, answer: str) -> float:
-        """0, 0.5 or 1; 0.5 also where the two orders disagree."""
+    async def score(self, row: Row, answer: str) -> float | None:
+        """0, 0.5 or 1; 0.5 also where the two orders disagree. None, which is worth a tie, where one has no verdict."""
         measure = _section("reference", row.reference) if row.reference else "There is no reference."
         graded = _section("answer", extracted(self._extract, answer))
         verdicts = [
-            await self._verdict(_filled(_POINTWISE, row, self._standard(row), first=first, second=second), _GRADES)
+            await self._verdict(row, _filled(_POINTWISE, row, self._standard(row), first=first, second=second), _GRADES)
             for first, second in ((measure, graded), (graded, measure))
         ]
-        return verdicts[0] if verdicts[0] == verdicts[1] else 0.5
+        if None in verdicts:
+            return None
+        return verdicts[0] if verdicts[0] == verdicts[1] else TIE
 
     async def prefer(self, row: Row, a: str, b: str) -> float:
         """1 when `a` is better in both orders, 0 when `b` is, else 0.5."""
@@ -533,12 +540,13 @@ class Judge:
         reference = f"\n{_section('reference', row.reference)}\n" if row.reference else ""
         there, back = [
             await self._verdict(
+                row,
                 _filled(_PAIRWISE, row, self._standard(row), first=first, second=second, reference=reference),
                 _WINNERS,
             )
             for first, second in (sections, sections[::-1])
         ]
-        return there if there == 1 - back else 0.5
+        return there if there is not None and back is not None and there == 1 - back else TIE
 
     async def aclose(self) -> None:
         if isinstance(self._model, HttpChatModel):
@@ -549,13 +557,14 @@ class Judge:
         return rubric + (" It agrees with the reference." if row.reference else "")
 
     def remember(self) -> None:
-        """A score of before, whose verdicts were not asked for again, is one of a judge that does as told."""
-        self._decided += 2
+        """A score of before, whose verdicts were not asked for again, is one of a judge that gave them all."""
+        self._decided += ORDERS
 
-    async def _verdict(self, prompt: str, words: Mapping[str, float]) -> float:
+    async def _verdict(self, row: Row, prompt: str, words: Mapping[str, float]) -> float | None:
         """The last verdict word of the judge's text; asked again with another seed where there is none.
 
-        What a content filter withholds, or is too long, is a tie; a model that does not do as told is no judge.
+        None where a content filter withholds it, the text is too long, or the judge does not do as told: one that does
+        so often is no judge.
         """
         pattern = re.compile(r"\b(" + "|".join(words) + r")\b")
         text = ""
@@ -567,19 +576,26 @@ class Judge:
             except BadRequest as error:
                 if not is_clients_fault(error):
                     raise
-                return 0.5  # asking again changes nothing
+                # Asking again changes nothing. A query may be why each answer to it is refused: it counts as one text.
+                self._refused[row.id] += 1
+                if self._refused[row.id] <= ORDERS:
+                    self._miss(f"it refused the last one: {error} Or name a judge that takes such texts.")
+                return None
             if found := pattern.findall(text):
                 self._decided += 1
                 return words[found[-1]]
+        self._miss(f"wanted one of {', '.join(words)}, saw {text[:120]!r}. Name a model that follows instructions.")
+        return None
+
+    def _miss(self, why: str) -> None:
+        """A verdict that was not given. Raises `StepError` once there are too many."""
         self._undecided += 1
         asked_in_all = self._decided + self._undecided
         is_rare = asked_in_all < ENOUGH_VERDICTS or self._undecided <= MAX_UNDECIDED * asked_in_all
         if not is_rare or (not self._decided and self._undecided >= NEVER_DECIDES):
             raise StepError(
-                f"the judge {self._endpoint} gave {self._undecided} answers without a verdict: wanted one of "
-                f"{', '.join(words)}, saw {text[:120]!r}. Name a model that follows instructions."
+                f"the judge {self._endpoint} left {self._undecided} of {asked_in_all} requests without a verdict: {why}"
             )
-        return 0.5
 
 
 def judge_model(settings: Evaluator, api_key: str | None) -> HttpChatModel:

@@ -29,7 +29,7 @@ class PaidCalls(book.PaidCalls):
         with _ending_the_step():
             return await super().answer(model, call)
 
-    async def remember_score(self, key: str, score: Callable[[], Awaitable[float]]) -> float:
+    async def remember_score(self, key: str, score: Callable[[], Awaitable[float | None]]) -> float | None:
         with _ending_the_step():
             return await super().remember_score(key, score)
 
