@@ -51,6 +51,7 @@ from cowest_serving.traces import read_traces
 from tests.benchmarks.gateway import tools
 from tests.benchmarks.gateway.processes import Unavailable
 from tests.benchmarks.plain_http import Client, Reply, answer_to, question, text_of
+from tests.ports import free_port
 
 LIFE = (0.3, 1.7)  # seconds under load from ready to the kill
 PATIENCE = 20.0  # seconds for an answer
@@ -175,12 +176,6 @@ def is_right(reply: Reply, call: str) -> bool:
 
 
 # ---------------------------------------------------------------- processes
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
-
-
 def is_up(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2) as response:

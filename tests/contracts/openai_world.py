@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Arm, Collaboration, Pair, Routing, Strong, dump
 from cowest_serving.traces import read_feedback, read_traces
+from tests.ports import free_port
 
 STUB = Path(__file__).with_name("openai_stub.py")
 KEYS = ("alpha-key", "beta-key")  # of the gateway's clients
@@ -144,9 +144,3 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> N
 def get_json(url: str) -> Any:
     with urllib.request.urlopen(url, timeout=10) as response:
         return json.load(response)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -42,6 +41,7 @@ from cowest_operator.metrics import Metrics
 from cowest_operator.objects import common, ray
 from cowest_operator.schema import default
 from cowest_serving import app, proxy
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 CHARTS = ROOT / "charts"
@@ -552,8 +552,7 @@ def bucket_job(values: str, *sets: str) -> tuple[list[str], list[str]]:
 
 @pytest.fixture(scope="module")
 def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     data = tmp_path_factory.mktemp("minio")
     environment = dict(os.environ)
     for name, value in (("USER", "tester"), ("PASSWORD", "only-for-tests")):

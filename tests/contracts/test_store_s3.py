@@ -10,7 +10,6 @@ import http.server
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -35,6 +34,7 @@ from cowest_serving.traces import TraceWriter, read_traces
 from cowest_training import steps
 from cowest_training.contract import Manifest
 from cowest_training.data import read_rows
+from tests.ports import free_port
 from tests.unit.test_store import rotate
 
 ACCESS, SECRET = "cowest-test", "cowest-test-secret"
@@ -79,11 +79,6 @@ SERVERS = [
     pytest.param(minio, id="MinIO", marks=needs(MINIO, "minio binary: put it on PATH or name it in COWEST_TEST_MINIO")),
     pytest.param(seaweedfs, id="SeaweedFS", marks=needs(WEED, "weed binary: `make setup` brings it")),
 ]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module", params=SERVERS)

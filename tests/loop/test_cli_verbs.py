@@ -23,7 +23,6 @@ import yaml
 
 from cowest_cli import jobs
 from cowest_cli import main as cli
-from cowest_cli.processes import free_port
 from cowest_operator import api, manifest
 from cowest_operator.schema import check
 from cowest_serving.contract import Arm, Routing, dump
@@ -36,6 +35,7 @@ from cowest_training.steps import manifest_json
 from tests import world as w
 from tests.fakes import Fault, ScriptedModel
 from tests.manifests import edited
+from tests.ports import free_port
 
 # What a model, a log or a person may say: steers a terminal, breaks console markup, is markup in a page.
 NASTY = "\x1b[2Jgone [/red] [bold]loud <script>alert(1)</script> \x07 & 'so' \"on\" on http://evil.example/x.js"

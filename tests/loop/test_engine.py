@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from cowest_cli.processes import free_port
 from tests.fakes import Call, ScriptedModel
 from tests.loop.runs import COWEST, running
 from tests.loop.tiny_models import make_model
+from tests.ports import free_port
 
 WORDS = [f"w{i}" for i in range(40)]
 pytestmark = pytest.mark.timeout(1000)  # a run takes a minute on two idle cores, and much longer beside other work

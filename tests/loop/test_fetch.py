@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -23,15 +22,11 @@ from cowest_serving import store
 from cowest_serving.fetch import fetch, main, target_of
 from cowest_serving.model_files import ModelFolderError, model_digest
 from cowest_serving.store import StoreError
+from tests.ports import free_port
 
 MINIO = os.environ.get("COWEST_TEST_MINIO") or shutil.which("minio")
 needs_minio = pytest.mark.skipif(not MINIO, reason="no minio binary: put it on PATH or name it in COWEST_TEST_MINIO")
 KEYS = ("cowest-test", "cowest-test-secret")
-
-
-def free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def s3_environment(address: str) -> Mapping[str, str]:
@@ -176,7 +171,7 @@ def test_a_digest_that_is_none_is_refused_before_anything_is_fetched(tmp_path: P
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> str:
     """The address of a store that is not there yet."""
-    address = free_address()
+    address = f"127.0.0.1:{free_port()}"
     for name, value in s3_environment(address).items():
         monkeypatch.setenv(name, value)
     return address

@@ -33,8 +33,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from cowest_cli.processes import free_port
 from tests.loop.runs import COWEST, running
+from tests.ports import free_port
 
 BASKETS = ("edible", "toxic", "deadly")
 MUSHROOMS = ("bolavis", "coretus", "lepimma", "rusolus", "triulina", "amydon", "panavis", "galetus", "inimma")

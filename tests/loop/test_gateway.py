@@ -49,7 +49,8 @@ from cowest_serving.routing import FileRouting
 from cowest_serving.spool import LogFile
 from cowest_serving.traces import SpooledTraces, TraceWriter, read_feedback, read_traces
 from tests.fakes import Fault, ScriptedModel
-from tests.loop.test_fetch import free_address, minio_server, needs_minio, s3_environment
+from tests.loop.test_fetch import minio_server, needs_minio, s3_environment
+from tests.ports import free_port
 
 PROMPTS = replace(
     DEFAULT_PROMPTS["Explanation"], draft="DRAFT {query}", refine="{query} | {draft}", solo="SOLO {query}"
@@ -1349,12 +1350,6 @@ def command(tmp_path: Path, port: int, *more: str) -> list[str]:
     return [sys.executable, "-m", "cowest_serving.app", *map(str, files), "--port", str(port), *more]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
-
-
 async def ready(url: str, process: subprocess.Popen[Any]) -> None:
     async with aiohttp.ClientSession() as http, asyncio.timeout(30):
         while True:
@@ -1433,7 +1428,7 @@ async def test_a_second_signal_ends_the_drain(tmp_path: Path) -> None:
 async def test_a_store_that_is_away_at_the_start_gets_all_records_when_it_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: str
 ) -> None:
-    address = free_address()
+    address = f"127.0.0.1:{free_port()}"
     for name, value in s3_environment(address).items():
         monkeypatch.setenv(name, value)
     store = "s3://models/shop/desk"

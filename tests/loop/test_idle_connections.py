@@ -8,8 +8,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tests.loop.test_gateway import started
-from tests.loop.test_weak_server import WORDS, free_port, process, wait_ready
+from tests.loop.test_weak_server import WORDS, process, wait_ready
 from tests.loop.tiny_models import make_model
+from tests.ports import free_port
 
 UVICORNS_OWN_SECONDS = 5.0
 

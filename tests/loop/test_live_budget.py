@@ -28,7 +28,6 @@ from tests.loop.test_gateway import (
     Gateway,
     arm_of,
     command,
-    free_port,
     gateway,
     ready,
     settings_of,
@@ -38,6 +37,7 @@ from tests.loop.test_gateway import (
 )
 from tests.loop.test_proxy import proxy
 from tests.loop.test_workers import workers_of
+from tests.ports import free_port
 
 PRICES = Prices(1_000_000.0, 1_000_000.0, "EUR")
 DRAFTING: Any = {"headers": {"x-cowest-model-digest": "sha256:weak"}, "answers": "a hint"}

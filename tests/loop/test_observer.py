@@ -27,6 +27,7 @@ from cowest_serving import store, traces
 from cowest_training import observer
 from cowest_training.contract import Evaluator
 from tests.loop.test_collect import START, Desk
+from tests.ports import free_port
 
 EXACT = Evaluator("ExactMatch")
 AWAY = {"COWEST_S3_PATH_STYLE": "true", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "x"}
@@ -158,8 +159,7 @@ def running(desk: Desk, store_uri: str, env: Mapping[str, str] | None = None) ->
     job = json.loads((desk.folder / "job.json").read_text())
     job["data"]["heldOut"] = str(desk.folder / "held_out.jsonl")
     (desk.folder / "job.json").write_text(json.dumps(job))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-P", "-m", "cowest_training.observer", "--store", store_uri, "--port", str(port)]
     command += ["--job", str(desk.folder / "job.json"), "--count-seconds", "0.1"]
     with subprocess.Popen(command, env={**os.environ, **(env or {})}) as process:
@@ -294,9 +294,7 @@ def questions(server: socket.socket) -> list[str]:
 
 
 def test_a_store_that_is_away_is_said_and_counted(desk: Desk) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    env = {**AWAY, "COWEST_S3_ENDPOINT": f"http://127.0.0.1:{port}"}
+    env = {**AWAY, "COWEST_S3_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
     with running(desk, "s3://bucket/desk", env) as served:
         status, body = served.artifact("s3://bucket/desk/runs/r0/manifest.json")
         assert status == 503 and "COWEST_S3_ENDPOINT" in body["error"]["message"]

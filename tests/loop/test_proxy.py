@@ -28,6 +28,7 @@ from cowest_serving.proxy import Server, build_app, decimal_text
 from cowest_training.asking import Asking, open_asking
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, Evaluator, Row, StepError
 from tests.fakes import Call, Fault, ScriptedModel, unused_port
+from tests.ports import free_port
 
 PRICES = Prices(input_per_million_tokens=1e6, output_per_million_tokens=2e6, currency="USD")  # 1 and 2 USD a token
 HINTS = ("retry-after", "retry-after-ms", "x-should-retry")
@@ -531,12 +532,6 @@ async def test_a_book_that_cannot_be_written_makes_the_proxy_unready(tmp_path: P
 
 
 # ---------------------------------------------------------------- the process
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
-
-
 def command(tmp_path: Path, strong: Strong, port: int) -> list[str]:
     (tmp_path / "job.json").write_text(json.dumps({"kind": "CollaborationJob", "spec": {"strong": dump(strong)}}))
     files = ["--job", str(tmp_path / "job.json"), "--book", str(tmp_path / "book.sqlite")]

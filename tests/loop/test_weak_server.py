@@ -29,6 +29,7 @@ from cowest_serving.model_files import model_digest
 from cowest_serving.weak_server import MAX_BODY, build_app
 from cowest_serving.weak_worker import Worker
 from tests.loop.tiny_models import make_model
+from tests.ports import free_port
 
 WORDS = [f"w{i}" for i in range(60)]
 ASKED: Any = [{"role": "user", "content": "w1 w2"}]
@@ -212,11 +213,6 @@ def process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     finally:
         child.kill()
         child.communicate()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def status_of(url: str) -> int:

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cowest_cli.processes import free_port
 from tests.benchmarks.gateway.processes import Tree, Unavailable
 from tests.benchmarks.gateway.tools import loadgen
+from tests.ports import free_port
 
 # One processor in use, as there is one core: without it Go's scheduler spins on a second.
 _ONE = {"GOMAXPROCS": "1"}

@@ -11,12 +11,12 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from cowest_cli.processes import free_port
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Arm, Pair, Routing, dump
 from tests.benchmarks.gateway import tools
 from tests.benchmarks.gateway.load import Ask, Stubs, chat
 from tests.benchmarks.gateway.processes import Tree
+from tests.ports import free_port
 
 T = TypeVar("T")
 Records = Literal["spool", "memory", "none"]
