@@ -14,8 +14,12 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -25,6 +29,7 @@ from cowest_training.shared_prompt import SharedPromptDPOTrainer, groups_of, row
 from tests.loop.tiny_models import make_model
 
 WORDS = 97
+WINDOW = 16
 
 
 def llama() -> Any:
@@ -42,6 +47,18 @@ def gpt2() -> Any:
     return GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, n_positions=128, n_embd=32, n_layer=3, n_head=4))
 
 
+def mistral() -> Any:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = MistralConfig(vocab_size=WORDS, num_key_value_heads=2, sliding_window=WINDOW, **shape)
+    return MistralForCausalLM(config)
+
+
+def gpt_neo() -> Any:
+    """Its window has a name of its own."""
+    shape = {"hidden_size": 32, "num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4}
+    return GPTNeoForCausalLM(GPTNeoConfig(vocab_size=WORDS, max_position_embeddings=128, window_size=WINDOW, **shape))
+
+
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOP_HALF = LoraConfig(r=4, target_modules=LINEAR, layers_to_transform=[2, 3], layers_pattern="layers")
 CASES = [
@@ -52,14 +69,23 @@ CASES = [
 ]
 
 
-def examples(pairs: int = 12) -> list[dict[str, list[int]]]:
+Examples = list[dict[str, list[int]]]
+
+
+def examples(pairs: int = 12, prompts: tuple[int, int] = (1, 40), drafts: tuple[int, int] = (1, 12)) -> Examples:
     chance = torch.Generator().manual_seed(1)
 
     def some(low: int, high: int) -> list[int]:
         length = int(torch.randint(low, high, (), generator=chance))
         return torch.randint(3, WORDS, (length,), generator=chance).tolist()
 
-    return [{"prompt_ids": some(1, 40), "chosen_ids": some(1, 12), "rejected_ids": some(1, 12)} for _ in range(pairs)]
+    return [
+        {"prompt_ids": some(*prompts), "chosen_ids": some(*drafts), "rejected_ids": some(*drafts)} for _ in range(pairs)
+    ]
+
+
+SHORT = examples(8, prompts=(1, 5), drafts=(1, 5))  # also as rows they fit into the window
+LONG = examples(4, prompts=(30, 40))
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +108,14 @@ class Ours(Tokenised, SharedPromptDPOTrainer):
     pass
 
 
-def trainer_of(kind: Any, make: Any, peft: Any, folder: Path, tokenizer: Any) -> Any:
+def trainer_of(kind: Any, make: Any, peft: Any, folder: Path, tokenizer: Any, data: Dataset | None = None) -> Any:
     torch.manual_seed(0)
     config = DPOConfig(
         output_dir=str(folder), per_device_train_batch_size=4, num_train_epochs=3, learning_rate=0.05, optim="sgd",
         loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2], precompute_ref_log_probs=True, use_cpu=True, bf16=False,
         seed=0, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, lr_scheduler_type="constant",
     )  # fmt: skip
-    data = Dataset.from_list(examples())
+    data = data or Dataset.from_list(examples())
     # TRL keeps the reference's log-probabilities by data and weights: each kind must make its own.
     data = data.add_column("whose", [kind.__name__] * len(data))
     return kind(model=make(), args=config, train_dataset=data, processing_class=tokenizer, peft_config=peft)
@@ -108,7 +134,7 @@ def test_three_epochs_give_the_same_losses_and_weights_either_way(
         reference = trainer.train_dataset["ref_chosen_logps"][:]
         found.append((losses, weights, reference))
     (theirs, their_weights, their_reference), (ours, our_weights, our_reference) = found
-    assert trainer.shared.is_used
+    assert not trainer.shared.differs
     assert (trainer.shared.kept.hits > 24) is bool(frozen), "each pair once in the reference's pass, once an epoch"
     assert our_reference == pytest.approx(their_reference, abs=1e-4)
     assert len(theirs) == 9 and ours == pytest.approx(theirs, abs=1e-4)
@@ -145,8 +171,49 @@ def test_a_model_that_gives_something_else_in_one_row_is_run_in_trls_way(
 
     trainer = trainer_of(Ours, make, None, tmp_path, tokenizer)
     trainer.train()
-    assert trainer.shared.is_used is False
+    assert trainer.shared.differs and trainer.shared.checked == (0, 0)
     assert "TRL's own way is kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("make", "pairs", "shares"),
+    [
+        pytest.param(mistral, SHORT + LONG, True, id="Mistral, short batches first"),
+        pytest.param(mistral, LONG + SHORT, True, id="Mistral, a long batch first"),
+        pytest.param(gpt_neo, SHORT + LONG, True, id="GPT-Neo, short batches first"),
+        pytest.param(gpt_neo, LONG + SHORT, False, id="GPT-Neo, a long batch first"),
+    ],
+)
+def test_what_does_not_fit_into_a_window_is_run_in_trls_way_whatever_came_before(
+    make: Any, pairs: Examples, shares: bool, tmp_path: Path, tokenizer: Any
+) -> None:
+    found = []
+    for kind in (Theirs, Ours):
+        trainer = trainer_of(kind, make, None, tmp_path, tokenizer, Dataset.from_list(pairs))
+        reference = [trainer.train_dataset[f"ref_{side}_logps"][:] for side in ("chosen", "rejected")]
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found.append((reference, losses))
+    (their_reference, theirs), (our_reference, ours) = found
+    assert our_reference == [pytest.approx(side, abs=1e-4) for side in their_reference]
+    assert len(theirs) == 9 and ours == pytest.approx(theirs, abs=1e-4)
+    longest, _ = trainer.shared.checked
+    assert longest <= WINDOW and (longest > 0) is shares
+    assert trainer.shared.differs is (make is gpt_neo)
+
+
+@pytest.mark.parametrize("make", [mistral, gpt_neo])
+def test_a_reference_from_the_cache_of_an_earlier_run_is_that_of_the_policy(
+    make: Any, tmp_path: Path, tokenizer: Any
+) -> None:
+    Dataset.from_list(SHORT + LONG).save_to_disk(tmp_path / "pairs")
+    trainers = [
+        trainer_of(Ours, make, None, tmp_path, tokenizer, Dataset.load_from_disk(tmp_path / "pairs")) for _ in range(2)
+    ]
+    assert [trainer.shared.checked > (0, 0) for trainer in trainers] == [True, False], "the second finds it"
+    trainers[1].train()
+    margins = [entry["rewards/margins"] for entry in trainers[1].state.log_history if "rewards/margins" in entry]
+    assert margins[0] == pytest.approx(0, abs=1e-5), "nothing is learnt yet"
 
 
 # ---------------------------------------------------------------- rows

@@ -9,8 +9,10 @@ every epoch and, off GPUs, projects each position onto the vocabulary. Here
     frozen layers     below the lowest one that is tuned run once a pair; what comes out of them is kept on disk
 
 Loss, metrics and the reference are TRL's own: only what `model(..., fused_lm_head=True)` gives is made in another way.
-The first batch is computed both ways; where they differ (an attention that goes by something else than mask and
-positions) TRL's own way is kept, and said. In place of a `DPOTrainer` of TRL 1.16:
+A batch with a longer sequence or row than any before is computed both ways. Once they differ (an attention that goes by
+something else than mask and positions) TRL's own way is kept, and said, for all that is longer than what was the same.
+It is kept, too, for sequences that exceed the window of sliding or chunked attention: the row's mask would take the
+place of the window's. In place of a `DPOTrainer` of TRL 1.16:
 
     trainer = SharedPromptDPOTrainer(model=model, args=DPOConfig(precompute_ref_log_probs=True, ...), ...)
     trainer.train()
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import tempfile
 import types
@@ -42,6 +45,7 @@ OUTPUTS = ("entropy", "mean_logits", "is_top1")  # that TRL's metrics want besid
 VOCABULARY_AT_ONCE = 16384
 TOKENS_AT_ONCE = 8192  # of one group of rows
 MOST_PADDING = 0.1  # share of a group
+WINDOWS = ("sliding_window", "attention_chunk_size")  # in a configuration: how many tokens a layer sees at most
 TOLERANCE = 1e-3  # of a log-probability, in nats: float32 sums in another order
 IGNORED = -100
 
@@ -86,6 +90,11 @@ class Row:
     @property
     def size(self) -> int:
         return len(self.ids)
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of the prompt and the longer draft."""
+        return self.prompt + max(self.chosen, self.rejected)
 
     def scored(self) -> tuple[Tensor, Tensor]:
         """Indices in the row that predict the tokens of chosen and of rejected."""
@@ -194,28 +203,50 @@ def _only(backbone: Any, layers: Sequence[nn.Module], norm: nn.Module) -> Iterat
 
 
 # ---------------------------------------------------------------- the model
+def window_of(config: Any) -> float:
+    """The longest sequence of which each layer sees all, as far as a model's configuration says."""
+    found = (getattr(config.get_text_config(), name, None) for name in WINDOWS)
+    return min((size for size in found if isinstance(size, int) and size > 0), default=math.inf)
+
+
 class Shared:
     """Stands in for a model's `forward`. Calls without `fused_lm_head` are the model's own."""
 
     def __init__(self, model: Any, theirs: Any) -> None:
         self._model, self._theirs, self.kept = model, theirs, Kept()
-        self.is_used: bool | None = None  # None: before the first batch
+        self.checked = (0, 0)  # the longest sequence and the longest row for which both ways were seen to give the same
+        self.differs = False  # beyond these
+        self._window = window_of(model.config)
         self._frozen = frozen_layers(model.base_model)  # now: what runs without its adapters shows none that is tuned
 
     def forward(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return self._theirs(*args, **kwargs)
         rows = None
-        if self.is_used is not False and set(kwargs) <= {"input_ids", "attention_mask", "labels", "use_cache"}:
+        if set(kwargs) <= {"input_ids", "attention_mask", "labels", "use_cache"}:
             rows = rows_of(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
-        if rows is None:
+        if rows is None or not self._may_share(rows, kwargs):
             return self._theirs(*args, fused_lm_head=True, **kwargs)
-        if self.is_used is None:
-            self.is_used = self._is_the_same(rows, kwargs)
-            if not self.is_used:
-                log.warning("This model's attention does not allow two drafts in a row: TRL's own way is kept.")
-                return self._theirs(*args, fused_lm_head=True, **kwargs)
         return self._scored(rows, kwargs["labels"])
+
+    def _may_share(self, rows: Sequence[Row], kwargs: dict[str, Any]) -> bool:
+        """Not where it might differ: the reference, perhaps from TRL's cache, and the policy are made either way."""
+        sequence, row = max(row.sequence for row in rows), max(row.size for row in rows)
+        if sequence > self._window:
+            return False
+        if sequence <= self.checked[0] and row <= self.checked[1]:
+            return True
+        if self.differs:
+            return False
+        if self._is_the_same(rows, kwargs):
+            self.checked = max(sequence, self.checked[0]), max(row, self.checked[1])
+            return True
+        self.differs = True
+        log.warning(
+            "This model gives something else for two drafts in a row of %d tokens: TRL's own way is kept for sequences "
+            "of more than %d tokens and rows of more than %d.", row, *self.checked
+        )  # fmt: skip
+        return False
 
     @torch.no_grad()
     def _is_the_same(self, rows: Sequence[Row], kwargs: dict[str, Any]) -> bool:
@@ -228,8 +259,10 @@ class Shared:
             return False
         close = max(float((each - wanted).abs().max()) for each in seen) <= TOLERANCE
         if not close and self._frozen:
-            self._frozen = 0  # the layers above want more than what comes out of those below
-            return self._is_the_same(rows, kwargs)
+            # Perhaps the layers above want more than what comes out of those below.
+            frozen, self._frozen = self._frozen, 0
+            close = self._is_the_same(rows, kwargs)
+            self._frozen = 0 if close else frozen
         return close
 
     def _scored(self, rows: Sequence[Row], labels: Tensor) -> FusedCausalLMOutput:
