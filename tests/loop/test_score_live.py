@@ -298,6 +298,17 @@ def test_a_watcher_that_begins_again_draws_no_draft_anew(tmp_path: Path, strong:
     assert [arm.score for arm in again.arms if arm.name == "control"] == [2 / 3], "by the later reference"
 
 
+def test_a_watcher_goes_on_in_the_order_of_a_report_of_its_own_step_alone(tmp_path: Path) -> None:
+    canary, out = canary_of(tmp_path), tmp_path / "live.json"
+    assert score_live.read_begun(str(out), canary) == ()
+    score_live.write_report(str(out), score_live.make_report(canary, {}, {}, {}, 0.0, begun=["c2", "c1"]))
+    assert score_live.read_begun(str(out), canary) == ("c2", "c1")
+    assert score_live.read_begun(str(out), replace(canary, step=2)) == ()
+    assert score_live.read_begun(str(out), replace(canary, control=None)) == ()
+    out.write_text("something else")
+    assert score_live.read_begun(str(out), canary) == ()
+
+
 class Counting:
     """Stands for the models behind `Asking`, and counts what it is asked."""
 
@@ -363,6 +374,18 @@ def test_of_a_user_counts_what_could_be_scored_first_and_no_other_before_it_is(t
     assert differences({**early, "t0": 9}, t0=0.0, t1=1.0) == ((0.75, 1),), "a late reference changes no look"
 
 
+def test_what_was_begun_first_of_a_user_counts_though_an_older_record_comes_to_light(tmp_path: Path) -> None:
+    canary = canary_of(tmp_path, 2, signal="ShadowReplay", every_user=True)
+    rows = [trace(f"t{i}", "candidate", user_hash=user) for i, user in enumerate("abcc")]
+    early, late = live_answers(*rows[:2], rows[3]), live_answers(*rows)
+    begun = [answer.id for answer in score_live.next_to_score(canary, score_live.in_order(canary, early, {}), ())]
+    assert begun == ["t0", "t1", "t3"]
+    ready = score_live.in_order(canary, late, {}, begun)
+    assert score_live.next_to_score(canary, ready, begun) == []
+    report = score_live.make_report(canary, late, {}, dict.fromkeys(begun, (1.0, 0.0)), 0.0, begun=begun)
+    assert (report.differences, report.pending, report.begun) == (((1.0, 3),), (), ("t0", "t1", "t3"))
+
+
 # ---------------------------------------------------------------- what is paid for
 def chosen(canary: score_live.Canary, answers: dict[str, score_live.LiveAnswer], begun: Sequence[str] = ()) -> set[str]:
     ready = score_live.in_order(canary, answers, {})
@@ -407,13 +430,11 @@ def test_of_a_control_with_most_of_the_traffic_answers_of_the_whole_step_are_pai
 
 def test_a_replay_scores_what_was_scored_though_more_came_to_light(tmp_path: Path) -> None:
     answers = live_answers(*(trace(f"c{i}", "candidate") for i in range(9)))
-    scored = {"c1", "c4"}  # c0, c2 and c3 came late, or failed for a while
-    ready = score_live.in_order(canary_of(tmp_path, 2), answers, {})
-    pending = score_live.not_scored_yet(canary_of(tmp_path, 2), ready, scored)
-    assert pending == ["c0", "c2", "c3"]
-    assert chosen(canary_of(tmp_path, 2, pending=pending), answers) == scored
-    report = score_live.make_report(canary_of(tmp_path, 2), answers, {}, {id_: (1.0,) for id_ in scored}, 0.0)
-    assert report.unscored_reason == "Of 9 answers 4 are more than the gate looks at, 3 are being scored."
+    begun, scored = ["c4", "c1"], {"c4": (1.0,)}  # c0, c2 and c3 came late, c1 failed for a while
+    report = score_live.make_report(canary_of(tmp_path, 2), answers, {}, scored, 0.0, begun=begun)
+    assert (report.pending, report.begun) == (("c1",), ("c4", "c1"))
+    assert report.unscored_reason == "Of 9 answers 7 are more than the gate looks at, 1 are being scored."
+    assert chosen(canary_of(tmp_path, 2, pending=report.pending), answers, begun) == set()
 
 
 # ---------------------------------------------------------------- refusals
@@ -532,3 +553,46 @@ def test_the_watch_takes_up_what_is_recorded_meanwhile_and_ends_on_sigterm(tmp_p
         finally:
             watch.kill()
     assert live.report().comparison is not None
+
+
+def test_an_older_record_that_comes_late_changes_no_look_no_restart_and_no_replay(
+    tmp_path: Path, strong: ScriptedModel
+) -> None:
+    live = Live(tmp_path, strong.url, canary={"signal": "ShadowReplay"})
+    candidate = world.make_pair(tmp_path / "weak", strong)
+    contents = world.rows()
+
+    def record(**users: str) -> None:
+        rows, words = [], []
+        for id_, user in users.items():
+            asked = contents[int(id_[1:])]
+            content = {"query": asked["query"], "messages": json.dumps([{"role": "user", "content": asked["query"]}])}
+            rows.append(trace(id_, "candidate", pair_digest=candidate.digest, user_hash=user, **content))
+            words.append(word(id_, int(id_[1:]) - 100, reference=asked["reference"]))
+        live.record(rows, words)
+
+    def scored() -> int:
+        return live.report().scored["candidate"] if (tmp_path / "live.json").exists() else 0
+
+    flags = [*live.flags(candidate, None), "--most", "2", "--beyond", "first-of-user"]
+    record(t3="ann", t5="ann")
+    command = [sys.executable, "-m", "cowest_training.score_live", *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as watch:
+        try:
+            wait_for(lambda: scored() == 2, watch)
+            record(t1="bob", t2="ann", t7="cleo")  # t1 and t2 from a gateway that could not reach the store
+            wait_for(lambda: live.report().answers["candidate"] == 5 and scored() >= 4, watch)
+            watch.send_signal(signal.SIGTERM)
+            _, errors = watch.communicate(timeout=30)
+            assert watch.returncode == 0, errors
+        finally:
+            watch.kill()
+    decided = live.report()
+    assert (decided.scored["candidate"], sum(users for _, users in decided.differences)) == (4, 3)
+    assert decided.begun == ("t3", "t5", "t1", "t7")
+    (tmp_path / "decided.json").write_text(json.dumps(asdict(decided)))
+    score_live.main([*flags, "--once"])
+    assert replace(live.report(), updated=decided.updated) == decided, "it began again"
+    record(t0="bob", t4="dan")
+    score_live.main([*flags, "--once", "--until", str(tmp_path / "decided.json")])
+    assert replace(live.report(), updated=decided.updated) == decided, "a replay"

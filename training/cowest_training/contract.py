@@ -325,10 +325,12 @@ class LiveReport:
     unscored_reason: str = ""  # why answers are not usable, as a sentence
     updated: float = 0.0  # epoch seconds
     # Exactly what this report was made of, for replaying it: the last segment of each writer by lane (traces,
-    # feedback), and the answers that could be scored but were not yet.
+    # feedback), the answers that were to be scored but were not yet, and where scores cost money all answers whose
+    # scoring was begun, in that order.
     seen: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     pending: tuple[str, ...] = ()
-    # ShadowReplay: candidate minus control on what could be scored first of a user, and how many users had it.
+    begun: tuple[str, ...] = ()
+    # ShadowReplay: candidate minus control on what was begun first of a user, and how many users had it.
     differences: tuple[tuple[float, int], ...] = ()
     # arm -> requests that the strong model refused, in neither `answers` nor `errors`: what the client sent or what the
     # draft added is to blame. With the one-sided p of "no more of the candidate's users see that than the control's".
@@ -356,6 +358,7 @@ def load_live_report(data: Mapping[str, Any]) -> LiveReport:
         "comparison": Comparison(**comparison) if comparison else None,
         "differences": tuple((float(value), int(users)) for value, users in data.get("differences", ())),
         "pending": tuple(data.get("pending", ())),
+        "begun": tuple(data.get("begun", ())),
     }
     return LiveReport(**{**data, **nested})
 

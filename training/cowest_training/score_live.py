@@ -5,13 +5,14 @@
     Judge          the judge's verdict on each answer
     ShadowReplay   each live query through both arms again, in this process, compared pair by pair
 
-Only records decide: the same traces, feedback and book of calls give the same report. Runs until SIGTERM (or one pass
-with --once) and rewrites the report atomically about once a second. An endpoint or store that is away for a while is
-named in `unscored_reason`, and scoring goes on when it is back. Where a score costs money no more answers are scored
-than the gate looks at (`--most`).
+Only records decide: the same traces, feedback and book of calls, come to light in the same order, give the same
+report. Runs until SIGTERM (or one pass with --once) and rewrites the report atomically about once a second. An
+endpoint or store that is away for a while is named in `unscored_reason`, and scoring goes on when it is back. Where a
+score costs money no more answers are scored than the gate looks at (`--most`).
 
-A report says which records it was made of. `--once --until REPORT` makes the same report again from the kept records,
-which is how a decision is replayed; `--until EPOCH` takes what was recorded by then.
+A report says which records it was made of and, where scores cost money, in which order they were begun: a run that
+begins again goes on in the order of the report at --out. `--once --until REPORT` makes the same report again from the
+kept records, which is how a decision is replayed; `--until EPOCH` takes what was recorded by then.
 
     python -m cowest_training.score_live --job job.yaml --store s3://b/j --candidate pair.json --control solo \\
         --step 0 --since 1764000000 --calls calls.sqlite --out live-0.json
@@ -25,7 +26,7 @@ import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -115,6 +116,7 @@ class Until:
     at: float | None = None
     seen: Mapping[str, Mark] | None = None
     pending: frozenset[str] = frozenset()
+    begun: tuple[str, ...] = ()
 
     def of(self, lane: Lane) -> Mark | float | None:
         return self.at if self.seen is None else self.seen.get(lane, {})
@@ -128,7 +130,7 @@ def read_until(value: str) -> Until:
         report = load_live_report(json.loads(Path(value).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StepError(f"--until {value}: wanted epoch seconds or a report of this step, saw: {error}.") from None
-    return Until(seen=report.seen, pending=frozenset(report.pending))
+    return Until(seen=report.seen, pending=frozenset(report.pending), begun=report.begun)
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,11 @@ class Canary:
     since: float
     until: Until = field(default_factory=Until)
     bound: Bound = field(default_factory=Bound)
+
+    @property
+    def compared(self) -> tuple[str, str, int]:
+        """Candidate, control and step, as the report names them."""
+        return self.candidate.digest, self.control.digest if self.control else SOLO, self.step
 
     @property
     def signal(self) -> str:
@@ -278,12 +285,18 @@ def why_unscorable(answer: LiveAnswer, said: Verdict, canary: Canary) -> str:
 
 
 # ---------------------------------------------------------------- which are scored (pure)
-def in_order(canary: Canary, answers: Mapping[str, LiveAnswer], said: Mapping[str, Verdict]) -> list[LiveAnswer]:
-    """All that can be scored, by when that could be: what comes to light later is never before what was there."""
+def in_order(
+    canary: Canary, answers: Mapping[str, LiveAnswer], said: Mapping[str, Verdict], begun: Iterable[str] = ()
+) -> list[LiveAnswer]:
+    """All that can be scored: what was begun in that order, then the rest by when it could be.
 
-    def since(answer: LiveAnswer) -> tuple[datetime, datetime, str]:
+    Records come late, from a gateway that could not reach the store: an older one is never before what was begun.
+    """
+    place = {id_: number for number, id_ in enumerate(begun)}
+
+    def since(answer: LiveAnswer) -> tuple[int, datetime, datetime, str]:
         heard = said.get(answer.id, Verdict()).heard if canary.needs_reference else None
-        return heard or answer.at, answer.at, answer.id
+        return place.get(answer.id, len(place)), heard or answer.at, answer.at, answer.id
 
     nothing = Verdict()
     ready = (each for each in answers.values() if not why_unscorable(each, said.get(each.id, nothing), canary))
@@ -291,7 +304,7 @@ def in_order(canary: Canary, answers: Mapping[str, LiveAnswer], said: Mapping[st
 
 
 def firsts(ready: Sequence[LiveAnswer]) -> dict[str, LiveAnswer]:
-    """Of each user what could be scored first."""
+    """Of each user what comes first of what is `in_order`."""
     found: dict[str, LiveAnswer] = {}
     for answer in ready:
         found.setdefault(answer.user, answer)
@@ -319,19 +332,12 @@ def next_to_score(canary: Canary, ready: Sequence[LiveAnswer], begun: Collection
     return chosen
 
 
-def not_scored_yet(canary: Canary, ready: Sequence[LiveAnswer], scores: Collection[str]) -> list[str]:
-    """What a scoring anew of the same records would take and this one has not scored."""
-    if (most := canary.most) is None:
-        return [answer.id for answer in ready if answer.id not in scores]
-    found, taken = [], Counter[tuple[str, bool]]()
-    first = firsts(ready) if canary.bound.every_user else {}
-    for answer in ready:
-        share = _share(canary, answer)
-        if answer.id in scores:
-            taken[share] += 1
-        elif (taken[share] < most and _keeps_pace(canary, answer)) or first.get(answer.user) is answer:
-            found.append(answer.id)
-    return found
+def not_scored_yet(
+    canary: Canary, ready: Sequence[LiveAnswer], scores: Collection[str], begun: Collection[str]
+) -> list[str]:
+    """What is being scored or will be tried again, so that a scoring anew of the same records must leave it out."""
+    is_free = canary.most is None  # all is scored then
+    return [answer.id for answer in ready if answer.id not in scores and (is_free or answer.id in begun)]
 
 
 def _share(canary: Canary, answer: LiveAnswer) -> tuple[str, bool]:
@@ -387,10 +393,14 @@ Key = tuple[str, Verdict]
 
 
 class Scorer:
-    """Scores each answer once for each word said about it. What fails for now is tried again in the next pass."""
+    """Scores each answer once for each word said about it. What fails for now is tried again in the next pass.
 
-    def __init__(self, canary: Canary, asking: Asking, drafts: Path) -> None:
+    `begun`: what a run before began, in that order. It is scored again, before anything that came to light since.
+    """
+
+    def __init__(self, canary: Canary, asking: Asking, drafts: Path, begun: Iterable[str] = ()) -> None:
         self._canary, self._asking, self._folder = canary, asking, drafts
+        self.begun = dict.fromkeys(begun)  # a set that keeps its order
         self._tasks: dict[Key, asyncio.Task[Scores]] = {}
         self._weak: dict[str, Generator] = {}
         self._drafts: dict[tuple[str, str], GreedyDrafts] = {}  # by weak model and its prompt
@@ -399,9 +409,14 @@ class Scorer:
 
     def begin(self, ready: Sequence[LiveAnswer], said: Mapping[str, Verdict]) -> None:
         """Start on what should be scored and is not, and again on what another word was said of."""
-        begun = {id_ for id_, _ in self._tasks}
-        again = [answer for answer in ready if answer.id in begun and self._key(answer.id, said) not in self._tasks]
-        for answer in (*again, *next_to_score(self._canary, ready, begun)):
+        left_out = self._canary.until.pending
+        again = [
+            answer
+            for answer in ready
+            if answer.id in self.begun and answer.id not in left_out and self._key(answer.id, said) not in self._tasks
+        ]
+        for answer in (*again, *next_to_score(self._canary, ready, self.begun)):
+            self.begun[answer.id] = None
             self._tasks[self._key(answer.id, said)] = asyncio.create_task(
                 self._score(answer, said.get(answer.id, Verdict()))
             )
@@ -492,18 +507,20 @@ def make_report(
     now: float,
     trouble: str = "",
     seen: Mapping[str, Mark] | None = None,
+    begun: Collection[str] = (),
 ) -> LiveReport:
     asked = {arm: [answer for answer in answers.values() if answer.arm == arm] for arm in (CANDIDATE, CONTROL)}
     by_arm = {arm: [answer for answer in found if not answer.refused] for arm, found in asked.items()}
-    ready = in_order(canary, answers, said)
-    pending = sorted(not_scored_yet(canary, ready, scores))
+    ready = in_order(canary, answers, said, begun)
+    pending = sorted(not_scored_yet(canary, ready, scores, begun))
     samples, seed = _samples(canary, answers, scores), canary.settings.training.seed
     paired = canary.signal == "ShadowReplay"
     alone = samples[CONTROL] if paired and canary.control is None else None
+    candidate, control, step = canary.compared
     return LiveReport(
-        candidate=canary.candidate.digest,
-        control=canary.control.digest if canary.control else SOLO,
-        step=canary.step,
+        candidate=candidate,
+        control=control,
+        step=step,
         answers={arm: len(found) for arm, found in by_arm.items()},
         scored={arm: len(samples[arm][0]) for arm in by_arm},
         errors={arm: sum(answer.failed for answer in found) for arm, found in by_arm.items()},
@@ -514,6 +531,7 @@ def make_report(
         updated=now,
         seen={lane: dict(mark) for lane, mark in (seen or {}).items()},
         pending=tuple(pending),
+        begun=tuple(begun) if canary.is_paid else (),
         refused={arm: sum(answer.refused for answer in found) for arm, found in asked.items()},
         p_refused=p_refused(asked[CANDIDATE], asked[CONTROL]),
     )
@@ -546,7 +564,7 @@ def _samples(canary: Canary, answers: Mapping[str, LiveAnswer], scores: Mapping[
 
 
 def first_differences(ready: Sequence[LiveAnswer], scores: Mapping[str, Scores]) -> tuple[tuple[float, int], ...]:
-    """Of each user that of what could be scored first, once it is: a test that is looked at all the time needs pairs
+    """Of each user that of what was begun first, once it is scored: a test that is looked at all the time needs pairs
     that do not belong together, and one that is not another at the next look."""
     scored = [scores[answer.id] for answer in firsts(ready).values() if answer.id in scores]
     return tuple(sorted(Counter(round(candidate - control, 6) for candidate, control in scored).items()))
@@ -601,6 +619,7 @@ async def _watch(canary: Canary, args: Any, progress: steps.Progress) -> None:
             "set spec.feedback.evaluator.type to Judge, or choose another signal."
         )
     stop = _stop_on_signals() if not args.once else asyncio.Event()
+    begun = canary.until.begun if args.until else await _begun_before(canary, args, stop)
     records = Records(canary, args.store)
     purpose = f"score_live:{canary.candidate.digest[7:19]}"
     strong = canary.settings.strong
@@ -608,7 +627,7 @@ async def _watch(canary: Canary, args: Any, progress: steps.Progress) -> None:
         strong, canary.evaluator, args.calls, purpose=purpose, round_number=args.round,
         redaction=canary.settings.collaboration.redaction,
     ) as asking:  # fmt: skip
-        scorer = Scorer(canary, asking, drafts_folder(args.calls))
+        scorer = Scorer(canary, asking, drafts_folder(args.calls), begun)
         try:
             while True:
                 last = args.once or stop.is_set()
@@ -620,10 +639,25 @@ async def _watch(canary: Canary, args: Any, progress: steps.Progress) -> None:
                     return
                 # A pass over much data takes its time; it gets at most half of it.
                 pause = max(PASS_SECONDS - (time.monotonic() - began), time.monotonic() - began)
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), pause)
+                await _pause(stop, pause)
         finally:
             await scorer.aclose()
+
+
+async def _begun_before(canary: Canary, args: Any, stop: asyncio.Event) -> tuple[str, ...]:
+    """Waits for a store that is away: without it the order of a run before would be overwritten by another."""
+    while True:
+        try:
+            return await asyncio.to_thread(read_begun, args.out, canary)
+        except store.StoreError as error:
+            if args.once or stop.is_set() or not error.retryable:
+                raise
+        await _pause(stop, PASS_SECONDS)
+
+
+async def _pause(stop: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), seconds)
 
 
 async def _one_pass(canary: Canary, records: Records, scorer: Scorer, seconds: float | None) -> LiveReport:
@@ -635,12 +669,23 @@ async def _one_pass(canary: Canary, records: Records, scorer: Scorer, seconds: f
             raise
         trouble = str(error)
     said = records.verdicts
-    scorer.begin(in_order(canary, records.answers, said), said)
+    scorer.begin(in_order(canary, records.answers, said, scorer.begun), said)
     await scorer.settle(seconds)
-    scores = scorer.scores(said)
+    scores, trouble = scorer.scores(said), trouble or scorer.trouble
     return await asyncio.to_thread(
-        make_report, canary, records.answers, said, scores, time.time(), trouble or scorer.trouble, records.seen
+        make_report, canary, records.answers, said, scores, time.time(), trouble, records.seen, scorer.begun
     )
+
+
+def read_begun(uri: str, canary: Canary) -> tuple[str, ...]:
+    """What the run before began, by the report that it left, if that is of this step. Blocks; raises StoreError."""
+    if store.exists(uri):
+        data = store.get(uri)
+        with suppress(ValueError, TypeError, KeyError, AttributeError):  # something else lies there
+            report = load_live_report(json.loads(data))
+            if (report.candidate, report.control, report.step) == canary.compared:
+                return report.begun
+    return ()
 
 
 def write_report(uri: str, report: LiveReport) -> None:
