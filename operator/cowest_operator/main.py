@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
@@ -81,6 +83,23 @@ def registry(watched: Watched, keeper: Keeper, kinds: tuple[str, ...] = CHILDREN
     return built
 
 
+class Patience:
+    """Seconds between kopf's tries of one request; a watch of objects goes on with the last pause for ever.
+
+    A watch that gives up ends the whole operator, and one of many namespaces may have lost its Role. What kopf asks
+    of the cluster has an end: refused the list of namespaces, it takes those that it was told.
+    """
+
+    def __init__(self, *pauses: float) -> None:
+        self.pauses = pauses
+
+    def __iter__(self) -> Iterator[float]:
+        yield from self.pauses
+        task = asyncio.current_task()
+        if task is not None and task.get_name().startswith("watcher for "):  # kopf's name of it
+            yield from itertools.repeat(self.pauses[-1])
+
+
 def kopf_settings() -> kopf.OperatorSettings:
     built = kopf.OperatorSettings()
     built.peering.standalone = True
@@ -89,6 +108,7 @@ def kopf_settings() -> kopf.OperatorSettings:
     built.watching.chunk_size = kube.CHUNK
     built.queueing.idle_timeout = 0.5  # seconds that the task of an object outlives its last event
     built.networking.request_timeout, built.networking.connect_timeout = 30, 5
+    built.networking.error_backoffs = Patience(1, 1, 2, 3, 5, 8, 13, 21)
     for kind in CHILDREN:
         version, plural = kube.PLURALS[kind]
         built.watching.label_selectors[version.rpartition("/")[0], plural] = JOB_LABEL
