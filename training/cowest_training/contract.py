@@ -7,8 +7,8 @@ A step that finds its manifest with the same inputs digest has nothing to do and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
 
 from cowest_serving.contract import Collaboration, Pair, SecretRef, Strong, digest_of
 
@@ -338,29 +338,38 @@ class LiveReport:
     p_refused: float = 1.0
 
 
+T = TypeVar("T")
+
+
+def _known(kind: type[T], data: Mapping[str, Any]) -> T:
+    """Without what `kind` has no field for: a step that is newer than its reader may say more, as after a rollback."""
+    names = {each.name for each in fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    return kind(**{name: value for name, value in data.items() if name in names})
+
+
 def load_report(data: Mapping[str, Any]) -> EvaluationReport:
     """The inverse of `dataclasses.asdict`, as report.json holds it."""
     nested = {
-        "arms": tuple(ArmReport(**arm) for arm in data["arms"]),
-        "against_control": Comparison(**data["against_control"]),
-        "against_solo": Comparison(**data["against_solo"]),
-        "slices": tuple(SliceReport(**part) for part in data.get("slices", ())),
-        "routes": tuple(RouteReport(**part) for part in data.get("routes", ())),
+        "arms": tuple(_known(ArmReport, arm) for arm in data["arms"]),
+        "against_control": _known(Comparison, data["against_control"]),
+        "against_solo": _known(Comparison, data["against_solo"]),
+        "slices": tuple(_known(SliceReport, part) for part in data.get("slices", ())),
+        "routes": tuple(_known(RouteReport, part) for part in data.get("routes", ())),
     }
-    return EvaluationReport(**{**data, **nested})
+    return _known(EvaluationReport, {**data, **nested})
 
 
 def load_live_report(data: Mapping[str, Any]) -> LiveReport:
     """The inverse of `dataclasses.asdict`, as `score_live` writes it."""
     comparison = data.get("comparison")
     nested = {
-        "arms": tuple(ArmReport(**arm) for arm in data.get("arms", ())),
-        "comparison": Comparison(**comparison) if comparison else None,
+        "arms": tuple(_known(ArmReport, arm) for arm in data.get("arms", ())),
+        "comparison": _known(Comparison, comparison) if comparison else None,
         "differences": tuple((float(value), int(users)) for value, users in data.get("differences", ())),
         "pending": tuple(data.get("pending", ())),
         "begun": tuple(data.get("begun", ())),
     }
-    return LiveReport(**{**data, **nested})
+    return _known(LiveReport, {**data, **nested})
 
 
 @dataclass(frozen=True)
