@@ -120,7 +120,7 @@ class Applier:
             return
         version = before["version"] if before is not None else await self._version_before(context, family)
         child = builders.routing_map(context, replace(routing, version=version + 1))
-        self._note(family, await self._put(child, family))
+        await self.put(child, family)
 
     async def _version_before(self, context: Context, family: Family) -> int:
         """Of the routing where the job has none of its own: pods of a job of this name may still follow an older one.
@@ -147,7 +147,7 @@ class Applier:
             del family.children[key_of(child)]
             known = None
         if known is None:
-            await self._create(child, family)
+            await self.create(child, family)
 
     async def _children(self, seen: Observed, plan: api.Plan, family: Family, memory: Memory, refused: Refused) -> None:
         for child in builders.desired(seen.context, plan, seen.frozen_document):
@@ -161,11 +161,14 @@ class Applier:
             return
         if known is not None and child["kind"] == "PersistentVolumeClaim":
             return  # a claim cannot be changed, but for its size by a person
-        now = self._note(family, await self._put(child, family))
+        now = await self.put(child, family)
         memory.applied[key] = (intent, now)
 
+    async def put(self, child: Child, family: Family) -> str:
+        """The stamp that it leaves. Raises `TakenError` too: an apply by force would take over what is another's."""
+        return self._note(family, await self._put(child, family))
+
     async def _put(self, child: Child, family: Family) -> dict[str, Any]:
-        """Raises `TakenError` too. An apply by force would take over, or delete, what is somebody else's."""
         known = family.children.get(key_of(child))
         uid = known.uid if known is not None else await self._uid_of_ours(child)
         try:
@@ -184,7 +187,7 @@ class Applier:
         found = await anext(listed, None)
         return str(_of_the_job(child, found)["metadata"]["uid"]) if found else None
 
-    async def _create(self, child: Child, family: Family) -> None:
+    async def create(self, child: Child, family: Family) -> None:
         """Once: what is there already stays as it is. Raises `TakenError` too."""
         await self.kube.create(child)
         kind, name = key_of(child)
@@ -279,7 +282,7 @@ class Applier:
                 await self._child(orders, family, memory)
                 if step.name in seen.instead:
                     await self._give_up(context, seen.instead[step.name], family)
-                await self._create(steps.workflow(context, step, attempt), family)
+                await self.create(steps.workflow(context, step, attempt), family)
             except KubeError as error:
                 if error.code != 404 and error.retryable:
                     raise

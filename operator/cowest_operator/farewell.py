@@ -11,10 +11,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from cowest_operator import api
+from cowest_operator.apply import Applier, TakenError
 from cowest_operator.kube import Kube, KubeError
 from cowest_operator.objects import ray, steps
-from cowest_operator.objects.common import Child, Context, key_of
-from cowest_operator.watched import ACTIVE, Family, Seen, epoch, retry_after, see
+from cowest_operator.objects.common import Context, key_of
+from cowest_operator.watched import ACTIVE, Family, Seen, epoch, retry_after
 
 log = logging.getLogger("cowest.farewell")
 
@@ -39,13 +40,13 @@ async def hold(kube: Kube, body: Mapping[str, Any]) -> None:
 
 
 async def goodbye(
-    kube: Kube, read: Callable[[], Awaitable[Context | None]], family: Family, now: float | None = None
+    applier: Applier, read: Callable[[], Awaitable[Context | None]], family: Family, now: float | None = None
 ) -> bool:
     """One look at a job that is being deleted; True when it is let go. `read` finds `None` where no manifest is known.
 
     The limit comes before all that may fail: no delete waits for ever.
     """
-    body, now = family.job, time.time() if now is None else now
+    kube, body, now = applier.kube, family.job, time.time() if now is None else now
     assert body is not None
     if FINALIZER not in (body["metadata"].get("finalizers") or []):
         return True
@@ -62,14 +63,23 @@ async def goodbye(
     try:
         for each in needed:
             if key_of(each) not in family.children:
-                _note(family, await kube.apply(each))
-        if await _stopped(kube, context, family, since) and await _erased(kube, context, step, family, now):
+                await applier.put(each, family)
+        if await _stopped(kube, context, family, since) and await _erased(applier, context, step, family, now):
             return await _let_go(kube, body)
     except KubeError as error:
-        if error.code != 403 or "being terminated" not in str(error):
+        if not (why := _hopeless(error)):
             raise
-        return await _let_go(kube, body, "its namespace is being deleted, and nothing can be started there")
+        return await _let_go(kube, body, why)
     return False
+
+
+def _hopeless(error: KubeError) -> str:
+    """Why no later look can erase; empty for what may pass."""
+    if isinstance(error, TakenError):
+        return str(error)
+    if error.code == 403 and "being terminated" in str(error):
+        return "its namespace is being deleted, and nothing can be started there"
+    return ""
 
 
 async def _stopped(kube: Kube, context: Context, family: Family, since: float) -> bool:
@@ -85,28 +95,17 @@ async def _stopped(kube: Kube, context: Context, family: Family, since: float) -
     return since > PODS_LIMIT or all(pod.facts["ended"] for pod in pods)
 
 
-async def _erased(kube: Kube, context: Context, step: api.StepSpec, family: Family, now: float) -> bool:
+async def _erased(applier: Applier, context: Context, step: api.StepSpec, family: Family, now: float) -> bool:
     """One attempt after the other, until one succeeds."""
     attempts = _erasing(family)
     if not attempts:
-        await _begin(kube, steps.unshared(context, step), family)
+        await applier.create(steps.unshared(context, step), family)
         return False
     last = attempts[-1].facts
     if last["phase"] in ("Failed", "Error") and now > last["finished"] + retry_after(last["attempt"], LONGEST_WAIT):
         log.warning("%s: erasing failed: %s; again", context.job.name, last["words"] or last["message"])
-        await _begin(kube, steps.unshared(context, step, last["attempt"] + 1), family)
+        await applier.create(steps.unshared(context, step, last["attempt"] + 1), family)
     return bool(last["phase"] == "Succeeded")
-
-
-async def _begin(kube: Kube, workflow: Child, family: Family) -> None:
-    await kube.create(workflow)
-    if found := await kube.get("Workflow", workflow["metadata"]["namespace"], workflow["metadata"]["name"]):
-        _note(family, found)
-
-
-def _note(family: Family, answer: Mapping[str, Any]) -> None:
-    """Before a watch shows it: the next look is to know what this one did."""
-    family.children[key_of(answer)] = see(answer["kind"], answer)
 
 
 def _erasing(family: Family) -> list[Seen]:

@@ -205,7 +205,7 @@ class Keeper:
             except HoldError:
                 return None
 
-        gone = await farewell.goodbye(self.applier.kube, context, family)
+        gone = await farewell.goodbye(self.applier, context, family)
         return IDLE if gone else LIVE
 
     async def _confess(self, key: Key, memory: Memory, error: Exception) -> None:

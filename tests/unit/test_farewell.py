@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Any, cast
+
+import pytest
 
 from cowest_operator import farewell
 from cowest_operator.apply import Applier
@@ -25,8 +28,8 @@ def leaving(seconds: float = 5.0, **edits: Any) -> Desk:
     return desk
 
 
-def looked(desk: Desk) -> KubeInMemory:
-    server = KubeInMemory(cast(Any, desk.family.job))
+def looked(desk: Desk, *others: dict[str, Any]) -> KubeInMemory:
+    server = KubeInMemory(cast(Any, desk.family.job), *others)
     keeper = Keeper(Watched(), desk.observer(), Applier(cast(Kube, server)), Metrics())
     asyncio.run(keeper._goodbye(desk.family, desk.memory))
     return server
@@ -53,3 +56,26 @@ def test_after_the_limit_a_job_goes_whatever_its_manifest_says() -> None:
 
     desk.maps.get = refused  # type: ignore[method-assign, assignment]
     assert is_let_go(looked(desk))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("ServiceAccount", "claims-steps"),
+        ("Role", "claims-steps"),
+        ("RoleBinding", "claims-steps"),
+        ("ConfigMap", "claims-erase"),
+        ("Workflow", "claims-erase"),
+    ],
+)
+def test_what_is_somebody_elses_is_left_as_it_is_and_the_job_let_go(
+    kind: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    metadata = {"name": name, "namespace": "desks", "uid": "theirs", "resourceVersion": "3"}
+    theirs = {"kind": kind, "metadata": metadata, "data": {"theirs": "1"}}
+    desk = leaving()
+    with caplog.at_level(logging.WARNING):
+        server = looked(desk, theirs)
+    assert server.objects[kind, "desks", name] == theirs
+    assert is_let_go(server)
+    assert f"artifacts were not erased: {kind} {name} exists and is not this job's" in caplog.text
