@@ -13,7 +13,7 @@ from typing import Any
 from cowest_operator import api
 from cowest_operator.apply import Applier, TakenError
 from cowest_operator.kube import Kube, KubeError
-from cowest_operator.objects import ray, steps
+from cowest_operator.objects import ray, servers, steps
 from cowest_operator.objects.common import Context, key_of
 from cowest_operator.watched import ACTIVE, Family, Seen, epoch, retry_after
 
@@ -21,7 +21,8 @@ log = logging.getLogger("cowest.farewell")
 
 FINALIZER, MANAGER = "cowest.dev/artifacts", "cowest-finalizer"
 LIMIT = 600.0  # seconds after the delete; then the job goes and its artifacts stay, and the log says so
-PODS_LIMIT, LONGEST_WAIT = 120.0, 60.0  # seconds for writers to end; between two attempts
+ERASING = 180.0  # seconds of these that are kept for the erasing itself
+PODS_LIMIT, LONGEST_WAIT = 120.0, 60.0  # seconds for writers to end, see `patience`; between two attempts
 ERASE, WRITE = "erase", ("gateway", ray.HEAD, "score-live", "step")  # the step; parts whose pods write
 
 
@@ -82,6 +83,12 @@ def _hopeless(error: KubeError) -> str:
     return ""
 
 
+def patience(context: Context) -> float:
+    """Seconds for writers to end: as long as a gateway may need for its last answer and record, so that none is
+    written after the erasing, unless that would leave no time for it."""
+    return min(max(PODS_LIMIT, servers.grace_seconds(context.job)), LIMIT - ERASING)
+
+
 async def _stopped(kube: Kube, context: Context, family: Family, since: float) -> bool:
     """What writes goes before what it wrote: steps, gateway, live scores. No pod is waited for without end."""
     writers = {("Deployment", context.name(part)) for part in ("gateway", "live")}
@@ -92,7 +99,7 @@ async def _stopped(kube: Kube, context: Context, family: Family, since: float) -
             family.children.pop((kind, name), None)
     erasing = {workflow.name for workflow in _erasing(family)}
     pods = [p for p in family.of("Pod") if p.facts["part"] in WRITE and p.facts["workflow"] not in erasing]
-    return since > PODS_LIMIT or all(pod.facts["ended"] for pod in pods)
+    return since > patience(context) or all(pod.facts["ended"] for pod in pods)
 
 
 async def _erased(applier: Applier, context: Context, step: api.StepSpec, family: Family, now: float) -> bool:

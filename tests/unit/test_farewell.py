@@ -79,3 +79,20 @@ def test_what_is_somebody_elses_is_left_as_it_is_and_the_job_let_go(
     assert server.objects[kind, "desks", name] == theirs
     assert is_let_go(server)
     assert f"artifacts were not erased: {kind} {name} exists and is not this job's" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("timeout", "seconds", "erases"),
+    [
+        pytest.param(30, 119, False, id="two minutes at least"),
+        pytest.param(30, 121, True, id="and no longer where an answer ends sooner"),
+        pytest.param(300, 349, False, id="a long answer may be under way"),
+        pytest.param(300, 351, True, id="its gateway has been killed by now"),
+        pytest.param(3600, 421, True, id="the erasing needs its time too"),
+    ],
+)
+def test_a_gateway_that_still_answers_is_waited_for(timeout: int, seconds: float, erases: bool) -> None:
+    desk = leaving(seconds, **{"strong.timeoutSeconds": timeout})
+    labels = {"cowest.dev/job": "claims", "app.kubernetes.io/component": "gateway"}
+    desk.has("Pod", "gateway-x", metadata={"labels": labels}, status={"phase": "Running"})
+    assert looked(desk).of("Workflow") == (["claims-erase"] if erases else [])

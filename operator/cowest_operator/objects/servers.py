@@ -48,6 +48,11 @@ def _gateways(context: Context) -> int | None:
     return None if context.gateways is None else max(spec.replicas, min(context.gateways, spec.max_replicas))
 
 
+def grace_seconds(job: api.Job) -> int:
+    """That a gateway's pod has to end: for the answer that has just begun, and to write the last records."""
+    return DRAIN_SECONDS + job.spec.strong.timeout_seconds + 45
+
+
 def _gateway_pod(context: Context) -> dict[str, Any]:
     spec = context.job.spec
     job_volume, job_mount = common.job_volume(context)
@@ -89,7 +94,7 @@ def _gateway_pod(context: Context) -> dict[str, Any]:
     return common.pod(
         context,
         serviceAccountName=context.name("gateway"),
-        terminationGracePeriodSeconds=DRAIN_SECONDS + spec.strong.timeout_seconds + 45,  # the last records are written
+        terminationGracePeriodSeconds=grace_seconds(context.job),
         containers=[answering, routing],
         volumes=volumes,
         topologySpreadConstraints=[
