@@ -153,6 +153,8 @@ class Keeper:
                 await self.look_for_the_gone()
             except KubeError as error:
                 log.warning("what is there cannot be listed: %s", error)
+            except Exception:  # one answer that nobody can read must not end all looks to come
+                log.exception("what is there cannot be listed")
 
     async def look_for_the_gone(self) -> None:
         """After a gap in a watch kopf lists anew, and is told of no delete. Names only: it is cheap at 1,000 jobs."""

@@ -212,14 +212,19 @@ class Kube:
         async with self._slots:
             try:
                 answer = await self._client.call_api(method, url, headers, body, _request_timeout=TIMEOUT)
-                text = (await answer.read()).decode()  # type: ignore[no-untyped-call]
+                text = (await answer.read()).decode(errors="replace")  # type: ignore[no-untyped-call]
             except ApiException as error:
                 raise KubeError(error.status or 0, f"{method} {path}: {error.reason}") from error
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 raise KubeError(0, f"{method} {path}: {error or type(error).__name__}") from error
         if answer.status >= 400:
             raise KubeError(answer.status, f"{method} {path}: {_words(text)}")
-        parsed: dict[str, Any] = json.loads(text)
+        try:
+            parsed = json.loads(text)
+        except ValueError:
+            parsed = None
+        if not isinstance(parsed, dict):  # as of a load balancer in between
+            raise KubeError(0, f"{method} {path}: wanted an object of JSON, saw {text[:200]!r}")
         return parsed
 
 

@@ -153,6 +153,9 @@ class Discovery:
             except KubeError as error:
                 log.warning("the API server does not say what is installed: %s", error)
                 continue
+            except Exception:  # one answer that nobody can read must not end all looks to come
+                log.exception("what the API server says is installed cannot be read")
+                continue
             if self.take(seen):
                 log.info("installed: %s", seen)
                 changed()
@@ -171,7 +174,10 @@ class Discovery:
 
     async def look(self) -> Platform:
         """Raises `KubeError`."""
-        groups = {group["name"]: group for group in (await self.kube.read("/apis") or {})["groups"]}
+        found = (await self.kube.read("/apis") or {}).get("groups")
+        if found is None:
+            raise KubeError(0, "GET /apis: wanted the API server's groups, saw none")
+        groups = {group["name"]: group for group in found}
         serving = [await self._kinds(each["groupVersion"]) for each in groups.get(SERVING, {}).get("versions", ())]
         has_kserve = any("InferenceService" in kinds for kinds in serving)
         has_kuberay = self._told and await self._has(groups, "RayService")

@@ -178,3 +178,23 @@ async def test_an_object_that_cannot_be_read_holds_up_no_job() -> None:
     await keeper.turn(KEY, Memory("u"))
     assert ("status", api.KIND, "claims") in server.writes
     await keeper.close()
+
+
+class Stranger(Keeper):
+    """Finds what nobody can read at its first look for what is gone."""
+
+    looks = 0
+
+    async def look_for_the_gone(self) -> None:
+        self.looks += 1
+        if self.looks == 1:
+            raise KeyError("items")
+
+
+async def test_an_answer_that_nobody_can_read_ends_no_looks_for_what_is_gone() -> None:
+    keeper = Stranger(Watched(), cast(Any, None), cast(Any, None), Metrics())
+    looking = asyncio.create_task(keeper.follow(0.001))
+    try:
+        await until(lambda: keeper.looks > 1)
+    finally:
+        looking.cancel()

@@ -7,6 +7,8 @@ import logging
 from typing import Any
 
 import pytest
+from aiohttp import web
+from kubernetes.aio import client
 
 from cowest_operator.kube import Kube, KubeError, undeclared
 
@@ -40,6 +42,29 @@ def test_fields_that_the_clusters_crd_lacks_are_left_out_and_said_once(caplog: p
     assert kube.asked == [STATUS, wanted, wanted], "the second write asks for nothing that was refused"
     (record,) = caplog.records
     assert "status.rounds.proposedWhy, status.sight" in record.message and "Upgrade the CRD" in record.message
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>Welcome</html>", b"[]", b"", b"\xff"], ids=["html", "list", "nothing", "bytes"]
+)
+async def test_an_answer_that_is_none_of_an_api_server_is_as_if_it_were_away(body: bytes) -> None:
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=body)
+
+    app = web.Application()
+    app.router.add_get("/apis", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0]
+    kube = Kube(client.ApiClient(client.Configuration(host=f"http://{host}:{port}")))
+    try:
+        with pytest.raises(KubeError, match="GET /apis: wanted an object of JSON, saw ") as refused:
+            await kube.read("/apis")
+        assert refused.value.retryable
+    finally:
+        await kube.close()
+        await runner.cleanup()
 
 
 def test_any_other_refusal_is_one() -> None:
