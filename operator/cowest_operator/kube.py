@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -22,6 +23,7 @@ CHILDREN, STATUS = "cowest-operator", "cowest-status"  # field managers
 TIMEOUT = 30.0  # seconds of one request
 WRITES_AT_ONCE = 16
 ONLY_METADATA = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+UNDECLARED = 600.0  # seconds that the CRD of the cluster is believed to lack a field: it may be upgraded meanwhile
 AUTHORIZATION = "authorization.k8s.io/v1"
 CHUNK = 250  # objects of one answer to a list: a thousand jobs' pods at once would be hundreds of megabytes
 
@@ -62,10 +64,12 @@ class KubeError(Exception):
 class Kube:
     """A thin client. Raises `KubeError`; an object that is not there is `None`."""
 
-    def __init__(self, api_client: client.ApiClient) -> None:
-        self._client = api_client
+    def __init__(self, api_client: client.ApiClient, undeclared_for: float = UNDECLARED) -> None:
+        self._client, self._undeclared_for = api_client, undeclared_for
         self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
         self._undeclared: frozenset[Field] = frozenset()  # fields of the status that the cluster's CRD does not know
+        self._asked_at = 0.0  # when it last said so
+        self._said: frozenset[Field] = frozenset()  # in the log
 
     @classmethod
     async def connect(cls) -> Kube:
@@ -164,25 +168,30 @@ class Kube:
         """The whole status, by its own field manager; nothing of spec or metadata. 409: the job is not of `version`.
 
         Fields that the cluster's CRD does not declare, as it is older than this operator, are left out and said once.
+        Every few minutes it is asked again, for it may be upgraded.
         """
+        if time.monotonic() - self._asked_at > self._undeclared_for:
+            self._undeclared = frozenset()
+        left_out = self._undeclared
         body = {
             "apiVersion": f"{api.GROUP}/{api.VERSION}",
             "kind": api.KIND,
             "metadata": {"name": name, "namespace": namespace, "resourceVersion": str(version)},
-            "status": _without(status, self._undeclared),
+            "status": _without(status, left_out),
         }
         path = self._path(api.KIND, namespace, name) + "/status"
         query = {"fieldManager": STATUS, "force": "true"}
         try:
             return await self._call("PATCH", path, query, body, "application/apply-patch+yaml")
         except KubeError as error:
-            more = undeclared(str(error)) - self._undeclared
+            more = undeclared(str(error)) - left_out  # by now another job's write may know them too
             if not more:
                 raise
-            names = ", ".join(sorted(".".join(("status", *path)) for path in more))
-            log.warning("The CRD of this cluster is older than this operator: it lacks %s. Upgrade the CRD.", names)
-            self._undeclared |= more
-            body["status"] = _without(status, self._undeclared)
+            if new := more - self._said:
+                names = ", ".join(sorted(".".join(("status", *path)) for path in new))
+                log.warning("The CRD of this cluster is older than this operator: it lacks %s. Upgrade the CRD.", names)
+            self._undeclared, self._said, self._asked_at = self._undeclared | more, self._said | more, time.monotonic()
+            body["status"] = _without(status, left_out | more)
             return await self._call("PATCH", path, query, body, "application/apply-patch+yaml")
 
     async def patch(self, kind: str, namespace: str, name: str, body: Mapping[str, Any]) -> dict[str, Any]:

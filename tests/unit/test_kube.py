@@ -21,14 +21,16 @@ STATUS = {"rounds": [{"number": 1, "proposedWhy": "x"}, {"number": 2}], "sight":
 
 
 class Older(Kube):
-    def __init__(self) -> None:
-        super().__init__(None)  # type: ignore[arg-type]  # nobody is asked
+    def __init__(self, **told: float) -> None:
+        super().__init__(None, **told)  # type: ignore[arg-type]  # nobody is asked
         self.asked: list[Any] = []
+        self.upgraded = False
 
     async def _call(self, *args: Any, **_: Any) -> dict[str, Any]:
         status = args[3]["status"]
         self.asked.append(status)
-        if "sight" in status:
+        await asyncio.sleep(0)
+        if "sight" in status and not self.upgraded:
             raise KubeError(500, SAID)
         return {"metadata": {"resourceVersion": "7"}}
 
@@ -42,6 +44,24 @@ def test_fields_that_the_clusters_crd_lacks_are_left_out_and_said_once(caplog: p
     assert kube.asked == [STATUS, wanted, wanted], "the second write asks for nothing that was refused"
     (record,) = caplog.records
     assert "status.rounds.proposedWhy, status.sight" in record.message and "Upgrade the CRD" in record.message
+
+
+async def test_two_jobs_that_are_told_so_at_once_are_both_written() -> None:
+    kube = Older()
+    await asyncio.gather(*(kube.apply_status("desks", name, STATUS, 3) for name in ("claims", "returns")))
+    assert ["sight" in status for status in kube.asked] == [True, True, False, False]
+
+
+def test_when_the_crd_is_upgraded_its_new_fields_are_written_without_a_restart(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kube = Older(undeclared_for=0.0)
+    for upgraded in (False, False, True):
+        kube.upgraded = upgraded
+        asyncio.run(kube.apply_status("desks", "claims", STATUS, 3))
+    less = {"rounds": [{"number": 1}, {"number": 2}], "state": {"sight": 4}}
+    assert kube.asked == [STATUS, less, STATUS, less, STATUS]
+    assert len(caplog.records) == 1, "what it lacks is said once all the same"
 
 
 @pytest.mark.parametrize(
