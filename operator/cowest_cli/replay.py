@@ -117,7 +117,8 @@ def decided(place: jobs.Home) -> Iterator[Mapping[str, Any]]:
 def replayed(place: jobs.Home, kept: Mapping[str, Any]) -> Replayed:
     """Score the records again and judge. Raises `StepError` when the records cannot be scored."""
     trial = parse(api.Trial, kept["trial"], "trial")
-    canary, gate = parse(api.Canary, kept["canary"], "canary"), parse(api.Gate, kept["gate"], "gate")
+    canary = parse(api.Canary, kept["canary"], "canary")
+    gate = parse(api.Gate, kept["gate"] if "gate" in kept else kept["spec"]["gate"], "gate")  # once it was not kept
     then = load_live_report(kept["report"]) if kept["report"] else None
     live = score_again(place, kept) if then else None
     again = promotion.judge(canary, gate, trial, live, float(kept["now"]))

@@ -144,6 +144,17 @@ def test_a_deadline_without_any_report_is_replayed_too(tmp_path: Path, replay: A
                                " answers when canary.deadlineSeconds = 3600 was over.\n")  # fmt: skip
 
 
+def test_a_decision_that_was_kept_before_its_gate_was_is_replayed_too(tmp_path: Path, replay: Any) -> None:
+    desk = Desk(tmp_path)
+    name = desk.decide(None, now=SINCE + 4000)
+    assert name is not None
+    path = desk.home.store / "runs" / name
+    kept = jobs.read_json(path)
+    jobs.write_json(path, {**kept, "significance": kept.pop("gate")["significance"]})
+    code, said = replay(desk)
+    assert (code, "the same again" in said) == (0, True), said
+
+
 def test_each_look_at_a_step_is_kept_and_replayed(tmp_path: Path, replay: Any) -> None:
     desk = Desk(tmp_path)
     desk.answers("candidate", right=16, wrong=4, start=0)
