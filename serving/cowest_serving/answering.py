@@ -296,6 +296,11 @@ class Record:
         self.errors.append(str(error) if isinstance(error, str) else f"{type(error).__name__}: {error}")
 
     @property
+    def kinds(self) -> list[str]:
+        """Of the errors: what they say beside it may quote content."""
+        return [error.partition(":")[0] for error in self.errors]
+
+    @property
     def tokens(self) -> int:
         """Of both models; where no usage came, as its client left a stream, say, as its text is long."""
         weak, strong = sum(self.weak_tokens), sum(self.strong_tokens)
@@ -306,7 +311,7 @@ class Record:
 
     def model_calls(self) -> Iterator[ModelCall]:
         """The calls behind this answer, for metrics."""
-        kinds = [error.partition(":")[0] for error in self.errors]
+        kinds = self.kinds
         if self.draft_ms is not None and self.arm.weak_endpoint is not None and DRAFT_CACHE not in self.shortcuts:
             error = "" if self.weak_digest else next(iter(kinds), "client_gone")
             served, endpoint = self.weak_digest, self.arm.weak_endpoint
@@ -334,9 +339,21 @@ class Record:
 
     def row(self) -> dict[str, Any]:
         """By TRACE_COLUMNS."""
-        request, pair = self.request, self.arm.pair
         hidden = self.redacted.text if self.redacted else str
-        messages = (self.shown or ()) if self.redacted else request.messages
+        messages = (self.shown or ()) if self.redacted else self.request.messages
+        return {
+            **self.bare_row(),
+            "error": hidden("; ".join(self.errors)),
+            "query": query_text(messages),
+            "messages": orjson.dumps(messages).decode(),
+            "draft": hidden(self.draft),
+            "answer": hidden(self.answer),
+            "placeholders": digests_text(self.redacted),  # last, when every text has its placeholders
+        }
+
+    def bare_row(self, *trouble: str) -> dict[str, Any]:
+        """Without content: digests, times, counts, and the errors' kinds. `trouble`: more of these."""
+        request, pair = self.request, self.arm.pair
         return {
             "trace_id": request.id,
             "time": self.arrived,
@@ -345,7 +362,7 @@ class Record:
             "weight_percent": self.arm.weight_percent,
             "mode": self.mode,
             "status": self.status,
-            "error": hidden("; ".join(self.errors)),
+            "error": "; ".join([*self.kinds, *trouble]),
             "pair_digest": pair.digest,
             "weak_digest": self.weak_digest,
             "prompts_digest": pair.prompts.digest,
@@ -353,10 +370,6 @@ class Record:
             "strong_model": self.strong_model,
             "strong_version": self.strong_version,
             "user_hash": user_hash(request.sticky_key),
-            "query": query_text(messages),
-            "messages": orjson.dumps(messages).decode(),
-            "draft": hidden(self.draft),
-            "answer": hidden(self.answer),
             "draft_ms": self.draft_ms,
             "answer_ms": self.answer_ms,
             "weak_input_tokens": self.weak_tokens[0],
@@ -367,7 +380,6 @@ class Record:
             "shortcut": ",".join(self.shortcuts),
             "application": self.application,
             "propensity": self.way.propensity,
-            "placeholders": digests_text(self.redacted),  # last, when every text has its placeholders
         }
 
     @property
@@ -553,13 +565,15 @@ class Answering:
                 yield event
             return
         started, begun = time.monotonic(), False
-        restored = RestoredStream(record.redacted) if record.redacted and record.redacted.restores else None
         try:
+            messages, parameters = _strong_messages(record, draft), self._parameters(record)
+            # Only now it is known whether anything was hidden: drafts and metadata have identifiers of their own.
+            restored = RestoredStream(record.redacted) if record.redacted and record.redacted.restores else None
             chunks = self._models.strong(record.arm).stream(
-                _strong_messages(record, draft),
+                messages,
                 idempotency_key=record.request.idempotency_key,
                 # The usage is always asked for, since the record needs it.
-                extra={**self._parameters(record), "stream_options": {"include_usage": True}},
+                extra={**parameters, "stream_options": {"include_usage": True}},
                 fell_back=partial(record.failed, FELL_BACK),
                 hedged=partial(record.shortcuts.append, HEDGE),
             )
@@ -583,7 +597,11 @@ class Answering:
         if self._redactor is None:
             return said
         redacted = self._redactor.begin(key=key)
-        return {**redacted.texts(said), "placeholders": digests_text(redacted)}
+        try:
+            return {**redacted.texts(said), "placeholders": digests_text(redacted)}
+        except Exception as error:
+            message = "What must be hidden in these words could not be found: nothing was stored."
+            raise Refusal(503, message, "api_error", code="redaction_failed") from error
 
     async def _hide(self, record: Record) -> None:
         """Before anything is sent or stored; where it fails, nothing is."""

@@ -76,14 +76,14 @@ from cowest_serving.health import METRICS as ENDPOINT_METRICS
 from cowest_serving.hedging import Hedging
 from cowest_serving.ids import new_id
 from cowest_serving.key_files import CLIENT_KEYS, Keys, keys_of
-from cowest_serving.logs import log_to_stderr
+from cowest_serving.logs import log_to_stderr, traced
 from cowest_serving.metrics import GEN_AI, Metrics
 from cowest_serving.open_files import allow_many_connections
 from cowest_serving.routes import Routes
 from cowest_serving.routing import FileRouting, RoutingSource, choose_arm
 from cowest_serving.shared_counts import SharedCounts
 from cowest_serving.store import StoreError, prepare
-from cowest_serving.traces import SpooledTraces, TraceSink, TraceWriter, sampled
+from cowest_serving.traces import SpooledTraces, TraceSink, TraceWriter, is_sampled
 from cowest_serving.words import TEXTS, Repeats, feedback_row, word_key
 from cowest_serving.workers import OWN_METRICS, Place, Siblings, add_flags, listeners_beside, supervise
 
@@ -360,9 +360,7 @@ class Gateway:
 
     def finish(self, record: Record) -> asyncio.Future[bool] | None:
         """Everything that remains of an answer. A fault here must not spoil it. Await it to know if it is durable."""
-        row = record.row()
-        kept_row = row if self._sample_percent >= 100 else sampled(row, self._sample_percent)
-        kept = self.traces.keep(kept_row, others=self.in_flight - 1)
+        kept = self.traces.keep(self._row(record), others=self.in_flight - 1)
         labels: dict[str, str] = {"arm": record.arm.name, "mode": record.mode}
         self.count.count("cowest_answers_total", **labels, status=record.status)
         seconds = time.monotonic() - record.started
@@ -378,10 +376,21 @@ class Gateway:
             self.count.observe_call(call)
         level = logging.DEBUG if record.status == "ok" else logging.WARNING
         if log.isEnabledFor(level):
-            kinds = ", ".join(error.partition(":")[0] for error in record.errors)  # a message may quote content
-            said = (record.request.id, record.arm.name, record.mode, record.status, seconds, kinds)
+            said = (record.request.id, record.arm.name, record.mode, record.status, seconds, ", ".join(record.kinds))
             log.log(level, "%s %s %s %s %.3f s %s", *said)
         return kept
+
+    def _row(self, record: Record) -> dict[str, Any]:
+        """Without its texts where it is not in the sample; and where what they hold cannot be hidden."""
+        if not is_sampled(record.request.id, self._sample_percent):
+            return record.bare_row()
+        try:
+            return record.row()
+        except Exception as error:
+            log.error(
+                "%s has a record without its texts, by a fault of the gateway: %s", record.request.id, traced(error)
+            )
+            return record.bare_row(f"record: {type(error).__name__}")
 
     # ------------------------------------------------------------ the small endpoints
     async def models(self, scope: Scope, _: Receive) -> Whole:
@@ -513,7 +522,7 @@ class Chat:
             record.failed("client_gone", "the client left before its answer was complete")
             raise
         except Exception as error:
-            log.exception("%s failed by a fault of the gateway", record.request.id)
+            log.error("%s failed by a fault of the gateway: %s", record.request.id, traced(error))
             record.failed("strong_failed", f"internal: {type(error).__name__}")
             fault = Refusal(500, "A fault of the gateway; its log has more.", "api_error", code="internal")
             await response.refuse(fault)

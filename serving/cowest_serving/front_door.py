@@ -29,6 +29,7 @@ from uvicorn.server import ServerState
 from cowest_serving.answering import Refusal
 from cowest_serving.contract import HEADER_REQUEST_ID
 from cowest_serving.ids import new_id
+from cowest_serving.logs import traced
 
 log = logging.getLogger(__name__)
 Event = MutableMapping[str, Any]
@@ -335,8 +336,8 @@ class _Request:
                 log.error("The application ended without a whole answer.")
         except asyncio.CancelledError:
             raise
-        except Exception:
-            log.exception("The application failed.")
+        except Exception as error:
+            log.error("The application failed: %s", traced(error))
             if not self.is_begun and not self._head:
                 await self.send({"type": "http.response.start", "status": 500, "headers": [(b"content-length", b"0")]})
                 await self.send({"type": "http.response.body"})

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -64,6 +65,11 @@ def log_to_stderr(level: str, environment: Mapping[str, str] = os.environ) -> No
     handler.setFormatter(JsonLines(about(environment)) if is_json(environment) else logging.Formatter(PLAIN))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # a store that is away is told once, by the trace writer
+
+
+def traced(error: BaseException) -> str:
+    """What failed and where in the code, without the error's message: it may quote content."""
+    return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()
 
 
 def say(message: str, reason: str, level: int = logging.INFO, error: BaseException | None = None) -> None:

@@ -551,7 +551,7 @@ def count(value: Any) -> int:
     return int(value) if is_number and 0 <= value < _MOST_TOKENS else 0
 
 
-_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"[^"]')  # some servers say "" until then
 _MAX_UNREAD = 8 * 1024  # bytes of a body that is no event stream, kept to say what it is
 
 

@@ -11,6 +11,9 @@ and comes back with the word. So any gateway can take it, and nobody can try val
 Patterns are RE2's: their time grows with the text alone, whatever a client sends. What looks like a card, an IBAN or a
 national number counts only where its check digits agree (python-stdnum). A redactor that fails raises: the caller must
 then send and store nothing.
+
+Texts may be JSON, or quote some: arguments of tools, their results, lists of references. In `\\n4111` no word begins at
+the 4, so texts are searched as their escapes read, too; a value is what is meant, however it was written.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ _HELD_BACK = 80  # characters at the end of a stream's text that may be the begi
 # ---------------------------------------------------------------- what is looked for
 _MOST_GROUPS = 9  # an IBAN has no more
 Span = tuple[int, int]
-Found = tuple[int, int, str]
+Found = tuple[int, int, str, str]
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ _AS_NUMBERS = {ord(letter): str(int(letter, 36)) for letter in "ABCDEFGHIJKLMNOP
 
 def _is_iban(text: str) -> bool:
     letters = text.replace(" ", "").replace("-", "").upper()
-    if not 15 <= len(letters) <= 34 or not letters[:2].isalpha():
+    # Where case does not matter RE2 takes the sign of Kelvin for a k; int() would not.
+    if not 15 <= len(letters) <= 34 or not letters.isascii() or not letters[:2].isalpha():
         return False
     digits = (letters[4:] + letters[:4]).translate(_AS_NUMBERS)
     return int(digits) % 97 == 1 and bool(stdnum.iban.is_valid(letters, check_country=False))
@@ -185,14 +189,19 @@ class Redactor:
         return [_changed(message, lambda _, text: _PLACEHOLDER.sub(r"[\1]", text)) for message in hidden]
 
     def find(self, text: str) -> list[Found]:
-        """(start, end, kind) of what is to be hidden, in order; none overlap."""
+        """(start, end, kind, value) of what is to be hidden, in order; none overlap."""
         found: list[Found] = []
-        if self._any is None or not self._any.search(text):
+        if self._any is None:
             return found
-        for kind, any_of, forms in self._looks:
-            for pattern, form in forms if any_of.search(text) else ():
-                new = [(*span, kind) for span in _spans(pattern, form, text) if not _meets(found, *span)]
-                found = sorted([*found, *new])
+        readings = [reading for reading in _readings(text) if self._any.search(reading.text)]
+        for kind, any_of, forms in self._looks if readings else ():
+            for reading in readings:
+                for pattern, form in forms if any_of.search(reading.text) else ():
+                    new = [
+                        (reading.place(start), reading.place(end), kind, reading.text[start:end])
+                        for start, end in _spans(pattern, form, reading.text)
+                    ]
+                    found = sorted([*found, *(each for each in new if not _meets(found, each[0], each[1]))])
         return found
 
 
@@ -225,6 +234,93 @@ def _meets(found: Sequence[Found], start: int, end: int) -> bool:
     return after < len(found) and found[after][0] < end
 
 
+# ---------------------------------------------------------------- JSON in texts
+_MOST_NESTED = 3  # JSON in a text of JSON in a text of JSON
+_PAIR = r"u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # one character beyond 16 bits
+_ESCAPE = re.compile(rf'\\(?:{_PAIR}|u[0-9a-fA-F]{{4}}|x[0-9a-fA-F]{{2}}|["\\/bfnrt])')  # \xa0: Python's
+_SHORT = {rf"\{letter}": meant for letter, meant in zip('"\\/bfnrt', '"\\/\b\f\n\r\t', strict=True)}
+# A text in quotes, all of whose backslashes are JSON's; the last one may be cut off.
+_LITERAL = re.compile(r'(?<!\\)"(?:[^"\\\x00-\x1f]|\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt]))*+(?:"|\Z)')
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A text, some of whose escapes became what they stand for."""
+
+    text: str
+    above: _Reading | None = None  # as it was before
+    at: Sequence[int] = ()  # where in `text` they stood
+    longer: Sequence[int] = ()  # up to and with each: how many characters more there are above
+
+    def place(self, offset: int) -> int:
+        """In the text as it came. An escape is never cut."""
+        if self.above is None:
+            return offset
+        before = bisect.bisect_left(self.at, offset)
+        return self.above.place(offset + (self.longer[before - 1] if before else 0))
+
+
+def _readings(text: str) -> list[_Reading]:
+    """The likeliest first. Whatever else a text may mean is searched too, since to let something pass is worse.
+
+    In JSON an escape is one. Elsewhere it may be a part of a path, `C:\\new`, but hardly so within JSON's quotes.
+    """
+    plain = _Reading(text)
+    if "\\" not in text:
+        return [plain]
+    deeper = _deeper(plain)
+    if _is_json(text):
+        found = deeper[:1]
+        for above, reading in zip([plain, *deeper], deeper[1:], strict=False):
+            has_json_within = '\\"' in above.text
+            found = [reading, *found] if has_json_within else [*found, reading]
+        return found
+    quoted = _unescaped(plain, [match.span() for match in _LITERAL.finditer(text)])
+    return [*([quoted] if quoted.at else []), plain, *reversed(deeper)]
+
+
+def _deeper(reading: _Reading) -> list[_Reading]:
+    found: list[_Reading] = []
+    while len(found) < _MOST_NESTED and (reading := _unescaped(reading, [(0, len(reading.text))])).at:
+        found.append(reading)
+    return found
+
+
+def _unescaped(reading: _Reading, spans: Sequence[Span]) -> _Reading:
+    text, behind, more = reading.text, 0, 0
+    parts: list[str] = []
+    at: list[int] = []
+    longer: list[int] = []
+    for span in spans:
+        for match in _ESCAPE.finditer(text, *span):
+            escape, (start, end) = match[0], match.span()
+            parts += (text[behind:start], _SHORT.get(escape) or _meaning(escape))
+            at.append(start - more)
+            more += end - start - 1
+            longer.append(more)
+            behind = end
+    return _Reading("".join([*parts, text[behind:]]), reading, at, longer)
+
+
+def _meaning(escape: str) -> str:
+    """Of one by number."""
+    if len(escape) > len(r"\u0000"):
+        return str(json.loads(f'"{escape}"'))
+    code = int(escape[2:], 16)
+    return "\ufffd" if 0xD800 <= code <= 0xDFFF else chr(code)  # half a character is none
+
+
+def _is_json(text: str) -> bool:
+    if text.lstrip()[:1] not in ("{", "[", '"'):
+        return False
+    try:
+        orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- one request
 class Redacted:
     """One request: which placeholder stands for which value."""
 
@@ -248,8 +344,8 @@ class Redacted:
             return text
         self._foreign.update(_placeholders_in(text))
         parts, at = [], 0
-        for start, end, kind in found:
-            parts += [text[at:start], self._placeholder(kind, text[start:end])]
+        for start, end, kind, value in found:
+            parts += [text[at:start], self._placeholder(kind, value)]
             at = end
         return "".join([*parts, text[at:]])
 
@@ -433,7 +529,7 @@ class RestoredStream:
         chunk = orjson.loads(payload)
         for choice in chunk.get("choices") or []:
             index, delta = choice.get("index", 0), choice.get("delta") or {}
-            is_last = choice.get("finish_reason") is not None
+            is_last = bool(choice.get("finish_reason"))  # some servers say "" until then
             for steps, holder, name in list(_texts(delta)):
                 holder[name] = self._next(index, steps, holder[name], is_last)
             if is_last and (left := self._left(index)):

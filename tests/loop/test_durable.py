@@ -8,14 +8,13 @@ import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cowest_cli.counting import Counting
 from cowest_serving.contract import TRACE_COLUMNS
 from cowest_serving.spool import LogFile, Pace, read_frames
-from cowest_serving.traces import CONTENT_COLUMNS, SpooledTraces, read_new, read_traces, sampled
+from cowest_serving.traces import CONTENT_COLUMNS, SpooledTraces, read_new, read_traces
 from cowest_training.contract import Evaluator
 from tests.loop.test_gateway import ASKED, world
 
@@ -109,11 +108,17 @@ async def test_an_answer_outside_the_sample_lacks_its_texts_and_nothing_else(tmp
     assert (bare["weight_percent"], bare["strong_output_tokens"]) == (100, full["strong_output_tokens"])
 
 
-def test_what_is_kept_of_a_row_goes_by_its_id_alone() -> None:
-    row: dict[str, Any] = {"trace_id": "t1", "query": "q", "weight_percent": 5}
-    assert sampled(row, 0) == {"trace_id": "t1", "weight_percent": 5}
-    assert sampled(row, 100) == row
-    assert [sampled(row | {"query": str(i)}, 50).keys() == row.keys() for i in range(5)].count(True) in (0, 5)
+async def test_of_an_error_outside_the_sample_its_kind_alone_is_kept(tmp_path: Path) -> None:
+    """An endpoint's words may quote what it was asked."""
+    failing = {"strong": {"faults": [500] * 9, "answers": "no"}, "when_strong_fails": "WeakAlone"}
+    async with world(tmp_path, content_sample_percent=0, **failing) as (_, _, door):
+        await door.ask()
+        bare = await door.row()
+    async with world(tmp_path / "all", **failing) as (_, _, door):
+        await door.ask()
+        full = await door.row()
+    assert full["error"].startswith(f"{bare['error']}: ") and bare["error"].isidentifier()
+    assert bare["status"] == full["status"] == "strong_failed"
 
 
 def test_the_engine_on_one_machine_takes_away_what_is_older_than_its_days(tmp_path: Path) -> None:

@@ -455,6 +455,14 @@ async def test_a_body_that_is_no_stream_is_told_by_its_beginning() -> None:
             await chunks_of(model)
 
 
+async def test_an_empty_finish_reason_ends_no_stream() -> None:
+    """As some servers say it in each chunk until the last one."""
+    body = 'data: {"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}\n\n'
+    async with ScriptedModel(faults=[Fault(200, body=body)]) as server, model_of(server, max_retries=0) as model:
+        with pytest.raises(EndpointUnreachable, match="broke off in the middle"):
+            await chunks_of(model)
+
+
 async def test_a_stream_without_done_is_whole_if_it_gave_a_finish_reason() -> None:
     body = 'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\n'
     async with ScriptedModel(faults=[Fault(200, body=body)]) as server, model_of(server) as model:

@@ -11,7 +11,7 @@ import pytest
 
 from cowest_serving.contract import Redaction, RedactionPattern
 from cowest_serving.redaction import Redacted
-from cowest_serving.traces import read_feedback
+from cowest_serving.traces import CONTENT_COLUMNS, read_feedback
 from cowest_training.asking import open_asking
 from cowest_training.collect import usable_traces
 from cowest_training.contract import Evaluator, Row
@@ -67,6 +67,19 @@ async def test_a_stream_gives_the_values_back(tmp_path: Path) -> None:
     assert chunks[-1].usage is not None
 
 
+@pytest.mark.parametrize("where", ["draft", "metadata"])
+async def test_a_stream_restores_what_only_the_draft_or_the_metadata_held(tmp_path: Path, where: str) -> None:
+    metadata = {"metadata": {"about": ANN}} if where == "metadata" else None
+    weak = {"answers": f"Write to {ANN}." if where == "draft" else "Write."}
+    async with world(tmp_path, **pair(weak=weak, strong={"answers": "Ask [Email_1]."})) as (_, strong, door):
+        stream = await door.client.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "Whom do I ask?"}], stream=True, extra_body=metadata
+        )
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices])
+    assert has_none(strong.calls[0].body) and "[Email_1]" in str(strong.calls[0].body)
+    assert text == f"Ask {ANN}."
+
+
 async def test_a_client_gets_the_placeholders_where_the_manifest_keeps_them(tmp_path: Path) -> None:
     kept = Redaction(HIDDEN.identifiers, HIDDEN.patterns, "Keep")
     async with world(tmp_path, **pair(redaction=kept)) as (_, _, door):
@@ -120,6 +133,41 @@ async def test_a_redactor_that_fails_closes_the_door(
     assert has_none(row) and has_none(body) and row["status"] == "refused"
 
 
+class NoAnswers(Redacted):
+    def text(self, text: str) -> str:
+        if text.startswith("Write"):
+            raise ValueError(f"no number: {text}")
+        return super().text(text)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_whose_record_cannot_be_hidden_goes_out_and_its_record_has_no_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    monkeypatch.setattr("cowest_serving.redaction.Redacted", NoAnswers)
+    made_up = {"weak": {"answers": "see"}, "strong": {"answers": "Write to eve@example.org."}}
+    async with world(tmp_path, **pair(**made_up)) as (_, _, door):
+        asked = {"model": "m", "messages": ASKED, "stream": stream}
+        async with door.http.post(door.url + "/v1/chat/completions", json=asked) as response:
+            status, body = response.status, await response.text()
+        row, metrics = await door.row(), await door.metrics()
+    assert status == 200 and "eve@example.org" in body
+    assert (row["status"], row["error"], row["strong_output_tokens"] > 0) == ("ok", "record: ValueError", True)
+    assert not any(row[name] for name in CONTENT_COLUMNS)
+    assert 'cowest_answers_total{arm="stable",mode="Pair",status="ok"} 1' in metrics
+    assert "ValueError" in caplog.text and "eve@" not in caplog.text
+
+
+async def test_a_word_that_cannot_be_hidden_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cowest_serving.redaction.Redacted", NoAnswers)
+    async with world(tmp_path, **pair()) as (_, _, door):
+        status, body, _ = await door.post("/v1/feedback", {"request_id": "r", "comment": f"Write to {ANN}"})
+    assert (status, body["error"]["code"]) == (503, "redaction_failed")
+    assert has_none(body) and has_none(caplog.text) and not read_feedback(str(tmp_path)).num_rows
+
+
 async def test_a_large_request_is_searched_beside_the_event_loop(tmp_path: Path) -> None:
     long = [{"role": "user", "content": f"{'x ' * 40_000}{ANN}"}]
     async with world(tmp_path, **pair()) as (_, strong, door):
@@ -132,7 +180,7 @@ ANN_AND_BOB: Any = [{"role": "user", "content": f"Whom do I write to, {ANN} or b
 EXACT = Evaluator("ExactMatch")
 
 
-async def told(tmp_path: Path, reference: str, cut: bool = False) -> Mapping[str, Any]:
+async def told(tmp_path: Path, reference: str | list[str], cut: bool = False) -> Mapping[str, Any]:
     """The word on an answer that is right: bob, who is the second of the question."""
     async with world(tmp_path, **pair(strong={"answers": "[Email_2]"})) as (_, _, door):
         _, headers = await door.ask(messages=ANN_AND_BOB)
@@ -154,6 +202,13 @@ async def test_a_late_reference_names_whom_its_record_names(tmp_path: Path, refe
     (said,) = verdicts([word]).values()
     assert trace["answer"] == row.reference == said.reference_to(live_answer(trace, "stable")) == "[Email_2]"
     assert "bob@" not in str(word)
+
+
+async def test_a_reference_in_a_list_names_whom_its_record_names(tmp_path: Path) -> None:
+    trace = await told(tmp_path, ["Write to:\nbob@example.org"])
+    (word,) = read_feedback(str(tmp_path)).to_pylist()
+    (said,) = verdicts([word]).values()
+    assert said.reference_to(live_answer(trace, "stable")) == r'["Write to:\n[Email_2]"]'
 
 
 async def test_a_late_reference_that_is_wrong_stays_wrong(tmp_path: Path) -> None:

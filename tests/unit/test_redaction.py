@@ -128,6 +128,95 @@ def test_tool_calls_and_their_results_are_hidden_and_images_pass() -> None:
     assert messages[2]["content"] == "sent to [Email_1]"
 
 
+# ---------------------------------------------------------------- JSON in texts
+EACH = {
+    "CreditCard": "4111 1111 1111 1111",
+    "Iban": "DE89 3704 0044 0532 0130 00",
+    "NationalId": "536-90-4399",
+    "Phone": "0044 20 7946 0958",
+    "Email": "bob@example.org",
+    "ApiKey": "sk-proj-abcdefghijklmnop0123",
+    "Policy": "PL-123456",
+}
+EVERY = Redactor(Redaction(KINDS, (RedactionPattern("Policy", r"\bPL-\d{6}\b"),)))
+
+
+@pytest.mark.parametrize(("kind", "value"), EACH.items())
+@pytest.mark.parametrize("before", ["\n", "\t", "\r\n", "\f", "\u00a0", "\u2028", "🙂\u00a0", "\\", "ü\n"])
+@pytest.mark.parametrize("nested", range(1, 4))
+def test_an_identifier_behind_an_escape_of_json_is_found_and_the_json_stays_whole(
+    kind: str, value: str, before: str, nested: int
+) -> None:
+    said: Any = {"note": f"Mine:{before}{value}\nBye", "n": 1}
+    hidden: Any = {"note": f"Mine:{before}[{kind}_1]\nBye", "n": 1}
+    for _ in range(nested):
+        said = json.dumps(said)
+    redacted = EVERY.begin(key="k")
+    got: Any = redacted.text(said)
+    plain = EVERY.begin(key="k")
+    plain.text(value)
+    for _ in range(nested):
+        got = json.loads(got)
+    assert got == hidden
+    assert redacted.digests == plain.digests, "a late word joins by the value, however it was written"
+
+
+@pytest.mark.parametrize(("kind", "value"), EACH.items())
+@pytest.mark.parametrize(
+    "around", ["What is this?\n```json\n{}\n```", "got {}", '{}\n{{"a": 1}}', "[10:03] {}", '5" {}']
+)
+def test_json_within_prose_is_searched_as_json_too(kind: str, value: str, around: str) -> None:
+    quoted = json.dumps({"note": f"Mine:\n{value}\tBye"})
+    seen = EVERY.begin().text(around.format(quoted))
+    assert value not in seen and f"[{kind}_1]" in seen
+    if around.count('"') % 2 == 0:
+        assert seen == around.format(quoted.replace(value, f"[{kind}_1]"))
+
+
+@pytest.mark.parametrize(("kind", "value"), EACH.items())
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("Mine:\\n{}\\n", id="escapes without quotes"),
+        pytest.param('{{"note": "Mine:\\n{}\\nBy', id="JSON that is cut off"),
+        pytest.param("{{'note': 'Mine:\\xa0{}'}}", id="Python's form"),
+    ],
+)
+def test_behind_an_escape_nothing_passes_in_whatever_text_it_stands(kind: str, value: str, text: str) -> None:
+    seen = EVERY.begin().text(text.format(value))
+    assert value not in seen and f"[{kind}_1]" in seen
+
+
+@pytest.mark.parametrize(
+    "path", ["C:\\Users\\bob@example.org", "in C:\\new\\bob@example.org", '"C:\\Users\\bob@example.org"']
+)
+def test_a_path_in_prose_has_no_escapes(path: str) -> None:
+    redacted = EVERY.begin()
+    assert redacted.text(path) == path.replace("bob@example.org", "[Email_1]")
+    assert redacted.restored("[Email_1]") == "bob@example.org"
+
+
+def test_an_identifier_that_is_itself_written_in_escapes_is_found() -> None:
+    redacted = SOME.begin()
+    assert redacted.text(json.dumps(["jürgen@müller.example", "🙂"])) == r'["[Email_1]", "\ud83d\ude42"]'
+    assert redacted.restored("[Email_1]") == "jürgen@müller.example"
+    assert redacted.text(r'"bob\u0040example.org \ud83d"') == r'"[Email_2] \ud83d"'
+
+
+def test_a_pattern_of_a_path_finds_it_in_prose_and_in_json() -> None:
+    account = Redactor(Redaction(("Email",), (RedactionPattern("Account", r"CORP\\\w+"),)))
+    assert account.begin().text(r"CORP\bob and {") == "[Account_1] and {"
+    redacted = account.begin()
+    assert redacted.text(json.dumps("CORP\\bob")) == '"[Account_1]"'
+    assert redacted.restored("[Account_1]") == r"CORP\bob"
+
+
+@pytest.mark.parametrize("sign", ["\u212a", "\u017f"])
+def test_letters_that_are_others_in_another_case_break_nothing(sign: str) -> None:
+    for text in (f"AB12 was cooled to 300 {sign} in the test bench", f"GB82 W{sign}ST 1234 5698 7654 32"):
+        assert ALL.begin().text(text)
+
+
 def test_nothing_of_the_metadata_passes_by_the_name_of_its_field() -> None:
     metadata = {"id": "a@b.com", "file": {"role": "c@d.com", "type": ["e@f.com"]}, "g@h.com": 1}
     hidden = SOME.begin().parameters({"metadata": metadata, "temperature": 0})
@@ -166,7 +255,14 @@ def test_time_grows_with_the_text_alone() -> None:
     """Each of these takes a backtracking engine, or a quadratic search, minutes."""
     hidden = Redactor(Redaction(KINDS, (RedactionPattern("Evil", r"(a+)+$"),)))
     started = time.monotonic()
-    for text in ("a" * 200_000 + "b", "a@b.co, " * 30_000, "4111 1111 1111 1111 " * 10_000, "+1" * 200_000):
+    for text in (
+        "a" * 200_000 + "b",
+        "a@b.co, " * 30_000,
+        "4111 1111 1111 1111 " * 10_000,
+        "+1" * 200_000,
+        "\\n" * 200_000,
+        '"\\"' * 99_999,
+    ):
         hidden.begin().text(text)
     assert time.monotonic() - started < 30
 
@@ -228,14 +324,15 @@ def texts(payloads: list[bytes]) -> dict[int, str]:
 
 @pytest.mark.parametrize("size", range(1, 12))
 @pytest.mark.parametrize("finish", ["stop", None])
-def test_a_stream_gets_its_values_back_however_it_is_cut(size: int, finish: str | None) -> None:
+@pytest.mark.parametrize("until_then", [None, ""])
+def test_a_stream_gets_its_values_back_however_it_is_cut(size: int, finish: str | None, until_then: str | None) -> None:
     redacted = SOME.begin()
     redacted.text(f"{ANN} PL-123456")
     whole = "[Policy_1] of [Email_1] is [not one, [Email_99], [Email_1"
     stream, sent = RestoredStream(redacted), []
     for start in range(0, len(whole), size):
         for index in (0, 1):
-            sent.append(stream.chunk(chunk(whole[start : start + size], index)))
+            sent.append(stream.chunk(chunk(whole[start : start + size], index, until_then)))
     if finish:
         sent += [stream.chunk(chunk("", index, finish)) for index in (0, 1)]
     sent += stream.rest()
