@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -370,6 +370,28 @@ def test_a_gateway_more_begins_no_server_anew(kuberay: bool) -> None:
         return edited(seen, "gateway", replicas=replicas)
 
     assert rolled(scaled(2), scaled(3)) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "edit", "begins"),
+    [
+        pytest.param("collaboration", {"redaction": {"identifiers": ["Email"]}}, True, id="what may not leave"),
+        pytest.param("strong", {"prices": {}}, True, id="of the strong model"),
+        pytest.param("feedback", {"minPairs": 9}, False, id="what is frozen"),
+        pytest.param("rounds", {"max": 9}, False, id="what it does not read"),
+    ],
+)
+def test_a_watcher_that_runs_begins_anew_where_an_edit_of_what_it_reads_acts_at_once(
+    section: str, edit: dict[str, Any], begins: bool
+) -> None:
+    def live(seen: Context, frozen: Mapping[str, Any]) -> list[Child]:
+        canary = plan(seen, status=on_trial(stage="Canary", done=PREPARED))
+        return [c for c in desired(seen, canary, frozen) if common.key_of(c) == ("Deployment", "claims-live")]
+
+    before = context()
+    after = edited(before, section, **edit)
+    assert (live(before, before.document) != live(after, followed(before.document, after.document))) is begins
+    assert live(before, before.document) == live(before, before.document)
 
 
 def test_servers_can_read_what_is_left_of_the_manifest() -> None:

@@ -6,12 +6,15 @@ Only the gateway may be something else than a Deployment: see ray.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from cowest_operator import api
 from cowest_operator.objects import common, ray
 from cowest_operator.objects.common import Child, Context
 from cowest_operator.objects.steps import ASKED, MAIN, step_map, step_name, without_executor
+from cowest_serving.contract import digest_of
+from cowest_training.contract import StepSettings
 
 BOOK = "/var/lib/cowest/book.sqlite"
 SPOOL_ABOVE = (
@@ -20,6 +23,7 @@ SPOOL_ABOVE = (
 STRONG_CERTIFICATES = "/etc/cowest/strong-ca"
 TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 PUBLIC = (("/v1", "Prefix"), ("/openapi.json", "Exact"))  # paths of the gateway that an Ingress lets in
+FOLLOWS_ANNOTATION = "cowest.dev/follows"  # digest of what a watcher reads once
 DRAIN_SECONDS = 5  # endpoints take a moment to leave the Service
 
 
@@ -376,10 +380,19 @@ def live_score(context: Context, step: api.StepSpec, frozen: Mapping[str, Any] |
         containers=[container],
         volumes=[{"name": "step", "configMap": {"name": name}}, tmp_volume, *volumes, *asking_volumes],
     )
-    return step_map(context, step, dict(frozen) if frozen else None), _deployment(
+    orders = step_map(context, step, dict(frozen) if frozen else None)
+    live = _deployment(
         context, "live", pod, strategy={"type": "Recreate"}, part="score-live",
         over=without_executor(pods.pod_template) if loads else None,
     )  # fmt: skip
+    template = live["spec"]["template"]["metadata"]
+    read = {each.name: document[each.name] for each in fields(StepSettings) if each.name in document}
+    # It reads its files once: of an edit that acts at once it hears by beginning anew.
+    template["annotations"] = {
+        **template.get("annotations", {}),
+        FOLLOWS_ANNOTATION: digest_of([orders["data"]["step.json"], read]),
+    }
+    return orders, live
 
 
 def asking_access(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
