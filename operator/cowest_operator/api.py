@@ -499,6 +499,7 @@ class StepState:
     message: str = ""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""  # of the artifact; a model's is the digest that its server reports
+    again: str = ""  # of a step that failed for good: what begins it again, as a sentence
 
 
 @dataclass(frozen=True)

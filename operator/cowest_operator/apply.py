@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cowest_operator import api, story
+from cowest_operator import api, story, watched
 from cowest_operator.kube import Kube, KubeError
 from cowest_operator.objects import common, ray, steps
 from cowest_operator.objects import desired as builders
@@ -28,6 +28,7 @@ log = logging.getLogger("cowest.apply")
 DRAIN = 10.0  # seconds that a weak model outlives its last traffic
 STATUS_EVERY = 60.0  # seconds between writes of a status that only says something else
 KEPT_TRIALS = 2  # whose frozen manifests and steps are kept for a look
+KEPT_ATTEMPTS = 5  # of a step that failed, for the same
 
 
 class JobGoneError(Exception):
@@ -277,17 +278,19 @@ class Applier:
             attempt = seen.submit.get(step.name) or (1 if self._unknown(step, family) else 0)
             if not attempt:
                 continue
-            orders = steps.step_map(context, step, dict(seen.frozen_document))
+            orders, kind = steps.step_map(context, step, dict(seen.frozen_document)), "ConfigMap"
             try:
                 await self._child(orders, family, memory)
+                kind = "Workflow"
                 if step.name in seen.instead:
                     await self._give_up(context, seen.instead[step.name], family)
                 await self.create(steps.workflow(context, step, attempt), family)
             except KubeError as error:
-                if error.code != 404 and error.retryable:
+                if error.code == 0:
+                    raise  # nobody is there
+                memory.apply_troubles = (*memory.apply_troubles, _refused({"kind": kind}, error))
+                if error.retryable:
                     raise
-                memory.apply_troubles = (*memory.apply_troubles, _refused({"kind": "Workflow"}, error))
-                continue
 
     async def _give_up(self, context: Context, name: str, family: Family) -> None:
         """It has not begun, and holds the mutex that the next attempt needs."""
@@ -324,20 +327,22 @@ class Applier:
         if (child.kind, child.name) == ray.kept_in(context, other=True):  # another engine was chosen
             return self._gateway_answers(context, family)
         match child.kind:
-            case "Pod" | "PersistentVolumeClaim":
+            case "Pod" | "PersistentVolumeClaim" | watched.PREDICTOR:
                 return False
             case "InferenceService":
                 since = memory.unwanted.setdefault(child.name, time.monotonic())
                 return time.monotonic() - since > DRAIN
             case "Workflow":
-                return _active(child) and child.facts["step"] not in running
+                if _active(child):
+                    return child.facts["step"] not in running
+                return child.facts["phase"] != "Succeeded" and (
+                    _is_past(context, child.name, plan) or _is_outdone(child, family)
+                )
             case "WorkflowTemplate":
                 return not any(_active(workflow) for workflow in family.of("Workflow"))
             case "ConfigMap":
-                number = _trial_of(context, child.name)
-                return (
-                    self._rolled_out(context, family) if number is None else number < plan.status.trials - KEPT_TRIALS
-                )
+                of_no_trial = _trial_of(context, child.name) is None
+                return self._rolled_out(context, family) if of_no_trial else _is_past(context, child.name, plan)
         return True
 
     def _gateway_answers(self, context: Context, family: Family) -> bool:
@@ -346,7 +351,8 @@ class Applier:
         return seen is not None and bool(seen.facts["current"] and seen.facts["available"] >= wanted)
 
     def _rolled_out(self, context: Context, family: Family) -> bool:
-        """Pods of before the last edit still mount the manifest of before it."""
+        """Pods of before the last edit still mount the manifest of before it, and so does each that takes the place of
+        one while a rollout is stuck."""
         keys = (ray.kept_in(context), *(("Deployment", context.name(part)) for part in ("proxy", "observer")))
         parts = (family.children.get(key) for key in keys)
         switching = ray.kept_in(context, other=True) in family.children
@@ -377,6 +383,22 @@ def _routing_of(seen: Seen | None) -> dict[str, Any] | None:
     except (KeyError, ValueError, RecursionError):
         return None
     return told if isinstance(told, dict) and type(told.get("version")) is int else None
+
+
+def _is_past(context: Context, name: str, plan: api.Plan) -> bool:
+    """Is it of a trial that nobody looks at any more?"""
+    number = _trial_of(context, name)
+    return number is not None and number < plan.status.trials - KEPT_TRIALS
+
+
+def _is_outdone(failed: Seen, family: Family) -> bool:
+    """Argo deletes what succeeded; that a step failed is known by its Workflow alone, and the last ones are kept."""
+    later = (
+        each
+        for each in family.of("Workflow")
+        if each.facts["step"] == failed.facts["step"] and each.facts["attempt"] > failed.facts["attempt"]
+    )
+    return sum(1 for _ in later) >= KEPT_ATTEMPTS
 
 
 def _active(workflow: Seen) -> bool:

@@ -19,10 +19,12 @@ from cowest_operator.objects.common import Context
 from cowest_operator.objects.desired import followed, frozen_name, waiting
 from cowest_operator.platform import Discovery, troubles
 from cowest_operator.settings import Settings
-from cowest_operator.watched import ACTIVE, Family, Seen, retry_after
+from cowest_operator.watched import ACTIVE, PREDICTOR, Family, Seen, retry_after
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import SettingsError
 from cowest_training.contract import (
+    EXIT_BAD_INPUT,
+    EXIT_BUDGET,
     EXIT_FAILED,
     EXIT_RETRY,
     EvaluationReport,
@@ -41,6 +43,8 @@ MOMENT = 0.2  # seconds that a look waits for a newer answer than the one it has
 ANSWERS_KEPT = 600.0  # seconds, longer than any of the above
 PATIENCE = 20.0  # seconds before a pod that is not there yet is called a trouble
 LONGEST_RETRY = 600.0
+FAILURES = 3  # of a step by faults of its own, before it waits for a person
+BY_A_PERSON = "It is begun again by `kubectl cowest resume` once that is mended, or by an edit of the manifest."
 
 
 class HoldError(Exception):
@@ -329,13 +333,37 @@ class _Look:
             return None
         if facts["phase"] == "Succeeded":
             return await self._succeeded(trial, name)
-        code = EXIT_RETRY if facts["code"] is None or str(facts["code"]) in steps.RETRY_CODES else int(facts["code"])
-        words = facts["words"] or facts["message"] or "it failed"
-        again = facts["finished"] + retry_after(facts["attempt"], LONGEST_RETRY)
-        if self.now >= again or facts["generation"] != self.context.job.generation:
+        code, words = _code(seen), _sentence(facts["words"] or facts["message"] or "it failed")
+        asked_for = facts["generation"] != self.context.job.generation or self._resumed_since(seen)
+        if not asked_for and self._failed_for_good(trial, seen):
+            return api.StepState("Failed", code, 1, words, again=BY_A_PERSON)
+        if asked_for or self.now >= facts["finished"] + retry_after(facts["attempt"], LONGEST_RETRY):
             self.submit[name] = facts["attempt"] + 1
             return None
-        return api.StepState("Failed", code, 1, _sentence(words))
+        return api.StepState("Failed", code if code == EXIT_BUDGET else EXIT_RETRY, 1, words)
+
+    def _failed_for_good(self, trial: api.Trial, seen: Seen) -> bool:
+        """Another attempt would cost hours of a GPU, or money, and end alike. Not so where traces come in meanwhile."""
+        code, facts = _code(seen), seen.facts
+        if code in (EXIT_RETRY, EXIT_BUDGET) or facts["step"] == f"r{trial.number}-collect":
+            return False
+        alike = (
+            each
+            for each in self.family.of("Workflow")
+            if (each.facts["step"], each.facts["generation"]) == (facts["step"], facts["generation"])
+            and each.facts["phase"] not in (*ACTIVE, "Succeeded")
+            and _code(each) not in (EXIT_RETRY, EXIT_BUDGET)
+            and not self._resumed_since(each)
+        )
+        return code == EXIT_BAD_INPUT or sum(1 for _ in alike) >= FAILURES
+
+    def _resumed_since(self, workflow: Seen) -> bool:
+        """Has a person said `resume` since it ended, or just now by a clock that is behind?"""
+        ended = 1e9 * (workflow.facts["finished"] or workflow.created)
+        return any(
+            action.verb == "resume" and (action.id > self.status.last_action or int(action.id[:20]) > ended)
+            for action in read_actions(self.family.job or {}, "")
+        )
 
     def _waits_for_what_was_edited(self, seen: Seen) -> bool:
         """A pod that wants a node, an image or a Secret in vain waits for ever, and one that gets too little memory
@@ -480,6 +508,8 @@ class _Look:
         if not seen.facts["ready"]:
             trouble = next((p.facts["trouble"] for p in self._pods("weak-model") if p.facts["trouble"]
                             and p.name.startswith(seen.name)), "")  # fmt: skip
+            refused = self.family.children.get((PREDICTOR, f"{seen.name}-predictor"))
+            trouble = trouble or (f"its pods are not made: {refused.facts['message']}" if refused else "")
             return api.ServerState(False, endpoint, message=trouble or seen.facts["message"] or "it starts")
         what = f"served {seen.name}"
         is_right = digest in (self.memory.answer(what) or ()) and what not in self.memory.shut
@@ -509,7 +539,7 @@ class _Look:
                 said.add(part)
                 message = f"pod {pod.name} ({part}) {trouble}"
                 self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(message)))
-        for seen in self.family.of("Deployment"):
+        for seen in (*self.family.of("Deployment"), *self.family.of(PREDICTOR)):
             if words := seen.facts["message"]:
                 message = f"Deployment {seen.name}: its pods are not made: {words}"
                 self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(message)))
@@ -685,6 +715,12 @@ def _with_a_known_action(status: api.Status, now: float) -> api.Status:
     if not status.last_action or ACTION_ID.fullmatch(status.last_action):
         return status
     return replace(status, last_action=f"{int(now * 1e9):020d}-resume")
+
+
+def _code(workflow: Seen) -> int:
+    """Of a step that failed, as `cowest_training.contract` has them; a pod that was taken away may be tried again."""
+    code = workflow.facts["code"]
+    return EXIT_RETRY if code is None or str(code) in steps.RETRY_CODES else int(code)
 
 
 def _gateways(seen: Seen | None) -> int | None:

@@ -254,6 +254,7 @@ def _step_failed(world: World, trial: Trial, step: api.StepSpec, state: api.Step
     if state.code == EXIT_RETRY and state.attempts < RETRIES:
         return Move(world.status, api.REASON_STEP_RETRY, message)
     reason = api.REASON_BUDGET if state.code == EXIT_BUDGET else api.REASON_STEP_FAILED
+    message = f"{message} {state.again}".rstrip()
     return Move(world.status, reason, message, failure=api.Failure(state.code or 1, message))
 
 

@@ -18,6 +18,7 @@ from cowest_serving.contract import digest_of
 
 Key = tuple[str, str]  # (namespace, job)
 ACTIVE = ("Pending", "Running")  # phases of a Workflow that may still write
+PREDICTOR = "Predictor"  # kind of what KServe's Deployment of a weak model is seen as, while it makes no pods
 
 
 @dataclass(frozen=True, slots=True)  # 30 of them a job
@@ -76,7 +77,8 @@ class Watched:
             if namespace in ("", key[0]):
                 missing = [
                     (seen.kind, seen.name)
-                    for seen in family.of(kind)
+                    for each in ((kind, PREDICTOR) if kind == "Deployment" else (kind,))
+                    for seen in family.of(each)
                     if seen.version <= version and (key[0], seen.name) not in names
                 ]
                 for name in missing:
@@ -112,6 +114,8 @@ class Watched:
         family = self.families.setdefault(key, Family())
         children = family.children
         before = children.get((kind, metadata["name"]))
+        if before is None and kind == "Deployment" and _controller(metadata).get("kind") == "InferenceService":
+            return key if _refused_pods(children, event, body) else None
         if kind != "Pod" and not _owned(metadata, family.job, owner):
             if before is None:
                 return None
@@ -127,8 +131,18 @@ class Watched:
             now.stamp, now.facts, now.deleting) else None  # fmt: skip
 
 
+def _refused_pods(children: dict[tuple[str, str], Seen], event: str | None, body: Mapping[str, Any]) -> bool:
+    """Keeps what KServe's Deployment says of pods that it cannot make: no InferenceService passes it on. Is it news?"""
+    now = see(PREDICTOR, body)
+    before = children.pop((PREDICTOR, now.name), None)
+    if event == "DELETED" or not now.facts["message"]:
+        return before is not None
+    children[PREDICTOR, now.name] = now
+    return before is None or before.facts != now.facts
+
+
 def _owned(metadata: Mapping[str, Any], job: Mapping[str, Any] | None, name: str) -> bool:
-    """Is it the job's own? Controllers copy labels: KServe's Deployments bear those of our InferenceServices.
+    """Is it the job's own? Controllers copy labels of our objects to theirs.
 
     Nor is it that of a job of the same name that is gone, whose children the garbage collector has not reached yet.
     """
@@ -143,11 +157,16 @@ def _owner(metadata: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return next((o for o in owners if o.get("controller") and o.get("kind") == KIND), None)
 
 
+def _controller(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The owner that makes it what it is; empty where it has none."""
+    return next((o for o in metadata.get("ownerReferences") or [] if o.get("controller")), {})
+
+
 def is_of(metadata: Mapping[str, Any], name: str) -> bool:
     """May a job of this name write it? Its controller is one of this name, perhaps one that is gone and whose children
     the garbage collector has not reached yet; or it has none, and our label, as when somebody took its owner away."""
-    controller = next((o for o in metadata.get("ownerReferences") or [] if o.get("controller")), None)
-    if controller is None:
+    controller = _controller(metadata)
+    if not controller:
         return (metadata.get("labels") or {}).get(JOB_LABEL) == name
     return bool(controller.get("kind") == KIND and controller.get("name") == name)
 
@@ -198,10 +217,12 @@ def _stamp(kind: str, body: Mapping[str, Any]) -> str:
 
 
 def _deployment(body: Mapping[str, Any]) -> dict[str, Any]:
+    """`updated`: no pod of an earlier template is left, and those of this one answer."""
     status = body.get("status") or {}
+    available, updated = (int(status.get(f"{name}Replicas") or 0) for name in ("available", "updated"))
     return {
-        "available": int(status.get("availableReplicas") or 0),
-        "updated": int(status.get("updatedReplicas") or 0),
+        "available": available,
+        "updated": 0 < updated <= available and updated == int(status.get("replicas") or 0),
         "current": int(status.get("observedGeneration") or 0) >= int(body["metadata"].get("generation") or 0),
         "message": _failing(status, ("ReplicaFailure",)),
         "replicas": _our_replicas(body),
@@ -217,6 +238,10 @@ def _our_replicas(body: Mapping[str, Any]) -> int | None:
     return None
 
 
+def _predictor(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {"message": _failing(body.get("status") or {}, ("ReplicaFailure",))}
+
+
 def _ray_service(body: Mapping[str, Any]) -> dict[str, Any]:
     """As a Deployment: `available` are endpoints that answer, `updated` says that no second cluster is on its way."""
     status = body.get("status") or {}
@@ -225,7 +250,7 @@ def _ray_service(body: Mapping[str, Any]) -> dict[str, Any]:
     answers = ready.get("status") == "True"
     return {
         "available": int(status.get("numServeEndpoints") or 0) if answers else 0,
-        "updated": int(answers and conditions.get("UpgradeInProgress", {}).get("status") != "True"),
+        "updated": bool(answers and conditions.get("UpgradeInProgress", {}).get("status") != "True"),
         "current": int(status.get("observedGeneration") or 0) >= int(body["metadata"].get("generation") or 0),
         "message": "" if answers else str(ready.get("message", "")),
     }
@@ -385,6 +410,7 @@ def _waits_for_volumes(status: Mapping[str, Any]) -> bool:
 
 _FACTS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "Deployment": _deployment,
+    PREDICTOR: _predictor,
     "RayService": _ray_service,
     "InferenceService": _inference_service,
     "Workflow": _workflow,

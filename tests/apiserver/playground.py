@@ -121,6 +121,8 @@ class Script:
     live_better_by: float = 0.1
     argo_works: bool = True
     kserve_works: bool = True
+    rolls_out: bool = True  # else the pods of an edited Deployment are made beside those of before, and do not answer
+    quota: str = ""  # what the Deployment controller says of each weak model's pods, which it cannot make
     metrics: dict[str, Any] = field(
         default_factory=lambda: {"has_explanations": True, "pairs": 200, "rows": 500, "held_out": 500}
     )
@@ -257,13 +259,17 @@ class Playground:
 
     def _deployment(self, body: Mapping[str, Any]) -> None:
         generation, status = body["metadata"]["generation"], body.get("status") or {}
-        if status.get("observedGeneration") == generation:
-            return
         replicas = body["spec"].get("replicas", 1)
+        stuck = not self.script.rolls_out and status.get("replicas", 0) and generation > 1
+        refused = self.script.quota and body["metadata"]["name"].endswith("-predictor")
+        failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": self.script.quota}
         wanted = {
-            "observedGeneration": generation, "replicas": replicas, "updatedReplicas": replicas,
-            "readyReplicas": replicas, "availableReplicas": replicas,
+            "observedGeneration": generation, "replicas": replicas + bool(stuck),
+            "updatedReplicas": 1 if stuck else replicas, "readyReplicas": replicas, "availableReplicas": replicas,
+            **({"conditions": [failure], "unavailableReplicas": replicas} if refused else {"conditions": []}),
         }  # fmt: skip
+        if status.get("observedGeneration") == generation and _counts(status) == _counts(wanted):
+            return
         self._patch_status(f"{DEPLOYMENTS}/{body['metadata']['name']}", wanted)
 
     def _inference_service(self, body: Mapping[str, Any]) -> None:
@@ -272,9 +278,11 @@ class Playground:
         if self.get(f"{DEPLOYMENTS}/{name}-predictor") is None:
             self.server.request("POST", DEPLOYMENTS, predictor(body))
             self.script.predictors.append(name)
-        if (body.get("status") or {}).get("conditions"):
+        known = next(iter((body.get("status") or {}).get("conditions") or []), {})
+        wanted = "False" if self.script.quota else "True"
+        if known.get("status") == wanted:
             return
-        ready = {"type": "Ready", "status": "True", "lastTransitionTime": _now()}
+        ready = {"type": "Ready", "status": wanted, "lastTransitionTime": _now()}
         self._patch_status(f"{SERVING}/{body['metadata']['name']}", {"conditions": [ready]})
 
     def _workflow(self, body: Mapping[str, Any]) -> None:
@@ -456,6 +464,11 @@ def predictor(service: Mapping[str, Any]) -> dict[str, Any]:
         },
         "spec": {"selector": {"matchLabels": labels}, "template": pod},
     }
+
+
+def _counts(status: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What may change of a Deployment that is as it was."""
+    return status.get("replicas"), status.get("updatedReplicas"), bool(status.get("conditions"))
 
 
 def _hex(text: str) -> str:

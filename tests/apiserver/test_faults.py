@@ -135,6 +135,8 @@ def existing(
 
 def _try(server: ApiServer, path: str) -> int:
     body: dict[str, Any] = {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService"}
+    if path == WORKFLOWS:
+        body = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow"}
     if path == DEPLOYMENTS:
         pod = {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "main", "image": "x"}]}}
         body = {"spec": {"selector": {"matchLabels": {"a": "b"}}, "template": pod}}
@@ -229,6 +231,56 @@ def test_without_kserve_the_status_says_so_and_it_heals_when_kserve_comes(playgr
             install(playground.server, KSERVE)
 
 
+def test_a_webhook_that_is_away_for_workflows_in_the_middle_of_a_trial_is_said_and_it_heals(
+    playground: Playground,
+) -> None:
+    playground.script.argo_works = False
+    with playground.operator():
+        apply(playground, manifest_of("claims", **ONLY_BASELINE))
+        playground.wait(lambda: attempts(playground, "r0-check") != [], "the first step", 60)
+        with webhook(playground.server, "argoproj.io", "workflows", WORKFLOWS):
+            playground.script.argo_works = True
+            wait_for_reason(playground, "claims", api.DEGRADED, api.REASON_API_REFUSED, 90)
+            assert "Workflow: the API server refuses" in playground.condition("claims", api.DEGRADED)["message"]
+        wake(playground)
+        playground.wait(lambda: decisions(playground, "claims") == PROMOTED[:1], "the baseline", 120)
+        wait_for_reason(playground, "claims", api.DEGRADED, api.REASON_AS_EXPECTED, 90)
+
+
+def test_a_quota_that_refuses_a_weak_models_pods_is_said_in_its_words_and_it_heals(playground: Playground) -> None:
+    playground.script.quota = 'pods "x" is forbidden: exceeded quota: desk'
+    with playground.operator():
+        apply(playground, manifest_of("claims", **ONLY_BASELINE))
+        wait_for_reason(playground, "claims", api.DEGRADED, api.REASON_PODS_FAIL, 90)
+        message = playground.condition("claims", api.DEGRADED)["message"]
+        assert f"-predictor: its pods are not made: {playground.script.quota}" in message
+        playground.script.quota = ""
+        playground.wait(lambda: decisions(playground, "claims") == PROMOTED[:1], "the baseline", 120)
+        wait_for_reason(playground, "claims", api.DEGRADED, api.REASON_AS_EXPECTED)
+        assert len(playground.script.predictors) == 1, "what KServe makes is left alone"
+
+
+def test_while_a_rollout_is_stuck_the_manifest_that_old_pods_mount_stays(playground: Playground) -> None:
+    def mounted() -> set[str]:
+        names = (each["metadata"]["name"] for each in playground.items(MAPS))
+        return {name for name in names if name.startswith("claims-job-")}
+
+    with playground.operator():
+        apply(playground, manifest_of("claims", **ONLY_BASELINE))
+        playground.wait(lambda: decisions(playground, "claims") == PROMOTED[:1], "the baseline", 120)
+        before = mounted()
+        playground.script.rolls_out = False
+        edit = {"spec": {"strong": {"timeoutSeconds": 77}}}
+        playground.server.request("PATCH", f"{JOBS}/claims", edit)
+        playground.wait(lambda: playground.status("claims")["observedGeneration"] == 2, "the edit to be seen")
+        for _ in range(3):
+            time.sleep(1)
+            wake(playground)
+        assert before < mounted()
+        playground.script.rolls_out = True
+        playground.wait(lambda: len(mounted()) == 1 and not before & mounted(), "the old one to go")
+
+
 # ---------------------------------------------------------------- steps
 def test_while_argo_is_away_a_step_waits_and_is_not_submitted_again(playground: Playground) -> None:
     playground.script.argo_works = False
@@ -289,6 +341,32 @@ def test_a_step_with_bad_input_is_not_run_again_until_the_manifest_changes(playg
         assert len(playground.items(WORKFLOWS)) == 1
         playground.server.request("PATCH", f"{JOBS}/claims", {"spec": {"data": {"train": "s3://data/better.jsonl"}}})
         playground.wait(lambda: decisions(playground, "claims") == PROMOTED[:1], "the baseline", 120)
+
+
+def test_a_step_with_bad_input_waits_for_a_person_in_steady_words_and_resume_begins_it_again(
+    playground: Playground,
+) -> None:
+    """It ended hours ago: long after any wait between two attempts."""
+    words = "s3://data/train.jsonl: wanted rows, saw none. Upload them."
+    long_ago = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 7200))
+    playground.script.endings = {"check": [{**ended("Failed", words, "2"), "finishedAt": long_ago}]}
+    with playground.operator():
+        apply(playground, manifest_of("claims", **ONLY_BASELINE))
+        wait_for_reason(playground, "claims", api.ROUND_PROGRESSING, api.REASON_STEP_FAILED)
+        playground.wait(lambda: playground.condition("claims", api.READY).get("status") == "True", "Ready")
+        playground.wait(lambda: reason(playground, "claims", api.DEGRADED) == api.REASON_AS_EXPECTED, "rest")
+        told = playground.condition("claims", api.ROUND_PROGRESSING)
+        assert words in told["message"] and "`kubectl cowest resume`" in told["message"]
+        for _ in range(5):
+            time.sleep(1)
+            wake(playground)
+        assert playground.condition("claims", api.ROUND_PROGRESSING) == told
+        assert attempts(playground, "r0-check") == ["claims-r0-check"]
+        said = {"verb": "resume", "by": "ann", "why": "the rows are there", "at": time.time()}
+        note = {f"cowest.dev/action.{time.time_ns():020d}-resume": json.dumps(said)}
+        playground.server.request("PATCH", f"{JOBS}/claims", {"metadata": {"annotations": note}})
+        playground.wait(lambda: decisions(playground, "claims") == PROMOTED[:1], "the baseline", 120)
+        assert attempts(playground, "r0-check") == ["claims-r0-check", "claims-r0-check-2"]
 
 
 def test_a_step_that_no_node_can_take_is_healed_by_an_edit(playground: Playground) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -136,3 +137,100 @@ def test_a_trial_that_an_edit_made_begin_anew_is_frozen_on_the_edited_manifest()
     applied(desk, server)
     kept = json.loads(server.objects["ConfigMap", "desks", "claims-r1"]["data"]["job.json"])
     assert kept == frozen, "a trial that has begun goes by its own"
+
+
+# ---------------------------------------------------------------- what is not wanted any more
+def reports(desk: Desk, server: KubeInMemory, part: str, replicas: int, updated: int, available: int) -> None:
+    """What its controller says of a Deployment of the job."""
+    counts = {"replicas": replicas, "updatedReplicas": updated, "availableReplicas": available}
+    body = server.objects["Deployment", "desks", f"claims-{part}"]
+    desk.family.children["Deployment", f"claims-{part}"] = see("Deployment", {**body, "status": counts})
+
+
+def test_the_manifest_of_pods_of_before_stays_until_none_of_them_is_left() -> None:
+    """One that is evicted comes back by the ReplicaSet of before, and mounts it."""
+    desk = Desk(w.SERVED)
+    server = server_of(desk)
+    applied(desk, server)
+    (before,) = manifests(server)
+    assert desk.family.job is not None
+    desk.declare(**{"strong.timeoutSeconds": 77})
+    desk.family.job = server.keep(desk.family.job)
+    applied(desk, server)
+    for part in ("proxy", "observer"):
+        reports(desk, server, part, 1, 1, 1)
+    for counts in ((2, 1, 1), (2, 2, 1)):
+        reports(desk, server, "gateway", *counts)
+        applied(desk, server)
+        assert len(manifests(server)) == 2 and before in manifests(server), counts
+    reports(desk, server, "gateway", 1, 1, 1)
+    applied(desk, server)
+    assert len(manifests(server)) == 1 and before not in manifests(server)
+
+
+def manifests(server: KubeInMemory) -> list[str]:
+    """Of servers, by name."""
+    return [name for name in server.of("ConfigMap") if name.startswith("claims-job-")]
+
+
+def ended(desk: Desk, server: KubeInMemory, step: str, attempt: int, phase: str = "Failed") -> str:
+    """A Workflow that is over."""
+    labels = {"cowest.dev/job": "claims", "cowest.dev/step": step, "cowest.dev/attempt": str(attempt),
+              "cowest.dev/generation": "1"}  # fmt: skip
+    status = {"phase": phase, "finishedAt": "2026-01-01T00:00:00Z",
+              "nodes": {"a": {"type": "Pod", "outputs": {"exitCode": "2"}}}}  # fmt: skip
+    name = f"claims-{step}-{attempt}"
+    kept = server.keep({"kind": "Workflow", "metadata": {"name": name, "namespace": "desks", "labels": labels},
+                        "status": status})  # fmt: skip
+    desk.family.children["Workflow", name] = see("Workflow", kept)
+    return name
+
+
+def test_of_a_step_that_failed_the_last_attempts_are_kept_and_argo_is_not_to_forget_them() -> None:
+    desk = Desk(replace(w.on_trial(number=4), trials=5))
+    server = server_of(desk)
+    past = ended(desk, server, "r2-sft", 1)
+    done = ended(desk, server, "r2-publish", 1, "Succeeded")
+    names = [ended(desk, server, "r4-collect", attempt) for attempt in range(1, 8)]
+    applied(desk, server)
+    kept = set(server.of("Workflow"))
+    assert past not in kept and done in kept
+    assert kept >= set(names[2:]) and kept.isdisjoint(names[:2])
+    (template,) = [body for (kind, _, _), body in server.objects.items() if kind == "WorkflowTemplate"]
+    assert template["spec"]["ttlStrategy"] == {"secondsAfterSuccess": 86400}
+
+
+# ---------------------------------------------------------------- refused in the middle of a trial
+@pytest.mark.parametrize("kind", ["Workflow", "ConfigMap"])
+def test_a_webhook_that_is_away_for_what_a_step_needs_is_said_and_nothing_is_written_twice(kind: str) -> None:
+    desk = Desk(w.on_trial(number=1))
+    server = server_of(desk)
+    words = 'Internal error occurred: failed calling webhook "policy": connection refused'
+    applied(desk, server)
+    for name in [each for each in server.of(kind) if each.startswith("claims-r1-collect")]:
+        del server.objects[kind, "desks", name]
+        desk.family.children.pop((kind, name))
+    desk.family.children.pop(("Workflow", "claims-r1-collect"), None)
+    server.refuses["create" if kind == "Workflow" else "apply", kind, "desks"] = KubeError(500, words)
+    for _ in range(3):
+        with pytest.raises(KubeError):
+            applied(desk, server)
+        desk.family.job = server.objects["CollaborationJob", "desks", "claims"]
+    conditions = {each["type"]: each for each in desk.family.job["status"]["conditions"]}
+    assert conditions["Degraded"]["reason"] == "ApiServerRefused"
+    assert conditions["Degraded"]["message"].startswith(f"{kind}: the API server refuses: {words}")
+    assert sum(write == ("status", "CollaborationJob", "claims") for write in server.writes) <= 3
+    server.refuses.clear()
+    applied(desk, server)
+    applied(desk, server)
+    conditions = {each["type"]: each for each in desk.family.job["status"]["conditions"]}
+    assert "refuses" not in conditions["Degraded"]["message"]
+
+
+def test_an_api_server_that_is_away_is_no_refusal() -> None:
+    desk = Desk(w.on_trial(number=1))
+    server = server_of(desk)
+    server.refuses["create", "Workflow", "desks"] = KubeError(0, "nobody is there")
+    with pytest.raises(KubeError):
+        applied(desk, server)
+    assert desk.memory.apply_troubles == ()

@@ -17,7 +17,7 @@ from cowest_operator.kube import Kube
 from cowest_operator.observe import HoldError, Memory, Observed, Observer
 from cowest_operator.platform import Discovery, Platform
 from cowest_operator.settings import Images, Settings
-from cowest_operator.watched import Family, see
+from cowest_operator.watched import PREDICTOR, Family, see
 from tests import world as w
 from tests.manifests import REMOVED, edited, smallest
 
@@ -101,8 +101,8 @@ class Desk:
         discovery.now = Platform(has_kserve=True, has_argo=True)
         return Observer(cast(Kube, self.maps), self.doors, SETTINGS, discovery)
 
-    def look(self) -> Observed:
-        return asyncio.run(self.observer().world(self.family, self.memory, NOW))
+    def look(self, now: float = NOW) -> Observed:
+        return asyncio.run(self.observer().world(self.family, self.memory, now))
 
     def troubles(self) -> list[str]:
         return [trouble.reason for trouble in self.look().world.troubles or ()]
@@ -326,6 +326,112 @@ def test_a_workflow_whose_pod_has_ended_long_ago_waits_for_argo(phase: str, ago:
     assert desk.troubles() == ([api.REASON_CONTROLLER_AWAY] if said else [])
 
 
+# ---------------------------------------------------------------- steps that failed
+ENDED = datetime.fromtimestamp(NOW, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+BAD_INPUT, FAILED, BUDGET, AWAY = "2", "1", "76", "75"
+
+
+def failed(desk: Desk, code: str, step: str = "r1-dpo", attempt: int = 1, generation: str = "1") -> None:
+    """An attempt that ended at `NOW`."""
+    labels = {"cowest.dev/step": step, "cowest.dev/attempt": str(attempt), "cowest.dev/generation": generation}
+    node = {"type": "Pod", "phase": "Failed", "outputs": {"exitCode": code}, "message": "no good"}
+    status = {"phase": "Failed", "finishedAt": ENDED, "nodes": {"a": node}}
+    name = f"{step}-{attempt}"
+    desk.has("Workflow", name, metadata={"labels": labels}, status=status)
+
+
+def says_resume(desk: Desk, at: float) -> None:
+    assert desk.family.job is not None
+    said = {"verb": "resume", "by": "ann", "why": "", "at": at}
+    desk.family.job["metadata"]["annotations"] = {f"cowest.dev/action.{int(at * 1e9):020d}-resume": json.dumps(said)}
+
+
+def tuning(**changes: Any) -> Desk:
+    """At the step `dpo` of round 1."""
+    done = {name: {} for name in ("collect", "feedback")}
+    return Desk(w.on_trial(number=1, done=done, **changes))
+
+
+@pytest.mark.parametrize(
+    ("code", "attempts", "again"),
+    [
+        pytest.param(BAD_INPUT, 1, False, id="bad input"),
+        pytest.param(FAILED, 1, True, id="a fault of its own"),
+        pytest.param(FAILED, 2, True, id="the second one"),
+        pytest.param(FAILED, 3, False, id="the third one"),
+        pytest.param("139", 3, False, id="it died thrice by itself"),
+        pytest.param(AWAY, 9, True, id="what it asks is away"),
+        pytest.param(BUDGET, 9, True, id="the budget is spent"),
+    ],
+)
+def test_a_step_that_fails_by_what_it_is_given_or_again_and_again_waits_for_a_person(
+    code: str, attempts: int, again: bool
+) -> None:
+    desk = tuning()
+    for attempt in range(1, attempts + 1):
+        failed(desk, code, attempt=attempt)
+    for late in (1.0, 11.0, 601.0, 86_400.0, 1e7):
+        seen = desk.look(NOW + late)
+        is_due = again and late > min(10 * 2 ** (attempts - 1), 600)
+        assert seen.submit == ({"r1-dpo": attempts + 1} if is_due else {})
+        if not again:
+            plan, said = reconcile.plan(seen.world), story_of(seen, api.ROUND_PROGRESSING)
+            assert plan.steps == () and plan.failure is not None
+            assert said.startswith("step r1-dpo: no good. ") and "`kubectl cowest resume`" in said
+
+
+@pytest.mark.parametrize("code", [BAD_INPUT, FAILED], ids=["bad input", "faults"])
+def test_a_step_that_waits_for_a_person_is_begun_again_by_resume_and_by_an_edit(code: str) -> None:
+    desk = tuning()
+    for attempt in (1, 2, 3):
+        failed(desk, code, attempt=attempt)
+    says_resume(desk, NOW - 5)
+    desk.memory.state, desk.memory.version = replace(desk.look().world.status, last_action="9" * 20 + "-resume"), 5
+    assert desk.look(NOW + 10).submit == {}, "that was said before it failed"
+    says_resume(desk, NOW + 5)
+    seen = desk.look(NOW + 10)
+    assert seen.submit == {"r1-dpo": 4}
+    assert [step.name for step in reconcile.plan(seen.world).steps] == ["r1-dpo"]
+    assert desk.family.job is not None
+    desk.family.job["metadata"] |= {"annotations": {}, "generation": 2}
+    assert desk.look(NOW + 10).submit == {"r1-dpo": 4}
+
+
+def test_a_resume_by_a_clock_that_is_behind_is_heard_when_it_is_taken_in() -> None:
+    desk = tuning()
+    failed(desk, BAD_INPUT)
+    says_resume(desk, NOW - 60)
+    seen = desk.look(NOW + 10)
+    assert seen.submit == {"r1-dpo": 2}
+    assert [step.name for step in reconcile.plan(seen.world).steps] == ["r1-dpo"]
+
+
+def test_after_a_resume_faults_are_counted_anew() -> None:
+    desk = tuning()
+    for attempt in (1, 2, 3):
+        failed(desk, FAILED, attempt=attempt)
+    says_resume(desk, NOW + 5)
+    later = datetime.fromtimestamp(NOW + 60, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    failed(desk, FAILED, attempt=4)
+    fourth = desk.family.children["Workflow", "claims-r1-dpo-4"]
+    desk.family.children["Workflow", "claims-r1-dpo-4"] = replace(
+        fourth, facts={**fourth.facts, "finished": datetime.fromisoformat(later).timestamp()}
+    )
+    desk.memory.state, desk.memory.version = replace(desk.look().world.status, last_action="9" * 20 + "-resume"), 5
+    assert reconcile.plan(desk.look(NOW + 61).world).failure is None
+    assert desk.look(NOW + 60 + 600).submit == {"r1-dpo": 5}
+
+
+@pytest.mark.parametrize("code", [BAD_INPUT, FAILED], ids=["bad input", "a fault"])
+def test_the_step_that_reads_live_traces_is_tried_again_since_they_change_by_themselves(code: str) -> None:
+    desk = Desk(w.on_trial(number=1))
+    for attempt in (1, 2, 3, 4):
+        failed(desk, code, "r1-collect", attempt)
+    seen = desk.look(NOW + 1)
+    assert not seen.submit and story_reason(seen) == api.REASON_STEP_RETRY
+    assert desk.look(NOW + 601).submit == {"r1-collect": 5}
+
+
 # ---------------------------------------------------------------- pods that are never made
 QUOTA = 'pods "x" is forbidden: exceeded quota: desk, requested: limits.cpu=4, used: 2, limited: 4'
 
@@ -351,6 +457,11 @@ def story_of(seen: Observed, kind: str) -> str:
     return next(condition.message for condition in conditions if condition.type == kind)
 
 
+def story_reason(seen: Observed) -> str:
+    conditions = reconcile.plan(seen.world).status.conditions
+    return next(condition.reason for condition in conditions if condition.type == api.ROUND_PROGRESSING)
+
+
 @pytest.mark.parametrize(
     ("pod", "words", "said"),
     [
@@ -373,6 +484,25 @@ def test_a_server_whose_pods_a_quota_refuses_is_said(part: str) -> None:
     refused(desk, part)
     troubles = [trouble for trouble in desk.look().world.troubles or () if trouble.reason == api.REASON_PODS_FAIL]
     assert [trouble.message for trouble in troubles] == [f"Deployment claims-{part}: its pods are not made: {QUOTA}."]
+
+
+def test_a_weak_model_whose_pods_a_quota_refuses_is_said_in_the_words_that_kserve_keeps_to_its_deployment() -> None:
+    desk = Desk(w.SERVED)
+    digest = w.STABLE.weak_digest
+    not_ready = {
+        "type": "PredictorReady",
+        "status": "False",
+        "message": "Deployment does not have minimum availability",
+    }
+    server = {"annotations": {"cowest.dev/model-digest": digest}}
+    desk.has("InferenceService", "96884fe", metadata=server, status={"conditions": [not_ready]})
+    condition = {"type": "ReplicaFailure", "status": "True", "message": QUOTA}
+    desk.has(PREDICTOR, "96884fe-predictor", status={"conditions": [condition]})
+    seen = desk.look()
+    troubles = [trouble for trouble in seen.world.troubles or () if trouble.reason == api.REASON_PODS_FAIL]
+    words = f"its pods are not made: {QUOTA}"
+    assert [trouble.message for trouble in troubles] == [f"Deployment claims-96884fe-predictor: {words}."]
+    assert seen.world.servers[digest].message == words
 
 
 def test_live_scores_that_a_quota_refuses_are_no_step_that_runs() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cowest_operator.watched import Watched, retry_after, see, shared
+from cowest_operator.watched import PREDICTOR, Watched, retry_after, see, shared
 
 
 def body(kind: str = "Deployment", version: str = "5", generation: int | None = 1, **more: Any) -> dict[str, Any]:
@@ -52,6 +52,45 @@ def test_what_another_controller_made_under_our_labels_is_left_alone() -> None:
     copied = body(owners=[{"kind": "InferenceService", "name": "claims-96884fe", "controller": True}])
     assert watched.child(None, "Deployment", copied) is None
     assert not list(watched.families["desks", "claims"].of("Deployment"))
+
+
+def predictor(version: str, words: str = "") -> dict[str, Any]:
+    """KServe's Deployment of a weak model, whose pods may be refused."""
+    condition = {"type": "ReplicaFailure", "status": "True", "message": words}
+    owners = [{"kind": "InferenceService", "name": "claims-96884fe", "controller": True}]
+    return body(version=version, owners=owners, status={"conditions": [condition] if words else []})
+
+
+def test_of_kserves_deployment_only_that_its_pods_are_refused_is_kept_and_each_change_of_it_is_news() -> None:
+    watched, key = Watched(), ("desks", "claims")
+    assert watched.child(None, "Deployment", predictor("5")) is None
+    assert watched.child("MODIFIED", "Deployment", predictor("6", "exceeded quota")) == key
+    assert watched.child("MODIFIED", "Deployment", predictor("7", "exceeded quota")) is None
+    (seen,) = watched.families[key].children.values()
+    assert (seen.kind, seen.facts) == (PREDICTOR, {"message": "exceeded quota"})
+    assert watched.child("MODIFIED", "Deployment", predictor("8")) == key
+    assert not watched.families[key].children
+    watched.child("MODIFIED", "Deployment", predictor("9", "exceeded quota"))
+    assert watched.child("DELETED", "Deployment", predictor("10", "exceeded quota")) == key
+    watched.child(None, "Deployment", predictor("11", "exceeded quota"))
+    assert watched.gone("Deployment", "", 12, set()) == [key], "it went while nobody watched"
+    assert not watched.families[key].children
+
+
+@pytest.mark.parametrize(
+    ("replicas", "updated", "available", "all_new"),
+    [
+        pytest.param(1, 1, 1, True, id="all are new and answer"),
+        pytest.param(2, 1, 1, False, id="a new one is made, the old one answers"),
+        pytest.param(2, 2, 1, False, id="a new one does not answer yet"),
+        pytest.param(0, 0, 0, False, id="there is none"),
+    ],
+)
+def test_a_deployment_is_updated_when_no_pod_of_before_is_left(
+    replicas: int, updated: int, available: int, all_new: bool
+) -> None:
+    status = {"replicas": replicas, "updatedReplicas": updated, "availableReplicas": available}
+    assert see("Deployment", body(status=status)).facts["updated"] is all_new
 
 
 def test_a_child_whose_owner_was_taken_away_is_as_gone() -> None:

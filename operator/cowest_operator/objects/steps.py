@@ -206,7 +206,7 @@ def _template_spec(context: Context) -> dict[str, Any]:
         **({"imagePullSecrets": base["imagePullSecrets"]} if "imagePullSecrets" in base else {}),
         "arguments": {"parameters": [{"name": "step"}]},
         "synchronization": {"mutexes": [{"name": context.name("steps")}]},
-        "ttlStrategy": {"secondsAfterCompletion": KEPT_SECONDS},
+        "ttlStrategy": {"secondsAfterSuccess": KEPT_SECONDS},  # what failed is not to be forgotten
         "podGC": {"strategy": "OnWorkflowSuccess", "deleteDelayDuration": "60s"},
         "templates": [step, _light(step), *_sharded(step, shards(context))],
     }
