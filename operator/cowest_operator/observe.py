@@ -44,6 +44,7 @@ ANSWERS_KEPT = 600.0  # seconds, longer than any of the above
 PATIENCE = 20.0  # seconds before a pod that is not there yet is called a trouble
 LONGEST_RETRY = 600.0
 FAILURES = 3  # of a step by faults of its own, before it waits for a person
+BAD_INPUT_RETRY = 3600.0  # what a step refuses costs seconds, and a key or a file may be mended where nobody sees it
 BY_A_PERSON = "It is begun again by `kubectl cowest resume` once that is mended, or by an edit of the manifest."
 
 
@@ -335,7 +336,8 @@ class _Look:
             return await self._succeeded(trial, name)
         code, words = _code(seen), _sentence(facts["words"] or facts["message"] or "it failed")
         asked_for = facts["generation"] != self.context.job.generation or self._resumed_since(seen)
-        if not asked_for and self._failed_for_good(trial, seen):
+        for_good = not asked_for and self._failed_for_good(trial, seen)
+        if for_good and (code != EXIT_BAD_INPUT or self.now < facts["finished"] + BAD_INPUT_RETRY):
             return api.StepState("Failed", code, 1, words, again=BY_A_PERSON)
         if asked_for or self.now >= facts["finished"] + retry_after(facts["attempt"], LONGEST_RETRY):
             self.submit[name] = facts["attempt"] + 1
