@@ -11,7 +11,7 @@ A fault is used up by one call, in order; `None` is a call that goes well:
   "hang"          no answer at all       "drop"      connection closed before an answer
   "lost"          answered and counted, but the connection breaks before the answer is sent
   "garbage"       200 with HTML          "truncate"  (stream) breaks off after the first word
-  "stall"         (stream) hangs after the first word
+  "stall"         (stream) hangs after the first word; "comments": and goes on in comments
 """
 
 from __future__ import annotations
@@ -213,6 +213,9 @@ class ScriptedModel:
             if i == 2 and fault == "stall":
                 await self._closing.wait()
                 return _broken(request, response)
+            while i == 2 and fault == "comments":
+                await response.write(b": still there\n\n")
+                await asyncio.sleep(0.02)
             choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
             await response.write(_event(head | {"choices": [choice]}))
         if (call.body.get("stream_options") or {}).get("include_usage"):

@@ -322,7 +322,8 @@ class Allowance:
     async def _ask(self, needed: Amount = NOTHING) -> bool:
         """Report, and have the slice that the pace of now wants. Under `_one`. Raises `BookError`.
 
-        True: the book gave what is needed. Smaller calls may have taken of it meanwhile.
+        True: the book gave what is needed, of which smaller calls may have taken meanwhile; or the share's day is over
+        by the book's clock, as after a suspend, and the next ask is of another.
         """
         share = self._share
         if share is not None and self._clock() >= share.until:
@@ -332,7 +333,7 @@ class Allowance:
         needed_in_all, slice_of_now = share.used + needed, self._slice_of_now(needed)
         await self._exchange(share, needed_in_all, needed_in_all + slice_of_now)
         self._share = share
-        return share.granted.covers(needed_in_all)
+        return share.granted.covers(needed_in_all) or self._clock() >= share.until
 
     async def _exchange(self, share: Share, needed: Amount, wanted: Amount) -> None:
         share.granted = share.granted.at_most(wanted)  # what is given back is not spent meanwhile

@@ -753,9 +753,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{port_trouble(options, error)}\n")
         return 2
     _follow_parent(options)
-    # uvicorn raises the signal again after its shutdown; asked to stop and stopped is a success.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
     config = uvicorn.Config(
         app,
         http=FrontDoor,
@@ -768,10 +765,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=options.finish_seconds,
     )
+    server = DrainingServer(config, stop, options.drain_seconds)
+    # From here on, so that one that comes before uvicorn runs is not lost. uvicorn raises it again after its shutdown:
+    # asked to stop and stopped is a success.
+    for told in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(told, server.handle_exit)
     gc.collect()
     gc.freeze()  # what is there now stays: the collector need not look at it again and again
     log.info("The gateway listens on http://%s:%d", *listening[0].getsockname()[:2])
-    DrainingServer(config, stop, options.drain_seconds).run(sockets=listening)
+    server.run(sockets=listening)
     return 0
 
 

@@ -237,7 +237,7 @@ class HttpChatModel:
         """The answer's chunks as the endpoint wrote them: the JSON of each `data:` event, without `[DONE]`.
 
         Tried again only until the answer begins; a fault later raises: text has gone out.
-        Each chunk must come within `timeout_seconds` of the one before.
+        Each chunk must come within `timeout_seconds` of the one before; comments between them are no chunks.
         """
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
         body = self._body(messages, options, extra) | {"stream": True}
@@ -581,10 +581,15 @@ def _is_of_the_answer(endpoint: str, payload: bytes) -> bool:
 
 
 async def _events(endpoint: str, response: Response, timeout: float) -> AsyncIterator[bytes]:
-    """Payloads of the `data:` lines of an event stream. Raises when it breaks off before it is finished."""
+    """Payloads of the `data:` lines of an event stream. Raises when it breaks off before it is finished, and when none
+    comes for `timeout` seconds: comments, by which proxies keep a connection open, are none."""
     seen, finished, buffered, unread = 0, False, b"", b""
+    clock = asyncio.get_running_loop().time
+    renewed, until = 0, clock() + timeout
     while True:
-        data = await _some(endpoint, response, timeout)
+        if seen > renewed:
+            renewed, until = seen, clock() + timeout
+        data = await _some(endpoint, response, timeout, until)
         if not seen and len(unread) < _MAX_UNREAD:
             unread += data
         *lines, buffered = (buffered + data).split(b"\n") if data else [buffered, b""]
@@ -606,9 +611,9 @@ async def _events(endpoint: str, response: Response, timeout: float) -> AsyncIte
         return
 
 
-async def _some(endpoint: str, response: Response, timeout: float) -> bytes:
+async def _some(endpoint: str, response: Response, timeout: float, until: float) -> bytes:
     try:
-        return await response.some(timeout)
+        return await response.some(until)
     except TimeoutError:
         raise DeadlineExceeded(
             f"{endpoint} stopped in the middle of an answer for {timeout:.1f} s. "

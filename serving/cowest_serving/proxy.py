@@ -73,7 +73,7 @@ from cowest_serving.key_files import CLIENT_KEYS, Keys, ReadKeys, keys_of
 from cowest_serving.leases import LEASE_PATH, Ask, Room, Spent
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Labels, Metrics, ModelCall
-from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, content_text, count
+from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, RateLimited, content_text, count
 from cowest_serving.open_files import allow_many_connections
 from cowest_serving.wire import WireError
 
@@ -547,6 +547,8 @@ def _refusal_of(error: Exception) -> Refusal | None:
     said = body_of(error)
     if said is not None and said.status < 500:
         return Declined(said.status, said.error, error.retry_after, is_in_vain=not error.retryable)
+    if isinstance(error, RateLimited):  # so for all keys: the endpoint was not asked again
+        return Refusal(429, str(error), "rate_limit_error", code="rate_limited", retry_after=error.retry_after)
     status = 504 if isinstance(error, DeadlineExceeded) else 502
     return _unavailable(status, str(error), error.retry_after, is_in_vain=not error.retryable)
 
@@ -715,9 +717,6 @@ async def _serve(settings: ProxySettings, path: Path, listener: socket.socket) -
         max_concurrency=strong.max_concurrency,
         drain_seconds=longest,
     )
-    # uvicorn raises the signal again after its shutdown; asked to stop and stopped is a success.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
     config = uvicorn.Config(
         _app_of(strong, judge, book),
         lifespan="on",
@@ -727,8 +726,13 @@ async def _serve(settings: ProxySettings, path: Path, listener: socket.socket) -
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=longest,
     )
+    server = Server(config, book)
+    # From here on, so that one that comes before uvicorn runs is not lost. uvicorn raises it again after its shutdown:
+    # asked to stop and stopped is a success.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, server.handle_exit)
     log.info("The proxy listens on http://%s:%d", *listener.getsockname()[:2])
-    await Server(config, book).serve(sockets=[listener])
+    await server.serve(sockets=[listener])
 
 
 def _app_of(strong: Strong, judge: Strong | None, book: PaidCalls) -> Starlette:

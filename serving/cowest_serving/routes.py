@@ -29,10 +29,18 @@ WITHOUT_STRONG = frozenset(
     }
 )
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # other parameters that ask for nothing with one of these values
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
     "n": (1,),
+    "parallel_tool_calls": (True, False),  # says something of tools alone
     "response_format": ({"type": "text"},),
     "stop": ([],),
+    "tool_choice": ("none",),
     "tools": ([],),
+    "top_logprobs": (0,),
 }
 
 

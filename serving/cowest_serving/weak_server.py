@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import ctypes
 import errno
 import logging
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 MAX_BODY = 8 * 1024 * 1024
 DRAIN_SECONDS = 30
+NOT_BEGUN = 499  # counted where a client left before there was an answer
 EXIT_BAD_INPUT = 2
 EXIT_RETRY = 75
 METRICS = {
@@ -86,7 +86,7 @@ def build_app(worker: Worker, name: str) -> Starlette:
             Route("/readyz", server.is_answering, methods=["GET"]),
             Route("/metrics", server.metrics, methods=["GET"]),
         ],
-        exception_handlers={Refusal: _refused, HTTPException: _http_error, Exception: _fault},
+        exception_handlers={Refusal: _refused, HTTPException: _http_error},
     )
     app.add_middleware(_Frame, server=server)
     return app
@@ -298,17 +298,13 @@ def _http_error(_: Request, error: Exception) -> Response:
     return _json(refusal.body(), error.status_code, error.headers)
 
 
-def _fault(_: Request, error: Exception) -> Response:
-    return _json(_fault_refusal(error).body(), 500)
-
-
 def _fault_refusal(error: Exception) -> Refusal:
     """The person at the other end gets the sentence; the stack trace is in the log."""
     return Refusal(500, f"The model failed: {type(error).__name__}: {error}", "api_error", code="weak_model_failed")
 
 
 class _Frame:
-    """Around every request: the digest's header, the counts, and silence for a client that has gone."""
+    """Around every request: the digest's header, the counts, 500 for a fault, silence for a client that has gone."""
 
     def __init__(self, app: ASGIApp, server: _Server) -> None:
         self.app = app
@@ -318,7 +314,7 @@ class _Frame:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status, started = 499, time.monotonic()
+        status, started = NOT_BEGUN, time.monotonic()
 
         async def send_with_digest(message: AsgiMessage) -> None:
             nonlocal status
@@ -329,8 +325,14 @@ class _Frame:
             await send(message)
 
         try:
-            with contextlib.suppress(ClientDisconnect):
-                await self.app(scope, receive, send_with_digest)
+            await self.app(scope, receive, send_with_digest)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            # Here, since a handler of Starlette's for all exceptions would answer outside of this frame.
+            if status == NOT_BEGUN:
+                await _json(_fault_refusal(error).body(), 500)(scope, receive, send_with_digest)
+            raise  # for the log
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "other")
@@ -373,9 +375,10 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> int:
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
     server = uvicorn.Server(config)
-    # uvicorn takes these over while it runs and raises them again when it has drained: then they mean nothing more.
+    # From here on, so that one that comes before uvicorn runs is not lost. uvicorn raises it again when it has drained:
+    # then it means nothing more.
     for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, lambda *_: None)
+        signal.signal(stop, server.handle_exit)
     worker.start()
     server.run(sockets=[listening])
     ended = worker.close(timeout=5)

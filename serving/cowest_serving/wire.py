@@ -130,10 +130,10 @@ class Response:
     def body(self) -> bytes:
         return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
 
-    async def some(self, seconds: float) -> bytes:
-        """What has come since the last time, at least a byte; nothing at the end."""
+    async def some(self, until: float) -> bytes:
+        """What has come since the last time, at least a byte; nothing at the end. `until`: by the loop's clock."""
         if not self._chunks and not self._is_complete and self._error is None and self._connection is not None:
-            await self._connection.wait(self, seconds)
+            await self._connection.wait(self, until)
         if self._chunks:
             data, self._size = self.body, 0
             self._chunks.clear()
@@ -185,10 +185,10 @@ class _Connection(asyncio.Protocol):
         self._transport.write(data)
         return response
 
-    async def wait(self, response: Response, seconds: float) -> None:
-        """Until there is more of it. Raises its error; on any error the connection is no more."""
+    async def wait(self, response: Response, until: float) -> None:
+        """For more of it. Raises its error; on any error the connection is no more."""
         response._waiter = self._loop.create_future()
-        self._wake_at(self._loop.time() + seconds)
+        self._wake_at(until)
         try:
             await response._waiter
         except BaseException:
@@ -382,7 +382,7 @@ class Wire:
         until = asyncio.get_running_loop().time() + seconds
         connection = self._kept() or await self._connected(seconds)
         response = connection.ask(data, is_whole)
-        await connection.wait(response, until - asyncio.get_running_loop().time())
+        await connection.wait(response, until)
         return response
 
     def warm(self) -> None:
@@ -466,7 +466,7 @@ class Wire:
         async with asyncio.timeout(min(seconds, CONNECT_SECONDS)):
             try:
                 return await self._connect()
-            except ssl.SSLError as error:
+            except ssl.SSLCertVerificationError as error:
                 raise Untrusted(str(error)) from error
             except OSError as error:
                 if isinstance(error, TimeoutError):  # the system's own, which is no limit of the caller

@@ -158,6 +158,8 @@ class Supervisor:
         worker.started = time.monotonic()
         # In a group of its own: Ctrl-C at a terminal is for this process, which tells the workers.
         worker.process = subprocess.Popen(command, pass_fds=[*handles, self.counts], process_group=0)
+        if self.told:  # meanwhile, when there was no process to tell
+            worker.process.send_signal(signal.SIGTERM)
 
     def _close_in_time(self) -> None:
         """After the drain nobody takes connections any more: they are refused, and do not wait in vain."""

@@ -49,6 +49,7 @@ from cowest_serving.routing import FileRouting
 from cowest_serving.spool import LogFile
 from cowest_serving.traces import SpooledTraces, TraceWriter, read_feedback, read_traces
 from tests.fakes import Fault, ScriptedModel
+from tests.loop.stopping import told_at_the_start
 from tests.loop.test_fetch import minio_server, needs_minio, s3_environment
 from tests.ports import free_port
 
@@ -546,6 +547,7 @@ async def test_what_asks_for_nothing_more_gets_the_draft_and_hears_that_it_was_c
     }
     both: dict[str, Any] = {"strong": {"faults": [500]}, "weak": {"faults": [Fault(200, body=json.dumps(cut))]}}
     options: dict[str, Any] = {"n": 1, "max_tokens": 2, "temperature": 0.5, "response_format": {"type": "text"}}
+    options |= {"logprobs": False, "tool_choice": "none", "modalities": ["text"], "parallel_tool_calls": True}
     async with world(tmp_path, when_strong_fails="WeakAlone", **both) as (_, _, door):
         if stream:
             text, chunks, _ = await streamed(door, **options)
@@ -1409,6 +1411,14 @@ async def test_told_to_stop_it_is_unready_at_once_and_answers_new_requests_until
             assert time.monotonic() - told < 4
         assert await asyncio.to_thread(process.wait, 20) == 0
         assert time.monotonic() - told >= 4
+
+
+async def test_told_to_stop_before_it_serves_it_does_not_stay(tmp_path: Path) -> None:
+    async with ScriptedModel() as weak, ScriptedModel() as strong:
+        (tmp_path / "job.yaml").write_text(json.dumps(spec_of(strong)))
+        (tmp_path / "routing.json").write_text(json.dumps(dump(Routing(1, "s", (arm_of(weak, strong),)))))
+        words = command(tmp_path, free_port(), "--drain-seconds", "0", "--log-level", "warning")
+        assert await asyncio.to_thread(told_at_the_start, words) == 0
 
 
 async def test_a_second_signal_ends_the_drain(tmp_path: Path) -> None:

@@ -407,13 +407,23 @@ async def test_a_stream_that_breaks_off_is_not_taken_for_a_short_answer() -> Non
     assert len(server.calls) == 1
 
 
-async def test_a_stream_that_stalls_ends() -> None:
+@pytest.mark.parametrize("fault", ["stall", "comments"])
+async def test_a_stream_that_stalls_ends_also_where_a_proxy_keeps_it_open_by_comments(fault: str) -> None:
     async with (
-        ScriptedModel("one two", faults=["stall"]) as server,
+        ScriptedModel("one two", faults=[fault]) as server,
         model_of(server, timeout_seconds=0.2) as model,
     ):
         with pytest.raises(DeadlineExceeded, match="in the middle"):
-            await chunks_of(model)
+            async with asyncio.timeout(5):
+                await chunks_of(model)
+
+
+async def test_the_time_that_a_reader_takes_for_a_chunk_is_none_of_the_endpoints() -> None:
+    async with ScriptedModel("one two three") as server, model_of(server, timeout_seconds=0.3) as model:
+        stream = model.stream(ASKED)
+        await anext(stream)
+        await asyncio.sleep(0.4)
+        assert len([chunk async for chunk in stream]) == 4
 
 
 async def test_a_stream_of_something_else_is_garbage() -> None:

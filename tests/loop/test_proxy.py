@@ -28,6 +28,7 @@ from cowest_serving.proxy import Server, build_app, decimal_text
 from cowest_training.asking import Asking, open_asking
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, Evaluator, Row, StepError
 from tests.fakes import Call, Fault, ScriptedModel, unused_port
+from tests.loop.stopping import told_at_the_start
 from tests.ports import free_port
 
 PRICES = Prices(input_per_million_tokens=1e6, output_per_million_tokens=2e6, currency="USD")  # 1 and 2 USD a token
@@ -313,6 +314,16 @@ async def test_the_upstreams_own_refusal_comes_back_in_its_words(tmp_path: Path)
     assert answered.status == 200
 
 
+async def test_while_the_upstream_wants_to_be_left_alone_each_client_is_told_for_how_long(tmp_path: Path) -> None:
+    limited = Fault(429, {"retry-after": "3600"})
+    async with ScriptedModel(faults=[limited]) as strong, proxy(tmp_path, strong_settings(strong.url)) as door:
+        first, second = await door.ask("x", "k1"), await door.ask("y", "k2")
+    assert len(strong.calls) == 1
+    assert (first.status, first.headers["retry-after"]) == (429, "3600")
+    assert (second.status, second.error["code"]) == (429, "rate_limited")
+    assert 3590 < int(second.headers["retry-after"]) <= 3600
+
+
 QUOTA = json.dumps({"error": {"message": "no money left", "code": "insufficient_quota"}})
 
 
@@ -561,6 +572,12 @@ async def is_ready(door: Door) -> bool:
         return (await door.get("/readyz")).status == 200
     except aiohttp.ClientConnectionError:
         return False
+
+
+async def test_told_to_stop_before_it_serves_it_does_not_stay(tmp_path: Path) -> None:
+    async with unused_port() as strong:
+        words = command(tmp_path, strong_settings(f"http://127.0.0.1:{strong}/v1"), free_port())
+        assert await asyncio.to_thread(told_at_the_start, words) == 0
 
 
 async def test_after_a_kill_what_was_answered_is_replayed_and_what_was_in_flight_keeps_its_key(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from cowest_serving.generate import Generation, Generator
 from cowest_serving.model_files import model_digest
 from cowest_serving.weak_server import MAX_BODY, build_app
 from cowest_serving.weak_worker import Worker
+from tests.loop.stopping import told_at_the_start
 from tests.loop.tiny_models import make_model
 from tests.ports import free_port
 
@@ -172,8 +173,11 @@ async def test_a_batch_that_fails_is_told_and_the_next_one_is_answered(folder: P
         norm = weak.generator.model.model.norm.weight
         good = norm.data.clone()
         norm.data.fill_(float("nan"))
-        with pytest.raises(openai.InternalServerError, match="NaN"):
+        with pytest.raises(openai.InternalServerError, match="NaN") as caught:
             await weak.chat()
+        assert caught.value.response.headers[HEADER_MODEL_DIGEST] == weak.generator.digest
+        async with weak.http.get(weak.url + "/metrics") as response:
+            assert 'requests_total{path="/v1/chat/completions",status="500"} 1\n' in await response.text()
         with pytest.raises(openai.APIError, match="NaN"):
             async for _ in await weak.chat(stream=True):
                 pass
@@ -363,6 +367,11 @@ def is_running(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def test_told_to_stop_before_it_serves_it_does_not_stay(folder: Path) -> None:
+    command = [sys.executable, "-m", "cowest_serving.weak_server", "--device", "cpu", "--threads", "1"]
+    assert told_at_the_start([*command, "--model", str(folder), "--port", str(free_port())]) == 0
 
 
 def test_sigterm_finishes_the_answer_that_was_begun_and_exits_0(sdk: openai.OpenAI, served: Any) -> None:

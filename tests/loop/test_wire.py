@@ -90,9 +90,13 @@ async def ask(wire: Wire, *, is_whole: bool = True, seconds: float = 5, **header
     return await wire.ask("POST", "/chat", headers, b"question", seconds, is_whole=is_whole)
 
 
+def within(seconds: float) -> float:
+    return asyncio.get_running_loop().time() + seconds
+
+
 async def rest_of(response: Response) -> bytes:
     data = b""
-    while more := await response.some(5):
+    while more := await response.some(within(5)):
         data += more
     return data
 
@@ -229,7 +233,7 @@ async def test_a_stream_that_is_cut_gives_what_has_come_first() -> None:
         response = await ask(wire, is_whole=False)
         data = b""
         with pytest.raises(WireError, match="in the middle"):
-            while more := await response.some(5):
+            while more := await response.some(within(5)):
                 data += more
     assert data == b"hello"
 
@@ -301,11 +305,11 @@ async def test_a_stream_may_take_long_but_not_between_two_parts() -> None:
 
     async with wire_to(talk) as wire:
         response = await ask(wire, is_whole=False, seconds=0.3)
-        assert await response.some(5) == b"one"
+        assert await response.some(within(5)) == b"one"
         asyncio.get_running_loop().call_later(0.4, go_on.set)  # later than the limit for the beginning
-        assert await response.some(5) == b"two"
+        assert await response.some(within(5)) == b"two"
         with pytest.raises(TimeoutError):
-            await response.some(0.05)
+            await response.some(within(0.05))
 
 
 # ---------------------------------------------------------------- connections
@@ -415,7 +419,7 @@ async def test_of_a_stream_that_has_said_all_the_connection_is_kept_if_it_ends(e
 
     async with wire_to(talk) as wire:
         response = await ask(wire, is_whole=False)
-        assert await response.some(5) == b"DONE"
+        assert await response.some(within(5)) == b"DONE"
         response.finish()
         response.close()
         said.set()
@@ -488,6 +492,17 @@ async def test_an_authority_that_is_given_is_trusted_and_no_other(
         other_name = Wire(endpoint.replace("127.0.0.1", "localhost"))
         with pytest.raises(Untrusted):
             await ask(other_name)
+
+
+async def test_trouble_with_tls_that_is_not_of_the_certificate_may_pass() -> None:
+    async def talk(talker: Talker) -> None:
+        await talker.say(b"\x15\x03\x03\x00\x02\x02\x50")  # an alert: internal error
+        await talker.has_gone()
+
+    async with server(talk) as endpoint:
+        with pytest.raises(WireError, match="internal") as caught:
+            await ask(Wire(endpoint.replace("http:", "https:")))
+    assert not isinstance(caught.value, Untrusted)
 
 
 async def through(talker: Talker, port: int, seen: list[bytes]) -> None:

@@ -8,6 +8,8 @@ import re
 import signal
 import socket
 import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
@@ -15,7 +17,9 @@ import pytest
 
 from cowest_serving.app import GatewayLimits, GatewaySettings, TraceSettings, shared_by
 from cowest_serving.client_limits import ClientLimits
+from cowest_serving.shared_counts import shared_memory
 from cowest_serving.traces import read_traces
+from cowest_serving.workers import Supervisor, _Worker
 from tests.fakes import ScriptedModel
 from tests.loop.test_gateway import ASKED, command, settings_of, spec_of, started
 
@@ -133,6 +137,28 @@ def test_a_bad_start_is_said_once(tmp_path: Path, wrong: str) -> None:
     assert ended.returncode == 2
     assert ("give another with --port" if wrong == "port" else "spec.strong") in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
+
+
+class ToldMeanwhile(list[str]):
+    """A command that is read when a worker is started, and meanwhile tells this process to stop."""
+
+    def __iter__(self) -> Iterator[str]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().__iter__()
+
+
+def test_a_worker_that_is_being_started_when_its_keeper_is_told_to_stop_is_told_too() -> None:
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        worker = _Worker(0, (first, second))
+        keeper = Supervisor(ToldMeanwhile(["sh", "-c", "exec sleep 20"]), [worker], 0.0, shared_memory(1))
+        started = time.monotonic()
+        try:
+            assert keeper.run() == 0
+        finally:
+            for each, handler in handlers.items():
+                signal.signal(each, handler)
+    assert time.monotonic() - started < 10
 
 
 def test_what_is_limited_for_a_gateway_is_divided_among_its_workers() -> None:

@@ -341,6 +341,20 @@ async def test_a_day_that_ends_earlier_here_than_at_the_book_loses_nothing() -> 
     assert live_spent(book.db, TODAY).calls == 4
 
 
+async def test_a_day_that_ends_earlier_at_the_book_than_here_is_over_at_once() -> None:
+    """As after a suspend, in which the clock here stands still, or when the time of day is set."""
+    book = Book(Room(100, None))
+    clock = book.now
+    door = Allowance(book, None, clock=lambda: clock)
+    assert await calls_until_refused(door) == 4
+    book.now += 13 * 3600
+    clock += 2
+    assert await calls_until_refused(door) == 4
+    await door.report()
+    assert live_spent(book.db, TODAY).calls == 4
+    assert live_spent(book.db, "2027-01-16").calls == 4
+
+
 # ---------------------------------------------------------------- what a call turns out to cost
 @pytest.mark.parametrize(
     ("error", "tokens"),

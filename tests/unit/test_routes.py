@@ -9,9 +9,24 @@ import pytest
 
 from cowest_operator import api, reconcile, rounds, routes
 from cowest_serving.contract import PredictorRef, RouteLimits, Routing, Shortcuts, dump, parse
+from cowest_serving.routes import is_for_a_draft
 from cowest_training.contract import RouteReport
 from tests import world as w
 
+NEUTRAL: dict[str, Any] = {
+    "function_call": "none",
+    "functions": [],
+    "logit_bias": {},
+    "logprobs": False,
+    "modalities": ["text"],
+    "n": 1,
+    "parallel_tool_calls": False,
+    "response_format": {"type": "text"},
+    "stop": [],
+    "tool_choice": "none",
+    "tools": [],
+    "top_logprobs": 0,
+}
 SHORTCUTS = Shortcuts(strong_alone=RouteLimits(0.02, 10))
 SEEN = RouteReport("control", "strongAlone", 1000, 340, 0.004, -0.002, 0.011)
 URI = "file:///store/runs/r1/predictor/predictor.json"
@@ -130,3 +145,9 @@ def test_a_loss_above_the_limit_is_said() -> None:
 def test_a_status_with_routes_is_read_as_it_was_written() -> None:
     status = replace(w.SERVED, routes=MEASURED, candidate=w.trial(routes=MEASURED))
     assert parse(api.Status, dump(status), "status") == status
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_parameter_that_asks_for_nothing_keeps_no_draft_from_being_the_answer(name: str) -> None:
+    assert is_for_a_draft({name: NEUTRAL[name]})
+    assert not is_for_a_draft({name: "else"})
