@@ -84,13 +84,13 @@ class FileLender:
 class HttpLender:
     """The book of the job's proxy. Of several keys each is shown in turn: while they are rotated one is not known."""
 
-    def __init__(self, address: str, read_keys: ReadKeys = tuple) -> None:
-        self._url, self._read_keys = address.rstrip("/") + LEASE_PATH, read_keys
+    def __init__(self, address: str, read_keys: ReadKeys = tuple, seconds: float = BOOK_SECONDS) -> None:
+        self._url, self._read_keys, self._seconds = address.rstrip("/") + LEASE_PATH, read_keys, seconds
         self._session: aiohttp.ClientSession | None = None
 
     async def lend(self, ask: Ask) -> Lease:
         if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=BOOK_SECONDS))
+            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self._seconds))
         saw = ""
         try:
             data = orjson.dumps(dump(ask))
@@ -112,9 +112,11 @@ class HttpLender:
             await self._session.close()
 
 
-def lender_of(book: str, strong: Strong) -> Lender:
-    """`book`: a file, or the address of the proxy that keeps it."""
-    return HttpLender(book, keys_of(os.environ, PROXY_KEYS).read) if "://" in book else FileLender(Path(book), strong)
+def lender_of(book: str, strong: Strong, seconds: float = BOOK_SECONDS) -> Lender:
+    """`book`: a file, or the address of the proxy that keeps it, which has so many seconds to answer."""
+    if "://" in book:
+        return HttpLender(book, keys_of(os.environ, PROXY_KEYS).read, seconds)
+    return FileLender(Path(book), strong)
 
 
 @dataclass(eq=False)

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from cowest_serving import store
 from cowest_serving.contract import FEEDBACK_COLUMNS, FEEDBACK_PREFIX, TRACE_COLUMNS, TRACES_PREFIX
-from cowest_serving.spool import File, Frames, LogFile, Pace, Spool
+from cowest_serving.spool import PATIENCE, File, Frames, LogFile, Pace, Spool
 
 log = logging.getLogger(__name__)
 Row = Mapping[str, Any]
@@ -325,6 +325,7 @@ class SpooledTraces:
         *,
         limit_bytes: int | None = None,
         pace: Pace | None = None,
+        patience: float = PATIENCE,
         open_file: Callable[[Path], File] = LogFile,
     ) -> None:
         writer = _safe(writer_id)
@@ -334,7 +335,14 @@ class SpooledTraces:
             _FEEDBACK: (store.join(store_uri, FEEDBACK_PREFIX), FEEDBACK_SCHEMA),
         }
         self._spool = Spool(
-            folder, writer, self._ship, self._fall_back, limit_bytes=limit_bytes, pace=pace, open_file=open_file
+            folder,
+            writer,
+            self._ship,
+            self._fall_back,
+            limit_bytes=limit_bytes,
+            pace=pace,
+            patience=patience,
+            open_file=open_file,
         )
         self._written = self._dropped = 0
 

