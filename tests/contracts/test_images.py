@@ -151,7 +151,7 @@ def made(target: str, *settings: str) -> list[str]:
     """The lines of the builder's calls, which `echo` is instead of it."""
     named = ["IMAGE_REGISTRY=registry.example.com", "IMAGE_TAG=t", "IMAGE_BUILD=echo"]
     command = ["make", "--silent", target, *named, *settings]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -162,7 +162,7 @@ def test_the_builder_is_given_file_context_tag_and_what_ray_needs(tmp_path: Path
     (tmp_path / "docker").chmod(0o755)
     command = ["make", "--silent", "image-serving-ray", "IMAGE_TAG=t", "IMAGE_OPTIONS=--quiet"]
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
     assert done.stdout == (
         "[build][--quiet][--file][serving/Dockerfile][--tag][docker.io/cowest/serving:t-ray]"
         "[--build-arg][EXTRAS=ray][.]\n"
@@ -176,7 +176,7 @@ def test_the_builder_is_told_of_an_index_and_of_no_path_of_the_host(tmp_path: Pa
     (tmp_path / "docker").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PIP_CERT": "/etc/ssl/own.pem"}
     command = ["make", "--silent", "image-operator"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
     told = set(re.findall("--build-arg (PIP_[A-Z_]+)", done.stdout))
     assert told == {"PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "PIP_FIND_LINKS"}
 

@@ -69,7 +69,7 @@ def write_job(path: Path, strong_url: str, **sections: Mapping[str, Any]) -> str
             "endpoint": strong_url,
             "model": "strong",
             "apiKeySecretRefs": [],
-            "timeoutSeconds": 5,
+            "timeoutSeconds": 60,
             "maxConcurrency": 4,
             "maxRetries": 1,
         },

@@ -784,7 +784,8 @@ def test_a_strong_endpoint_that_fails_is_told_before_anything_is_started(
     cowest: Any, job: Path, fault: Any, code: int, says: str
 ) -> None:
     with ScriptedModel("yes", faults=[fault] * 9).in_thread() as strong:
-        edits = {"strong.endpoint": strong.url, "strong.timeoutSeconds": 1, "strong.maxRetries": 0}
+        seconds = 1 if fault == "hang" else 60
+        edits = {"strong.endpoint": strong.url, "strong.timeoutSeconds": seconds, "strong.maxRetries": 0}
         job.write_text(yaml.safe_dump(edited(edits, yaml.safe_load(job.read_text()))))
         said = cowest("run", "-f", job, "--yes")
         assert said.code == code and says in said.err

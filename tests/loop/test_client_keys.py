@@ -20,6 +20,7 @@ from cowest_training.contract import StepError
 from tests import world as manifests
 from tests.fakes import ScriptedModel
 from tests.loop.test_gateway import ASKED, Gateway, arm_of, gateway, settings_of
+from tests.patience import IN_TIME
 
 CHAT = "/v1/chat/completions"
 
@@ -38,7 +39,7 @@ async def door_with(
 
 
 async def shows(door: Gateway, metric: str) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(IN_TIME):
         while not re.search(f"^{metric}$", await door.metrics(), re.MULTILINE):
             pass
 
@@ -103,7 +104,7 @@ async def test_so_many_of_a_keys_chats_are_under_way_at_once_and_one_that_ends_m
     async with door_with(tmp_path, max_concurrency=1) as (strong, door):
         strong.gate.clear()
         first = asyncio.create_task(door.post(CHAT, {"messages": ASKED}))
-        await asyncio.wait_for(strong.arrived.wait(), 5)
+        await asyncio.wait_for(strong.arrived.wait(), IN_TIME)
         status, body, headers = await door.post(CHAT, {"messages": ASKED})
         assert (status, body["error"]["type"], headers["retry-after"]) == (429, "concurrency", "1")
         first.cancel()
@@ -120,7 +121,7 @@ async def test_a_client_that_leaves_before_its_turn_gets_back_the_tokens_that_we
     async with door_with(tmp_path, places=1, tokens_per_minute=2_000) as (strong, door):
         strong.gate.clear()
         first = asyncio.create_task(door.post(CHAT, {"messages": ASKED}))
-        await asyncio.wait_for(strong.arrived.wait(), 5)
+        await asyncio.wait_for(strong.arrived.wait(), IN_TIME)
         waiting = asyncio.create_task(door.post(CHAT, {"messages": long, "stream": streamed}))
         await shows(door, r"cowest_endpoint_waiting{.*} 1")
         waiting.cancel()

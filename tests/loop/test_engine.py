@@ -39,7 +39,7 @@ def write_job(folder: Path, endpoint: str, **sections: Any) -> Path:
     make_model(folder / "base", [f"name {w} again note {w} it is unknown" for w in WORDS])
     spec: dict[str, Any] = {
         "weak": {"model": "file://base"},
-        "strong": {"endpoint": endpoint, "model": "strong-1", "maxRetries": 1, "timeoutSeconds": 5},
+        "strong": {"endpoint": endpoint, "model": "strong-1", "maxRetries": 1, "timeoutSeconds": 60},
         "collaboration": {
             "draftMaxTokens": 8,
             "prompts": {"draft": "{query}", "refine": "{query} | {draft}", "solo": "{query}"},

@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 
 from cowest_serving.front_door import WHEN_GONE, FrontDoor
+from tests.patience import IN_TIME
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
 POST = b"POST /a%20b?q=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello"
@@ -49,14 +50,14 @@ class Client:
 
     async def answer(self) -> tuple[bytes, bytes]:
         """Status line and headers, and the body by its length."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(IN_TIME):
             head = await self.reader.readuntil(b"\r\n\r\n")
             lengths = [line for line in head.lower().splitlines() if line.startswith(b"content-length:")]
             return head, await self.reader.readexactly(int(lengths[0].split(b":")[1]) if lengths else 0)
 
     async def rest(self) -> bytes:
         """Until the server closes."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(IN_TIME):
             return await self.reader.read()
 
 
@@ -106,7 +107,7 @@ async def test_an_answer_without_a_length_goes_out_in_chunks() -> None:
     async with served(stream) as client:
         await client.say(b"GET / HTTP/1.1\r\n\r\n")
         head, _ = await client.answer()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(IN_TIME):
             assert await client.reader.readuntil(b"0\r\n\r\n") == b"3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n"
         assert b"transfer-encoding: chunked\r\n" in head
         await client.say(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
@@ -201,7 +202,7 @@ async def test_a_client_that_does_not_read_is_left() -> None:
 
     async with served(endless, Hasty) as client:
         await client.say(b"GET / HTTP/1.1\r\n\r\n")
-        await asyncio.wait_for(ended.wait(), 10)
+        await asyncio.wait_for(ended.wait(), IN_TIME)
 
 
 # ---------------------------------------------------------------- the application
@@ -220,7 +221,7 @@ async def test_the_application_hears_that_its_client_has_gone() -> None:
         await client.say(POST)
         await waiting.wait()
         client.writer.close()
-        await asyncio.wait_for(done.wait(), 5)
+        await asyncio.wait_for(done.wait(), IN_TIME)
     assert heard == ["called", "http.disconnect"]
 
 
@@ -262,7 +263,7 @@ async def test_told_to_stop_it_lets_an_answer_finish_and_closes() -> None:
         await client.say(POST)
         await begun.wait()
         client.server.should_exit = True
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(IN_TIME):
             while not all(each._answered and not each._answered.may_stay for each in connections(client)):
                 await asyncio.sleep(0.01)
         go_on.set()

@@ -26,6 +26,7 @@ from cowest_serving.models import (
     retry_after,
 )
 from tests.fakes import ONLY_DEFAULT, OTHER_LIMIT, Fault, ScriptedModel, unused_port
+from tests.patience import IN_TIME
 
 ASKED = [{"role": "user", "content": "why?"}]
 
@@ -222,7 +223,7 @@ async def test_with_all_keys_at_rest_the_shortest_rest_is_waited_for() -> None:
     ):
         started = time.monotonic()
         await model(ASKED)
-    assert 0.15 <= time.monotonic() - started < 5
+    assert 0.15 <= time.monotonic() - started < 60
     assert [call.headers["authorization"] for call in server.calls] == [f"Bearer {key}" for key in "abb"]
 
 
@@ -238,11 +239,11 @@ async def test_a_call_that_begins_while_all_keys_rest_ends_at_once_where_the_res
 async def test_a_call_that_begins_while_all_keys_rest_waits_where_there_is_time() -> None:
     fault = Fault(429, {"retry-after-ms": "300"})
     async with ScriptedModel(faults=[fault]) as server, model_of(server, max_retries=0) as model:
+        started = time.monotonic()
         with pytest.raises(RateLimited):
             await model(ASKED)
-        started = time.monotonic()
         await model(ASKED)
-        assert time.monotonic() - started >= 0.2
+        assert time.monotonic() - started >= 0.3
 
 
 async def test_an_account_without_quota_is_not_asked_again_but_by_another_key() -> None:
@@ -299,7 +300,7 @@ async def test_no_more_than_max_concurrency_calls_are_under_way() -> None:
     async with ScriptedModel() as server, model_of(server, max_concurrency=2) as model:
         server.gate.clear()
         calls = [asyncio.create_task(model(ASKED)) for _ in range(5)]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(IN_TIME):
             while len(server.calls) < 2:
                 server.arrived.clear()
                 await server.arrived.wait()
@@ -316,7 +317,7 @@ async def test_after_a_429_fewer_calls_are_under_way() -> None:
         await asyncio.gather(*(model(ASKED) for _ in range(8)), return_exceptions=True)
         server.gate.clear()
         calls = [asyncio.create_task(model(ASKED)) for _ in range(8)]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(IN_TIME):
             while len(server.calls) < 8 + 4:
                 server.arrived.clear()
                 await server.arrived.wait()
@@ -411,18 +412,18 @@ async def test_a_stream_that_breaks_off_is_not_taken_for_a_short_answer() -> Non
 async def test_a_stream_that_stalls_ends_also_where_a_proxy_keeps_it_open_by_comments(fault: str) -> None:
     async with (
         ScriptedModel("one two", faults=[fault]) as server,
-        model_of(server, timeout_seconds=0.2) as model,
+        model_of(server, timeout_seconds=2) as model,
     ):
         with pytest.raises(DeadlineExceeded, match="in the middle"):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(IN_TIME):
                 await chunks_of(model)
 
 
 async def test_the_time_that_a_reader_takes_for_a_chunk_is_none_of_the_endpoints() -> None:
-    async with ScriptedModel("one two three") as server, model_of(server, timeout_seconds=0.3) as model:
+    async with ScriptedModel("one two three") as server, model_of(server, timeout_seconds=2) as model:
         stream = model.stream(ASKED)
         await anext(stream)
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(2.5)
         assert len([chunk async for chunk in stream]) == 4
 
 
@@ -484,7 +485,7 @@ async def test_leaving_a_stream_frees_its_place() -> None:
         stream = model.stream(ASKED)
         await anext(stream)
         await stream.aclose()
-        assert (await asyncio.wait_for(model(ASKED), 5)).text == "one two"
+        assert (await asyncio.wait_for(model(ASKED), IN_TIME)).text == "one two"
 
 
 # ---------------------------------------------------------------- when to try again

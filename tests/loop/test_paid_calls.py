@@ -18,6 +18,7 @@ from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_RETRY, Ev
 from cowest_training.evaluator import TRIES
 from cowest_training.paid_calls import PaidCalls, read_spent
 from tests.fakes import Call, Fault, ScriptedModel
+from tests.patience import IN_TIME
 
 PRICES = Prices(input_per_million_tokens=1e6, output_per_million_tokens=2e6, currency="USD")  # 1 and 2 USD a token
 
@@ -185,7 +186,7 @@ async def test_what_the_file_cannot_hold_fails_alone_and_the_book_goes_on(tmp_pa
         return ChatResult("hi", "stop", 1, 2**64 if messages[0]["content"] == "odd" else 1, "m", "", {})
 
     about = {"endpoint": "http://s/v1", "name": "m", "purpose": "test", "params": {"max_tokens": 5}}
-    async with PaidCalls(tmp_path / "calls", budget=Budget(tokens_per_day=1_000)) as book, asyncio.timeout(5):
+    async with PaidCalls(tmp_path / "calls", budget=Budget(tokens_per_day=1_000)) as book, asyncio.timeout(IN_TIME):
         asks = [book.ask(model, [{"role": "user", "content": text}], **about) for text in ("odd", "plain", "other")]
         odd, *others = await asyncio.gather(*asks, return_exceptions=True)
         assert isinstance(odd, OverflowError)
@@ -200,7 +201,7 @@ async def test_an_odd_count_of_an_endpoint_is_none(tmp_path: Path, usage: str) -
     async with (
         ScriptedModel(faults=[Fault(200, body=body)]) as server,
         PaidCalls(tmp_path / "calls", budget=Budget(tokens_per_day=30)) as book,
-        asyncio.timeout(10),
+        asyncio.timeout(IN_TIME),
     ):
         await ask(book, server, "x", params={"max_tokens": 5})
         assert (book.spent().input_tokens, book.spent().output_tokens) == (5, 4)

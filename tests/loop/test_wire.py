@@ -24,6 +24,7 @@ from cowest_serving.wire import (
     address_of,
 )
 from tests.fakes import unused_port
+from tests.patience import IN_TIME
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-Name: a\r\nx-name: b\r\n\r\nhello"
 Talk = Callable[["Talker"], Awaitable[None]]
@@ -86,7 +87,7 @@ async def wire_to(talk: Talk) -> AsyncIterator[Wire]:
             await wire.aclose()
 
 
-async def ask(wire: Wire, *, is_whole: bool = True, seconds: float = 5, **headers: str) -> Response:
+async def ask(wire: Wire, *, is_whole: bool = True, seconds: float = IN_TIME, **headers: str) -> Response:
     return await wire.ask("POST", "/chat", headers, b"question", seconds, is_whole=is_whole)
 
 
@@ -96,7 +97,7 @@ def within(seconds: float) -> float:
 
 async def rest_of(response: Response) -> bytes:
     data = b""
-    while more := await response.some(within(5)):
+    while more := await response.some(within(IN_TIME)):
         data += more
     return data
 
@@ -233,7 +234,7 @@ async def test_a_stream_that_is_cut_gives_what_has_come_first() -> None:
         response = await ask(wire, is_whole=False)
         data = b""
         with pytest.raises(WireError, match="in the middle"):
-            while more := await response.some(within(5)):
+            while more := await response.some(within(IN_TIME)):
                 data += more
     assert data == b"hello"
 
@@ -277,7 +278,7 @@ async def test_a_stream_that_nobody_takes_is_not_read_on() -> None:
 
     async with wire_to(talk) as wire:
         response = await ask(wire, is_whole=False)
-        await asyncio.wait_for(stopped.wait(), 30)
+        await asyncio.wait_for(stopped.wait(), IN_TIME)
         assert MAX_AHEAD < sent < 50_000_000, "the kernel's buffers hold some megabytes"
         assert len(await rest_of(response)) == 100_000_000
 
@@ -304,10 +305,10 @@ async def test_a_stream_may_take_long_but_not_between_two_parts() -> None:
         await talker.has_gone()
 
     async with wire_to(talk) as wire:
-        response = await ask(wire, is_whole=False, seconds=0.3)
-        assert await response.some(within(5)) == b"one"
-        asyncio.get_running_loop().call_later(0.4, go_on.set)  # later than the limit for the beginning
-        assert await response.some(within(5)) == b"two"
+        response = await ask(wire, is_whole=False, seconds=2)
+        assert await response.some(within(IN_TIME)) == b"one"
+        asyncio.get_running_loop().call_later(2.5, go_on.set)  # later than the limit for the beginning
+        assert await response.some(within(IN_TIME)) == b"two"
         with pytest.raises(TimeoutError):
             await response.some(within(0.05))
 
@@ -344,7 +345,7 @@ async def test_a_connection_that_its_server_closes_or_speaks_on_unasked_is_not_u
 
     async with wire_to(talk) as wire:
         await ask(wire)
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ended.wait(), IN_TIME)
         assert (await ask(wire)).body == b"hello"
 
 
@@ -388,7 +389,7 @@ async def test_a_connection_that_is_expected_to_be_used_is_made_meanwhile() -> N
     async with wire_to(talk) as wire:
         wire.warm()
         wire.warm()
-        await asyncio.wait_for(arrived.wait(), 5)
+        await asyncio.wait_for(arrived.wait(), IN_TIME)
         assert (await ask(wire)).body == b"hello"
         wire.warm()
         await asyncio.sleep(0)
@@ -419,11 +420,11 @@ async def test_of_a_stream_that_has_said_all_the_connection_is_kept_if_it_ends(e
 
     async with wire_to(talk) as wire:
         response = await ask(wire, is_whole=False)
-        assert await response.some(within(5)) == b"DONE"
+        assert await response.some(within(IN_TIME)) == b"DONE"
         response.finish()
         response.close()
         said.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(IN_TIME):
             while wire.idle != (1 if ends else 0) or (not ends and wire.connections):
                 await asyncio.sleep(0.005)
         assert (await ask(wire, is_whole=False)).status == 200
@@ -442,18 +443,18 @@ async def test_who_leaves_in_the_middle_hangs_up(leave: str) -> None:
 
     async with wire_to(talk) as wire:
         asking = asyncio.create_task(ask(wire, is_whole=False))
-        await asyncio.wait_for(heard.wait(), 5)
+        await asyncio.wait_for(heard.wait(), IN_TIME)
         if leave == "closed":
             (await asking).close()
         else:
             asking.cancel()
-        await asyncio.wait_for(gone.wait(), 5)
+        await asyncio.wait_for(gone.wait(), IN_TIME)
 
 
 async def test_closing_ends_the_calls_under_way() -> None:
     async with wire_to(never_answer) as wire:
         asking = asyncio.create_task(ask(wire))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(IN_TIME):
             while not wire.connections:
                 await asyncio.sleep(0)
         await wire.aclose()

@@ -26,6 +26,7 @@ from cowest_serving.leases import (
     shares,
 )
 from cowest_serving.models import ChatResult, DeadlineExceeded, ServerFault
+from tests.patience import IN_TIME
 
 NOON = 1_800_014_400.0  # 2027-01-15, 12:00 UTC
 TODAY = "2027-01-15"
@@ -242,7 +243,7 @@ async def test_a_call_within_the_slice_does_not_wait_for_the_book() -> None:
     door = allowance(book)
     await call(door)
     book.is_away = True
-    await asyncio.wait_for(call(door), 1)
+    await asyncio.wait_for(call(door), IN_TIME)
 
 
 # ---------------------------------------------------------------- with the book away
@@ -288,7 +289,7 @@ async def test_reports_go_on_whatever_the_book_does(trouble: str) -> None:
     wait = asyncio.Event()
     book.slow, book.bug = (wait, None) if trouble == "slow" else (None, ValueError("unheard of"))
     await door.start()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(IN_TIME):
         while not door.word()["trouble"]:
             await asyncio.sleep(0.001)
         book.slow = book.bug = None

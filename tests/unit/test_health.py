@@ -9,6 +9,7 @@ import pytest
 
 from cowest_serving.health import Circuit, CircuitOpen, Guarded, Health
 from cowest_serving.models import BadRequest, EndpointUnreachable, ModelError, RateLimited, ServerFault, Unauthorized
+from tests.patience import IN_TIME
 
 AWAY = EndpointUnreachable("http://s/v1 cannot be reached")
 
@@ -101,7 +102,7 @@ async def test_nobody_waits_for_a_place_at_an_endpoint_that_is_not_asked() -> No
         model.health.failures, model.health.since = 9, 0.0
         with suppress(ModelError), model._circuit.attempt(model.endpoint):
             raise AWAY
-        async with model._places, asyncio.timeout(1):
+        async with model._places, asyncio.timeout(IN_TIME):
             with pytest.raises(CircuitOpen):
                 await model([])
 

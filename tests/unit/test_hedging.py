@@ -11,6 +11,7 @@ import pytest
 
 from cowest_serving.contract import HedgeLimits
 from cowest_serving.hedging import MOST_AT_ONCE, Hedging
+from tests.patience import IN_TIME
 
 SLOW = 60_000
 
@@ -108,7 +109,7 @@ async def test_a_first_call_that_fails_in_time_is_not_made_again() -> None:
 async def test_none_is_made_at_an_endpoint_that_is_not_at_ease() -> None:
     calls, hedge = Calls(), hedging()
     asking = asyncio.create_task(hedge.first(Endpoint(is_at_ease=False), calls))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(IN_TIME):
         while not hedge.held_back:
             await asyncio.sleep(0.001)
     calls.go[0].set()
@@ -147,7 +148,7 @@ async def test_calls_that_needed_no_second_save_up_for_a_few_only() -> None:
     for _ in range(1000):
         await hedge.first(Endpoint(), quick)
     asking = [asyncio.create_task(hedge.first(Endpoint(), slow)) for _ in range(MOST_AT_ONCE + 5)]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(IN_TIME):
         while hedge.held_back + hedge.won < len(asking):
             await asyncio.sleep(0.001)
     held_up.set()

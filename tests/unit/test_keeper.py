@@ -18,6 +18,7 @@ from cowest_operator.observe import Memory, Observer
 from cowest_operator.watched import Key, Watched
 from tests import world as w
 from tests.kube_in_memory import KubeInMemory
+from tests.patience import IN_TIME
 from tests.unit.test_look import Desk
 
 KEY = ("desks", "claims")
@@ -44,7 +45,7 @@ class Noting(Keeper):
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(IN_TIME):
         while not condition():
             await asyncio.sleep(0.01)
 

@@ -23,6 +23,7 @@ from cowest_serving.predictor import (
 from cowest_serving.routes import USUAL, Routes, Way
 from cowest_serving.store import StoreError
 from cowest_training.predictor import FEWEST, Examples, choose_threshold, learn
+from tests.patience import IN_TIME
 
 SHORTCUTS = Shortcuts(strong_alone=RouteLimits(0.02, 10), weak_alone=RouteLimits(0.02, 25))
 NEVER, ALWAYS = Head([0.0] * BUCKETS, 9.0, 0.5), Head([0.0] * BUCKETS, -9.0, 0.5)
@@ -174,7 +175,7 @@ async def test_until_the_predictor_is_there_requests_go_the_usual_way() -> None:
     ref = PredictorRef("s3://b/p", digest_of(data), ("strongAlone",))
     built = Routes(SHORTCUTS, lambda: 0.9, lambda _: data)
     assert built.way(ref, "x", {}) == USUAL
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(IN_TIME):
         while built.way(ref, "x", {}) == USUAL:
             await asyncio.sleep(0.001)
     assert built.way(ref, "x", {}).taken == "strongAlone"

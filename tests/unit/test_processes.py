@@ -22,6 +22,7 @@ from cowest_operator import api, reconcile
 from cowest_training.contract import StepError
 from tests import world as w
 from tests.manifests import edited
+from tests.patience import IN_TIME
 
 
 def test_last_words_for_a_collector_are_said_as_a_sentence(tmp_path):
@@ -81,7 +82,7 @@ def test_what_a_child_started_does_not_outlive_a_child_that_had_to_be_killed(tmp
         "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True); time.sleep(60)"
     )
     child = processes.Child("stubborn", [sys.executable, "-c", script], os.environ, tmp_path / "log")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + IN_TIME
     while child.last_words() == "it said nothing":
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -157,13 +158,20 @@ def make(folder, starts, **edits):
     return Engine(Order(jobs.load(path), Facts(1, 1, False, 1.0), keys), home, start=starts)
 
 
-def test_a_server_that_dies_while_it_starts_is_started_again_with_patience(engine, starts):
+def test_a_server_that_dies_while_it_starts_is_started_again_with_patience(engine, starts, monkeypatch):
+    begun = time.monotonic()
     server = _Server(Ended(), 1)
-    server.look_at = time.monotonic() + 0.25  # it was just asked whether it is ready
-    for _ in range(5):
+    server.look_at = begun + 0.25  # it was just asked whether it is ready
+
+    def look_after(seconds):
+        monkeypatch.setattr(time, "monotonic", lambda: begun + seconds)
         engine._look_at(server, "weak-model server", lambda: starts("weak", [], {}, ""))
-        time.sleep(0.1)
+
+    for seconds in (0, 0.1, 0.25, 0.5, 0.99):
+        look_after(seconds)
     assert not starts.names, "the first start comes after a second"
+    look_after(1.01)
+    assert starts.names == ["weak"]
     assert "no memory" in server.message
 
 
