@@ -256,7 +256,8 @@ class Election(LeaderElection):
     async def renew_loop(self) -> None:
         while (left := self.renewed + HELD - time.monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.try_acquire_or_renew(), left)
+                async with asyncio.timeout(left):  # Python 3.11's `wait_for` loses a cancel that comes with the answer
+                    await self.try_acquire_or_renew()
             await asyncio.sleep(EVERY)
 
 
