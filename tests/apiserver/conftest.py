@@ -11,7 +11,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import ssl
 import subprocess
 import time
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cowest_operator import manifest
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from tests.apiserver.playground import Playground  # at run time it imports this module
@@ -165,7 +165,7 @@ def playground(cluster: ApiServer, account: str | None, tmp_path: Path) -> Itera
 
 @contextlib.contextmanager
 def _etcd(binary: Path, folder: Path) -> Iterator[str]:
-    client, peer = (f"http://127.0.0.1:{port}" for port in _free_ports(2))
+    client, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
     command = [
         str(binary), "--data-dir", str(folder / "etcd"), "--listen-client-urls", client,
         "--advertise-client-urls", client,
@@ -179,8 +179,7 @@ def _etcd(binary: Path, folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _kube_apiserver(binary: Path, etcd_url: str, folder: Path) -> Iterator[ApiServer]:
-    (port,) = _free_ports(1)
-    certs, token = folder / "certs", secrets.token_hex(16)
+    port, certs, token = free_port(), folder / "certs", secrets.token_hex(16)
     certs.mkdir()
     (folder / "tokens.csv").write_text(f'{token},tester,tester,"system:masters"\n')
     _write_key(folder / "service-account.key")
@@ -241,14 +240,6 @@ def _answers(url: str) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _write_key(path: Path) -> None:

@@ -29,6 +29,7 @@ from cowest_operator.kube import Kube
 from tests import world
 from tests.apiserver.conftest import CRDS, JOBS, ApiServer, wait_until
 from tests.manifests import edited, smallest
+from tests.ports import free_port
 
 T = TypeVar("T")
 NAMESPACE = "default"
@@ -406,7 +407,7 @@ class Wire:
     """A way to the API server that can be cut, as when it restarts, or fall silent, as when a node is lost."""
 
     def __init__(self, server: ApiServer) -> None:
-        self.server, self.silent, self.port = server, False, 0
+        self.server, self.silent, self.port = server, False, free_port()
         self._ends: list[socket.socket] = []
         self.mend()
 
@@ -418,7 +419,6 @@ class Wire:
 
     def mend(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", self.port))
-        self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._take, args=(self._listener,), daemon=True).start()
 
     def cut(self) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from tests.apiserver.conftest import JOBS
 from tests.apiserver.playground import NAMESPACE, Playground, apply, decisions, manifest_of
 from tests.contracts.test_store_s3 import endpoint  # noqa: F401  (a fixture)
 from tests.loop.ledger_world import write_round
+from tests.ports import free_port
 
 RESTING = {"rounds": {"max": 1, "trigger": {"newTraces": 5}}}  # after its baseline the job waits for traces
 RBAC = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{NAMESPACE}"
@@ -247,9 +247,7 @@ def test_a_job_that_is_not_there_is_named_beside_those_that_are(playground: Play
 
 def test_each_way_not_to_get_there_is_one_sentence(playground: Playground, cowest: Any) -> None:
     apply(playground, manifest_of("claims"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        away = f"https://127.0.0.1:{free.getsockname()[1]}"
+    away = f"https://127.0.0.1:{free_port()}"
 
     def leading(name: str, url: str) -> Path:
         return kubeconfig_of(playground, name, lambda config: config["clusters"][0]["cluster"].update(server=url))
