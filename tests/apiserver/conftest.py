@@ -68,7 +68,7 @@ class ApiServer:
         )
         context = ssl.create_default_context(cafile=str(self.ca_file))
         try:
-            with urllib.request.urlopen(request, context=context, timeout=20) as answer:
+            with urllib.request.urlopen(request, context=context, timeout=60) as answer:
                 return answer.status, _decoded(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, _decoded(error.read())
@@ -91,10 +91,13 @@ class ApiServer:
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
-    """Until `condition` holds; fails with `what` after the deadline."""
+    """Until `condition` holds; fails with `what` when it was asked after the deadline and does not."""
     deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
+    while True:
+        is_late = time.monotonic() > deadline
+        if condition():
+            return
+        if is_late:
             pytest.fail(f"waited {seconds:.0f} s for {what}")
         time.sleep(0.05)
 

@@ -106,12 +106,16 @@ class Asked:
 
 
 def asked(log: Path, since: int = 0) -> Iterator[Asked]:
-    """What stands in the log from byte `since` on."""
+    """What stands in the log from byte `since` on, in lines that were begun after that and are whole by now."""
     if not log.exists():
         return
     with log.open("rb") as file:
-        file.seek(since)
+        if since:
+            file.seek(since - 1)
+            file.readline()
         for line in file:
+            if not line.endswith(b"\n"):
+                return
             event = json.loads(line)
             target, code = event.get("objectRef"), int((event.get("responseStatus") or {}).get("code") or 0)
             if target is None or event.get("stage") not in ("ResponseComplete", "ResponseStarted"):

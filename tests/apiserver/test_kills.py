@@ -30,14 +30,23 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.apiserver.conftest import JOBS, ApiServer, wait_until
-from tests.apiserver.playground import CHILDREN, EVENTS, SERVING, WORKFLOWS, Playground, apply, decisions, manifest_of
+from tests.apiserver.playground import (
+    CHILDREN,
+    EVENTS,
+    PATIENT,
+    SERVING,
+    WORKFLOWS,
+    Playground,
+    apply,
+    decisions,
+    manifest_of,
+)
 
 SWEEP = int(os.environ.get("COWEST_KILL_SWEEP", "0"))
 When = Literal["before the answer", "after the answer"]
 # Starts operators by fork: a fresh interpreter takes longer than the life between two kills.
-FORKER = """
+FORKER = f"""{PATIENT}
 import json, os, signal, sys
-from cowest_operator import main
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the dead
 for line in sys.stdin:
     if pid := os.fork():

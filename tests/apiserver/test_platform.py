@@ -74,17 +74,17 @@ def test_a_list_that_comes_in_chunks_is_whole(server: ApiServer, tmp_path: Path)
 # ---------------------------------------------------------------- what is found
 def test_what_is_installed_is_found_and_what_is_not_is_not(cluster: ApiServer, tmp_path: Path) -> None:
     without = Platform(has_kserve=True, has_argo=True)
-    assert found(cluster, tmp_path) == without
+    wait_until(lambda: found(cluster, tmp_path) == without, "what other tests installed to be gone", 60)
     with installed(cluster, RAY), installed(cluster, LOCAL_QUEUE):
-        wait_until(lambda: found(cluster, tmp_path) == WHOLE, "KubeRay and Kueue to be found", 30)
+        wait_until(lambda: found(cluster, tmp_path) == WHOLE, "KubeRay and Kueue to be found", 60)
         assert not found(cluster, tmp_path, rayservices=False).has_kuberay, "without the right it is as if not there"
-    wait_until(lambda: found(cluster, tmp_path) == without, "both to be gone", 30)
+    wait_until(lambda: found(cluster, tmp_path) == without, "both to be gone", 60)
 
 
 def test_kserve_of_0_16_and_later_is_known_by_the_kind_that_came_with_it(cluster: ApiServer, tmp_path: Path) -> None:
     assert found(cluster, tmp_path).kserve_mode == "RawDeployment"
     with installed(cluster, LLM):
-        wait_until(lambda: found(cluster, tmp_path).kserve_mode == "Standard", "the kind to be discovered", 30)
+        wait_until(lambda: found(cluster, tmp_path).kserve_mode == "Standard", "the kind to be discovered", 60)
         assert found(cluster, tmp_path, mode="RawDeployment").kserve_mode == "RawDeployment", "the override wins"
 
 
