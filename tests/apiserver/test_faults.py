@@ -347,9 +347,9 @@ def test_a_step_with_bad_input_is_not_run_again_until_the_manifest_changes(playg
 def test_a_step_with_bad_input_waits_for_a_person_in_steady_words_and_resume_begins_it_again(
     playground: Playground,
 ) -> None:
-    """It ended hours ago: long after any wait between two attempts."""
+    """It ended before the longest wait between two attempts, and less than an hour ago, when it is looked at again."""
     words = "s3://data/train.jsonl: wanted rows, saw none. Upload them."
-    long_ago = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 7200))
+    long_ago = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 1800))
     playground.script.endings = {"check": [{**ended("Failed", words, "2"), "finishedAt": long_ago}]}
     with playground.operator():
         apply(playground, manifest_of("claims", **ONLY_BASELINE))
