@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from cowest_training import evaluator
 from cowest_training.contract import (
     EVALUATOR_RULES,
     EXIT_BAD_INPUT,
@@ -125,6 +126,14 @@ def test_labels(answer: str, label: str | None) -> None:
 )
 def test_awkward_labels(answer: str, choices: tuple[str, ...], label: str) -> None:
     assert find_label(answer, choices) == label
+
+
+def test_of_a_thousand_labels_no_pattern_is_built_for_each_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    built, as_said = [], evaluator._as_said
+    monkeypatch.setattr(evaluator, "_as_said", lambda choice: built.append(choice) or as_said(choice))
+    choices = tuple(f"label {number}" for number in range(1000))
+    assert find_label("so it is Label 777", choices) == "label 777"
+    assert len(built) == 3 * len(choices)  # alone, with its case, and without
 
 
 def test_a_choice_scores_one_or_zero_and_gives_its_label() -> None:

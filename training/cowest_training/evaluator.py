@@ -184,18 +184,21 @@ class _Labels:
 def _labels(choices: tuple[str, ...]) -> _Labels:
     whole = {_label_key(choice): choice for choice in reversed(choices)} | {choice: choice for choice in choices}
     longest_first, forms = sorted(choices, key=len, reverse=True), []
+    holding = _holding_another(choices)
     for form in (partial(unicodedata.normalize, "NFC"), folded):
-        words = [f"(?i:{said})" if _holds_another(choice, choices) else said
-                 for choice in longest_first for said in [_as_said(form(choice))]]  # fmt: skip
-        pattern = "|".join(f"({said})" for said in words)
+        words = ((choice in holding, _as_said(form(choice))) for choice in longest_first)
+        pattern = "|".join(f"((?i:{said}))" if in_any_case else f"({said})" for in_any_case, said in words)
         forms.append((form, re.compile(rf"(?<!\w)(?:{pattern})(?!\w)")))
     return _Labels(whole, longest_first, forms)
 
 
-def _holds_another(choice: str, choices: Sequence[str]) -> bool:
-    text = folded(choice)
-    others = (folded(other) for other in choices)
-    return any(other != text and re.search(rf"(?<!\w){_as_said(other)}(?!\w)", text) for other in others)
+def _holding_another(choices: Sequence[str]) -> frozenset[str]:
+    """The labels of which another one is a part. Of a thousand labels each pattern is built once."""
+    texts = [(choice, folded(choice)) for choice in choices]
+    parts = [(text, re.compile(rf"(?<!\w){_as_said(text)}(?!\w)")) for _, text in texts]
+    return frozenset(
+        choice for choice, text in texts if any(part != text and pattern.search(text) for part, pattern in parts)
+    )
 
 
 def _as_said(choice: str) -> str:

@@ -223,7 +223,8 @@ class Shared:
         if not fused_lm_head:
             return self._theirs(*args, **kwargs)
         rows = None
-        if set(kwargs) <= {"input_ids", "attention_mask", "labels", "use_cache"}:
+        never = self.differs and not any(self.checked)  # as in bfloat16: reading the batch would only hold up a GPU
+        if not never and set(kwargs) <= {"input_ids", "attention_mask", "labels", "use_cache"}:
             rows = rows_of(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
         if rows is None or not self._may_share(rows, kwargs):
             return self._theirs(*args, fused_lm_head=True, **kwargs)
