@@ -82,6 +82,7 @@ from cowest_serving.open_files import allow_many_connections
 from cowest_serving.routes import Routes
 from cowest_serving.routing import FileRouting, RoutingSource, choose_arm
 from cowest_serving.shared_counts import SharedCounts
+from cowest_serving.stopping import heed_signals
 from cowest_serving.store import StoreError, prepare
 from cowest_serving.traces import SpooledTraces, TraceSink, TraceWriter, is_sampled
 from cowest_serving.words import TEXTS, Repeats, feedback_row, word_key
@@ -766,10 +767,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         timeout_graceful_shutdown=options.finish_seconds,
     )
     server = DrainingServer(config, stop, options.drain_seconds)
-    # From here on, so that one that comes before uvicorn runs is not lost. uvicorn raises it again after its shutdown:
-    # asked to stop and stopped is a success.
-    for told in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(told, server.handle_exit)
+    heed_signals(server)
     gc.collect()
     gc.freeze()  # what is there now stays: the collector need not look at it again and again
     log.info("The gateway listens on http://%s:%d", *listening[0].getsockname()[:2])

@@ -20,7 +20,6 @@ import asyncio
 import logging
 import os
 import re
-import signal
 import socket
 import sys
 import tempfile
@@ -75,6 +74,7 @@ from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Labels, Metrics, ModelCall
 from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, RateLimited, content_text, count
 from cowest_serving.open_files import allow_many_connections
+from cowest_serving.stopping import heed_signals
 from cowest_serving.wire import WireError
 
 log = logging.getLogger(__name__)
@@ -727,10 +727,7 @@ async def _serve(settings: ProxySettings, path: Path, listener: socket.socket) -
         timeout_graceful_shutdown=longest,
     )
     server = Server(config, book)
-    # From here on, so that one that comes before uvicorn runs is not lost. uvicorn raises it again after its shutdown:
-    # asked to stop and stopped is a success.
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, server.handle_exit)
+    heed_signals(server)
     log.info("The proxy listens on http://%s:%d", *listener.getsockname()[:2])
     await server.serve(sockets=[listener])
 

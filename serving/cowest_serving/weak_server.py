@@ -45,6 +45,7 @@ from cowest_serving.logs import (
 from cowest_serving.metrics import Metrics
 from cowest_serving.model_files import ModelFolderError, check_model_folder, resolve_model
 from cowest_serving.open_files import allow_many_connections
+from cowest_serving.stopping import heed_signals
 from cowest_serving.store import StoreError
 from cowest_serving.weak_api import Asked, Prompt, Reply, parse_chat, parse_completion
 from cowest_serving.weak_worker import Job, Worker
@@ -375,10 +376,7 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> int:
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
     server = uvicorn.Server(config)
-    # From here on, so that one that comes before uvicorn runs is not lost. uvicorn raises it again when it has drained:
-    # then it means nothing more.
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, server.handle_exit)
+    heed_signals(server)
     worker.start()
     server.run(sockets=[listening])
     ended = worker.close(timeout=5)
