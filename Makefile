@@ -10,7 +10,7 @@ APISERVER_WORKERS ?= auto
 UV_VERSION = 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study paper test test-apiserver check format docs lock bench bench-kill bench-gateway bench-flip bench-gate bench-dpo soak-gateway bench-spool torture-spool torture-gateway bench-operator e2e e2e-faults rbac clean \
+.PHONY: help setup demo study paper test test-apiserver test-gpu check format docs lock bench bench-kill bench-gateway bench-flip bench-gate bench-dpo soak-gateway bench-spool torture-spool torture-gateway bench-operator e2e e2e-faults rbac clean \
   images image-operator image-serving image-serving-ray image-training image-sizes lock-images helm-docs
 
 help:  ## say what there is
@@ -40,6 +40,9 @@ test: setup  ## unit, contract, embedded-loop and API-server tests
 
 test-apiserver: setup  ## of these the API-server tests: workers side by side, each with an API server of its own
 	$(BIN)/python -m pytest tests/apiserver -m "not faults" -n $(APISERVER_WORKERS) --dist worksteal -ra
+
+test-gpu: setup  ## weak model and tuning on the GPU of this machine
+	$(BIN)/python -m pytest tests/loop/test_gpu.py -m gpu -ra
 
 check: setup  ## format, lint, types, import rules, generated docs
 	$(BIN)/ruff format --check .
