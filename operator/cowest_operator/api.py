@@ -30,6 +30,7 @@ DEGRADED = "Degraded"  # Kubernetes: something that the job needs is missing or 
 
 # ---------------------------------------------------------------- reasons
 REASON_ANSWERING = "Answering"
+REASON_STRONG_ALONE = "StrongAnswersAlone"
 REASON_STARTING = "Starting"
 REASON_MEASURED_BETTER = "MeasuredBetter"
 REASON_NOT_MEASURED = "NotMeasured"

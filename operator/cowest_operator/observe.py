@@ -425,7 +425,9 @@ class _Look:
 
     async def _traces(self, trial: api.Trial | None) -> api.TraceCounts:
         waiting = trial is None and self.status.stable is not None and self.context.job.spec.rounds.trigger.new_traces
-        every = COUNT_EVERY if waiting else 6 * COUNT_EVERY
+        seen = self.family.children.get(("Deployment", self.context.name("observer")))
+        troubled = seen is not None and not seen.facts["available"]  # mostly by a store that is away: it has the words
+        every = COUNT_EVERY if waiting or troubled else 6 * COUNT_EVERY
         since = self.status.traces_since
         data = await self._asked(f"traces {since}", every, self.observer.doors.traces(self.observer_base, since))
         if not data:

@@ -776,12 +776,12 @@ def _ready(world: World) -> tuple[str, str, str]:
     if trial is not None and trial.stage == "Watch" and not _missing(world, trial.pair):
         return "True", api.REASON_ANSWERING, f"the pair of round {trial.number} answers and is watched."
     if status.stable is None:
-        return "True", api.REASON_ANSWERING, "the strong model answers alone until there is a weak model."
+        return "True", api.REASON_STRONG_ALONE, "the strong model answers alone until there is a weak model."
     if status.serving == "StrongAlone":
-        return "True", api.REASON_ANSWERING, f"the strong model answers alone: {_not_served(status, status.stable)}"
+        return "True", api.REASON_STRONG_ALONE, f"the strong model answers alone: {_not_served(status, status.stable)}"
     if status.going_back:
         waits = f"the server of round {status.previous_round}, to which {status.going_back.by} rolled back, starts."
-        return "True", api.REASON_ANSWERING, f"the strong model answers alone while {waits}"
+        return "True", api.REASON_STRONG_ALONE, f"the strong model answers alone while {waits}"
     missing, of = _missing(world, status.stable), f"the server of round {status.stable_round}"
     if missing is None:
         return "True", api.REASON_ANSWERING, f"the pair of round {status.stable_round} answers."
@@ -789,7 +789,7 @@ def _ready(world: World) -> tuple[str, str, str]:
     if fails and status.stable.weak_digest in world.servers:  # else the routing has no address to fail at
         message = f"requests fail, as collaboration.whenWeakFails says, while {of} is not ready: {missing}"
         return "False", api.REASON_WAITING_FOR_SERVER, message
-    return "True", api.REASON_ANSWERING, f"the strong model answers alone while {of} is not ready: {missing}"
+    return "True", api.REASON_STRONG_ALONE, f"the strong model answers alone while {of} is not ready: {missing}"
 
 
 def _no_answers(world: World) -> api.Trouble | None:

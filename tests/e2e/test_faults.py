@@ -383,15 +383,18 @@ def test_the_object_store_is_away_in_a_canary(standing: Desk, fault: Fault) -> N
 
 
 def test_the_strong_endpoint_is_away(standing: Desk, fault: Fault) -> None:
-    with fault.users(standing), scaled_away(NAMESPACE, "strong"):
+    with faults.traffic(standing) as asked, scaled_away(NAMESPACE, "strong"):
         fault.begins()
         fault.said(JOB, "the strong endpoint")
-        assert is_ready(), "the gateway answers, as `whenStrongFails` says: Fail"
+        wait_for(
+            lambda: not is_ready(), "Ready is False: every answer is an error, as `whenStrongFails: Fail` says", 60
+        )
+    fault.answered, fault.failed = asked.answered, asked.failed
     assert fault.failed, "`whenStrongFails: Fail` says that the caller hears of it"
     url = f"http://{gateway_address()}/v1"
     fault.heals(lambda: answers(url), "an answer: each gateway tries the endpoint once in its circuit's rest", 60)
     with faults.traffic(standing) as after:
-        wait_for(is_well, "no trouble", 120)
+        wait_for(lambda: is_ready() and is_well(), "no trouble", 120)
         time.sleep(5)
     assert after.answered and not after.failed
 

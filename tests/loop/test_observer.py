@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,9 +24,11 @@ from urllib.request import urlopen
 
 import orjson
 import pytest
+from starlette.requests import Request
 
 from cowest_serving import store, traces
 from cowest_training import observer
+from cowest_training.collect import TraceCounts
 from cowest_training.contract import Evaluator
 from tests.loop.test_collect import START, Desk
 from tests.ports import free_port
@@ -301,6 +305,41 @@ def test_a_store_that_is_away_is_said_and_counted(desk: Desk) -> None:
         status, body = served.get("/v1/traces")
         assert status == 503 and b"not counted yet" in body
         assert 'store_errors_total{operation="artifact"} 1' in served.get("/metrics")[1].decode()
+
+
+async def test_a_count_that_fails_after_good_ones_is_said_until_the_next_good_one(desk: Desk) -> None:
+    outcomes = iter([TraceCounts(3, 2, ""), OSError("minio is away"), TraceCounts(4, 2, "")])
+    more, done = threading.Semaphore(0), threading.Event()
+
+    class Scripted:
+        def count(self) -> TraceCounts:
+            assert more.acquire(timeout=60)
+            outcome = next(outcomes, None)
+            if outcome is None:
+                done.set()
+                raise OSError("over")
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+    watching = observer.Observer(Any, observer.Metrics(observer.HELP), Scripted, every=0.01)  # type: ignore[arg-type]
+    counting = asyncio.create_task(watching.keep_counting())
+    request = Request({"type": "http", "query_string": b"", "headers": []})
+    seen = []
+    try:
+        for _ in range(3):
+            more.release()
+            before = watching.counted, watching.trouble
+            async with asyncio.timeout(60):
+                while (watching.counted, watching.trouble) == before:
+                    await asyncio.sleep(0.01)
+            answer = await watching.traces(request)
+            seen.append((answer.status_code, json.loads(answer.body)))
+    finally:
+        counting.cancel()
+        more.release()
+    assert [status for status, _ in seen] == [200, 503, 200]
+    assert "minio is away" in seen[1][1]["error"]["message"] and seen[2][1]["all"] == 4
 
 
 def test_it_needs_no_torch() -> None:

@@ -121,6 +121,16 @@ def test_what_is_away_is_said_in_every_look_not_only_in_those_that_ask(part: str
     assert len(desk.doors.asked) == asked, "an answer that fails is one too, for as long as another is believed"
 
 
+@pytest.mark.parametrize(("available", "asked"), [(1, 1), (0, 2)], ids=["ready", "not ready"])
+def test_an_observer_that_is_not_ready_is_asked_again_soon_why(available: int, asked: int) -> None:
+    desk = Desk(w.on_trial())
+    desk.has("Deployment", "observer", status={"availableReplicas": available})
+    desk.look()
+    desk.memory.asked = {what: (when - 15, answer) for what, (when, answer) in desk.memory.asked.items()}
+    desk.look()
+    assert sum("/v1/traces" in url for url in desk.doors.asked) == asked
+
+
 def test_when_the_door_opens_the_trouble_is_over() -> None:
     desk = Desk(w.SERVED)
     desk.doors.shut = {"proxy"}

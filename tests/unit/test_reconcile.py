@@ -356,6 +356,7 @@ def test_a_rollback_waits_for_the_server_of_the_pair_before():
         "nor answers it more"
     )
     assert "the strong model answers alone" in condition(held, api.READY).message
+    assert condition(held, api.READY).reason == api.REASON_STRONG_ALONE
     assert condition(held, api.ROUND_PROGRESSING).reason == api.REASON_WAITING_FOR_SERVER
     assert {s.digest for s in held.servers} == {w.STABLE.weak_digest, w.CANDIDATE.weak_digest}
     back = settle(w.world(status=held.status, servers=UP, job=job))
@@ -877,6 +878,7 @@ def test_ready_looks_at_the_server_of_the_pair(when_weak_fails, ready, words):
     down = {w.STABLE.weak_digest: api.ServerState(False, "http://weak/v1", message="no memory")}
     seen = condition(settle(w.world(job=job, servers=down)), api.READY)
     assert seen.status == ready and seen.message.startswith(words)
+    assert seen.reason != api.REASON_ANSWERING, "or it would be written as slowly as what only says something else"
     assert condition(settle(w.world(job=job, servers=UP)), api.READY).message == "the pair of round 0 answers."
     unknown = condition(settle(w.world(job=job)), api.READY)
     assert unknown.status == "True", "without an address the gateway asks the strong model alone"

@@ -5,7 +5,7 @@
                                with ?since=EPOCH also "since_last": how many of the usable ones were given after that
     GET /healthz /readyz /metrics
 
-404: no such artifact. 403: nothing that is given out. 503: the store is away, or hangs.
+404: no such artifact. 403: nothing that is given out. 503: the store is away, or hangs, with its words.
 
     python -m cowest_training.observer --store s3://bucket/desk --job job.json --port 8080
 """
@@ -343,6 +343,8 @@ class Observer:
     async def traces(self, request: Request) -> Response:
         if self.counted is None:
             return _error(503, f"the traces were not counted yet: {self.trouble}")
+        if self.trouble:  # who asks has the last counts, and must hear why there are no newer ones
+            return _error(503, f"the traces cannot be counted: {self.trouble}")
         seen, at = self.counted
         answer = {"all": seen.all, "usable": seen.usable, "reason": seen.reason, "counted_at": at}
         if (since := request.query_params.get("since")) is not None:

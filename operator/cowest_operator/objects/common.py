@@ -119,11 +119,11 @@ def config_map(context: Context, name: str, part: str, data: Mapping[str, str], 
     return {**built, "immutable": True} if immutable else built
 
 
-def service(context: Context, part: str) -> Child:
+def service(context: Context, part: str, **more: Any) -> Child:
     return child(
         context, "v1", "Service", context.name(part), part,
         spec={"selector": selector(context, part),
-              "ports": [{"name": "http", "port": 80, "targetPort": "http", "protocol": "TCP"}]},
+              "ports": [{"name": "http", "port": 80, "targetPort": "http", "protocol": "TCP"}], **more},
     )  # fmt: skip
 
 

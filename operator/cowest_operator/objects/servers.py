@@ -352,7 +352,8 @@ def observer(context: Context) -> tuple[Child, ...]:
         livenessProbe=common.probe("/healthz", periodSeconds=10, timeoutSeconds=5, failureThreshold=6),
     )  # fmt: skip
     pod = common.pod(context, containers=[container], volumes=[job_volume, tmp_volume, *volumes])
-    return _deployment(context, "observer", pod), common.service(context, "observer")
+    # It is not ready while the store is away, and then the one that knows why.
+    return _deployment(context, "observer", pod), common.service(context, "observer", publishNotReadyAddresses=True)
 
 
 def live_score(context: Context, step: api.StepSpec, frozen: Mapping[str, Any] | None = None) -> tuple[Child, ...]:
