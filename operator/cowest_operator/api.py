@@ -63,6 +63,7 @@ REASON_WAITING_FOR_ANSWERS = "WaitingForAnswers"
 REASON_WAITING_FOR_SERVER = "WaitingForServer"
 
 REASON_PROMOTED = "BetterOfflineAndLive"
+REASON_PROMOTED_NOT_WORSE = "BetterOfflineNotWorseLive"
 REASON_PROMOTED_OFFLINE = "BetterOffline"
 REASON_PROMOTED_BY_PERSON = "PromotedByPerson"
 REASON_ROLLED_BACK_BY_PERSON = "RolledBackByPerson"

@@ -518,7 +518,12 @@ def _next_step(world: World, trial: Trial, where: str, verdict: promotion.Verdic
         return Move(replace(world.status, candidate=trial), message=passed.message, events=(passed,))
     if canary.watch_seconds:
         return _into_watch(world, trial, passed)
-    move = _end(world, trial, "Promoted", api.REASON_PROMOTED, verdict.message)
+    seen = world.live.comparison if world.live else None
+    if seen is not None and seen.difference < 0:
+        words = f"offline it is better, and no loss is shown live: {verdict.message}"
+        move = _end(world, trial, "Promoted", api.REASON_PROMOTED_NOT_WORSE, words)
+    else:
+        move = _end(world, trial, "Promoted", api.REASON_PROMOTED, verdict.message)
     return replace(move, events=(passed, *move.events))
 
 
@@ -784,12 +789,25 @@ def _ready(world: World) -> tuple[str, str, str]:
         return "True", api.REASON_STRONG_ALONE, f"the strong model answers alone while {waits}"
     missing, of = _missing(world, status.stable), f"the server of round {status.stable_round}"
     if missing is None:
-        return "True", api.REASON_ANSWERING, f"the pair of round {status.stable_round} answers."
+        message = f"the pair of round {status.stable_round} answers.{_not_as_declared(world, status.stable)}"
+        return "True", api.REASON_ANSWERING, message
     fails = world.job.spec.collaboration.when_weak_fails == "Fail"
     if fails and status.stable.weak_digest in world.servers:  # else the routing has no address to fail at
         message = f"requests fail, as collaboration.whenWeakFails says, while {of} is not ready: {missing}"
         return "False", api.REASON_WAITING_FOR_SERVER, message
     return "True", api.REASON_STRONG_ALONE, f"the strong model answers alone while {of} is not ready: {missing}"
+
+
+def _not_as_declared(world: World, stable: Pair) -> str:
+    """A sentence where the manifest declares a pair that was tried and not promoted."""
+    status = world.status
+    declared = rounds.declared_edit(world)
+    if declared != status.refused_edit or declared == api.edit_digest(status.base, stable):
+        return ""
+    tried = next((row for row in reversed(status.rounds) if row.origin == "Edit"), None)
+    how = f" (round {tried.number}, {tried.reason})" if tried else ""
+    words = f"What the manifest declares of the pair is not served: it was tried and not promoted{how}."
+    return f" {words} Edit it again, or put back what is served."
 
 
 def _no_answers(world: World) -> api.Trouble | None:

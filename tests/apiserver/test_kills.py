@@ -61,6 +61,8 @@ for line in sys.stdin:
     sys.exit(main.main())
 """
 
+pytestmark = pytest.mark.timeout(900)
+
 
 # ---------------------------------------------------------------- between operator and API server
 @dataclass(frozen=True)
@@ -270,7 +272,7 @@ def settle(playground: Playground) -> None:
         time.sleep(0.5)
         return len(playground.items(SERVING)) == 1
 
-    wait_until(is_settled, "the model without traffic to go", 60)
+    wait_until(is_settled, "the model without traffic to go", 240)
 
 
 TIMES = ("startedAt", "endedAt")
@@ -323,7 +325,7 @@ def undisturbed(cluster: ApiServer, account: str | None, tmp_path_factory: pytes
         lives(playground, lambda write: False, "before the answer") as run,
     ):
         apply(playground, manifest_of("claims"))
-        run.until(lambda: is_over(playground), 120)
+        run.until(lambda: is_over(playground), 400)
         settle(playground)
         found = Undisturbed(
             final_state(playground), steps_run(playground), submitted(run.tap), said(playground),
@@ -343,7 +345,6 @@ def assert_the_same(playground: Playground, run: Lives, undisturbed: Undisturbed
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("when", ["before the answer", "after the answer"])
 def test_killed_after_every_single_write_of_its_life(
     playground: Playground, undisturbed: Undisturbed, when: When
@@ -400,7 +401,7 @@ ONE_KILL = [
 def test_killed_once(playground: Playground, undisturbed: Undisturbed, kill: tuple[int, str, str]) -> None:
     with lives(playground, nth(*kill), "before the answer") as run:
         apply(playground, manifest_of("claims"))
-        run.until(lambda: is_over(playground), 120)
+        run.until(lambda: is_over(playground), 400)
         settle(playground)
         assert_the_same(playground, run, undisturbed)
         assert len(run.tap.kills) == 1

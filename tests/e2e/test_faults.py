@@ -173,7 +173,9 @@ def in_step(desk: Desk, step: str, seconds: float = 240) -> list[str]:
 
 
 def in_canary(desk: Desk) -> None:
-    """A candidate has traffic: the one that is on trial, else one that the gate lets pass."""
+    """A candidate has traffic: the round's that is on trial, else one that the gate lets pass."""
+    if on_trial(desk).get("origin") == "Proposal":
+        wait_for(lambda: not on_trial(desk), "the end of what was proposed before", 300)
     if not on_trial(desk):
         propose(desk, OTHER)
 
@@ -455,7 +457,7 @@ def test_a_second_job_whose_secret_is_missing_says_so_and_is_ready_once_it_is_th
         fault.said(SECOND, "is Secret later there?")
         give_key()
         fault.heals(lambda: is_ready(SECOND), "Ready", 240)
-        assert is_ready() and is_well()
+        wait_for(lambda: is_ready() and is_well(), "no trouble of the first job", 60)
     fault.nobody_noticed()
 
 

@@ -410,7 +410,22 @@ def test_a_refused_edit_is_not_tried_again():
     status = evaluated("Edit", pair=edited)
     seen = w.report(candidate=edited.digest, against_control=w.comparison(0.0, 0.5))
     plan = reconcile.plan(w.world(job=job, status=status, report=seen))
-    assert settle(w.world(job=job, status=plan.status)).status.candidate is None
+    after = settle(w.world(job=job, status=plan.status, servers=UP))
+    assert after.status.candidate is None
+    assert (
+        "not served: it was tried and not promoted (round 1, NoMeasurableGain)" in condition(after, api.READY).message
+    )
+    back = settle(w.world(job=w.job(rounds={"max": 0}), status=plan.status, servers=UP))
+    assert condition(back, api.READY).message == "the pair of round 0 answers."
+
+
+@pytest.mark.parametrize(
+    ("difference", "reason"), [(0.02, api.REASON_PROMOTED), (-0.014, api.REASON_PROMOTED_NOT_WORSE)]
+)
+def test_a_candidate_that_is_only_not_worse_live_is_not_called_better(difference, reason):
+    seen = w.live(120, 120, step=1, comparison=w.comparison(difference, 0.6, 0.4, n=120))
+    ended = settle(replace(LAST, live=seen)).status.rounds[-1]
+    assert (ended.decision, ended.reason) == ("Promoted", reason)
 
 
 def test_another_address_of_the_same_strong_model_applies_at_once():

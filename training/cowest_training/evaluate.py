@@ -233,7 +233,9 @@ class _Shown:
         self._drawn += 1
         self.show()
 
-    def answered(self, _: object) -> None:
+    def answered(self, task: asyncio.Task[Item]) -> None:
+        if task.cancelled():  # with the failure of another
+            return
         self._answered += 1
         self.show()
 
