@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 
+from cowest_cli.beside import beside
 from cowest_operator import api
 from cowest_serving.contract import Redaction
 from cowest_training.contract import Evaluator
@@ -29,7 +30,6 @@ class Counting:
         self.counts = api.TraceCounts()
         self.counted = False  # `counts` is a count; before the first one nothing is known
         self._clock = clock
-        self._thread = ThreadPoolExecutor(1, "count")
         self._flight: Future[_Counted] | None = None
         self._ended = 0.0
         self._count: Callable[[], _Counted] | None = None
@@ -45,7 +45,7 @@ class Counting:
             self._land(self._flight)
             self._flight = None
         if self._flight is None and (not self._ended or self._clock() - self._ended >= every):
-            self._flight = self._thread.submit(self._now)
+            self._flight = beside(self._now, "count")
         return replace(self.counts, since_last=self._since(since) if since and self.counted else None)
 
     def _land(self, flight: Future[_Counted]) -> None:
@@ -61,10 +61,6 @@ class Counting:
         if self._count is None or self._clock() - self._fresh > AGAIN_FROM_SCRATCH:
             self._count, self._fresh = _counter(*self.what), self._clock()
         return self._count()
-
-    def close(self) -> None:
-        """Waits for nothing: a count is only read."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _counter(

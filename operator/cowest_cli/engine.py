@@ -220,7 +220,6 @@ class Engine:
             for server in self.servers.values():
                 self._replace(server)
         if self._new_counting().what != self.counting.what:
-            self.counting.close()
             self.counting = self._new_counting()
 
     def _follow_frozen(self, number: int, path: Path, kept: Mapping[str, Any]) -> None:
@@ -631,9 +630,6 @@ class Engine:
 
         A disk that is full keeps nobody from draining: the gateway still has records to write, and room may come.
         """
-        self.counting.close()
-        if self._following:
-            self._following.close()
         with ExitStack() as last:
             last.callback(jobs.write_status, self.home, self.status)
             children = [s.child for s in self.steps.values()]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Generic, TypeVar
+
+from cowest_cli.beside import beside
 
 EVERY = 1.0  # seconds between looks at the file
 
@@ -23,7 +25,6 @@ class Following(Generic[T]):
         self._file, self._read, self._clock = file, read, clock
         self._stamp, self._digest = _stamp(file), _digest(file)
         self._looked = 0.0
-        self._thread = ThreadPoolExecutor(1, "manifest")
         self._flight: Future[T] | None = None
 
     def look(self) -> T | None:
@@ -37,7 +38,7 @@ class Following(Generic[T]):
             self._stamp = stamp
             if (digest := _digest(self._file)) != self._digest:
                 self._digest = digest
-                self._flight = self._thread.submit(self._read)
+                self._flight = beside(self._read, "manifest")
         return None
 
     def _landed(self, flight: Future[T]) -> T | None:
@@ -45,9 +46,6 @@ class Following(Generic[T]):
         error = flight.exception()
         self.problem = "" if error is None else str(error) or type(error).__name__
         return flight.result() if error is None else None
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _stamp(file: Path) -> tuple[int, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime
 
@@ -57,7 +59,6 @@ def test_what_comes_in_is_counted_by_a_later_look(store):
     assert counting.counted
     add(store, 2)
     until(counting, lambda seen: (seen.all, seen.usable) == (2, 2))
-    counting.close()
 
 
 def test_those_given_since_a_time_are_counted_apart(store):
@@ -67,7 +68,6 @@ def test_those_given_since_a_time_are_counted_apart(store):
     counting = make(store)
     until(counting, lambda seen: seen.usable == 2)
     assert [counting.look(60.0, since).since_last for since in (0.0, 1.0, between, time.time())] == [None, 2, 1, 0]
-    counting.close()
 
 
 def test_between_two_counts_nothing_is_read(store):
@@ -80,7 +80,6 @@ def test_between_two_counts_nothing_is_read(store):
     now += 61
     counting.look(60.0)
     until(counting, lambda seen: seen.all == 1)
-    counting.close()
 
 
 def test_what_cannot_be_counted_is_said_and_tried_again(store):
@@ -91,4 +90,9 @@ def test_what_cannot_be_counted_is_said_and_tried_again(store):
     (store / "held_out.jsonl").write_text(rows)
     add(store, 1)
     until(counting, lambda seen: (seen.usable, seen.reason) == (1, ""))
-    counting.close()
+
+
+def test_a_count_that_hangs_keeps_no_process_from_ending() -> None:
+    code = "import time; from cowest_cli.beside import beside; beside(lambda: time.sleep(600), 'count'); print('over')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "over\n"

@@ -87,10 +87,7 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path):
-    desk = Desk(tmp_path)
-    yield desk
-    desk.engine.counting.close()
-    desk.following.close()
+    return Desk(tmp_path)
 
 
 def held(desk):
