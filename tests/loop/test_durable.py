@@ -134,5 +134,4 @@ def test_the_engine_on_one_machine_takes_away_what_is_older_than_its_days(tmp_pa
         counting.look(0.0)
         assert time.monotonic() < end
         time.sleep(0.01)
-    counting.close()
     assert [folder.exists() for folder in folders] == [False, False, True, True]
