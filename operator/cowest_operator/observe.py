@@ -449,6 +449,8 @@ class _Look:
 
     async def _asked(self, what: str, every: float, question: Coroutine[Any, Any, Any]) -> Any:
         """The answer of a door, about `every` seconds old at most; while the door is shut, the last one, and why."""
+        if what in self.memory.shut:  # so that it is not said for a minute more than it lasts
+            every = min(every, COUNT_EVERY)
         if self.memory.age(what) < every:
             question.close()
         else:

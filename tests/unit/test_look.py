@@ -131,6 +131,15 @@ def test_an_observer_that_is_not_ready_is_asked_again_soon_why(available: int, a
     assert sum("/v1/traces" in url for url in desk.doors.asked) == asked
 
 
+def test_a_door_that_was_shut_is_asked_again_soon_whether_it_is_open() -> None:
+    desk = Desk(w.on_trial())
+    desk.doors.shut = {"observer"}
+    assert desk.troubles() == [api.REASON_STORE_AWAY]
+    desk.doors.shut = set()
+    desk.memory.asked = {what: (when - 15, answer) for what, (when, answer) in desk.memory.asked.items()}
+    assert desk.troubles() == []
+
+
 def test_when_the_door_opens_the_trouble_is_over() -> None:
     desk = Desk(w.SERVED)
     desk.doors.shut = {"proxy"}
