@@ -518,13 +518,16 @@ def _next_step(world: World, trial: Trial, where: str, verdict: promotion.Verdic
         return Move(replace(world.status, candidate=trial), message=passed.message, events=(passed,))
     if canary.watch_seconds:
         return _into_watch(world, trial, passed)
-    seen = world.live.comparison if world.live else None
-    if seen is not None and seen.difference < 0:
-        words = f"offline it is better, and no loss is shown live: {verdict.message}"
-        move = _end(world, trial, "Promoted", api.REASON_PROMOTED_NOT_WORSE, words)
-    else:
-        move = _end(world, trial, "Promoted", api.REASON_PROMOTED, verdict.message)
+    move = _promoted(world, trial, verdict)
     return replace(move, events=(passed, *move.events))
+
+
+def _promoted(world: World, trial: Trial, verdict: promotion.Verdict) -> Move:
+    """By live answers; a candidate at which they showed no more than no loss is not called better live."""
+    if (trial.live_difference or 0.0) >= 0:
+        return _end(world, trial, "Promoted", api.REASON_PROMOTED, verdict.message)
+    message = f"offline it is better, and no loss is shown live: {verdict.message}"
+    return _end(world, trial, "Promoted", api.REASON_PROMOTED_NOT_WORSE, message)
 
 
 def _watch(world: World, trial: Trial) -> Move:
@@ -538,8 +541,9 @@ def _watch(world: World, trial: Trial) -> Move:
     if verdict.action == "LookAgain":
         trial = replace(trial, looks=trial.looks + 1)
         return Move(replace(world.status, candidate=trial), verdict.reason, verdict.message)
-    decision: api.Decision = "RolledBack" if verdict.action == "RollBack" else "Promoted"
-    return _end(world, trial, decision, verdict.reason, verdict.message)
+    if verdict.action == "RollBack":
+        return _end(world, trial, "RolledBack", verdict.reason, verdict.message)
+    return _promoted(world, trial, verdict)
 
 
 # ---------------------------------------------------------------- the end of a trial
@@ -801,10 +805,12 @@ def _ready(world: World) -> tuple[str, str, str]:
 def _not_as_declared(world: World, stable: Pair) -> str:
     """A sentence where the manifest declares a pair that was tried and not promoted."""
     status = world.status
-    declared = rounds.declared_edit(world)
-    if declared != status.refused_edit or declared == api.edit_digest(status.base, stable):
+    if status.refused_edit is None or rounds.is_served(world, stable):
         return ""
-    tried = next((row for row in reversed(status.rounds) if row.origin == "Edit"), None)
+    if rounds.declared_edit(world) != status.refused_edit:
+        return ""
+    edits = (row for row in reversed(status.rounds) if row.origin == "Edit")
+    tried = next((row for row in edits if row.reason != api.REASON_EDIT_WITHDRAWN), None)
     how = f" (round {tried.number}, {tried.reason})" if tried else ""
     words = f"What the manifest declares of the pair is not served: it was tried and not promoted{how}."
     return f" {words} Edit it again, or put back what is served."

@@ -59,6 +59,11 @@ def declared_edit(world: api.World) -> str:
     return api.edit_digest(world.job.spec.weak.model, declared_pair(world, "", ""))
 
 
+def is_served(world: api.World, stable: Pair) -> bool:
+    """Whether the manifest declares what is served, the tuned weights left aside."""
+    return declared_edit(world) == api.edit_digest(world.status.base, stable)
+
+
 def tried_edit(world: api.World, trial: api.Trial) -> str:
     """The same of what an Edit tries: the manifest may declare something else since it began."""
     return api.edit_digest(trial.model or world.status.base, trial.pair or declared_pair(world, "", ""))
@@ -69,7 +74,7 @@ def _edit(world: api.World) -> api.Trial | None:
     status, spec = world.status, world.job.spec
     stable = status.stable
     assert stable is not None
-    if declared_edit(world) in (api.edit_digest(status.base, stable), status.refused_edit):
+    if is_served(world, stable) or declared_edit(world) == status.refused_edit:
         return None
     if spec.weak.model != status.base:
         return _trial(world, "Edit", model=spec.weak.model)

@@ -415,6 +415,12 @@ def test_a_refused_edit_is_not_tried_again():
     assert (
         "not served: it was tried and not promoted (round 1, NoMeasurableGain)" in condition(after, api.READY).message
     )
+    withdrawn = replace(plan.status.rounds[-1], number=2, reason=api.REASON_EDIT_WITHDRAWN)  # of another edit since
+    later = replace(plan.status, rounds=(*plan.status.rounds, withdrawn))
+    assert (
+        "(round 1, NoMeasurableGain)"
+        in condition(settle(w.world(job=job, status=later, servers=UP)), api.READY).message
+    )
     back = settle(w.world(job=w.job(rounds={"max": 0}), status=plan.status, servers=UP))
     assert condition(back, api.READY).message == "the pair of round 0 answers."
 
@@ -426,6 +432,10 @@ def test_a_candidate_that_is_only_not_worse_live_is_not_called_better(difference
     seen = w.live(120, 120, step=1, comparison=w.comparison(difference, 0.6, 0.4, n=120))
     ended = settle(replace(LAST, live=seen)).status.rounds[-1]
     assert (ended.decision, ended.reason) == ("Promoted", reason)
+    job = w.job(canary={"watch_seconds": 60})
+    watched = settle(replace(LAST, job=job, live=seen)).status
+    ended = settle(replace(LAST, job=job, status=watched, live=None, now=w.NOW + 61)).status.rounds[-1]
+    assert (ended.decision, ended.reason) == ("Promoted", reason), "after a watch as well"
 
 
 def test_another_address_of_the_same_strong_model_applies_at_once():

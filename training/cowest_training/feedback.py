@@ -232,8 +232,10 @@ async def _ask_all(job: _Job, drafts: Drafts, progress: steps.Progress) -> Asked
         tasks: list[asyncio.Task[list[Entry]]] = []
         done = 0
 
-        def tick(_: object) -> None:
+        def tick(task: asyncio.Task[list[Entry]]) -> None:
             nonlocal done
+            if task.cancelled():  # with the failure of another
+                return
             done += 1
             progress.update(done, job.queries, "queries", f"{asking.replies} answers of the strong model")
 
