@@ -111,16 +111,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     set_seed(0)
     if options.tolerance is not None:
         shared_prompt.TOLERANCE = options.tolerance
-    on_gpu = options.device == "cuda"
     model = model_of(options.workload, options.width).to(options.device)
     rows = pairs_of(options.workload, options.pairs, model.config.vocab_size)
     top = LoraConfig(r=8, target_modules=LINEAR, layers_to_transform=list(TOP_HALF), layers_pattern="layers")
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder, per_device_train_batch_size=BATCH, num_train_epochs=options.epochs, learning_rate=1e-4,
-            optim="sgd", precompute_ref_log_probs=options.kind != "trl", use_cpu=not on_gpu, bf16=options.bf16, seed=0,
-            report_to=[],
-            save_strategy="no", logging_steps=1, disable_tqdm=True, lr_scheduler_type="constant", max_length=None,
+            optim="sgd", precompute_ref_log_probs=options.kind != "trl", use_cpu=options.device == "cpu",
+            bf16=options.bf16, seed=0, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
+            lr_scheduler_type="constant", max_length=None,
         )  # fmt: skip
         forget_peak(options.device)
         loaded, began = held(options.device), time.monotonic()

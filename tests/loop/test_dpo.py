@@ -21,10 +21,7 @@ from cowest_training.steps import manifest_json
 from tests.loop import tuning_world as world
 from tests.loop.tiny_models import make_model
 
-PAIRS = [
-    dpo.Pair(({"role": "user", "content": query},), good, bad)
-    for query, good, bad in zip(world.QUERIES, world.GOOD, world.BAD, strict=True)
-]
+PAIRS = world.PAIRS
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +112,7 @@ def test_the_chosen_drafts_get_likelier_and_the_starting_model_stays(start: Path
     metrics = dpo.align(start, PAIRS, settings, world.work(tmp_path))
     assert model_digest(start) == before
     assert metrics["accuracy_last"] == 1.0 and metrics["margin_last"] > 0
-    reference, policy = world.load(start), world.load(tmp_path / "model")
-    weak = tuning.load_weak(start, tuning=kind, max_length=48, seed=0)
-    for example in dpo.encode(weak, PAIRS)[0]:
-        sides = (example["chosen_ids"], example["rejected_ids"])
-        now, then = ([world.logp(m, example["prompt_ids"], side) for side in sides] for m in (policy, reference))
-        assert now[0] - now[1] > then[0] - then[1]
+    world.assert_chosen_got_likelier(start, tmp_path / "model")
     assert not any("adapter" in path.name for path in (tmp_path / "model").iterdir())
 
 

@@ -4,38 +4,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import openai
 import pytest
 import torch
-from datasets import Dataset
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig
 
 from cowest_serving.contract import Prompts
 from cowest_serving.generate import Generator
 from cowest_training import dpo, sft, tuning
-from cowest_training.contract import Row
 from tests.loop import tuning_world as world
-from tests.loop.test_shared_prompt import Ours, Theirs, examples, qwen2
+from tests.loop.test_shared_prompt import Ours, Theirs, qwen2, trainer_of
+from tests.loop.test_weak_server import wait_ready
 from tests.loop.tiny_models import make_model
 from tests.ports import free_port
 
 pytestmark = pytest.mark.gpu
 
-PAIRS = [
-    dpo.Pair(({"role": "user", "content": query},), good, bad)
-    for query, good, bad in zip(world.QUERIES, world.GOOD, world.BAD, strict=True)
-]
-ROWS = [
-    Row(str(i), query, ({"role": "user", "content": query},), "x", text)
-    for i, (query, text) in enumerate(zip(world.QUERIES, world.GOOD, strict=True))
-]
 KINDS = pytest.mark.parametrize(("kind", "dtype"), [("Full", torch.float32), ("LoRA", torch.bfloat16)])
 
 
@@ -82,7 +70,7 @@ def test_the_server_takes_the_gpu_and_answers_many_at_once(base: Path, tmp_path:
     folder, port = saved_as(base, tmp_path / "half", torch.bfloat16), free_port()
     command = [sys.executable, "-m", "cowest_serving.weak_server", "--model", str(folder), "--port", str(port)]
     free, _ = torch.cuda.mem_get_info()
-    with subprocess.Popen(command) as child:
+    with subprocess.Popen(command, text=True) as child:
         try:
             url = f"http://127.0.0.1:{port}"
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -98,28 +86,17 @@ def test_the_server_takes_the_gpu_and_answers_many_at_once(base: Path, tmp_path:
     assert child.returncode == 0
 
 
-def wait_ready(child: subprocess.Popen[bytes], url: str) -> None:
-    end = time.monotonic() + 120
-    while True:
-        assert child.poll() is None and time.monotonic() < end
-        try:
-            with urlopen(f"{url}/readyz", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-
-
 # ---------------------------------------------------------------- tuning
 @KINDS
 def test_a_tuned_model_writes_the_explanations(base: Path, tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     start = saved_as(base, tmp_path / "start", dtype)
     rate, lora = {"Full": "0.003", "LoRA": "0.01"}[kind], {"rank": 16, "alpha": 32, "dropout": "0"}
     settings = world.training(supervised={"tuning": kind, "epochs": 100, "learningRate": rate}, lora=lora)
-    metrics = sft.fine_tune(start, ROWS, Prompts(**world.PROMPTS), settings, world.work(tmp_path))
+    metrics = sft.fine_tune(start, world.rows(), Prompts(**world.PROMPTS), settings, world.work(tmp_path))
     assert metrics["loss_last"] < 0.2 < metrics["loss_first"]
     assert dtypes(tmp_path / "model") == dtypes(start), "a model keeps the precision that it came with"
     made = Generator.load(tmp_path / "model").generate(
-        [row.messages for row in ROWS], max_tokens=16, temperature=0, seeds=[0] * len(ROWS)
+        [row.messages for row in world.rows()], max_tokens=16, temperature=0, seeds=[0] * len(world.QUERIES)
     )
     assert tuple(one.text.strip() for one in made) == world.GOOD
 
@@ -129,14 +106,9 @@ def test_the_chosen_drafts_get_likelier(base: Path, tmp_path: Path, kind: str, d
     start = saved_as(base, tmp_path / "start", dtype)
     rate = {"Full": "0.001", "LoRA": "0.01"}[kind]
     settings = world.training(preference={"tuning": kind, "epochs": 6, "learningRate": rate})
-    metrics = dpo.align(start, PAIRS, settings, world.work(tmp_path))
+    metrics = dpo.align(start, world.PAIRS, settings, world.work(tmp_path))
     assert metrics["accuracy_last"] == 1.0 and metrics["margin_last"] > 0
-    reference, policy = world.load(start), world.load(tmp_path / "model")
-    weak = tuning.load_weak(start, tuning=kind, max_length=48, seed=0)
-    for example in dpo.encode(weak, PAIRS)[0]:
-        sides = (example["chosen_ids"], example["rejected_ids"])
-        now, then = ([world.logp(m, example["prompt_ids"], side) for side in sides] for m in (policy, reference))
-        assert now[0] - now[1] > then[0] - then[1]
+    world.assert_chosen_got_likelier(start, tmp_path / "model")
 
 
 @KINDS
@@ -146,7 +118,7 @@ def test_the_reference_is_the_model_of_the_rounds_start(
     start = saved_as(base, tmp_path / "start", dtype)
     settings = world.training(preference={"tuning": kind})
     weak = tuning.load_weak(start, tuning=kind, max_length=48, seed=settings.seed)
-    pairs, _ = dpo.encode(weak, PAIRS)
+    pairs, _ = dpo.encode(weak, world.PAIRS)
     rows = dpo.build_trainer(weak, pairs, settings, world.work(tmp_path)).train_dataset.with_format(None)
     model = world.load(start)
     expected = [world.logp(model, row["prompt_ids"], row["chosen_ids"]) for row in rows]
@@ -157,14 +129,7 @@ def test_the_reference_is_the_model_of_the_rounds_start(
 def test_a_pair_in_one_row_gives_what_trl_gives(base: Path, tmp_path: Path, bf16: bool) -> None:
     tokenizer, found = AutoTokenizer.from_pretrained(base), []
     for kind in (Theirs, Ours):
-        torch.manual_seed(0)
-        config = DPOConfig(
-            output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=3, learning_rate=0.05,
-            optim="sgd", precompute_ref_log_probs=True, bf16=bf16, seed=0, report_to=[], save_strategy="no",
-            logging_steps=1, disable_tqdm=True, lr_scheduler_type="constant",
-        )  # fmt: skip
-        data = Dataset.from_list(examples()).add_column("whose", [f"{kind.__name__} {bf16}"] * 12)
-        trainer = kind(model=qwen2().cuda(), args=config, train_dataset=data, processing_class=tokenizer)
+        trainer = trainer_of(kind, qwen2, None, tmp_path, tokenizer, use_cpu=False, bf16=bf16)
         trainer.train()
         found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     theirs, ours = found

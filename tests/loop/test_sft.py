@@ -19,6 +19,7 @@ from cowest_training.contract import EXIT_OK, Row, StepError
 from cowest_training.weak_folders import copy_tokenizer
 from tests.loop import tuning_world as world
 from tests.loop.tiny_models import make_model
+from tests.loop.tuning_world import rows
 
 PROMPTS = Prompts(**world.PROMPTS)
 
@@ -26,13 +27,6 @@ PROMPTS = Prompts(**world.PROMPTS)
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("base"), world.TEXTS)
-
-
-def rows(explanations: tuple[str | None, ...] = world.GOOD) -> list[Row]:
-    return [
-        Row(f"q{i}", query, ({"role": "user", "content": query},), "x", explanation)
-        for i, (query, explanation) in enumerate(zip(world.QUERIES, explanations, strict=True))
-    ]
 
 
 def weak(folder: Path, max_length: int = 48) -> tuning.Weak:

@@ -108,16 +108,20 @@ class Ours(Tokenised, SharedPromptDPOTrainer):
     pass
 
 
-def trainer_of(kind: Any, make: Any, peft: Any, folder: Path, tokenizer: Any, data: Dataset | None = None) -> Any:
+def trainer_of(
+    kind: Any, make: Any, peft: Any, folder: Path, tokenizer: Any, data: Dataset | None = None, **options: Any
+) -> Any:
+    """`options`: of DPOConfig; on the processor and in float32 unless told."""
+    options = {"use_cpu": True, "bf16": False, **options}
     torch.manual_seed(0)
     config = DPOConfig(
         output_dir=str(folder), per_device_train_batch_size=4, num_train_epochs=3, learning_rate=0.05, optim="sgd",
-        loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2], precompute_ref_log_probs=True, use_cpu=True, bf16=False,
-        seed=0, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, lr_scheduler_type="constant",
+        loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2], precompute_ref_log_probs=True, seed=0, **options,
+        report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, lr_scheduler_type="constant",
     )  # fmt: skip
     data = data or Dataset.from_list(examples())
     # TRL keeps the reference's log-probabilities by data and weights: each kind must make its own.
-    data = data.add_column("whose", [kind.__name__] * len(data))
+    data = data.add_column("whose", [f"{kind.__name__} {options}"] * len(data))
     return kind(model=make(), args=config, train_dataset=data, processing_class=tokenizer, peft_config=peft)
 
 

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cowest_serving.contract import parse
-from cowest_training import tuning
-from cowest_training.contract import Training
+from cowest_training import dpo, tuning
+from cowest_training.contract import Row, Training
 from cowest_training.steps import Progress
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta")
@@ -21,6 +21,10 @@ NUMBERS = ("one", "two", "three", "four", "five", "six")
 GOOD = tuple(f"fact {word} is {number}" for word, number in zip(WORDS, NUMBERS, strict=True))
 BAD = tuple(f"maybe {word} was never" for word in WORDS)
 TEXTS = (*QUERIES, *GOOD, *BAD)
+PAIRS = [
+    dpo.Pair(({"role": "user", "content": query},), good, bad)
+    for query, good, bad in zip(QUERIES, GOOD, BAD, strict=True)
+]
 PROMPTS = {"draft": "{query}", "refine": "{query} {draft}", "solo": "{query}"}
 
 
@@ -50,6 +54,13 @@ def training_spec(
         },
         **changes,
     }
+
+
+def rows(explanations: tuple[str | None, ...] = GOOD) -> list[Row]:
+    return [
+        Row(f"q{i}", query, ({"role": "user", "content": query},), "x", explanation)
+        for i, (query, explanation) in enumerate(zip(QUERIES, explanations, strict=True))
+    ]
 
 
 def write_job(folder: Path, **changes: Any) -> Path:
@@ -135,3 +146,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def assert_chosen_got_likelier(start: Path, tuned: Path) -> None:
+    """Against the rejected ones, for each pair."""
+    reference, policy = load(start), load(tuned)
+    weak = tuning.load_weak(start, tuning="Full", max_length=48, seed=0)
+    for example in dpo.encode(weak, PAIRS)[0]:
+        sides = (example["chosen_ids"], example["rejected_ids"])
+        now, then = ([logp(m, example["prompt_ids"], side) for side in sides] for m in (policy, reference))
+        assert now[0] - now[1] > then[0] - then[1]
