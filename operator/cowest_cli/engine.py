@@ -51,6 +51,7 @@ DRAIN = 3.0  # seconds that a weak model outlives its last traffic
 CLIENT_KEYS = "COWEST_CLIENT_API_KEYS"  # who may ask the gateway: for no other child
 CLIENT_NAMES = "COWEST_CLIENT_APPLICATIONS"  # whose keys those are
 FALLBACK_KEYS = "COWEST_STRONG_FALLBACK_API_KEYS"  # of the strong model's fallbacks: for the gateway only
+STRONG_KEYS = "COWEST_STRONG_API_KEYS"  # one a line
 EVALUATOR_KEY = "COWEST_EVALUATOR_API_KEY"  # for the steps that score: the gateway never does
 MAX_RESTARTS = 4  # of a gateway that never became ready
 LONGEST_WAIT = 60.0  # seconds before a server that ended is started again
@@ -608,7 +609,7 @@ class Engine:
     def _environment(self, threads: int = 1) -> dict[str, str]:
         """Of the person's own environment all but the keys: each child is given those that it needs."""
         own = {k: v for k, v in os.environ.items() if not k.startswith("COWEST_SECRET_")}
-        for key in ("COWEST_STRONG_API_KEYS", EVALUATOR_KEY, CLIENT_KEYS, FALLBACK_KEYS):
+        for key in (STRONG_KEYS, EVALUATOR_KEY, CLIENT_KEYS, FALLBACK_KEYS):
             own.pop(key, None)
         own.setdefault("OMP_NUM_THREADS", str(threads))
         own.setdefault("OMP_WAIT_POLICY", "PASSIVE")

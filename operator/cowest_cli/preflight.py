@@ -9,7 +9,7 @@ import importlib.util
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cowest_operator import manifest
@@ -34,6 +34,11 @@ class Facts:
     held_out_digest: str = ""
     notes: tuple[str, ...] = ()  # what is no fault, and a person should look at
     groups: Mapping[str, int] = field(default_factory=dict)  # held-out rows by `group`
+    first: Row | None = field(default=None, repr=False)  # of training, to ask a scorer about
+
+    def figures(self) -> dict[str, Any]:
+        """All but the row, which is nobody's business."""
+        return {name: value for name, value in asdict(replace(self, first=None)).items() if name != "first"}
 
 
 def facts_of(document: Mapping[str, Any], source: str) -> Facts:
@@ -54,11 +59,12 @@ def check_files(spec: Mapping[str, Any], source: str) -> None:
 
 def check_data(spec: Mapping[str, Any], source: str, names: Collection[str] = DATA) -> Facts:
     """The fields of `spec.data` that are named are read, and held beside each other where both are."""
-    from cowest_training.data import case_note, check_split, read_rows, rows_digest
+    from cowest_training.data import case_note, check_split, read_rows, rows_digest, unread_note
     from cowest_training.evaluator import check_references, extract_note
     from cowest_training.round_trip import check_tokenizer
 
-    train, held_out = (read_rows(spec["data"][name]) if name in names else [] for name in DATA)
+    unread: Mapping[str, Counter[str]] = {name: Counter() for name in DATA}
+    train, held_out = (read_rows(spec["data"][name], unread[name]) if name in names else [] for name in DATA)
     check_split(train, held_out)
     evaluator = parse(Evaluator, spec["feedback"]["evaluator"])
     check_references(train, evaluator)
@@ -69,7 +75,11 @@ def check_data(spec: Mapping[str, Any], source: str, names: Collection[str] = DA
         _check_held_out(len(held_out), spec["gate"]["minHeldOut"], source)
     explained = sum(row.explanation is not None for row in train)
     characters = sum(len(row.query) for row in held_out) / max(1, len(held_out))
-    of_rows = (extract_note(evaluator, train, spec["collaboration"]["draft"]), case_note(train), case_note(held_out))
+    of_rows = (
+        *(unread_note(spec["data"][name], unread[name]) for name in DATA),
+        extract_note(evaluator, train, spec["collaboration"]["draft"]),
+        *(case_note(train), case_note(held_out)),
+    )
     notes = [*filter(None, of_rows), *(_tuning_notes(spec, train) if train else ())]
     return Facts(
         len(train),
@@ -80,13 +90,14 @@ def check_data(spec: Mapping[str, Any], source: str, names: Collection[str] = DA
         train_digest=rows_digest(train),
         held_out_digest=rows_digest(held_out),
         notes=tuple(notes),
+        first=train[0] if train else None,
         groups=dict(Counter(row.group for row in held_out if row.group is not None)),  # asdict breaks a Counter
     )
 
 
 def _tuning_notes(spec: Mapping[str, Any], train: Sequence[Row]) -> Iterator[str]:
     """What supervised tuning will not learn from."""
-    from cowest_training.round_trip import length_notes
+    from cowest_training.round_trip import context_notes, length_notes
 
     sft, model = spec["training"]["sft"], spec["weak"]["model"]
     if sft == "Always" and not any(row.explanation for row in train):
@@ -97,6 +108,8 @@ def _tuning_notes(spec: Mapping[str, Any], train: Sequence[Row]) -> Iterator[str
     if sft != "Never" and model.startswith(manifest.FILE):
         limits = spec["training"]["maxLength"], spec["collaboration"]["draftMaxTokens"]
         yield from length_notes(model, train, *limits)
+    if model.startswith(manifest.FILE):
+        yield from context_notes(model, train, spec["collaboration"]["draftMaxTokens"])
 
 
 def readable_here(spec: Mapping[str, Any]) -> tuple[str, ...]:

@@ -277,7 +277,7 @@ def _summary(story: Story) -> str:
 
 def _bars(arms: Mapping[str, Mapping[str, Any]]) -> str:
     """One bar an arm with its interval; the scale is 0 to 100 %."""
-    left, width, step = 250, 490, 30
+    left, width, step = 16 + 7 * max(map(len, arms), default=0), 490, 30  # a letter of 13 px is 7 wide at most
     rows = []
     for place, (name, arm) in enumerate(arms.items()):
         y = 8 + place * step
@@ -289,8 +289,8 @@ def _bars(arms: Mapping[str, Mapping[str, Any]]) -> str:
             ' stroke="var(--ink)"/>'
             f'<text x="{x[2] + 8:.1f}" y="{y + 14}">{100 * arm["accuracy"]:.1f} %</text>'
         )
-    height = 12 + step * len(arms)
-    return f'<svg viewBox="0 0 820 {height}" role="img" aria-label="Accuracy of the arms">{"".join(rows)}</svg>'
+    size = f"{left + width + 80} {12 + step * len(arms)}"
+    return f'<svg viewBox="0 0 {size}" role="img" aria-label="Accuracy of the arms">{"".join(rows)}</svg>'
 
 
 def _table(head: Sequence[str], rows: Iterator[Sequence[str]], numbers: frozenset[int] = frozenset()) -> str:
@@ -405,19 +405,25 @@ def _examples_of_last(story: Story) -> Iterator[str]:
     kinds = ([i for i, gain in enumerate(gains) if (gain > 0) - (gain < 0) == sign] for sign in (1, -1, 0))
     shown = [i for kind in kinds for i in kind[: EXAMPLES // 3]]
     head = ("query", "reference", "draft", "strong alone", "answer", "gain")
-    names = ("query", "reference", "candidate_draft", "solo_answer", "candidate_answer")
-    yield _table(head, ((*_cells(rows[i], names), f"{gains[i]:+.2g}") for i in shown), frozenset({5}))
+    names = ("reference", "candidate_draft", "solo_answer", "candidate_answer")
+    cells = (_cells(_asked(rows[i]), *(rows[i][name] for name in names)) for i in shown)
+    yield _table(head, ((*texts, f"{gains[i]:+.2g}") for texts, i in zip(cells, shown, strict=True)), frozenset({5}))
 
 
-def _cells(row: Mapping[str, Any], names: Sequence[str]) -> Sequence[str]:
-    return [f"<pre>{_text(str(row[name] or ''))}</pre>" for name in names]
+def _asked(item: Mapping[str, Any]) -> str:
+    """The whole chat, where there is more than its last message; evaluations of older versions have that alone."""
+    return str(item.get("conversation") or item["query"])
+
+
+def _cells(*texts: Any) -> Sequence[str]:
+    return [f"<pre>{_text(str(text or ''))}</pre>" for text in texts]
 
 
 def _example(before: Mapping[str, Any], after: Mapping[str, Any]) -> Sequence[str]:
-    texts = (after["query"], after["reference"], before["candidate_draft"], after["candidate_draft"],
+    texts = (_asked(after), after["reference"], before["candidate_draft"], after["candidate_draft"],
              after["solo_answer"], before["candidate_answer"], after["candidate_answer"])  # fmt: skip
     gains = (float(row["candidate_score"]) - float(row["solo_score"]) for row in (before, after))
-    return (*(f"<pre>{_text(str(text or ''))}</pre>" for text in texts), *(f"{gain:+.2g}" for gain in gains))
+    return (*_cells(*texts), *(f"{gain:+.2g}" for gain in gains))
 
 
 _PAID = ("strong_calls", "input_tokens", "output_tokens", "money")  # of a step's metrics: shown as calls and money
@@ -470,7 +476,8 @@ def _spent_table(story: Story) -> str:
 def _feedback_table(story: Story) -> Iterator[str]:
     """What each round's feedback saw, in words."""
     columns = [dict(_flat(metrics)) for metrics in story.feedback.values()]
-    names = [name for name in dict.fromkeys(name for column in columns for name in column) if name not in _PAID]
+    seen = dict.fromkeys(name for column in columns for name in column if name not in _PAID)
+    names = [*(name for name in _WORDS if name in seen), *(name for name in seen if name not in _WORDS)]
     if not names:
         return
     yield "<h2>What feedback saw</h2>"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +14,7 @@ import typer
 from rich.console import Console
 
 from cowest_cli import engine as engines
-from cowest_cli import jobs, preflight
+from cowest_cli import jobs, preflight, probes
 from cowest_cli.following import Following
 from cowest_cli.options import File, HomeFolder, Output
 from cowest_cli.preflight import facts_of
@@ -24,12 +23,11 @@ from cowest_cli.view import View, printable, rounds_table
 from cowest_operator import api, manifest, rounds
 from cowest_operator.power import Power, sentences
 from cowest_operator.promotion import looks_before
-from cowest_serving.contract import UNKNOWN_OUTPUT_TOKENS, Strong
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_RETRY, MANIFEST, StepError
+from cowest_serving.contract import UNKNOWN_OUTPUT_TOKENS
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_INTERRUPTED, MANIFEST, StepError
 
 ASK_ABOVE_CALLS = 20_000
 ASK_ABOVE_MONEY = 20.0  # in the currency of strong.prices
-PROBE_SECONDS = 30.0
 
 
 def run(
@@ -47,6 +45,7 @@ def run(
 
     Before the first start it asks whether to go on where `cowest plan` bounds the whole job above 20,000 calls, or
     above 20.00 in the currency of strong.prices; without a terminal it wants --yes then. Below that it begins at once.
+    The strong model and a judge are asked for one token first, a scorer over HTTP for one score.
 
     An edit of the manifest is taken up while it runs; a wrong one is said, and the manifest before it holds. A step
     that fails for good ends the run; with --serve the gateway answers on and the step is tried again, after 30 seconds
@@ -165,7 +164,11 @@ def _before_it_pays(order: engines.Order, place: jobs.Home, yes: bool, console: 
     if not yes and not place.status.exists():
         _ask(order, console)
     if not jobs.read_status(place).rounds:
-        probe(order.declared.job.spec.strong, order.keys)
+        spec = order.declared.job.spec
+        probes.strong_answers(spec.strong, order.keys.get(engines.STRONG_KEYS, ""))
+        key = order.keys.get(engines.EVALUATOR_KEY)
+        if note := probes.evaluator_answers(spec.feedback.evaluator, key, order.facts.first):
+            console.print(f"note: {note}", soft_wrap=True)
 
 
 def other_rows(place: jobs.Home, order: engines.Order) -> str:
@@ -202,38 +205,6 @@ def _another_order(file: Path, place: jobs.Home, secrets: Path | None, port: int
     if port is None and new != known["spec"]["gateway"]["port"] and not port_is_free(new):
         raise StepError(f"spec.gateway.port: port {new} is in use. Give another.")
     return order
-
-
-def probe(strong: Strong, keys: Mapping[str, str]) -> None:
-    """Before the first minutes of tuning: does the endpoint answer by that key and name? Costs one token.
-
-    Raises `StepError` in the words that the steps would have for it, minutes later.
-    """
-    from cowest_serving.models import HttpChatModel, ModelError
-
-    async def ask() -> None:
-        given = keys.get("COWEST_STRONG_API_KEYS", "").split("\n")
-        patience = min(float(strong.timeout_seconds), PROBE_SECONDS)
-        async with HttpChatModel(
-            strong.endpoint,
-            strong.model,
-            api_keys=given,
-            timeout_seconds=patience,
-            max_retries=min(2, strong.max_retries),
-        ) as model:
-            await model([{"role": "user", "content": "Say yes."}], max_tokens=1)
-
-    try:
-        asyncio.run(ask())
-    except ModelError as error:
-        if error.status == 400:  # it is there and takes the key; a question of one token is not to its taste
-            return
-        unasked = error.status in (401, 403) and not any(keys.values())
-        missing = " No key was sent: declare strong.apiKeySecretRefs." if unasked else ""
-        raise StepError(
-            f"spec.strong was asked for one token before anything is started. {error}{missing}",
-            EXIT_RETRY if error.retryable else EXIT_BAD_INPUT,
-        ) from None
 
 
 def _ask(order: engines.Order, console: Console) -> None:
@@ -326,7 +297,7 @@ def plan(file: File, output: Output = "text") -> None:
     spec = declared.job.spec
     power, look, last = sight(declared.job, facts, jobs.read_status(jobs.home_of(file, None)))
     if output == "json":
-        typer.echo(json.dumps({"data": asdict(facts), "smallestGainPoints": power.smallest_gain(look),
+        typer.echo(json.dumps({"data": facts.figures(), "smallestGainPoints": power.smallest_gain(look),
                                "discordant": power.share, "discordantAssumed": power.discordant is None,
                                "smallSlices": power.small_slices(),
                                "parts": [asdict(c) for c in costs], "maxRounds": spec.rounds.max,

@@ -156,6 +156,18 @@ def weak_alone(report: EvaluationReport) -> str:
     return ""
 
 
+def rare_labels(report: EvaluationReport) -> str:
+    """Said where labels that are rare lose what frequent ones gain: the score grows, its macro-F1 falls; else ""."""
+    arms = {arm.name: arm.macro_f1 for arm in report.arms}
+    pair, control = arms.get("candidate"), arms.get("control")
+    if pair is None or control is None or report.against_control.difference <= 0 or pair >= control:
+        return ""
+    return (
+        f"Macro-F1 falls from {100 * control:.1f} to {100 * pair:.1f} % while the score grows: some labels lose what"
+        " others gain. Rows with a `group` by label are held to gate.maxSliceLossPoints each."
+    )
+
+
 def few_enough_errors(case: Offline) -> Refusal | None:
     arm = case.judged.arm("candidate")
     percent = 100 * arm.errors / max(1, arm.n)

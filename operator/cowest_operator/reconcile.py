@@ -374,7 +374,7 @@ def _measured(world: World, trial: Trial, report: EvaluationReport) -> Trial:
     seen = report.against_control
     alarms = trial.done.get("dpo", {}).get("alarms", ())
     shortcuts = world.trial_job.spec.collaboration.shortcuts
-    notes = (promotion.weak_alone(report), routes.note(report, shortcuts), *alarms)
+    notes = (promotion.weak_alone(report), promotion.rare_labels(report), routes.note(report, shortcuts), *alarms)
     return replace(
         trial,
         difference=seen.difference,

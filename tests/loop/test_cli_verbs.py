@@ -561,6 +561,32 @@ def test_the_figures_have_arms_rounds_and_what_is_stable(cowest: Any, place: job
     assert figures["stable"] == {"digest": w.CANDIDATE.digest, "round": 1}
 
 
+def test_what_feedback_saw_stands_in_the_order_of_its_steps_and_a_chat_is_shown_whole(
+    cowest: Any, place: jobs.Home, tmp_path: Path
+) -> None:
+    figures = {"own": 1, "pairs": 321, "queries": 9, "drafts": 18}
+    write_artifact(place, "r1/feedback", "Feedback", "sha256:ledger", {}, figures)
+    for number in (0, 1):
+        items = place.store / "runs" / f"r{number}" / "evaluate" / "items.parquet"
+        rows = [row | {"conversation": f"user:\n{row['query']} before"} for row in pq.read_table(items).to_pylist()]
+        pq.write_table(pa.Table.from_pylist(rows), items)
+    cowest("report", "--home", place.root, "--html", tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    words = ("queries that were asked", "drafts of the weak model", "preference pairs", "own")
+    at = [page.index(f"<td>{text}</td>") for text in words]
+    assert at == sorted(at)
+    assert "<pre>user:\nquery 0" in page
+
+
+def test_the_longest_label_of_a_bar_begins_inside_of_the_picture(cowest: Any, place: jobs.Home, tmp_path: Path) -> None:
+    jobs.write_status(place, replace(STATUS, standing="Chosen"))
+    cowest("report", "--home", place.root, "--html", tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    labels = re.findall(r'<text x="(\d+)" y="\d+" text-anchor="end">([^<]+)<', page)
+    assert "pair, promoted by a person" in [text for _, text in labels]
+    assert all(int(right) >= 7 * len(text) for right, text in labels), "13 px letters are 7 wide at most"
+
+
 def table_row(page: str, name: str) -> list[str]:
     """The cells of the row of a table that begins with this text."""
     (row,) = (r for r in page.split("<tr>") if re.match(rf"<td[^>]*>{re.escape(name)}<", r))
@@ -854,6 +880,14 @@ def test_supervised_tuning_without_anything_to_learn_from_is_noted(cowest: Any, 
     job.write_text(yaml.safe_dump(edited({"training.sft": "Always"}, yaml.safe_load(job.read_text()))))
     said = cowest("validate", "-f", job)
     assert said.code == EXIT_OK and "the sft step has nothing to learn from" in said.err
+
+
+def test_a_slip_in_a_row_s_key_is_noted(cowest: Any, job: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row | {"Groups": "g"}) + "\n" for row in rows))
+    said = cowest("validate", "-f", job)
+    assert said.code == EXIT_OK
+    assert f"train.jsonl: nothing reads the keys `Groups` ({len(rows)} rows; is `group` meant?)." in said.err
 
 
 def test_a_folder_given_as_data_is_refused_by_its_field(cowest: Any, job: Path, tmp_path: Path) -> None:

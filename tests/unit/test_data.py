@@ -1,6 +1,7 @@
 """The strict reader and the checks between train and held-out data."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from cowest_training.contract import ProblemsError, Row, StepError
-from cowest_training.data import Known, case_note, check_split, read_rows, rows_digest, tokens, write_jsonl
+from cowest_training.data import (
+    Known,
+    case_note,
+    check_split,
+    read_rows,
+    rows_digest,
+    tokens,
+    unread_note,
+    write_jsonl,
+)
 
 LONG = (
     "The tenant of the second floor writes that the lift is out of order since the storm of last week, that two "
@@ -294,6 +304,26 @@ def test_explanations_may_be_on_some_rows_only() -> None:
 
 def test_words_numbers_and_signs_are_told_apart() -> None:
     assert tokens('An e-mail: "3,500.5 % of QF-17"?') == ("An", "e", "mail", "3,500.5", "%", "of", "QF", "-", "17")
+
+
+def test_keys_that_nothing_reads_are_counted_and_a_slip_of_the_pen_is_told(tmp_path: Path) -> None:
+    slips = [record(1, explantion="so", url="u"), record(2, explantion="so"), record(3)]
+    for uri in (jsonl(tmp_path, *slips), str(tmp_path / "rows.parquet")):
+        if uri.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist([{"url": None, **slip} for slip in slips]), uri)
+        unread: Counter[str] = Counter()
+        read_rows(uri, unread)
+        note = unread_note(uri, unread)
+        assert "`explantion` (" in note and "rows; is `explanation` meant?)" in note, uri
+        assert note.startswith(f"{Path(uri).name}: nothing reads the keys `") and "`url` (" in note
+    assert "`explantion` (2 rows; is" in unread_note(*_read(jsonl(tmp_path, *slips)))
+    assert unread_note(*_read(jsonl(tmp_path, record(1), record(2, group="g")))) == ""
+
+
+def _read(uri: str) -> tuple[str, Counter[str]]:
+    unread: Counter[str] = Counter()
+    read_rows(uri, unread)
+    return uri, unread
 
 
 def test_queries_that_differ_in_a_code_s_case_are_two_of_one_file_and_noted_but_not_two_sides_of_the_split() -> None:

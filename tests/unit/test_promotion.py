@@ -387,6 +387,21 @@ def test_it_is_said_where_the_weak_model_alone_may_be_all_that_is_needed(scores,
     assert not said or f"weak model alone scores {100 * scores[2]:.1f} %, the pair {100 * scores[0]:.1f} %" in said
 
 
+@pytest.mark.parametrize(
+    ("candidate", "control", "gain", "says"),
+    [
+        pytest.param(0.4, 0.5, 0.1, True, id="rare labels lose what frequent ones gain"),
+        pytest.param(0.6, 0.5, 0.1, False, id="both grow"),
+        pytest.param(0.4, 0.5, -0.1, False, id="the score itself falls, which is said elsewhere"),
+        pytest.param(None, None, 0.1, False, id="no labels"),
+    ],
+)
+def test_a_gain_at_the_cost_of_rare_labels_is_told(candidate, control, gain, says):
+    seen = [replace(a, macro_f1={"candidate": candidate, "control": control}.get(a.name)) for a in arms(0.6, 0.5, 0.2)]
+    said = promotion.rare_labels(w.report(arms=tuple(seen), against_control=replace(w.comparison(), difference=gain)))
+    assert said.startswith("Macro-F1 falls from 50.0 to 40.0 % while the score grows") if says else said == ""
+
+
 def test_it_is_said_on_how_many_queries_the_drafts_made_no_difference():
     def said(better, worse):
         return promotion.drafts_unused(w.report(against_solo=replace(w.comparison(n=400), better=better, worse=worse)))

@@ -7,15 +7,16 @@ Writes manifest.json alone; its metrics say what the loop has to know of the dat
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cowest_serving import store
 from cowest_serving.contract import digest_of
 from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row, StepError, evaluator_digest
-from cowest_training.data import case_note, check_split, read_rows, rows_digest
+from cowest_training.data import case_note, check_split, read_rows, rows_digest, unread_note
 from cowest_training.evaluator import check_references, extract_note
-from cowest_training.round_trip import check_ids, check_tokenizer
+from cowest_training.round_trip import check_ids, check_tokenizer, context_notes
 from cowest_training.steps import Progress, load_settings, load_spec, open_output, parser, run, say
 
 CONFIGURATIONS = ("config.json", "adapter_config.json")
@@ -36,9 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     progress = Progress(args.progress, "check")
     progress.update(0, 2, "checks", "reading rows")
-    train, held_out = read_rows(data.train), read_rows(data.held_out)
+    unread: Mapping[str, Counter[str]] = {uri: Counter() for uri in (data.train, data.held_out)}
+    train, held_out = (read_rows(uri, keys) for uri, keys in unread.items())
     check_rows(train, held_out, evaluator)
-    for note in (extract_note(evaluator, train, settings.collaboration.draft), case_note(train), case_note(held_out)):
+    of_rows = (extract_note(evaluator, train, settings.collaboration.draft), case_note(train), case_note(held_out))
+    for note in (*(unread_note(uri, keys) for uri, keys in unread.items()), *of_rows):
         if note:
             say(f"note: {note}")
     progress.update(1, 2, "checks", "looking at the weak model")
@@ -46,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not is_of_the_hub(model):
         check_ids(model)
         check_tokenizer(model, train)
+        for note in context_notes(model, train, settings.collaboration.draft_max_tokens):
+            say(f"note: {note}")
     digest = digest_of([rows_digest(train), rows_digest(held_out)])
     output.finish(kind="Check", metrics=facts(train, held_out), digest=digest)
     progress.update(2, 2, "checks")

@@ -6,6 +6,7 @@ wrong is refused before anything is spent, with file, line, reason and remedy.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import unicodedata
@@ -26,6 +27,8 @@ from cowest_serving.redaction import Redactor
 from cowest_training.contract import ProblemsError, Row, StepError
 
 MIN_ROWS = 2
+SHOWN_KEYS = 6  # of those that nothing reads
+MEANT = 0.8  # how alike a key and a column are where the one is taken for the other
 ROLES = ("system", "developer", "user", "assistant")
 COLUMNS = ("id", "query", "messages", "reference", "explanation", "group", "source")
 
@@ -37,18 +40,23 @@ MAX_BROKEN_NEIGHBOURS = 2  # one phrase moved to the front or the end breaks at 
 
 
 # ---------------------------------------------------------------- reading
-def read_rows(uri: str) -> list[Row]:
-    """All rows of a JSONL or Parquet file. Raises one `StepError` that lists what is wrong, by line."""
+def read_rows(uri: str, unread: Counter[str] | None = None) -> list[Row]:
+    """All rows of a JSONL or Parquet file. Raises one `StepError` that lists what is wrong, by line.
+
+    `unread` is filled with the keys that are no part of a row, and in how many rows each stands.
+    """
     data = _fetch(uri)
     if uri.casefold().endswith((".csv", ".tsv")) and data[:4] != b"PAR1" and data.lstrip()[:1] != b"{":
         raise StepError(
             f"{uri}: wanted rows, saw a CSV file. Write one JSON object a line (JSONL), or a Parquet table."
         )
-    records = _parquet(uri, data) if data[:4] == b"PAR1" else _lines(uri, data)
+    records = _parquet(uri, data, unread) if data[:4] == b"PAR1" else _lines(uri, data)
     rows, problems = [], []
     for where, record in records:
         try:
             rows.append(parse_row(record, where))
+            if unread is not None:
+                unread.update(record.keys() - COLUMNS)
         except ValueError as problem:
             problems.append(f"{where}: {problem}")
     problems += repeated_ids(rows)
@@ -122,7 +130,7 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _parquet(uri: str, data: bytes) -> Iterator[tuple[str, Any]]:
+def _parquet(uri: str, data: bytes, unread: Counter[str] | None) -> Iterator[tuple[str, Any]]:
     try:
         table = pq.ParquetFile(BytesIO(data)).read()  # read_table would load the machinery for data sets first
     except (pa.ArrowException, OSError) as error:
@@ -131,6 +139,8 @@ def _parquet(uri: str, data: bytes) -> Iterator[tuple[str, Any]]:
         ) from None
     _check_columns(uri, table.column_names)
     wanted = [name for name in table.column_names if name in COLUMNS]
+    if unread is not None:
+        unread.update({name: len(table) for name in table.column_names if name not in COLUMNS})
     for number, record in enumerate(_records(table.select(wanted)), start=1):
         yield f"{_short(uri)}:row {number}", record
 
@@ -322,6 +332,19 @@ def case_note(rows: Sequence[Row]) -> str:
         f"queries that differ from another in case alone count as queries of their own: {len(near)}, the first"
         f" {_place(row)} (from {_place(first)})."
     )
+
+
+def unread_note(uri: str, unread: Mapping[str, int]) -> str:
+    """Said of keys that stand in the rows and that nothing reads, so that a slip of the pen is seen; "" for none."""
+    if not unread:
+        return ""
+    shown = [
+        f"`{name}` ({count} rows{f'; is `{meant[0]}` meant?' if meant else ''})"
+        for name, count in sorted(unread.items(), key=lambda each: -each[1])[:SHOWN_KEYS]
+        for meant in [difflib.get_close_matches(name.casefold(), COLUMNS, n=1, cutoff=MEANT)]
+    ]
+    more = f" and {len(unread) - SHOWN_KEYS} more" if len(unread) > SHOWN_KEYS else ""
+    return f"{_short(uri)}: nothing reads the keys {', '.join(shown)}{more}."
 
 
 def _repeats(keyed: Iterable[tuple[Any, Row]]) -> list[tuple[Row, Row]]:

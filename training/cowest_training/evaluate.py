@@ -60,7 +60,7 @@ from .contract import (
     evaluator_digest,
 )
 from .data import folded, read_rows, rows_digest, tokens
-from .evaluator import check_references, extracted, find_label
+from .evaluator import check_references, conversation, extracted, find_label
 from .paid_calls import Spent
 from .statistics import compare_paired, macro_f1, mean_interval
 
@@ -379,12 +379,16 @@ def _macro_f1(items: Sequence[Item], rows: Sequence[Row], evaluator: Evaluator) 
 
 # ---------------------------------------------------------------- what is written
 def write_items(path: Path, rows: Sequence[Row], arms: Mapping[str, Sequence[Item]]) -> None:
-    """One row a query: id, group, query, reference, then draft, answer, error and score of each arm."""
+    """One row a query: id, group, query, reference, then draft, answer, error and score of each arm.
+
+    `query` is the last message; `conversation` holds all of them where there are more.
+    """
     text = pa.string()
     columns: dict[str, pa.Array] = {
         "id": pa.array([row.id for row in rows], text),
         "group": pa.array([row.group for row in rows], text),
         "query": pa.array([row.query for row in rows], text),
+        "conversation": pa.array([conversation(row) if len(row.messages) > 1 else None for row in rows], text),
         "reference": pa.array([row.reference for row in rows], text),
     }
     for name in ("candidate", "control", SOLO, "weak"):

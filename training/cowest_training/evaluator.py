@@ -399,13 +399,15 @@ class HttpScorer:
 
     needs_reference = False
 
-    def __init__(self, settings: Evaluator, api_key: str | None, *, backoff_seconds: float = 0.5) -> None:
+    def __init__(
+        self, settings: Evaluator, api_key: str | None, *, backoff_seconds: float = 0.5, retries: int = SCORER_RETRIES
+    ) -> None:
         self.digest = evaluator_digest(settings)
         self._extract = settings.extract
         self._url = settings.endpoint or ""
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = aiohttp.ClientTimeout(total=settings.timeout_seconds or DEFAULT_TIMEOUT_SECONDS)
-        self._backoff = backoff_seconds
+        self._backoff, self._retries = backoff_seconds, retries
         self._places = asyncio.Semaphore(SCORER_CONCURRENCY)
         self._session: aiohttp.ClientSession | None = None
 
@@ -422,7 +424,7 @@ class HttpScorer:
                 async with self._places:
                     return await self._ask(body)
             except StepError as error:
-                wait = next_wait(ServerFault(""), attempt, SCORER_RETRIES, self._backoff)
+                wait = next_wait(ServerFault(""), attempt, self._retries, self._backoff)
                 if error.code != EXIT_RETRY or wait is None:
                     raise
             await asyncio.sleep(wait)

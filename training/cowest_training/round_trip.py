@@ -67,6 +67,29 @@ def length_notes(uri: str, rows: Sequence[Row], max_length: int, draft_max_token
     return found
 
 
+def context_notes(uri: str, rows: Sequence[Row], draft_max_tokens: int) -> list[str]:
+    """Which of some rows the weak model cannot read whole, and a bound of drafts that never binds."""
+    file, places = store.join(uri, "tokenizer.json"), _number(uri, *_PLACES)
+    if places is None:
+        return []
+    found = []
+    if draft_max_tokens >= places:
+        found.append(
+            f"collaboration.draftMaxTokens = {draft_max_tokens} leaves a prompt no room: the weak model's context is"
+            f" {places} tokens (its config.json) for prompt and draft together. Drafts end where the context does."
+        )
+    count = token_counter_of(store.get(file).decode(errors="replace")) if store.exists(file) else None
+    sample = rows[:: max(1, len(rows) // SAMPLE)] if count else ()
+    lengths = [sum(count(message_text(m)) for m in row.messages) for row in sample] if count else []
+    if beyond := sum(length >= places for length in lengths):
+        found.append(
+            f"{beyond} of {len(lengths)} training rows that were looked at are longer than the weak model's context of"
+            f" {places} tokens (the longest has {max(lengths)}, without the prompt's own words): it can draft nothing"
+            " for queries like them."
+        )
+    return found
+
+
 def token_counter_of(tokenizer_json: str) -> Callable[[str], int] | None:
     """By the `tokenizer.json` of a model; None where it cannot be read here."""
     tokenizer = _tokenizer(tokenizer_json)
@@ -100,13 +123,21 @@ def _vocabulary(uri: str) -> dict[str, int]:
 
 def _embeddings(uri: str) -> int | None:
     """How many the model has: transformers makes as many as `config.json` says."""
+    return _number(uri, "vocab_size")
+
+
+_PLACES = ("max_position_embeddings", "n_positions")  # the second in files of GPT-2 and its kin
+
+
+def _number(uri: str, *names: str) -> int | None:
+    """The first of these that `config.json` has; None where it cannot be read here: the step that loads it says why."""
     file = store.join(uri, "config.json")
     try:
         config = json.loads(store.get(file)) if store.exists(file) else {}
         text = config.get("text_config") or config
-        return int(text["vocab_size"])
+        return next((int(text[name]) for name in names if text.get(name) is not None), None)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return None  # whatever it is: for the step that loads it to say
+        return None
 
 
 def _as_loaded(uri: str) -> dict[str, int]:

@@ -1,0 +1,78 @@
+"""Who is asked once before anything is started: what each answer comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+from cowest_cli import probes
+from cowest_serving.contract import SecretRef
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Row, StepError
+from tests.fakes import ScriptedModel
+
+ROW = Row("q1", "what?", ({"role": "user", "content": "what?"},), "42", where="train.jsonl:1")
+
+
+@contextmanager
+def scorer(status: int, text: str) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(status)
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/score"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def refusal(settings: Evaluator, key: str | None = None) -> StepError:
+    with pytest.raises(StepError) as raised:
+        probes.evaluator_answers(settings, key, ROW)
+    assert "before anything is started" in str(raised.value)
+    return raised.value
+
+
+def test_a_scorer_that_takes_no_such_key_is_found_before_the_first_draft() -> None:
+    with scorer(401, "who are you?") as url:
+        error = refusal(Evaluator("HTTP", endpoint=url))
+    assert error.code == EXIT_BAD_INPUT and "apiKeySecretRef" in str(error) and "401" in str(error)
+
+
+def test_a_scorer_that_is_overloaded_is_worth_another_try() -> None:
+    with scorer(503, "") as url:
+        assert refusal(Evaluator("HTTP", endpoint=url)).code == EXIT_RETRY
+
+
+@pytest.mark.parametrize(("score", "says"), [("0", "gives 0 to the reference of train.jsonl:1"), ("0.5", "")])
+def test_a_scorer_that_thinks_nothing_of_the_right_answer_is_told(score: str, says: str) -> None:
+    with scorer(200, f'{{"score": {score}}}') as url:
+        said = probes.evaluator_answers(Evaluator("HTTP", endpoint=url), None, ROW)
+    assert says in said and bool(said) == bool(says)
+
+
+def test_a_judge_is_asked_for_one_token_by_its_key() -> None:
+    with ScriptedModel("ACCEPT", keys=("right",)).in_thread() as judge:
+        settings = Evaluator("Judge", endpoint=judge.url, model="scripted", api_key_secret_ref=SecretRef("s", "k"))
+        assert probes.evaluator_answers(settings, "right", ROW) == ""
+        assert [call.body["max_tokens"] for call in judge.paid] == [1]
+        assert refusal(settings, "wrong").code == EXIT_BAD_INPUT
+        bare = Evaluator("Judge", endpoint=judge.url, model="scripted")
+        assert "declare feedback.evaluator.apiKeySecretRef" in str(refusal(bare))
+
+
+@pytest.mark.parametrize("kind", ["ExactMatch", "TokenF1", "Numeric"])
+def test_rules_ask_nobody(kind: str) -> None:
+    assert probes.evaluator_answers(Evaluator(kind), None, ROW) == ""  # type: ignore[arg-type]
