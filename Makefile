@@ -61,10 +61,11 @@ docs: setup  ## write docs/api.md and docs/cli.md anew
 	$(BIN)/python -m cowest_operator.docs
 	$(BIN)/python -m cowest_cli.docs
 
-bench: bench-kill bench-operator bench-gate bench-dpo  ## all benchmarks
+bench: bench-kill bench-operator bench-gate bench-dpo bench-gateway bench-flip bench-spool  ## all benchmarks; hours
 
-bench-kill: setup  ## kill -9 the run at random moments; the same decision, no paid call twice
+bench-kill: setup  ## kill -9 the run at 20 random moments, then with an endpoint that ignores Idempotency-Key; half an hour
 	$(BIN)/python tests/benchmarks/kill.py --kills 20
+	$(BIN)/python tests/benchmarks/kill.py --kills 20 --ignore-idempotency
 
 bench-operator: setup  ## writes, reconcile time and memory of the operator with 1,000 jobs on a real API server; 40 minutes
 	$(BIN)/python tests/benchmarks/operator_bench.py

@@ -328,7 +328,7 @@ def live_score(world: api.World, trial: api.Trial, control: Pair | None) -> api.
 # ---------------------------------------------------------------- what it will cost
 @dataclass(frozen=True)
 class Estimate:
-    """Upper bounds for one trial; tokens by four characters a token, seconds left out where nothing was measured."""
+    """Upper bounds for one trial; tokens by four characters a token."""
 
     name: str
     calls: int

@@ -4,6 +4,8 @@
 
 A small job of the freight desk with a canary on live traffic runs once undisturbed and then with kills. The last line
 is one JSON object: {"kills", "same_decisions", "same_stable", "repeated_paid_calls", "resent_in_flight", "bound"}.
+Fails where a decision differs, a received answer was paid for again, or more than `bound` calls were sent twice.
+`same_stable` is told alone: a round learns from live traces too, and when users ask what hangs on the kills.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python tests/benchmarks/study.py --out docs/study.md [--seeds 0,1,2] [--domains freight,icd10] [--jobs 2]
 
 Every figure comes from the step commands that a round runs, in a work folder that is kept: an interrupted study goes on
-where it stopped. `--write-only` writes the table from what is there.
+where it stopped. `--write-only` writes the table from what is there; `--page-only` writes the page anew from its
+JSON and its notes.
 """
 
 from __future__ import annotations
@@ -37,11 +38,17 @@ ROUNDS = 2
 ARMS: Mapping[str, tuple[str, str, int]] = {
     "best versus worst": ("standard", "BestVersusWorst", ROUNDS),
     "paper's rule (sign of gain)": ("standard", "SignOfGain", ROUNDS),
+    "paper's rule, as many pairs": ("standard", "SameNumber", 1),
     "shuffled pairs": ("standard", "Shuffled", 1),
     "SFT on positives only": ("standard", "Positives", 1),
     "sceptic": ("sceptic", "BestVersusWorst", 1),
     "terse": ("terse", "BestVersusWorst", ROUNDS),
 }
+
+
+def name_of(arm: str) -> str:
+    """Of its files."""
+    return arm.replace(" ", "-").translate(str.maketrans("", "", "()',"))
 
 
 class Study:
@@ -77,8 +84,8 @@ class Study:
             self._arm(arm, taste, rule, rounds, start[taste], dataset)
 
     def _arm(self, arm: str, taste: str, rule: str, rounds: int, start: Pair, dataset: str) -> None:
-        name = arm.replace(" ", "-").replace("(", "").replace(")", "").replace("'", "")
-        pair, job = start, self._job(taste, rule if rule in ("BestVersusWorst", "SignOfGain") else "BestVersusWorst")
+        name = name_of(arm)
+        pair, job = start, self._job(taste, "SignOfGain" if rule in ("SignOfGain", "SameNumber") else "BestVersusWorst")
         for number in range(1, rounds + 1):
             feedback = self._step(
                 f"{taste}-{job['spec']['feedback']['rule']}-{pair.weak_digest[7:15]}-feedback", "feedback", job,
@@ -96,6 +103,8 @@ class Study:
             )
         if rule == "Shuffled":
             feedback = self._shuffled(feedback, name)
+        if rule == "SameNumber":
+            feedback = self._fewer(feedback, name)
         return self._step(f"{name}-r{number}", "dpo", job, model=pair.weak_uri, feedback=feedback)
 
     def _positives(self, feedback: str, name: str) -> str:
@@ -114,17 +123,29 @@ class Study:
 
     def _shuffled(self, feedback: str, name: str) -> str:
         """The same pairs with a fair coin for which draft is preferred: a control that must not gain."""
+        coin, pairs = random.Random(self.seed), []
+        for pair in _jsonl(Path(feedback.removeprefix("file://")) / "pairs.jsonl"):
+            if coin.random() < 0.5:
+                pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
+            pairs.append(pair)
+        return self._with_pairs(feedback, name, "shuffled", pairs)
+
+    def _fewer(self, feedback: str, name: str) -> str:
+        """As many of the pairs as best-versus-worst made of the same drafts, in their order: is it rule or number?"""
         source = Path(feedback.removeprefix("file://"))
-        target = self.work / f"{name}-feedback"
+        other = source.with_name(source.name.replace("SignOfGain", "BestVersusWorst"))
+        pairs = list(_jsonl(source / "pairs.jsonl"))
+        number = min(len(pairs), sum(1 for _ in _jsonl(other / "pairs.jsonl")))
+        kept = sorted(random.Random(self.seed).sample(range(len(pairs)), number))
+        return self._with_pairs(feedback, name, "fewer", [pairs[i] for i in kept])
+
+    def _with_pairs(self, feedback: str, name: str, what: str, pairs: list[dict[str, Any]]) -> str:
+        """A feedback step's output with other pairs."""
+        source, target = Path(feedback.removeprefix("file://")), self.work / f"{name}-feedback"
         target.mkdir(exist_ok=True)
-        coin = random.Random(self.seed)
-        with (target / "pairs.jsonl").open("w", encoding="utf-8") as file:
-            for pair in _jsonl(source / "pairs.jsonl"):
-                if coin.random() < 0.5:
-                    pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
-                file.write(json.dumps(pair) + "\n")
+        (target / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), "utf-8")
         manifest = json.loads((source / "manifest.json").read_text("utf-8"))
-        manifest["digest"] = "sha256:shuffled-" + manifest["digest"].removeprefix("sha256:")
+        manifest["digest"] = f"sha256:{what}-" + manifest["digest"].removeprefix("sha256:")
         (target / "manifest.json").write_text(json.dumps(manifest), "utf-8")
         return target.as_uri()
 
@@ -240,7 +261,7 @@ def rows_of(domain: str, seed: int, work: Path) -> Iterator[dict[str, Any]]:
                "hurt_rate": seen.hurt_rate}  # fmt: skip
     gate = parse(api.Gate, json.loads((work / "files" / "sft-job.json").read_text("utf-8"))["spec"]["gate"])
     for arm, (taste, _, rounds) in ARMS.items():
-        name = arm.replace(" ", "-").replace("(", "").replace(")", "").replace("'", "")
+        name = name_of(arm)
         base = reports.get(f"sft-{taste}")
         for number in range(1, rounds + 1):
             report = reports.get(f"{name}-r{number}")
@@ -273,6 +294,11 @@ def rows_of(domain: str, seed: int, work: Path) -> Iterator[dict[str, Any]]:
 
 def write(out: Path, rows: list[dict[str, Any]]) -> None:
     out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    out.write_text(page(rows, out), "utf-8")
+
+
+def page(rows: list[dict[str, Any]], out: Path) -> str:
+    """The table, and below it the notes that stand beside `out`."""
     text = [
         "# Study: methods, pair rules and strong stand-ins",
         "",
@@ -297,7 +323,7 @@ def write(out: Path, rows: list[dict[str, Any]]) -> None:
     notes = out.with_name("study-notes.md")
     if notes.exists():
         text += ["", notes.read_text("utf-8").rstrip()]
-    out.write_text("\n".join(text) + "\n", "utf-8")
+    return "\n".join(text) + "\n"
 
 
 def main() -> int:
@@ -308,7 +334,13 @@ def main() -> int:
     parser.add_argument("--domains", default="freight,icd10")
     parser.add_argument("--jobs", type=int, default=2, help="domains and seeds at a time, one thread each")
     parser.add_argument("--write-only", action="store_true")
+    parser.add_argument("--page-only", action="store_true")
     options = parser.parse_args()
+    if options.page_only:
+        options.out.write_text(
+            page(json.loads(options.out.with_suffix(".json").read_text("utf-8")), options.out), "utf-8"
+        )
+        return 0
     cases = [(d, int(s)) for s in options.seeds.split(",") for d in options.domains.split(",")]
     work = options.work.resolve()
     if not options.write_only:

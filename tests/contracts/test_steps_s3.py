@@ -1,6 +1,6 @@
-"""The steps with S3 in and out, against a real MinIO server process: nothing of a step may need a shared disk.
+"""The steps with S3 in and out, against real server processes: nothing of a step may need a shared disk.
 
-Its binary is `minio` on PATH, or COWEST_TEST_MINIO; without it these tests are reported as not run.
+SeaweedFS comes with `make setup`; MinIO is `minio` on PATH, or COWEST_TEST_MINIO, and reported as not run without.
 """
 
 from __future__ import annotations

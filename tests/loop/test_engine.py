@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.loop.tiny_models import make_model
 from tests.ports import free_port
 
 WORDS = [f"w{i}" for i in range(40)]
+MAX_CONCURRENCY = 16  # strong.maxConcurrency where a manifest has none
 pytestmark = pytest.mark.timeout(1000)  # a run takes a minute on two idle cores, and much longer beside other work
 
 
@@ -144,6 +146,33 @@ def test_while_one_runs_a_second_is_refused_and_after_an_interruption_it_goes_on
     assert "run the same command again" in (tmp_path / "run.log").read_text()
     code, log = run(job)
     assert code == 0, log
+
+
+def test_killed_with_calls_under_way_it_goes_on_and_no_answer_is_paid_for_twice(tmp_path, endpoint):
+    """`make bench-kill` does the same at 20 random moments of a job with rounds and a canary."""
+
+    def then_hold(call: Call) -> str:
+        if len(endpoint.paid) == 20:
+            endpoint.gate.clear()
+        return strong(call)
+
+    endpoint.answers = then_hold
+    job = write_job(tmp_path, endpoint.url, training={"sft": "Never"})
+    with running(job, OMP_NUM_THREADS="1") as child:
+        until(lambda: not endpoint.gate.is_set() and len(endpoint.calls) > len(endpoint.paid), child)
+        child.kill()
+        child.wait(60)
+    received = {call.key for call in endpoint.paid}
+    endpoint.answers = strong
+    endpoint.gate.set()
+    code, log = run(job)
+    assert code == 0, log
+    assert [r["number"] for r in status(job)["rounds"]] == [0]
+    asked_for = Counter(json.dumps(call.body["messages"]) for call in endpoint.paid)
+    assert max(asked_for.values()) == 1, "the same question under another key would be charged anew"
+    again = Counter(call.key for call in endpoint.calls)
+    assert sum(count - 1 for count in again.values()) <= MAX_CONCURRENCY, "those under way at the kill, with their keys"
+    assert sum(again[key] for key in received) - len(received) <= MAX_CONCURRENCY
 
 
 def test_a_port_in_use_is_one_clear_sentence(tmp_path, endpoint):
