@@ -48,8 +48,8 @@ def run(*command: str, stdin: str | None = None, check: bool = True, **environme
     return done.stdout
 
 
-def kubectl(*arguments: str, stdin: str | None = None, check: bool = True) -> str:
-    return run("kubectl", "--namespace", NAMESPACE, *arguments, stdin=stdin, check=check)
+def kubectl(*arguments: str, stdin: str | None = None, check: bool = True, namespace: str = NAMESPACE) -> str:
+    return run("kubectl", "--namespace", namespace, *arguments, stdin=stdin, check=check)
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float) -> float:
@@ -73,8 +73,8 @@ class Desk:
     timeline: list[tuple[float, str]] = field(default_factory=list)
     begun: float = 0.0
 
-    def mark(self, what: str) -> float:
-        at = time.monotonic() - self.begun
+    def mark(self, what: str, ago: float = 0.0) -> float:
+        at = time.monotonic() - self.begun - ago
         self.timeline.append((at, what))
         print(f"{at:7.1f} s  {what}", flush=True)
         return at
@@ -149,14 +149,9 @@ def leave_audit_log(log: Path, since: datetime) -> None:
 @pytest.fixture(scope="session")
 def desk(operator: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     """Namespace, object store, strong stand-in and data; the job itself is the test's."""
-    run("kubectl", "delete", "namespace", NAMESPACE, "--ignore-not-found", "--wait", "--timeout=180s")
-    run("kubectl", "create", "namespace", NAMESPACE)
-    run("kubectl", "label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
+    new_namespace(NAMESPACE)
     kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(_store()))
-    kubectl("create", "configmap", "strong-code", f"--from-file={EXAMPLE / 'strong.py'}",
-            f"--from-file={EXAMPLE.parent / 'stand_in.py'}")  # fmt: skip
-    kubectl("create", "secret", "generic", "strong", "--from-literal=api-key=e2e-key")
-    kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(_strong()))
+    bring_strong(NAMESPACE)
     with reached(tmp_path_factory.mktemp("desk")) as built:
         _bucket(built.store)
         for name in ("train.jsonl", "held_out.jsonl", "base"):
@@ -164,6 +159,21 @@ def desk(operator: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[D
         yield built
     if not os.environ.get("COWEST_E2E_KEEP"):
         run("kubectl", "delete", "namespace", NAMESPACE, "--wait=false", check=False)
+
+
+def new_namespace(name: str) -> None:
+    """Made anew, with the strictest Pod Security."""
+    run("kubectl", "delete", "namespace", name, "--ignore-not-found", "--wait", "--timeout=180s")
+    run("kubectl", "create", "namespace", name)
+    run("kubectl", "label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+
+
+def bring_strong(namespace: str) -> None:
+    """The strong stand-in and the Secret with its key."""
+    kubectl("create", "configmap", "strong-code", f"--from-file={EXAMPLE / 'strong.py'}",
+            f"--from-file={EXAMPLE.parent / 'stand_in.py'}", namespace=namespace)  # fmt: skip
+    kubectl("create", "secret", "generic", "strong", "--from-literal=api-key=e2e-key", namespace=namespace)
+    kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(_strong()), namespace=namespace)
 
 
 def rolled_out(name: str) -> None:
@@ -203,12 +213,12 @@ def _bucket(store: dict[str, str]) -> None:
 
 
 @contextmanager
-def forwarded(service: str, port: int) -> Iterator[int]:
+def forwarded(service: str, port: int, namespace: str = NAMESPACE) -> Iterator[int]:
     """A local port that leads to a Service, for as long as the block lasts."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         local = int(probe.getsockname()[1])
-    command = ["kubectl", "--namespace", NAMESPACE, "port-forward", f"service/{service}", f"{local}:{port}"]
+    command = ["kubectl", "--namespace", namespace, "port-forward", f"service/{service}", f"{local}:{port}"]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(lambda: _listens(local), f"the port-forward to {service}", 30)

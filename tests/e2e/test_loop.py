@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,26 @@ def trial_reaches_its_end(desk: Desk, number: int, seconds: float) -> float:
     def over() -> bool:
         status = desk.status()
         trial, percent = status.get("candidate") or {}, (status.get("traffic") or {}).get("candidatePercent", 0)
-        if trial.get("stage") == "Canary" and percent:
-            for what in (f"round {number}: candidate Ready", f"round {number}: canary at {percent} %"):
-                if what not in marked:
-                    marked.add(what)
-                    desk.mark(what)
+        if trial.get("stage") == "Canary" and percent and f"{percent} %" not in marked:
+            if not marked:
+                desk.mark(f"round {number}: candidate Ready", seconds_since_ready(trial["weakDigest"]))
+            marked.add(f"{percent} %")
+            desk.mark(f"round {number}: canary at {percent} %")
         return ended(desk, number) is not None
 
     wait_for(over, f"the end of round {number}", seconds)
     return desk.mark(f"round {number}: {ended(desk, number)['decision']}")  # type: ignore[index]
+
+
+def seconds_since_ready(weak_digest: str) -> float:
+    """Since the InferenceService of this weak model says that it is."""
+    found = json.loads(kubectl("get", "inferenceservices", "-o", "json"))["items"]
+    served = [each for each in found if weak_digest in json.dumps(each["spec"]) + json.dumps(each["metadata"])]
+    ready = [
+        c for each in served for c in each["status"]["conditions"] if c["type"] == "Ready" and c["status"] == "True"
+    ]
+    since = max(datetime.fromisoformat(c["lastTransitionTime"]) for c in ready)
+    return (datetime.now(UTC) - since).total_seconds()
 
 
 def ended(desk: Desk, number: int) -> dict[str, Any] | None:
