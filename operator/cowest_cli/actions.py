@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from cowest_cli import jobs
+from cowest_cli.measured import Measured, measured
 from cowest_cli.options import Output, Saying, Where, spread
 from cowest_cli.preflight import check_proposed
 from cowest_cli.view import held_out, printable, rounds_table, spent, traces
@@ -314,7 +315,8 @@ def lineage(
 ) -> None:
     """From an answer to its draft, pair, models and data; from a model to all that went into it.
 
-    With an answer comes what its users said of it (`POST /v1/feedback`), oldest first.
+    With an answer comes by what its pair was measured (evaluator, held-out rows, strong model and its version, and the
+    live answers of its canary), and what its users said of it (`POST /v1/feedback`), oldest first.
 
     Of a job in a cluster it is read from the object store with your own keys: AWS_ACCESS_KEY_ID and
     AWS_SECRET_ACCESS_KEY, and COWEST_S3_ENDPOINT where this machine reaches the store at another address than the pods.
@@ -324,20 +326,22 @@ def lineage(
     request_id = what.partition(KEY_MARK)[0]
     answer = None if what.startswith("sha256:") else _trace(root, request_id)
     feedback = _feedback(root, request_id) if answer else []
+    by = measured(root, answer["pair_digest"]) if answer else Measured()
     digest = answer["weak_digest"] if answer else what
     chain = list(_ancestry(root, digest)) if digest else []
     if answer is None and not chain:
         raise StepError(f"{what}: wanted a request id from x-request-id or a model digest of this job, saw neither.")
     if output == "json":
-        typer.echo(json.dumps({"answer": answer, "feedback": feedback, "models": chain}, default=str))
+        told = {"answer": answer, "measured": by.for_programs(), "feedback": feedback, "models": chain}
+        typer.echo(json.dumps(told, default=str))
         return
     if answer:
-        _show_answer(answer, feedback)
+        _show_answer(answer, by, feedback)
     for depth, part in enumerate(chain):
         typer.echo(f"{'  ' * depth}{part['step']} {part['digest']} <- {json.dumps(part['inputs'], default=str)}")
 
 
-def _show_answer(answer: Mapping[str, Any], feedback: Iterable[Mapping[str, Any]]) -> None:
+def _show_answer(answer: Mapping[str, Any], by: Measured, feedback: Iterable[Mapping[str, Any]]) -> None:
     """What is empty is left out."""
     for name in ("trace_id", "time", "arm", "mode", "pair_digest", "weak_digest", "prompts_digest", "draft_form",
                  "strong_model", "strong_version", "query", "draft", "answer"):  # fmt: skip
@@ -345,6 +349,8 @@ def _show_answer(answer: Mapping[str, Any], feedback: Iterable[Mapping[str, Any]
             typer.echo(f"{name:15} {printable(answer[name])}")
         elif name == "draft" and answer["mode"] == "StrongAlone":
             typer.echo(f"{name:15} none: the strong model answered alone")
+    for name, words in by.lines():
+        typer.echo(printable(f"{name:15} {words}"))
     for said in feedback:
         names = ("thumb", "score", "reference", "correction", "accepted", "comment")
         parts = (f"{name} {said[name]}" for name in names if said[name] not in (None, ""))

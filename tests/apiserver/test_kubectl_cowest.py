@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from cowest_serving import store
 from cowest_serving.traces import TraceWriter
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_RETRY, Manifest
 from cowest_training.steps import manifest_json
+from tests import world as w
 from tests.apiserver.conftest import JOBS
 from tests.apiserver.playground import NAMESPACE, Playground, apply, decisions, manifest_of
 from tests.contracts.test_store_s3 import endpoint  # noqa: F401  (a fixture)
@@ -312,10 +314,13 @@ def test_lineage_is_read_from_the_jobs_store_with_keys_of_ones_own(
     for name, digest, inputs in (("r0/sft", "sha256:first", {}), ("r1/dpo", "sha256:tuned", {"model": "sha256:first"})):
         made = Manifest("Model", digest, "sha256:in", inputs, {}, {}, name[3:], "0", "2026-01-01", 1.0)
         store.put(f"{root}/runs/{name}/manifest.json", manifest_json(made))
+    store.put(f"{root}/runs/r1/evaluate/report.json", json.dumps(asdict(w.report("sha256:pair"))).encode())
+    store.put(f"{root}/runs/r1/live-0.json", json.dumps(asdict(w.live(candidate=60))).encode())
 
     async def write() -> None:
         writer = TraceWriter(root, "gw")
-        writer.add({"trace_id": "answer-1", "time": datetime.now(UTC), "weak_digest": "sha256:tuned", "draft": "d"})
+        told = {"weak_digest": "sha256:tuned", "pair_digest": "sha256:pair", "draft": "d"}
+        writer.add({"trace_id": "answer-1", "time": datetime.now(UTC), **told})
         await writer.aclose()
 
     asyncio.run(write())
@@ -328,6 +333,8 @@ def test_lineage_is_read_from_the_jobs_store_with_keys_of_ones_own(
     seen = json.loads(lineage("answer-1").stdout)
     assert seen["answer"]["draft"] == "d"
     assert [part["step"] for part in seen["models"]] == ["dpo", "sft"]
+    assert [by["evaluator_digest"] for by in seen["measured"]["evaluations"]] == ["sha256:evaluator"]
+    assert seen["measured"]["live"] == [], "that of another pair"
     assert [part["step"] for part in json.loads(lineage("sha256:first").stdout)["models"]] == ["sft"]
     said = lineage("answer-1", COWEST_S3_ENDPOINT="http://127.0.0.1:1")
     assert said.returncode == EXIT_RETRY and "port=1)" in said.stderr, "one's own address goes before the pods'"

@@ -506,6 +506,58 @@ def test_lineage_of_an_answer_shows_what_its_users_said(cowest: Any, place: jobs
     assert [word["score"] for word in seen] == [0.0, None]
 
 
+def evaluated(place: jobs.Home) -> None:
+    """The baseline alone, then the tuned pair, which got as far as the second step of its canary."""
+    write_evaluation(place, 0, 0.6, "plain", candidate=w.STABLE.digest, control="solo", evaluator_digest="sha256:old")
+    write_evaluation(place, 1, 0.7, "better", strong_version="fp_1")
+    for step, scored in ((0, 20), (1, 60)):
+        live = w.live(scored, 200, step=step, pending=("answer-9",), answers={"candidate": 70, "control": 250})
+        jobs.write_json(place.store / "runs" / "r1" / f"live-{step}.json", asdict(live))
+    jobs.write_json(place.store / "runs" / "r1" / "live-1.decided.json", {"report": asdict(live)})
+
+
+def test_lineage_of_an_answer_says_by_what_its_pair_was_measured(cowest: Any, place: jobs.Home) -> None:
+    evaluated(place)
+    record(place, trace("answer-1"))
+    lines = cowest("lineage", "answer-1", "--home", place.root).out.splitlines()
+    assert [line for line in lines if line.startswith("measured")] == [
+        f"measured        round 1: 70.0 % on 500 held-out queries, control {w.STABLE.digest} 50.0 %,"
+        " strong model alone 30.0 %",
+        "measured_by     round 1: evaluator sha256:evaluator, held-out rows sha256:held, strong model strong-1,"
+        " version fp_1",
+        "measured_live   round 1, canary step 1: +10.0 points; scored are 20 of 70 answers, of control"
+        f" {w.STABLE.digest} 200 of 250",
+        "measured_live   round 1, canary step 2: +10.0 points; scored are 60 of 70 answers, of control"
+        f" {w.STABLE.digest} 200 of 250",
+    ]
+    seen = json.loads(cowest("lineage", "answer-1", "--home", place.root, "-o", "json").out)["measured"]
+    (evaluation,) = seen["evaluations"]
+    assert (evaluation["round"], evaluation["evaluator_digest"]) == (1, "sha256:evaluator")
+    assert (evaluation["held_out_digest"], evaluation["strong_version"]) == ("sha256:held", "fp_1")
+    assert evaluation["uri"] == (place.store / "runs" / "r1" / "evaluate" / "report.json").as_uri()
+    assert [(live["step"], live["scored"]["candidate"]) for live in seen["live"]] == [(0, 20), (1, 60)]
+    assert "pending" not in seen["live"][0], "what only a replay wants"
+
+
+def test_lineage_of_an_answer_by_the_first_pair_names_its_own_evaluation(cowest: Any, place: jobs.Home) -> None:
+    evaluated(place)
+    record(place, trace("answer-1", pair_digest=w.STABLE.digest, weak_digest="sha256:first"))
+    lines = cowest("lineage", "answer-1", "--home", place.root).out.splitlines()
+    assert [line for line in lines if line.startswith("measured")] == [
+        "measured        round 0: 60.0 % on 500 held-out queries, strong model alone 30.0 %",
+        "measured_by     round 0: evaluator sha256:old, held-out rows sha256:held, strong model strong-1, which named"
+        " no version",
+    ]
+
+
+def test_lineage_of_a_pair_that_no_round_has_evaluated_says_so(cowest: Any, place: jobs.Home) -> None:
+    record(place, trace("early", pair_digest="sha256:declared", weak_digest="", mode="StrongAlone"))
+    lines = cowest("lineage", "early", "--home", place.root).out.splitlines()
+    assert "measured        not yet: no round has evaluated this pair on held-out rows" in lines
+    seen = json.loads(cowest("lineage", "early", "--home", place.root, "-o", "json").out)
+    assert seen["measured"] == {"evaluations": [], "live": []}
+
+
 def test_lineage_of_nothing_known_says_so(cowest: Any, place: jobs.Home) -> None:
     said = cowest("lineage", "nothing", "--home", place.root)
     assert said.code == EXIT_BAD_INPUT and "wanted a request id" in said.err
