@@ -123,7 +123,7 @@ def _is_its_state(order: engines.Order, place: jobs.Home) -> None:
 
     Raises `StepError`.
     """
-    _same_job(order, place)
+    _same_job(order.file, order.declared.job.name, place)
     status = jobs.read_status(place)
     trial = status.candidate
     for pair in (status.stable, trial.pair if trial else None, status.previous):
@@ -136,12 +136,12 @@ def _is_its_state(order: engines.Order, place: jobs.Home) -> None:
             )
 
 
-def _same_job(order: engines.Order, place: jobs.Home) -> None:
+def _same_job(file: Path | None, name: str, place: jobs.Home) -> None:
     known = jobs.read_json(place.job)
-    name, wanted = order.declared.job.name, known["metadata"]["name"] if known else order.declared.job.name
+    wanted = known["metadata"]["name"] if known else name
     if name != wanted:
         raise StepError(
-            f"{order.file}: wanted the job {wanted}, whose state is in {place.root}, saw {name}. Another job is another"
+            f"{file}: wanted the job {wanted}, whose state is in {place.root}, saw {name}. Another job is another"
             " `cowest run`, with a state of its own.",
             EXIT_BAD_INPUT,
         )
@@ -200,7 +200,7 @@ def _another_order(file: Path, place: jobs.Home, secrets: Path | None, port: int
     """An edit of the manifest while it runs, checked as at the start. Raises `ManifestError` or `StepError`."""
     order = engines.read_order(file, secrets)
     known = jobs.read_json(place.job)
-    _same_job(order, place)
+    _same_job(order.file, order.declared.job.name, place)
     new = order.declared.job.spec.gateway.port
     if port is None and new != known["spec"]["gateway"]["port"] and not port_is_free(new):
         raise StepError(f"spec.gateway.port: port {new} is in use. Give another.")
@@ -289,13 +289,18 @@ def sight(job: api.Job, facts: preflight.Facts, status: api.Status) -> tuple[Pow
     return power, looks + 1, looks + trials
 
 
-def plan(file: File, output: Output = "text") -> None:
-    """Say what the job may cost at most: strong-model calls, tokens and money. Spends and starts nothing."""
+def plan(file: File, home: HomeFolder = None, output: Output = "text") -> None:
+    """Say what the job may cost at most: strong-model calls, tokens and money. Spends and starts nothing.
+
+    What the held-out rows can still show, it says by the looks at them that the state of the job has noted.
+    """
     declared = jobs.load(file)
+    place = jobs.home_of(file, home)
+    _same_job(file, declared.job.name, place)
     facts = facts_of(declared.document, str(file))
     costs = engines.estimates(declared.job, facts)
     spec = declared.job.spec
-    power, look, last = sight(declared.job, facts, jobs.read_status(jobs.home_of(file, None)))
+    power, look, last = sight(declared.job, facts, jobs.read_status(place))
     if output == "json":
         typer.echo(json.dumps({"data": facts.figures(), "smallestGainPoints": power.smallest_gain(look),
                                "discordant": power.share, "discordantAssumed": power.discordant is None,

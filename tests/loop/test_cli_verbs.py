@@ -822,6 +822,16 @@ def test_plan_goes_by_what_the_last_evaluation_of_these_rows_showed(cowest: Any,
     assert "20 % assumed" in cowest("plan", "-f", job).out, "other rows, other discordance"
 
 
+def test_plan_counts_the_looks_of_the_home_that_is_named(cowest: Any, job: Path, tmp_path: Path) -> None:
+    declared, home = jobs.load(job), jobs.Home(tmp_path / "elsewhere")
+    jobs.write_status(home, replace(w.SERVED, held_out=declared.job.spec.data.held_out, looks=4))
+    assert "(look 1 " in cowest("plan", "-f", job).out
+    assert "(look 5 " in cowest("plan", "-f", job, "--home", home.root).out
+    jobs.write_json(home.job, {**declared.document, "metadata": {"name": "other"}})
+    said = cowest("plan", "-f", job, "--home", home.root)
+    assert said.code == EXIT_BAD_INPUT and f"wanted the job other, whose state is in {home.root}" in said.err
+
+
 def test_run_asks_before_it_spends_much_and_nobody_there_is_no(cowest: Any, job: Path) -> None:
     said = cowest("run", "-f", job)
     assert said.code == EXIT_BAD_INPUT and "wanted --yes" in said.err
