@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -278,6 +278,19 @@ def longest_hours(spec: api.Spec, cost: rounds.Estimate) -> float:
     return math.ceil(cost.calls / spec.strong.max_concurrency) * spec.strong.timeout_seconds / 3600
 
 
+def last_steps(place: jobs.Home) -> tuple[int, dict[str, float]] | None:
+    """The last tuned round that was evaluated, or else the last with a finished step, and the seconds of its steps."""
+    found: dict[int, list[Mapping[str, Any]]] = {}
+    for file in sorted((place.store / "runs").glob(f"r[0-9]*/*/{MANIFEST}")):
+        found.setdefault(int(file.parts[-3].removeprefix("r")), []).append(jobs.read_json(file))
+    rounds_of = {
+        number: {str(made["step"]): float(made["seconds"]) for made in sorted(steps, key=lambda made: made["started"])}
+        for number, steps in found.items()
+    }
+    whole = {number: steps for number, steps in rounds_of.items() if {"collect", "evaluate"} <= steps.keys()}
+    return max((whole or rounds_of).items(), default=None)
+
+
 def sight(job: api.Job, facts: preflight.Facts, status: api.Status) -> tuple[Power, int, int]:
     """What the held-out rows can show, the next look at them and the last that there can be."""
     looks = looks_before(status, job.spec.data.held_out, facts.held_out_digest)
@@ -293,6 +306,10 @@ def plan(file: File, home: HomeFolder = None, output: Output = "text") -> None:
     """Say what the job may cost at most: strong-model calls, tokens and money. Spends and starts nothing.
 
     What the held-out rows can still show, it says by the looks at them that the state of the job has noted.
+
+    Of time it says how long the calls may take at most and, where rounds were run, what the steps of the last tuned
+    round took, each since its last start: answers that were paid for come at once, and a canary takes as long as its
+    traffic.
     """
     declared = jobs.load(file)
     place = jobs.home_of(file, home)
@@ -301,13 +318,15 @@ def plan(file: File, home: HomeFolder = None, output: Output = "text") -> None:
     costs = engines.estimates(declared.job, facts)
     spec = declared.job.spec
     power, look, last = sight(declared.job, facts, jobs.read_status(place))
+    took = last_steps(place)
     if output == "json":
         typer.echo(json.dumps({"data": facts.figures(), "smallestGainPoints": power.smallest_gain(look),
                                "discordant": power.share, "discordantAssumed": power.discordant is None,
                                "smallSlices": power.small_slices(),
                                "parts": [asdict(c) for c in costs], "maxRounds": spec.rounds.max,
                                "limits": list(limits_met(spec, costs)),
-                               "longestHours": [longest_hours(spec, c) for c in costs]}))  # fmt: skip
+                               "longestHours": [longest_hours(spec, c) for c in costs],
+                               "lastSteps": {"round": took[0], "seconds": took[1]} if took else None}))  # fmt: skip
         return
     typer.echo(f"{facts.rows} training rows, {facts.held_out} held-out rows; upper bounds of what is paid:")
     for cost in costs:
@@ -327,6 +346,9 @@ def plan(file: File, home: HomeFolder = None, output: Output = "text") -> None:
         f"Time of the calls is not measured beforehand; if each took all of strong.timeoutSeconds ="
         f" {spec.strong.timeout_seconds}, {spec.strong.max_concurrency} at a time: {hours}. Tuning comes on top."
     )
+    if took:
+        steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in took[1].items())
+        typer.echo(f"The steps of round {took[0]} took: {steps}.")
     for sentence in sentences(power, look, last):
         typer.echo(printable(sentence))
     for note in facts.notes:

@@ -832,6 +832,16 @@ def test_plan_counts_the_looks_of_the_home_that_is_named(cowest: Any, job: Path,
     assert said.code == EXIT_BAD_INPUT and f"wanted the job other, whose state is in {home.root}" in said.err
 
 
+def test_plan_says_what_the_steps_of_the_last_round_took(cowest: Any, job: Path) -> None:
+    assert json.loads(cowest("plan", "-f", job, "-o", "json").out)["lastSteps"] is None
+    assert "The steps of round" not in cowest("plan", "-f", job).out
+    for name in ("collect", "evaluate"):
+        write_artifact(jobs.home_of(job, None), f"r1/{name}", "Dataset", "sha256:x", {})
+    assert "The steps of round 1 took: collect 1 s, evaluate 1 s.\n" in cowest("plan", "-f", job).out
+    seen = json.loads(cowest("plan", "-f", job, "-o", "json").out)["lastSteps"]
+    assert seen == {"round": 1, "seconds": {"collect": 1.0, "evaluate": 1.0}}
+
+
 def test_run_asks_before_it_spends_much_and_nobody_there_is_no(cowest: Any, job: Path) -> None:
     said = cowest("run", "-f", job)
     assert said.code == EXIT_BAD_INPUT and "wanted --yes" in said.err

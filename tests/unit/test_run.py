@@ -12,7 +12,7 @@ from rich.console import Console
 from cowest_cli import engine as engines
 from cowest_cli import jobs
 from cowest_cli.preflight import Facts
-from cowest_cli.run import _ask, _is_its_state, other_manifest, other_rows, what_next
+from cowest_cli.run import _ask, _is_its_state, last_steps, other_manifest, other_rows, what_next
 from cowest_operator import api
 from cowest_training.contract import (
     EXIT_BAD_INPUT,
@@ -69,6 +69,45 @@ def test_nothing_is_said_of(tmp_path, learnt, status, digest):
     assert other_rows(left_by(tmp_path, learnt, status), order(digest)) == ""
 
 
+# ---------------------------------------------------------------- what the last round took
+def took(folder: Path, **steps: float) -> jobs.Home:
+    """A home with these steps (`r1_dpo=65.0`), in the order in which they were begun."""
+    home = jobs.Home(folder)
+    for minute, (name, seconds) in enumerate(steps.items()):
+        number, step = name.split("_")
+        made = {"step": step, "started": f"2026-01-01T00:{minute:02}:00+00:00", "seconds": seconds}
+        jobs.write_json(home.store / "runs" / number / step / "manifest.json", made)
+    return home
+
+
+BASELINE = {"r0_sft": 9.0, "r0_evaluate": 8.0}
+TUNED = {"r10_collect": 2.0, "r10_feedback": 140.4, "r10_dpo": 65.0, "r10_evaluate": 80.0}
+
+
+@pytest.mark.parametrize(
+    ("steps", "seen"),
+    [
+        pytest.param({}, None, id="nothing was run yet"),
+        pytest.param(BASELINE, (0, {"sft": 9.0, "evaluate": 8.0}), id="only the baseline"),
+        pytest.param(
+            {**BASELINE, "r9_collect": 1.0, "r9_evaluate": 1.0, **TUNED},
+            (10, {"collect": 2.0, "feedback": 140.4, "dpo": 65.0, "evaluate": 80.0}),
+            id="the last by its number, its steps in their order",
+        ),
+        pytest.param(
+            {**TUNED, "r11_publish": 1.0, "r11_evaluate": 9.0},
+            (10, {"collect": 2.0, "feedback": 140.4, "dpo": 65.0, "evaluate": 80.0}),
+            id="a proposed model tells nothing of a tuned round",
+        ),
+        pytest.param({**BASELINE, "r1_collect": 2.0}, (1, {"collect": 2.0}), id="the first tuned one is under way"),
+    ],
+)
+def test_what_the_last_round_took(tmp_path, steps, seen):
+    found = last_steps(took(tmp_path, **steps))
+    assert found == seen and (seen is None or list(found[1]) == list(seen[1]))
+
+
+# ---------------------------------------------------------------- what comes next
 def test_after_bad_input_something_has_to_change_before_the_same_command():
     assert what_next(api.Failure(EXIT_BAD_INPUT, "x")).startswith("Change that first, then run the same command again")
 
