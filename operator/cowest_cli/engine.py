@@ -27,6 +27,7 @@ from cowest_operator.manifest import local_path
 from cowest_operator.objects.desired import followed, waiting
 from cowest_operator.objects.weak import NO_THOUGHTS
 from cowest_serving.contract import Routing, dump
+from cowest_serving.cores import THREADS, Cores, look
 from cowest_training.contract import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -139,13 +140,14 @@ class Engine:
         port: int | None = None,
         start: Start = Child,
         following: Following[Order] | None = None,
+        cores: Cores | None = None,
     ) -> None:
         self.home = home
         self._start, self._following, self._port_given = start, following, port
         self._order = order
         self.port = port or self.job.spec.gateway.port
         self.status = jobs.read_status(home)
-        self._cores = len(os.sched_getaffinity(0))
+        self._cores = jobs.cores(home, cores or look())
         self.steps: dict[str, _Step] = {}
         self.servers: dict[str, _Server] = {}
         self.gateway: _Server | None = None
@@ -611,7 +613,7 @@ class Engine:
         own = {k: v for k, v in os.environ.items() if not k.startswith("COWEST_SECRET_")}
         for key in (STRONG_KEYS, EVALUATOR_KEY, CLIENT_KEYS, FALLBACK_KEYS):
             own.pop(key, None)
-        own.setdefault("OMP_NUM_THREADS", str(threads))
+        own.setdefault(THREADS, str(threads))
         own.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         own.setdefault("TOKENIZERS_PARALLELISM", "false")
         own["PYTHONUNBUFFERED"] = "1"
@@ -623,8 +625,9 @@ class Engine:
         return max(1, self._cores // 4)
 
     def _free_threads(self) -> int:
-        """What the servers leave to a step."""
-        return max(1, self._cores - sum(server.threads for server in self.servers.values()))
+        """What the servers leave to a step; one about to end does not count, since a rerun would not find it."""
+        wanted = [server for digest, server in self.servers.items() if digest not in self._unwanted]
+        return max(1, self._cores - sum(server.threads for server in wanted))
 
     def close(self) -> None:
         """End the children in order: steps, the gateway (it drains), the models it asks; then the last status.

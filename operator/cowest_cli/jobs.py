@@ -18,6 +18,7 @@ import yaml
 from cowest_operator import api, manifest, people, story
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Routing, dump, parse
+from cowest_serving.cores import Cores
 from cowest_training.contract import EXIT_BAD_INPUT, StepError
 
 
@@ -43,6 +44,7 @@ _PLACES = {
     "events": "events.jsonl",
     "routing": "routing.json",
     "run": "run.json",
+    "cores": "cores.json",
     "traces": "traces.json",
     "files": "files",
     "logs": "logs",
@@ -208,6 +210,26 @@ def read_actions(home: Home, after: str) -> tuple[api.Action, ...]:
 def _actions(home: Home) -> list[Path]:
     """Oldest first."""
     return sorted(home.actions.glob("[0-9]*.json")) if home.actions.is_dir() else []
+
+
+# ---------------------------------------------------------------- cores
+def cores(home: Home, now: Cores) -> int:
+    """How many cores the job shares out: what was found when it was first run, or the fewer that are allowed now.
+
+    It is kept since the number of threads decides how sums round: a rerun with another one draws other drafts, and
+    pays for the answers to them.
+    """
+    kept = kept_cores(home)
+    if kept is None:
+        kept = now.for_long
+        write_json(home.cores, {"cores": kept})
+    return min(kept, now.allowed)
+
+
+def kept_cores(home: Home) -> int | None:
+    """None before the first run."""
+    kept = read_json(home.cores)
+    return int(kept["cores"]) if kept else None
 
 
 # ---------------------------------------------------------------- one engine at a time

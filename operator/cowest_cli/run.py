@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,7 @@ from cowest_operator import api, manifest, rounds
 from cowest_operator.power import Power, sentences
 from cowest_operator.promotion import looks_before
 from cowest_serving.contract import UNKNOWN_OUTPUT_TOKENS
+from cowest_serving.cores import THREADS, Cores, look
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_INTERRUPTED, MANIFEST, StepError
 
 ASK_ABOVE_CALLS = 20_000
@@ -50,6 +52,10 @@ def run(
     An edit of the manifest is taken up while it runs; a wrong one is said, and the manifest before it holds. A step
     that fails for good ends the run; with --serve the gateway answers on and the step is tried again, after 30 seconds
     at first and ten minutes at most, after an edit, or when a person says `cowest resume`.
+
+    Threads are shared out among the weak models' servers and the steps from the cores that are allowed (affinity, a
+    container's quota) and not busy when the job is first run, at least half of those allowed. The number is kept with
+    the job's state, so that a rerun draws the same drafts. OMP_NUM_THREADS, where it is set, holds for each process.
     """
     try:
         _run(Wanted(file, home, secrets, port, serve, yes), output)
@@ -158,7 +164,12 @@ def other_manifest(place: jobs.Home, order: engines.Order) -> str:
 def _before_it_pays(order: engines.Order, place: jobs.Home, yes: bool, console: Console) -> None:
     for path in jobs.without_effect_here(order.declared.document):
         console.print(f"note: {path} has no effect on one machine", soft_wrap=True)
-    for note in (*order.facts.notes, other_rows(place, order), other_manifest(place, order)):
+    for note in (
+        *order.facts.notes,
+        other_rows(place, order),
+        other_manifest(place, order),
+        fewer_cores(place, look()),
+    ):
         if note:
             console.print(f"note: {note}", soft_wrap=True)
     if not yes and not place.status.exists():
@@ -194,6 +205,17 @@ def learnt_last(place: jobs.Home) -> tuple[int, str] | None:
         if name in (inputs := jobs.read_json(file)["inputs"])
     ]
     return max(found, default=None)
+
+
+def fewer_cores(place: jobs.Home, now: Cores) -> str:
+    """The job was begun with more cores than it may use now, and none of its threads are a person's choice; else ""."""
+    kept = jobs.kept_cores(place)
+    if kept is None or kept <= now.allowed or os.environ.get(THREADS):
+        return ""
+    return (
+        f"the job was begun with {kept} cores, now {now.allowed} are allowed and it takes no more. Fewer threads may"
+        " round otherwise: what a step draws anew may differ, and is paid for then."
+    )
 
 
 def _another_order(file: Path, place: jobs.Home, secrets: Path | None, port: int | None) -> engines.Order:

@@ -6,7 +6,6 @@ The weak-model server and the feedback step use it. The loop over tokens, the ca
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -450,37 +449,3 @@ def _logprob(ask: Ask, token: int, scores: torch.Tensor) -> TokenLogprob | None:
     values, ids = logprobs.topk(min(ask.top_logprobs, len(logprobs)))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprob(token, float(logprobs[token]), top)
-
-
-# ---------------------------------------------------------------- threads
-def free_threads() -> int:
-    """Threads worth using now: OMP_NUM_THREADS, else the cores allowed to this process that nobody keeps busy.
-
-    Two torch threads on one free core are several times slower than one.
-    """
-    if (wanted := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(wanted):
-        return int(wanted)
-    cores = os.cpu_count() or 1
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    free = cores - os.getloadavg()[0]
-    return max(1, min(affinity, int(_cgroup_cores() or cores), round(free)))
-
-
-def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """The CPU quota of the container in cores, None without one."""
-    for read in (_quota_v2, _quota_v1):
-        try:
-            return read(root)
-        except (OSError, ValueError):
-            continue
-    return None
-
-
-def _quota_v2(root: Path) -> float | None:
-    quota, period = (root / "cpu.max").read_text().split()
-    return None if quota == "max" else int(quota) / int(period)
-
-
-def _quota_v1(root: Path) -> float | None:
-    quota = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
-    return None if quota < 0 else quota / int((root / "cpu" / "cpu.cfs_period_us").read_text())

@@ -34,6 +34,7 @@ from starlette.types import Message as AsgiMessage
 
 from cowest_serving.answering import WEAK_MODEL, Refusal, parse_object, retry_hints
 from cowest_serving.contract import HEADER_MODEL_DIGEST, KEEP_ALIVE_SECONDS
+from cowest_serving.cores import free_threads
 from cowest_serving.logs import (
     REASON_BAD_START,
     REASON_MODEL_FAILED,
@@ -390,7 +391,7 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> int:
 def _load(args: argparse.Namespace) -> Generator:
     folder = resolve_model(args.model)
     check_model_folder(folder)  # before the seconds that importing torch takes
-    from cowest_serving.generate import Generator, free_threads
+    from cowest_serving.generate import Generator
 
     threads = free_threads() if args.threads == "auto" else int(args.threads)
     generator = Generator.load(folder, args.device, threads)

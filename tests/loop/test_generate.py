@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -302,29 +301,3 @@ def test_weights_that_are_not_numbers_are_an_error_not_a_draft(tmp_path: Path) -
     broken.model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="NaN"):
         broken.generate(["w1"], max_tokens=1, temperature=0, seeds=[0])
-
-
-# ---------------------------------------------------------------- threads
-@pytest.mark.parametrize(
-    ("files", "cores"),
-    [
-        ({"cpu.max": "150000 100000\n"}, 1.5),
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2.0),
-        ({"cpu/cpu.cfs_quota_us": "-1\n"}, None),
-        ({}, None),
-    ],
-    ids=["version 2", "version 2 without a limit", "version 1", "version 1 without a limit", "no cgroup"],
-)
-def test_the_containers_quota_is_read(tmp_path: Path, files: dict[str, str], cores: float | None) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert generate._cgroup_cores(tmp_path) == cores
-
-
-def test_at_least_one_thread_and_never_more_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert 1 <= generate.free_threads() <= (os.cpu_count() or 1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert generate.free_threads() == 3

@@ -19,6 +19,7 @@ from cowest_cli import jobs, processes
 from cowest_cli.engine import MAX_RESTARTS, Engine, Order, _Server
 from cowest_cli.preflight import Facts
 from cowest_operator import api, reconcile
+from cowest_serving.cores import Cores
 from cowest_training.contract import StepError
 from tests import world as w
 from tests.manifests import edited
@@ -150,12 +151,12 @@ def engine(tmp_path, starts):
     return make(tmp_path, starts)
 
 
-def make(folder, starts, **edits):
+def make(folder, starts, cores=None, **edits):
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(edited(edits)))
     home = jobs.Home(folder / "home")
     keys = {"COWEST_STRONG_API_KEYS": "strong", "COWEST_EVALUATOR_API_KEY": "judge"}
-    return Engine(Order(jobs.load(path), Facts(1, 1, False, 1.0), keys), home, start=starts)
+    return Engine(Order(jobs.load(path), Facts(1, 1, False, 1.0), keys), home, start=starts, cores=cores)
 
 
 def test_a_server_that_dies_while_it_starts_is_started_again_with_patience(engine, starts, monkeypatch):
@@ -261,17 +262,67 @@ def test_only_where_the_budget_limits_a_day_does_the_gateway_get_the_book(tmp_pa
     assert with_book[with_book.index("--book") + 1].endswith("/calls.sqlite")
 
 
-def test_a_step_gets_the_threads_that_the_servers_leave(engine, starts, monkeypatch):
+# ---------------------------------------------------------------- threads
+STEP = api.StepSpec("r0-x", "x", "file:///x")
+
+
+def threads_of(engine, starts):
+    """Of a step beside no server, of two servers, and of a step beside them."""
+    starts.environments.clear()
+    engine._start_step(STEP)
+    wanted = tuple(api.ServerSpec(digest, "file:///m") for digest in ("sha256:a", "sha256:b"))
+    engine._apply_servers(replace(reconcile.plan(w.world()), servers=wanted))
+    engine._start_step(STEP)
+    return [seen["OMP_NUM_THREADS"] for seen in starts.environments]
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads"),
+    [
+        pytest.param(Cores(2, 2, 0.0), ["2", "1", "1", "1"], id="two idle cores"),
+        pytest.param(Cores(8, 8, 0.2), ["8", "2", "2", "4"], id="eight idle cores"),
+        pytest.param(Cores(64, 2, 9.0), ["2", "1", "1", "1"], id="a container's quota on a large host"),
+        pytest.param(Cores(8, 8, 4.1), ["4", "1", "1", "2"], id="others keep four of eight busy"),
+        pytest.param(Cores(1, 1, 3.0), ["1", "1", "1", "1"], id="one busy core"),
+    ],
+)
+def test_servers_and_steps_share_the_cores_that_are_allowed_and_free(tmp_path, starts, monkeypatch, cores, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    engine._cores = 8
-    step = api.StepSpec("r0-x", "x", "file:///x")
-    engine._start_step(step)
-    for digest in ("sha256:a", "sha256:b"):
-        engine.servers[digest] = _Server(Ended(), 1, threads=engine._server_threads())
-    engine._start_step(step)
-    engine._cores = 1
-    engine._start_step(step)
-    assert [seen["OMP_NUM_THREADS"] for seen in starts.environments] == ["8", "4", "1"]
+    assert threads_of(make(tmp_path, starts, cores), starts) == threads
+
+
+@pytest.mark.parametrize(
+    ("later", "threads"),
+    [
+        pytest.param(Cores(8, 8, 7.0), ["8", "2", "2", "4"], id="others are at work"),
+        pytest.param(Cores(64, 64, 0.0), ["8", "2", "2", "4"], id="a larger machine"),
+        pytest.param(Cores(64, 4, 0.0), ["4", "1", "1", "2"], id="a smaller quota"),
+    ],
+)
+def test_a_rerun_has_the_threads_of_the_first_run_unless_fewer_cores_are_allowed(
+    tmp_path, starts, monkeypatch, later, threads
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    first = Cores(8, 8, 0.0)
+    make(tmp_path, starts, first)
+    assert threads_of(make(tmp_path, starts, later), starts) == threads
+    assert threads_of(make(tmp_path, starts, first), starts) == ["8", "2", "2", "4"], "once they are allowed again"
+
+
+def test_a_persons_own_number_of_threads_holds_for_each_process(tmp_path, starts, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads_of(make(tmp_path, starts, Cores(8, 8, 0.0)), starts) == ["3"] * 4
+
+
+def test_a_server_that_is_about_to_end_takes_no_threads_from_a_step(tmp_path, starts, monkeypatch):
+    """Else a step that began just after a promotion had other threads than when it is run again."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    engine = make(tmp_path, starts, Cores(8, 8, 0.0))
+    threads_of(engine, starts)
+    engine._apply_servers(replace(reconcile.plan(w.world()), servers=(api.ServerSpec("sha256:b", "file:///m"),)))
+    assert len(engine.servers) == 2, "it finishes its answers"
+    engine._start_step(STEP)
+    assert starts.environments[-1]["OMP_NUM_THREADS"] == "6"
 
 
 def test_vllm_samples_as_it_is_told_and_not_as_the_model_folder_says(tmp_path, starts):

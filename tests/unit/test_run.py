@@ -12,8 +12,9 @@ from rich.console import Console
 from cowest_cli import engine as engines
 from cowest_cli import jobs
 from cowest_cli.preflight import Facts
-from cowest_cli.run import _ask, _is_its_state, last_steps, other_manifest, other_rows, what_next
+from cowest_cli.run import _ask, _is_its_state, fewer_cores, last_steps, other_manifest, other_rows, what_next
 from cowest_operator import api
+from cowest_serving.cores import Cores
 from cowest_training.contract import (
     EXIT_BAD_INPUT,
     EXIT_BUDGET,
@@ -161,3 +162,16 @@ def test_a_job_of_the_same_name_from_another_file_is_noted(tmp_path):
     assert f"is the state of {tmp_path}/a.yaml so far" in other_manifest(home, here)
     jobs.write_json(home.run, {"pid": 1, "manifest": str(tmp_path / "b.yaml")})
     assert other_manifest(home, here) == ""
+
+
+def test_a_job_that_may_use_fewer_cores_than_it_was_begun_with_says_so_unless_a_person_chose_the_threads(
+    tmp_path, monkeypatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    home, fewer = jobs.Home(tmp_path), Cores(64, 2, 0.0)
+    assert fewer_cores(home, fewer) == "", "it was never run"
+    jobs.cores(home, Cores(8, 8, 0.0))
+    assert "begun with 8 cores, now 2 are allowed" in fewer_cores(home, fewer)
+    assert fewer_cores(home, Cores(8, 8, 7.0)) == "", "that others are at work takes nothing away"
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert fewer_cores(home, fewer) == ""

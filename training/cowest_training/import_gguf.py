@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cowest_serving.generate import free_threads, prompt_ids, render_prompt
+from cowest_serving.cores import free_threads
+from cowest_serving.generate import prompt_ids, render_prompt
 from cowest_serving.model_files import check_model_folder, make_readable, model_digest
 from cowest_training import tuning
 from cowest_training.contract import EXIT_OK, StepError

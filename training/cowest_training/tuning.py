@@ -26,7 +26,8 @@ from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCall
 
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Collaboration, Prompts, digest_of
-from cowest_serving.generate import free_threads, load_model, quiet_transformers
+from cowest_serving.cores import free_threads
+from cowest_serving.generate import load_model, quiet_transformers
 from cowest_serving.model_files import CARD, base_of_adapter, is_adapter, make_readable, model_digest
 from cowest_training.cards import ModelCard, model_card
 from cowest_training.contract import Lora, Stage, StepError
