@@ -40,7 +40,7 @@ def rounds_table(status: api.Status) -> Table:
             f"{outcome.p_value:.1g}" if outcome.p_value is not None else "",
             _points(outcome.live_difference),
             str(outcome.pairs) if outcome.pairs is not None else "",
-            outcome.reason + (f" ({printable(outcome.by)})" if outcome.by else ""),
+            Text(outcome.reason + (f" ({printable(outcome.by)})" if outcome.by else "")),
         )
     if (trial := status.candidate) is not None:
         table.add_row(str(trial.number), trial.origin, Text(trial.stage, style="cyan"), _percent(trial.score),
@@ -122,11 +122,10 @@ class View:
 
     def _picture(self, engine: Engine, plan: api.Plan, progressing: api.Condition) -> Group:
         ready = next(c for c in plan.status.conditions if c.type == api.READY)
+        head = f"{engine.job.name}  http://127.0.0.1:{engine.port}/v1  {ready.reason}: {ready.message}"
         arms: dict[str, int] = {arm.name: arm.weight_percent for arm in plan.routing.arms}
         return Group(
-            Text(
-                f"\n{engine.job.name}  http://127.0.0.1:{engine.port}/v1  {ready.reason}: {ready.message}", style="bold"
-            ),
+            Text(f"\n{printable(head)}", style="bold"),
             rounds_table(plan.status),
             Text(f"traffic  {traffic(plan.status, arms)}"),
             Text(f"spent    {spent(plan.status, engine.document)}"),
