@@ -26,6 +26,7 @@ from cowest_operator import api, reconcile, rounds, story, strong
 from cowest_operator.manifest import local_path
 from cowest_operator.objects.desired import followed, waiting
 from cowest_operator.objects.weak import NO_THOUGHTS
+from cowest_operator.promotion import answers_of_look, step_of
 from cowest_serving.contract import Routing, dump
 from cowest_serving.cores import THREADS, Cores, look
 from cowest_training.contract import (
@@ -40,6 +41,7 @@ from cowest_training.contract import (
     how_far,
     load_live_report,
     load_report,
+    pace,
 )
 
 TICK = 0.1  # seconds between looks at the world
@@ -331,7 +333,8 @@ class Engine:
     def _step_state(self, step: _Step) -> api.StepState:
         code = step.child.code()
         if code is None:
-            return api.StepState("Running", attempts=step.attempts, message=self.progress(step.spec.name))
+            said = self._pace_of_live(step.spec.name) if step.spec.keeps_running else self.progress(step.spec.name)
+            return api.StepState("Running", attempts=step.attempts, message=said)
         if code == 0 and not step.spec.keeps_running:
             manifest = jobs.read_json(self._artifact(step.spec) / MANIFEST)
             if manifest is None:
@@ -348,6 +351,15 @@ class Engine:
     def progress(self, name: str) -> str:
         seen = jobs.read_json(self.home.progress / f"{name}.json")
         return how_far(seen) if seen and seen["total"] else ""
+
+    def _pace_of_live(self, name: str) -> str:
+        """A watcher of live answers has no end of its own: time left is that until the next look of the gate."""
+        seen, trial = jobs.read_json(self.home.progress / f"{name}.json"), self.status.candidate
+        if not seen or not seen["rate"] or trial is None or trial.stage != "Canary" or self._frozen is None:
+            return ""
+        step = step_of(self._frozen[3].spec.canary, trial)
+        missing = max(0, answers_of_look(step, trial) - seen["done"]) if step else 0
+        return pace(seen["rate"], "answers", missing / seen["rate"])
 
     def _server_state(self, server: _Server) -> api.ServerState:
         return api.ServerState(server.ready, f"http://127.0.0.1:{server.port}/v1", server.digest, server.message)

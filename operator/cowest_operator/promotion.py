@@ -284,7 +284,7 @@ def judge_live(canary: api.Canary, gate: api.Gate, trial: api.Trial, live: LiveR
     step = step_of(canary, trial)
     if step is None:
         return Verdict("Wait", api.REASON_WAITING_FOR_ANSWERS, "no canary steps are declared.")
-    wanted = step.min_answers * 2**trial.looks
+    wanted = answers_of_look(step, trial)
     late = now - trial.step_since - trial.away > canary.deadline_seconds
     undecided = _too_few if late else _wait
     if live is None or not _is_of(live, trial):
@@ -358,6 +358,11 @@ def _judge_gain(canary: api.Canary, gate: api.Gate, trial: api.Trial, live: Live
 
 def _evidence(log_wealth: float) -> str:
     return f"{math.exp(min(log_wealth, 300.0)):.3g}"
+
+
+def answers_of_look(step: api.CanaryStep, trial: api.Trial) -> int:
+    """Scored answers of the candidate that the next look at this step wants."""
+    return step.min_answers << trial.looks
 
 
 def most_answers(canary: api.Canary, trial: api.Trial) -> int:

@@ -442,7 +442,9 @@ def _canary(world: World, trial: Trial) -> Move:
             message = f"{where} waits for the candidate's server: {missing}"
             return Move(world.status, api.REASON_WAITING_FOR_SERVER, message)
         weight = _weight(world, trial)
-        return Move(world.status, verdict.reason, f"{where} ({weight} % of the traffic): {verdict.message}")
+        watcher = world.steps.get(rounds.live_name(trial))
+        said = f"{verdict.message.rstrip('.')}{watcher.message if watcher else ''}."
+        return Move(world.status, verdict.reason, f"{where} ({weight} % of the traffic): {said}")
     if verdict.action == "LookAgain":
         trial = replace(trial, looks=trial.looks + 1)
         return Move(replace(world.status, candidate=trial), verdict.reason, f"{where}: {verdict.message}")

@@ -130,8 +130,9 @@ def cells(text: str, begins: str) -> str:
     return " ".join(line(text, begins).split())
 
 
-def test_a_canary_is_shown_with_its_rounds_weights_spending_and_traces(engine):
+def test_a_canary_is_shown_with_its_rounds_weights_spending_traces_and_pace(engine):
     in_canary(engine)
+    watched(engine, "r3-live-0", keeps_running=True, done=34, unit="scored answers of the candidate", rate=0.5)
     text = seen(engine)
     assert "desk  http://127.0.0.1:8123/v1  Answering: " in text
     assert cells(text, "round") == "round origin decision pair gain p live gain pairs reason"
@@ -143,8 +144,23 @@ def test_a_canary_is_shown_with_its_rounds_weights_spending_and_traces(engine):
     assert "; live answers on 2026-11-27 7 calls, 80 tokens, 0.50 EUR" in line(text, "spent")
     traces = "traces   412 in all, 390 of them a round could learn from (Not usable: 22 without a reference.)"
     assert line(text, "traces") == traces
-    now = "canary step 1 of 2 (10 % of the traffic): 34 of 60 scored live answers."
+    now = "canary step 1 of 2 (10 % of the traffic): 34 of 60 scored live answers, 0.5 answers/s, 52 s left."
     assert now in line(text, "now")
+
+
+@pytest.mark.parametrize(
+    ("done", "looks", "rate", "said"),
+    [
+        pytest.param(34, 0, None, "34 of 60 scored live answers.", id="no rate is known yet"),
+        pytest.param(34, 1, 0.5, "34 of 120 scored live answers, 0.5 answers/s, 172 s left.", id="a later look"),
+        pytest.param(60, 0, 2.0, "34 of 60 scored live answers, 2 answers/s.", id="the report is about to say it"),
+    ],
+)
+def test_the_time_left_in_a_canary_is_that_until_the_next_look(engine, done, looks, rate, said):
+    in_canary(engine)
+    engine.status = replace(engine.status, candidate=replace(engine.status.candidate, looks=looks))
+    watched(engine, "r3-live-0", keeps_running=True, done=done, rate=rate)
+    assert said in line(seen(engine), "now")
 
 
 def test_a_step_is_shown_with_how_far_it_is(engine):

@@ -384,8 +384,13 @@ class PairFile:
 def how_far(state: Mapping[str, Any]) -> str:
     """A step's progress file in words: done of total, rate, time left, and what the step says besides."""
     of_total = f" of {state['total']:g}" if state["total"] is not None else ""
-    pace = state["rate"]
-    rate = f", {pace:{'.3g' if pace < 999.5 else '.0f'}} {state['unit']}/s" if pace else ""
-    left = f", {state['eta_seconds']:.0f} s left" if state["eta_seconds"] else ""
     message = f"; {state['message']}" if state["message"] else ""
-    return f"{state['done']:g}{of_total} {state['unit']}{rate}{left}{message}"
+    done = f"{state['done']:g}{of_total} {state['unit']}"
+    return f"{done}{pace(state['rate'], state['unit'], state['eta_seconds'])}{message}"
+
+
+def pace(rate: float | None, unit: str, seconds_left: float | None) -> str:
+    """What stands behind a count of what is done: ", 2.5 rows/s, 40 s left", or less of it."""
+    each = f", {rate:{'.3g' if rate < 999.5 else '.0f'}} {unit}/s" if rate else ""
+    left = f", {seconds_left:.0f} s left" if seconds_left else ""
+    return f"{each}{left}"
