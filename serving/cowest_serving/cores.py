@@ -28,12 +28,12 @@ class Cores:
 
     @property
     def for_long(self) -> int:
-        """Cores to plan hours of work with: the free ones, but no fewer than half of those allowed, rounded up.
+        """Cores to plan hours of work with: the free ones, but no fewer than half of those allowed, nor than two.
 
         The load of a minute may still count a build that has just ended; a job that keeps this number would be slow
         for good.
         """
-        return max(self.free, -(-self.allowed // 2))
+        return max(self.free, -(-self.allowed // 2), min(2, self.allowed))
 
 
 def look(cgroup: Path = CGROUP) -> Cores:

@@ -20,6 +20,7 @@ from cowest_serving.cores import Cores
         pytest.param(Cores(8, 8, 2.2), 6, 6, id="others keep some busy"),
         pytest.param(Cores(8, 8, 7.6), 1, 4, id="a build that may have just ended"),
         pytest.param(Cores(8, 5, 90.0), 1, 3, id="half, rounded up"),
+        pytest.param(Cores(2, 2, 1.6), 1, 2, id="two, of which a set-up kept one"),
         pytest.param(Cores(1, 1, 9.0), 1, 1, id="one core that is busy"),
     ],
 )
