@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
@@ -540,7 +540,7 @@ class _Look:
             part, trouble = pod.facts["part"], pod.facts["trouble"]
             late = self.now - pod.created > PATIENCE
             if not trouble and late and pod.facts["waits_for_volumes"]:
-                trouble = f"waits for its volumes: is {self._mounted(part)} there?"
+                trouble = f"waits for its volumes: is {self._asked_of(pod)} there?"
             if trouble and late and part not in said and not pod.deleting:
                 said.add(part)
                 message = f"pod {pod.name} ({part}) {trouble}"
@@ -592,26 +592,13 @@ class _Look:
         patience = ARGO_SLOW if last.facts["phase"] == "Succeeded" else ARGO_RETRIES
         return float(last.facts["ended"]) if self.now - last.facts["ended"] > patience else 0.0
 
-    def _mounted(self, part: str) -> str:
-        spec = self.context.job.spec
-        names = (
-            [f"Secret {ref.name}" for ref in spec.strong.api_key_secret_refs]
-            if part in ("gateway", ray.HEAD, "proxy")
-            else []
-        )
-        if part != "proxy" and spec.object_store and (keys := spec.object_store.credentials_secret_ref):
-            names.append(f"Secret {keys.name} with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-        if part in ("gateway", ray.HEAD):
-            others = [fallback.api_key_secret_ref for fallback in spec.strong.fallbacks]
-            names += [f"Secret {ref.name}" for ref in (*others, spec.gateway.client_keys_secret_ref) if ref]
-        asking_parts = (
-            "proxy",
-            "step",
-            "score-live",
-            *(("gateway", ray.HEAD) if spec.strong.limits_live_answers else ()),
-        )
-        if part in asking_parts and (asking := self.context.document["spec"]["strong"].get("proxyKeysSecretRef")):
-            names.append(f"Secret {asking['name']} with {asking['ownKey']}")
+    def _asked_of(self, pod: Seen) -> str:
+        """What the pod mounts, the job's own children apart, which are there. We may read no Secret."""
+        names = [
+            f"{kind} {name}{f' with {_listed(keys)}' if keys else ''}"
+            for kind, name, keys in pod.facts["mounts"]
+            if kind == "PersistentVolumeClaim" or (kind, name) not in self.family.children
+        ]
         return " or ".join(names) or "each of its ConfigMaps, Secrets and volumes"
 
 
@@ -736,6 +723,10 @@ def _gateways(seen: Seen | None) -> int | None:
 
 def _clock(epoch: float) -> str:
     return time.strftime("%H:%M:%S UTC", time.gmtime(epoch))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:-1]) + f" and {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _sentence(text: str) -> str:

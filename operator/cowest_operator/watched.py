@@ -354,11 +354,13 @@ def _config_map(body: Mapping[str, Any]) -> dict[str, Any]:
 def _pod(body: Mapping[str, Any]) -> dict[str, Any]:
     """Why a pod does not run, as the kubelet or the scheduler says it."""
     status, labels = body.get("status") or {}, body["metadata"].get("labels") or {}
+    waits = _waits_for_volumes(status)
     return {
         "part": labels.get("app.kubernetes.io/component", ""),
         "phase": status.get("phase", ""),
         "trouble": _pod_trouble(status),
-        "waits_for_volumes": _waits_for_volumes(status),
+        "waits_for_volumes": waits,
+        "mounts": _mounts(body.get("spec") or {}) if waits else (),
         "workflow": labels.get("workflows.argoproj.io/workflow", ""),
         "ended": _ended(status),
         "died": _died(status),
@@ -406,6 +408,35 @@ def _waits_for_volumes(status: Mapping[str, Any]) -> bool:
         if condition.get("type") == "PodReadyToStartContainers":
             return bool(condition.get("status") == "False" and status.get("phase") == "Pending")
     return False
+
+
+OF_EVERY_NAMESPACE = "kube-root-ca.crt"  # Kubernetes makes it itself
+Mount = tuple[str, str, tuple[str, ...]]  # (kind, name, the keys that are asked for)
+
+
+def _mounts(spec: Mapping[str, Any]) -> tuple[Mount, ...]:
+    """What must be there before a pod of this spec starts, as its volumes name it."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for volume in spec.get("volumes") or []:
+        if not _KNOWN & volume.keys():
+            found["volume", volume["name"]] = {}
+        for source in [volume, *((volume.get("projected") or {}).get("sources") or [])]:
+            for field_name, kind, name_field in _SOURCES:
+                told = source.get(field_name) or {}
+                name = told.get(name_field)
+                if name and name != OF_EVERY_NAMESPACE and not told.get("optional"):
+                    keys = found.setdefault((kind, name), {})
+                    keys.update({item["key"]: None for item in told.get("items") or []})
+    return tuple((kind, name, tuple(keys)) for (kind, name), keys in found.items())
+
+
+_SOURCES = (
+    ("secret", "Secret", "secretName"),  # of a volume
+    ("secret", "Secret", "name"),  # of a part of a projected one
+    ("configMap", "ConfigMap", "name"),
+    ("persistentVolumeClaim", "PersistentVolumeClaim", "claimName"),
+)
+_KNOWN = {"secret", "configMap", "persistentVolumeClaim", "projected", "downwardAPI", "emptyDir"}
 
 
 _FACTS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {

@@ -385,11 +385,12 @@ def test_a_step_that_no_node_can_take_is_healed_by_an_edit(playground: Playgroun
 
 
 # ---------------------------------------------------------------- pods
-def pod(playground: Playground, job: str, part: str, status: Mapping[str, Any]) -> str:
+def pod(playground: Playground, job: str, part: str, status: Mapping[str, Any], **more: Any) -> str:
     """A pod as the kubelet reports it; when it was made."""
     name = f"{job}-{part}-x"
     labels = {"cowest.dev/job": job, "app.kubernetes.io/component": part}
-    body = {"metadata": {"name": name, "labels": labels}, "spec": {"containers": [{"name": "main", "image": "x"}]}}
+    spec = {"containers": [{"name": "main", "image": "x"}], **more}
+    body = {"metadata": {"name": name, "labels": labels}, "spec": spec}
     code, answer = playground.server.request("POST", PODS, body)
     assert code == 201, answer
     code, answer = playground.server.request("PATCH", f"{PODS}/{name}/status", {"status": status})
@@ -409,7 +410,10 @@ def test_the_kubelets_words_for_a_missing_secret_or_image_stand_in_the_status_un
         playground.wait(lambda: playground.condition("claims", api.READY).get("status") == "True", "Ready")
         wait_for_reason(playground, "claims", api.DEGRADED, api.REASON_AS_EXPECTED)
         not_started = {"type": "PodReadyToStartContainers", "status": "False"}
-        made = pod(playground, "claims", "gateway", {"phase": "Pending", "conditions": [not_started]})
+        held = {"phase": "Pending", "conditions": [not_started]}
+        spec = playground.get(f"{DEPLOYMENTS}/claims-gateway")["spec"]["template"]["spec"]
+        mounts = {name: spec[name] for name in ("volumes", "serviceAccountName")}
+        made = pod(playground, "claims", "gateway", held, **mounts)
         back_off = {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "training:test"'}
         container = {"name": "main", "image": "x", "imageID": "", "ready": False, "restartCount": 0,
                      "state": {"waiting": back_off}}  # fmt: skip
@@ -421,7 +425,8 @@ def test_the_kubelets_words_for_a_missing_secret_or_image_stand_in_the_status_un
         patience = at(degraded["lastTransitionTime"]) - at(made)
         assert patience >= timedelta(seconds=20), "pods take a moment to start"
         message = degraded["message"]
-        assert "claims-gateway-x (gateway) waits for its volumes: is Secret strong or Secret s3 with AWS_" in message
+        keys = "Secret s3 with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or Secret strong with api-key"
+        assert f"claims-gateway-x (gateway) waits for its volumes: is {keys} there?" in message
         assert (
             'claims-step-x (step) container main: ImagePullBackOff: Back-off pulling image "training:test"' in message
         )

@@ -130,18 +130,21 @@ def kubelet(playground: Playground, phase: str, started: bool) -> None:
 
 
 def secret(playground: Playground, method: str, path: str, value: str) -> None:
-    code, answer = playground.server.request(method, path, {"metadata": {"name": "strong"}, "stringData": {"k": value}})
+    code, answer = playground.server.request(method, path, {"metadata": {"name": "strong"}, "stringData": {"api-key": value}})
     assert code in (200, 201), answer
 
 
 def test_a_secret_that_is_missing_comes_and_is_rotated_costs_one_status_each_way_and_none(resting: Playground) -> None:
     labels = {"cowest.dev/job": "claims", "app.kubernetes.io/component": "gateway"}
-    spec = {"containers": [{"name": "main", "image": "x"}]}
+    keys = {"secretName": "strong", "items": [{"key": "api-key", "path": "00"}]}
+    volumes = [{"name": "strong-keys", "secret": keys}]
+    spec = {"containers": [{"name": "main", "image": "x"}], "volumes": volumes}
     with only(resting, STATUS):
         resting.server.request("POST", PODS, {"metadata": {"name": "claims-gateway-x", "labels": labels}, "spec": spec})
         kubelet(resting, "Pending", started=False)
     told = resting.condition("claims", "Degraded")
-    assert (told["status"], told["reason"]) == ("True", "PodsFail") and "is Secret strong" in told["message"]
+    assert (told["status"], told["reason"]) == ("True", "PodsFail")
+    assert "is Secret strong with api-key there?" in told["message"]
     with only(resting, STATUS):
         secret(resting, "POST", SECRETS, "first")
         kubelet(resting, "Running", started=True)

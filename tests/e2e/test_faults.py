@@ -455,7 +455,7 @@ def test_a_second_job_whose_secret_is_missing_says_so_and_is_ready_once_it_is_th
     with fault.users(standing):
         fault.begins()
         second(standing)
-        fault.said(SECOND, "is Secret later there?")
+        fault.said(SECOND, "Secret later with api-key")
         give_key()
         fault.heals(lambda: is_ready(SECOND), "Ready", 240)
         wait_for(lambda: is_ready() and is_well(), "no trouble of the first job", 60)

@@ -14,6 +14,7 @@ import pytest
 from cowest_operator import api, manifest, reconcile, story
 from cowest_operator.doors import DoorError, Doors, Part
 from cowest_operator.kube import Kube
+from cowest_operator.objects import common, servers, steps
 from cowest_operator.observe import HoldError, Memory, Observed, Observer
 from cowest_operator.platform import Discovery, Platform
 from cowest_operator.settings import Images, Settings
@@ -530,3 +531,73 @@ def test_live_scores_that_a_quota_refuses_are_no_step_that_runs() -> None:
     refused(desk, "live")
     state = desk.look().world.steps["r1-live-1"]
     assert (state.phase, state.message) == ("Failed", QUOTA)
+
+
+# ---------------------------------------------------------------- what a pod waits for
+HELD = {"phase": "Pending", "conditions": [{"type": "PodReadyToStartContainers", "status": "False"}]}
+JUDGE = {"type": "Judge", "endpoint": "https://judge.example.com/v1", "model": "judge",
+         "apiKeySecretRef": {"name": "judge", "key": "token"}}  # fmt: skip
+MOUNTING: Mapping[str, Any] = {
+    "strong.apiKeySecretRefs": [{"name": "strong", "key": "api-key"}, {"name": "spare", "key": "k"}],
+    "strong.caBundleRef": {"name": "strong-ca", "key": "root.pem"},
+    "strong.proxyKeysSecretRef": {"name": "tools", "ownKey": "cowest"},
+    "objectStore": {**STORE, "caBundleRef": {"name": "store-ca", "key": "ca.crt"}},
+    "gateway.clientKeysSecretRef": {"name": "clients"},
+    "feedback.evaluator": JUDGE,
+}
+S3 = "Secret s3 with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+KEYS = "Secret strong with api-key or Secret spare with k"
+HELD_UP = {
+    "gateway": f"ConfigMap store-ca with ca.crt or {S3} or ConfigMap strong-ca with root.pem or {KEYS}"
+    " or Secret clients",
+    "proxy": f"PersistentVolumeClaim claims-proxy or ConfigMap strong-ca with root.pem or {KEYS}"
+    " or Secret judge with token or Secret tools",
+    "observer": f"ConfigMap store-ca with ca.crt or {S3}",
+    "step": f"ConfigMap claims-r1-collect or ConfigMap store-ca with ca.crt or {S3}"
+    " or ConfigMap strong-ca with root.pem or Secret tools with cowest",
+}  # fmt: skip
+
+
+def specs(seen: Observed) -> dict[str, Any]:
+    """Of the pods of the job's parts."""
+    children = [*servers.gateway(seen.context), *servers.proxy(seen.context), *servers.observer(seen.context)]
+    found = {
+        child["metadata"]["name"].removeprefix("claims-"): child["spec"]["template"]["spec"]
+        for child in children
+        if child["kind"] == "Deployment"
+    }
+    template = json.dumps(steps.workflow_template(seen.context)["spec"]["templates"][0])
+    return {**found, "step": json.loads(template.replace("{{workflow.parameters.step}}", "claims-r1-collect"))}
+
+
+def pod_waits(desk: Desk, part: str, spec: Mapping[str, Any], status: Mapping[str, Any]) -> list[str]:
+    """What is said of it a minute after it was made."""
+    made = datetime.fromtimestamp(NOW - 60, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    metadata = {"labels": {"app.kubernetes.io/component": part}, "creationTimestamp": made}
+    desk.has("Pod", f"{part}-x", metadata=metadata, spec=spec, status=status)
+    return [t.message for t in desk.look().world.troubles or () if t.reason == api.REASON_PODS_FAIL]
+
+
+@pytest.mark.parametrize("part", HELD_UP)
+def test_what_a_stuck_pod_mounts_is_asked_for_by_kind_name_and_key_and_nothing_else(part: str) -> None:
+    desk = Desk(w.SERVED, **MOUNTING)
+    seen = desk.look()
+    desk.has("ConfigMap", common.job_map(seen.context)["metadata"]["name"].removeprefix("claims-"))  # it is there
+    (said,) = pod_waits(desk, part, specs(seen)[part], HELD)
+    assert said == f"pod claims-{part}-x ({part}) waits for its volumes: is {HELD_UP[part]} there?"
+
+
+def test_a_stuck_pod_of_before_an_edit_is_asked_for_what_it_mounts_itself() -> None:
+    desk = Desk(w.SERVED, **{"strong.apiKeySecretRefs": [{"name": "older", "key": "k"}]})
+    spec = specs(desk.look())["gateway"]
+    desk.declare(**{"strong.apiKeySecretRefs": [{"name": "newer", "key": "k"}]})
+    (said,) = pod_waits(desk, "gateway", spec, HELD)
+    assert "Secret older with k" in said and "newer" not in said
+
+
+def test_where_the_kubelet_names_what_is_missing_that_alone_is_said() -> None:
+    desk = Desk(w.SERVED, **MOUNTING)
+    waiting = {"reason": "CreateContainerConfigError", "message": 'secret "judge" not found'}
+    status = {**HELD, "containerStatuses": [{"name": "main", "state": {"waiting": waiting}}]}
+    (said,) = pod_waits(desk, "step", specs(desk.look())["step"], status)
+    assert said == 'pod claims-step-x (step) container main: CreateContainerConfigError: secret "judge" not found.'

@@ -796,6 +796,13 @@ def test_certificates_of_ones_own_reach_whatever_asks_a_model_or_a_judge() -> No
     assert found == {"gateway": own, "proxy": own, "step": more, "score-live": more}
 
 
+def test_certificates_are_mounted_by_their_key_so_that_one_that_is_missing_holds_the_pod() -> None:
+    seen = edited(context(), "strong", caBundleRef={"name": "authority", "key": "root.pem"})
+    items = [{"key": "root.pem", "path": "root.pem"}]
+    found = [v["configMap"] for _, pod in pods(everything(seen)) for v in pod["volumes"] if v["name"] == "strong-ca"]
+    assert found and all(each == {"name": "authority", "items": items} for each in found)
+
+
 @pytest.mark.parametrize("kind", ["Judge", "HTTP"])
 def test_the_proxy_has_the_key_of_a_judge_as_a_file_and_of_a_scorer_none(kind: str) -> None:
     evaluator = Evaluator(kind, endpoint="http://judge/v1", model="m", api_key_secret_ref=SecretRef("judge", "key"))

@@ -180,6 +180,34 @@ def test_why_a_pod_does_not_run_is_said_in_the_kubelets_words(status: dict[str, 
     assert see("Pod", body("Pod", status=status)).facts["trouble"] == trouble
 
 
+HELD = {"phase": "Pending", "conditions": [{"type": "PodReadyToStartContainers", "status": "False"}]}
+SPEC = {"volumes": [
+    {"name": "tmp", "emptyDir": {}},
+    {"name": "clients", "secret": {"secretName": "clients"}},
+    {"name": "models", "nfs": {"server": "10.0.0.1", "path": "/models"}},
+    {"name": "own", "secret": {"secretName": "maybe", "optional": True}},
+    {"name": "ca", "configMap": {"name": "ca", "items": [{"key": "root.pem", "path": "root.pem"}]}},
+    {"name": "book", "persistentVolumeClaim": {"claimName": "book"}},
+    {"name": "token", "projected": {"sources": [
+        {"serviceAccountToken": {"path": "token"}}, {"configMap": {"name": "kube-root-ca.crt"}}]}},
+    {"name": "store", "projected": {"sources": [
+        {"secret": {"name": "s3", "items": [{"key": "ID", "path": "ID"}]}},
+        {"secret": {"name": "s3", "items": [{"key": "KEY", "path": "KEY"}]}},
+        {"secret": {"name": "s3", "items": [{"key": "SESSION", "path": "SESSION"}], "optional": True}}]}},
+]}  # fmt: skip
+
+
+def test_what_a_pod_that_waits_for_its_volumes_cannot_do_without_is_known_with_its_keys() -> None:
+    assert see("Pod", body("Pod", spec=SPEC, status=HELD)).facts["mounts"] == (
+        ("Secret", "clients", ()),
+        ("volume", "models", ()),
+        ("ConfigMap", "ca", ("root.pem",)),
+        ("PersistentVolumeClaim", "book", ()),
+        ("Secret", "s3", ("ID", "KEY")),
+    )
+    assert not see("Pod", body("Pod", spec=SPEC, status={"phase": "Running"})).facts["mounts"], "nobody asks"
+
+
 @pytest.mark.parametrize(
     ("status", "died"),
     [

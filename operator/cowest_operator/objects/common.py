@@ -266,7 +266,7 @@ def store_volumes(context: Context) -> tuple[list[dict[str, Any]], list[dict[str
     assert place is not None
     volumes: list[dict[str, Any]] = []
     if place.ca_bundle_ref:
-        volumes.append({"name": "s3-ca", "configMap": {"name": place.ca_bundle_ref.name}})
+        volumes.append(certificates("s3-ca", place.ca_bundle_ref.name, place.ca_bundle_ref.key))
     if place.credentials_secret_ref:
         sources = [
             {"secret": {"name": place.credentials_secret_ref.name, "items": [{"key": key, "path": key}], **optional}}
@@ -276,6 +276,11 @@ def store_volumes(context: Context) -> tuple[list[dict[str, Any]], list[dict[str
     return volumes, [
         {"name": each["name"], "mountPath": f"/etc/cowest/{each['name']}", "readOnly": True} for each in volumes
     ]
+
+
+def certificates(volume: str, config_map: str, key: str) -> dict[str, Any]:
+    """By its key, so that the kubelet holds a pod of which it is missing, and says so."""
+    return {"name": volume, "configMap": {"name": config_map, "items": [{"key": key, "path": key}]}}
 
 
 SERVERS_READ: Mapping[str, tuple[str, ...]] = {  # section -> its fields; none named: all of them

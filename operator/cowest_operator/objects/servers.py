@@ -191,7 +191,7 @@ def strong_certificates(context: Context) -> tuple[list[dict[str, Any]], list[di
     if not bundle:
         return [], []
     return (
-        [{"name": "strong-ca", "configMap": {"name": bundle["name"]}}],
+        [common.certificates("strong-ca", bundle["name"], bundle["key"])],
         [{"name": "strong-ca", "mountPath": STRONG_CERTIFICATES, "readOnly": True}],
     )
 
