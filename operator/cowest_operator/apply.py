@@ -99,9 +99,10 @@ class Applier:
                 plan = _standing_still(plan, seen)
             await self._children(seen, plan, family, memory, refused)
         memory.apply_troubles = tuple(refused.troubles)
+        transition = _transition(seen, plan, memory)
         await self.write_status(context, plan, seen.world.traces, family, memory)
         for event in plan.events:
-            await self._event(context, event)
+            await self._event(context, event, transition)
         for note in seen.notes:
             if note.message not in memory.said:
                 await self._event(context, note)
@@ -241,9 +242,11 @@ class Applier:
         """By a list of one: jobs are watched and so listed anyway, and a right to get them would serve this alone."""
         return await anext(self.kube.list(api.KIND, namespace, fieldSelector=f"metadata.name={name}"), None)
 
-    async def _event(self, context: Context, event: api.Event) -> None:
-        """Named by its content: a restart that decides the same says it once."""
-        name = f"{context.job.name}.{common.hex_of(digest_of([context.uid, event.reason, event.message]), 16)}"
+    async def _event(self, context: Context, event: api.Event, transition: str = "") -> None:
+        """Named by its content and its transition: a restart that decides the same says it once, and what happens
+        again in the same words is said again."""
+        content = [context.uid, event.reason, event.message, transition]
+        name = f"{context.job.name}.{common.hex_of(digest_of(content), 16)}"
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         body = {
             "apiVersion": "v1",
@@ -357,6 +360,13 @@ class Applier:
         parts = (family.children.get(key) for key in keys)
         switching = ray.kept_in(context, other=True) in family.children
         return not switching and all(seen and seen.facts["current"] and seen.facts["updated"] for seen in parts)
+
+
+def _transition(seen: Observed, plan: api.Plan, memory: Memory) -> str:
+    """What sets it apart from every other: the word of a person that it takes in, else the version of the job that it
+    was decided from, over which nothing but its own status is written."""
+    taken_in = plan.status.last_action
+    return taken_in if taken_in != seen.world.status.last_action else str(memory.version)
 
 
 def _standing_still(plan: api.Plan, seen: Observed) -> api.Plan:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.apiserver.conftest import JOBS, ApiServer, wait_until
-from tests.apiserver.playground import DEPLOYMENTS, MAPS, PODS, SERVING, Playground, apply, manifest_of
+from tests.apiserver.playground import DEPLOYMENTS, EVENTS, MAPS, PODS, SERVING, Playground, apply, manifest_of
 from tests.apiserver.rights import asked, of_operators
 from tests.contracts.test_charts import needs_helm
 
@@ -109,12 +109,15 @@ def test_a_word_of_a_person_is_one_event_one_status_that_it_is_heard_and_one_of_
         note = {f"cowest.dev/action.{time.time_ns():020d}-{verb}": heard}
         resting.server.request("PATCH", f"{JOBS}/claims", {"metadata": {"annotations": note}})
 
-    with only(resting, STATUS, STATUS, "create events"):
-        say("pause")
-    assert resting.condition("claims", "RoundProgressing")["reason"] == "PausedByPerson"
-    with only(resting, STATUS, STATUS, "create events"):
-        say("resume")
-    assert resting.condition("claims", "RoundProgressing")["reason"] == "WaitingForTraces"
+    for times in (1, 2):  # in the same words
+        with only(resting, STATUS, STATUS, "create events"):
+            say("pause")
+        assert resting.condition("claims", "RoundProgressing")["reason"] == "PausedByPerson"
+        with only(resting, STATUS, STATUS, "create events"):
+            say("resume")
+        assert resting.condition("claims", "RoundProgressing")["reason"] == "WaitingForTraces"
+        reasons = Counter(event["reason"] for event in resting.items(EVENTS))
+        assert (reasons["PersonPause"], reasons["PersonResume"]) == (times, times)
 
 
 # ---------------------------------------------------------------- Secrets
@@ -130,7 +133,9 @@ def kubelet(playground: Playground, phase: str, started: bool) -> None:
 
 
 def secret(playground: Playground, method: str, path: str, value: str) -> None:
-    code, answer = playground.server.request(method, path, {"metadata": {"name": "strong"}, "stringData": {"api-key": value}})
+    code, answer = playground.server.request(
+        method, path, {"metadata": {"name": "strong"}, "stringData": {"api-key": value}}
+    )
     assert code in (200, 201), answer
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from cowest_operator import reconcile
+from cowest_operator import api, reconcile
 from cowest_operator.apply import Applier, OvertakenError
 from cowest_operator.kube import Kube, KubeError
 from cowest_operator.watched import see
@@ -234,3 +234,50 @@ def test_an_api_server_that_is_away_is_no_refusal() -> None:
     with pytest.raises(KubeError):
         applied(desk, server)
     assert desk.memory.apply_troubles == ()
+
+
+# ---------------------------------------------------------------- events
+def says(desk: Desk, server: KubeInMemory, verb: str, number: int, **more: str) -> None:
+    """A word of a person, and what the operator makes of it."""
+    job = server.objects["CollaborationJob", "desks", "claims"]
+    told = json.dumps({"verb": verb, "by": "ann", "why": "holidays", "at": 1.0, **more})
+    annotations = {f"cowest.dev/action.{number:020d}-{verb}": told}
+    desk.family.job = server.keep({**job, "metadata": {**job["metadata"], "annotations": annotations}})
+    applied(desk, server)
+
+
+def said(server: KubeInMemory, reason: str) -> list[str]:
+    events = (body for (kind, _, _), body in server.objects.items() if kind == "Event")
+    return [event["message"] for event in events if event["reason"] == reason]
+
+
+def test_what_people_say_again_in_the_same_words_is_an_event_of_its_own_each_time() -> None:
+    desk = Desk(w.SERVED)
+    server = server_of(desk)
+    for number in (1, 2):
+        says(desk, server, "pause", 10 * number + 1)
+        says(desk, server, "propose", 10 * number + 2, model="s3://models/mine")
+        says(desk, server, "resume", 10 * number + 3)
+    for reason in ("PersonPause", "PersonPropose", "PersonResume"):
+        assert len(said(server, reason)) == 2 and len(set(said(server, reason))) == 1, reason
+
+
+def follows(model: str) -> api.Plan:
+    """A transition of which no person spoke."""
+    event = api.Event("Normal", api.REASON_STRONG_FOLLOWS, f"{model} answers alone from now on")
+    plan = reconcile.plan(w.world(status=w.SERVED))
+    return replace(plan, events=(event,), status=replace(plan.status, looks=plan.status.looks + 1))
+
+
+def test_a_transition_that_comes_again_is_an_event_again_and_the_same_one_after_a_kill_is_not() -> None:
+    desk = Desk(w.SERVED)
+    server, seen = server_of(desk), desk.look()
+    before = server.objects["CollaborationJob", "desks", "claims"]
+    applier = Applier(cast(Kube, server))
+    for memory in (desk.memory, replace(desk.memory)):  # killed before it knew that it was written, and so once again
+        server.objects["CollaborationJob", "desks", "claims"] = before
+        asyncio.run(applier.apply(seen, follows("strong-2"), desk.family, memory))
+        assert len(said(server, api.REASON_STRONG_FOLLOWS)) == 1
+    desk.family.job = server.objects["CollaborationJob", "desks", "claims"]
+    asyncio.run(applier.apply(desk.look(), follows("strong-2"), desk.family, desk.memory))
+    assert len(said(server, api.REASON_STRONG_FOLLOWS)) == 2
