@@ -36,7 +36,7 @@ from minio.error import S3Error
 from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 from urllib3 import HTTPResponse
 
-from cowest_operator import kube, manifest, settings
+from cowest_operator import api, kube, manifest, settings
 from cowest_operator.metrics import Metrics
 from cowest_operator.objects import common, ray
 from cowest_operator.schema import default
@@ -343,6 +343,27 @@ def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
     }
     assert names - {"cowest_dev_job"} <= known
     assert len(names) > 5
+
+
+@needs_helm
+def test_every_alert_and_each_metric_of_a_jobs_loop_is_told_in_the_documents() -> None:
+    told = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    (rule,) = of_kind(rendered(OPERATOR, "full"), "PrometheusRule")
+    alerts = {r["alert"] for group in rule["spec"]["groups"] for r in group["rules"]}
+    of_jobs = set(re.findall(r"^# TYPE (cowest_job_\S+)", Metrics().text(), re.MULTILINE))
+    assert {alert for alert in alerts if f"| {alert} |" not in told} == set()
+    assert {metric for metric in of_jobs if f"`{metric}`" not in told} == set()
+    rows = set(re.findall(r"^\| (CoWest\w+) \|", told, re.MULTILINE))
+    assert rows == alerts, "nor is one told that is not there"
+
+
+@needs_helm
+def test_a_trial_that_stands_still_is_an_alert_after_the_hours_of_the_values_but_for_one_that_a_person_holds() -> None:
+    objects = rendered(OPERATOR, "full", "metrics.prometheusRule.maxStageHours=6")
+    (rule,) = of_kind(objects, "PrometheusRule")
+    (alert,) = (r for g in rule["spec"]["groups"] for r in g["rules"] if r["alert"] == "CoWestRoundStandsStill")
+    assert "> 3600 * 6 unless on" in alert["expr"]
+    assert f'reason=~"{api.REASON_PAUSED}|{api.REASON_SUSPENDED}"' in alert["expr"]
 
 
 # ---------------------------------------------------------------- a domain's chart
