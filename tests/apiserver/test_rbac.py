@@ -2,7 +2,8 @@
 
 It runs as the chart's ServiceAccount, here as in all tests of this folder, none of which may end with a refusal; the
 API server's audit log says what was asked. With COWEST_AUDIT_LOGS (files of real clusters, apart by colons; `make e2e`
-leaves one) what their operators did counts too, and the rights that only a real cluster uses must be used there.
+and `make e2e-faults` leave one each) what their operators did counts too, and the rights that only a real cluster uses
+must be used there.
 """
 
 from __future__ import annotations

@@ -23,14 +23,16 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.e2e import audit
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "crds" / "examples" / "freight"
-AUDIT_LOG = ROOT / "build" / "audit" / "e2e.log"
 SYSTEM, NAMESPACE, JOB = "cowest-system", "cowest-e2e", "freight"
 REGISTRY = os.environ.get("COWEST_IMAGE_REGISTRY", "docker.io")
 TAG = os.environ.get("COWEST_IMAGE_TAG", "dev")
 KEYS = {"AWS_ACCESS_KEY_ID": "e2e-user", "AWS_SECRET_ACCESS_KEY": "e2e-password"}
 LAST_WORDS: list[str] = []  # printed at the very end, below the test runner's own summary
+ANEW = bool(os.environ.get("COWEST_E2E_ANEW"))  # the faults begin anew; the loop does each time
 COWEST = [sys.executable, "-P", "-m", "cowest_cli"]
 
 
@@ -122,28 +124,19 @@ def operator_values() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def operator(cluster: None) -> Iterator[None]:
+def operator(cluster: None, request: pytest.FixtureRequest) -> Iterator[None]:
     run("helm", "upgrade", "--install", "cowest-operator", str(ROOT / "charts" / "cowest-operator"), "--namespace",
         SYSTEM, "--create-namespace", "--wait", "--timeout", "3m", *operator_values())  # fmt: skip
     # The same tag may be a newer image.
     run("kubectl", "--namespace", SYSTEM, "rollout", "restart", "deployment/cowest-operator")
     run("kubectl", "--namespace", SYSTEM, "rollout", "status", "deployment/cowest-operator", "--timeout=180s")
     begun = datetime.now(UTC)
+    is_faults = any(item.get_closest_marker("faults") for item in request.session.items)
+    log = os.environ.get("COWEST_CLUSTER_AUDIT_LOG")
+    left = audit.begin(is_faults, ANEW) if log else None
     yield
-    if log := os.environ.get("COWEST_CLUSTER_AUDIT_LOG"):
-        leave_audit_log(Path(log), begun)
-
-
-def leave_audit_log(log: Path, since: datetime) -> None:
-    """What service accounts asked of this cluster's API server meanwhile, where `make rbac` looks for it."""
-    AUDIT_LOG.parent.mkdir(parents=True, exist_ok=True)
-    with log.open(encoding="utf-8") as lines, AUDIT_LOG.open("w", encoding="utf-8") as left:
-        for line in lines:
-            if '"system:serviceaccount:' not in line:
-                continue
-            event = json.loads(line)
-            if datetime.fromisoformat(event["requestReceivedTimestamp"]) >= since:
-                left.write(line)
+    if log and left:
+        audit.leave(Path(log), begun, left)
 
 
 @pytest.fixture(scope="session")

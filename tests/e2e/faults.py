@@ -20,7 +20,6 @@ from tests.e2e.conftest import COWEST, JOB, NAMESPACE, ROOT, Desk, kubectl, run,
 from tests.e2e.test_loop import gateway_address
 
 BOOK = Path(os.environ.get("COWEST_E2E_BOOK", ROOT / ".faults.json"))
-ANEW = bool(os.environ.get("COWEST_E2E_ANEW"))
 AWAY = float(os.environ.get("COWEST_E2E_AWAY", "120"))  # seconds that a part stays away
 RATE = 5
 

@@ -17,6 +17,7 @@ import yaml
 
 from tests.e2e import faults
 from tests.e2e.conftest import (
+    ANEW,
     COWEST,
     JOB,
     LAST_WORDS,
@@ -56,7 +57,7 @@ def standing(
 ) -> Iterator[Desk]:
     """The freight desk after its baseline; one that stands already is taken as it is."""
     os.environ["COWEST_E2E_KEEP"] = "1"
-    if faults.ANEW:
+    if ANEW:
         faults.BOOK.unlink(missing_ok=True)
     elif kubectl("get", "collaborationjob", JOB, "-o", "name", check=False):
         with reached(tmp_path_factory.mktemp("desk")) as desk:
