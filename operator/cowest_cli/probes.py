@@ -79,7 +79,7 @@ def _answers(
     timeout_seconds: float | None,
     retries: int,
 ) -> None:
-    from cowest_serving.models import HttpChatModel, ModelError
+    from cowest_serving.models import BadAnswer, HttpChatModel, ModelError
 
     async def ask() -> None:
         patience = min(float(timeout_seconds or PATIENCE_SECONDS), PATIENCE_SECONDS)
@@ -91,8 +91,10 @@ def _answers(
     except ModelError as error:
         if error.status == 400:  # it is there and takes the key; a question of one token is not to its taste
             return
-        missing = f" No key was sent: declare {reference}." if error.status in (401, 403) and not any(keys) else ""
+        missing = f" Declare {reference}." if error.status in (401, 403) and not any(keys) else ""
+        # What was never seen to be a chat endpoint is none the next time either.
+        again = error.retryable and not (isinstance(error, BadAnswer) and error.is_foreign)
         raise StepError(
             f"{field} was asked for one token before anything is started. {error}{missing}",
-            EXIT_RETRY if error.retryable else EXIT_BAD_INPUT,
+            EXIT_RETRY if again else EXIT_BAD_INPUT,
         ) from None

@@ -128,6 +128,7 @@ class Crowded(ModelError):
 class BadAnswer(ModelError):
     default_retryable = True
     max_retries = 2
+    is_foreign = False  # not even an error object: what answers may be no chat endpoint at all
 
 
 class Unauthorized(ModelError):
@@ -368,7 +369,7 @@ class HttpChatModel:
         wait = retry_after(response.headers, time.time())
         if wait is None and response.status == 429:
             wait = limit_reset(response.headers)
-        return fault(self.endpoint, response.status, error, wait)
+        return fault(self.endpoint, response.status, error, wait, keyless=not self.keys.current.value)
 
     def _headers(self, key: str) -> dict[str, str]:
         headers = {"content-type": "application/json", HEADER_IDEMPOTENCY: key}
@@ -448,12 +449,15 @@ def _duration(text: str) -> float | None:
 
 
 # ---------------------------------------------------------------- reading answers
-def fault(endpoint: str, status: int, error: Mapping[str, Any], wait: float | None = None) -> ModelError:
-    """What a status other than 2xx means. `error`: the endpoint's own error object."""
+def fault(
+    endpoint: str, status: int, error: Mapping[str, Any], wait: float | None = None, *, keyless: bool = False
+) -> ModelError:
+    """What a status other than 2xx means. `error`: the endpoint's own error object. `keyless`: no key was sent."""
     said = said_by(error)
     seen = f"{endpoint} answered {status}" + (f" ({said})" if said else "")
     if status in (401, 403):
-        return Unauthorized(f"{seen}. Check that the API key given for this endpoint is right.", status=status)
+        remedy = "No API key was sent." if keyless else "Check that the API key given for this endpoint is right."
+        return Unauthorized(f"{seen}. {remedy}", status=status)
     if status == 429 and "insufficient_quota" in (error.get("code"), error.get("type")):
         remedy = "Its account has no money or quota left: top it up, then run again."
         return RateLimited(f"{seen}. {remedy}", retryable=False, status=status, retry_after=wait)
@@ -522,10 +526,12 @@ def _own_error(endpoint: str, data: bytes) -> BadAnswer:
 
 def _garbage(endpoint: str, data: bytes) -> BadAnswer:
     kind = "nothing" if not data else f"{len(data)} bytes that start with {data[:40]!r}"
-    return BadAnswer(
+    garbage = BadAnswer(
         f"{endpoint} answered 200, but with {kind} instead of a chat completion. "
         "Check that the endpoint is an OpenAI-compatible API (its address normally ends in /v1)."
     )
+    garbage.is_foreign = True
+    return garbage
 
 
 def _result(endpoint: str, response: Response, payload: Mapping[str, Any]) -> ChatResult:

@@ -869,11 +869,11 @@ def test_run_asks_above_an_amount_of_money_too(cowest: Any, job: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "code", "says"),
     [
-        pytest.param(401, EXIT_BAD_INPUT, "No key was sent: declare strong.apiKeySecretRefs", id="no key"),
+        pytest.param(401, EXIT_BAD_INPUT, "No API key was sent. Declare strong.apiKeySecretRefs.", id="no key"),
         pytest.param(404, EXIT_BAD_INPUT, "and the name of the model.", id="no model"),
         pytest.param(Fault(429, {"retry-after": "600"}), EXIT_RETRY, "Wait 600 s", id="too many requests"),
         pytest.param(500, EXIT_RETRY, "a fault on its side. Try again", id="a fault"),
-        pytest.param("garbage", EXIT_RETRY, "instead of a chat completion", id="no chat endpoint"),
+        pytest.param("garbage", EXIT_BAD_INPUT, "instead of a chat completion", id="no chat endpoint"),
         pytest.param("hang", EXIT_RETRY, "gave no answer within 1.0 s", id="it hangs"),
         pytest.param("drop", EXIT_RETRY, "cannot be reached or broke off", id="it breaks off"),
     ],

@@ -187,7 +187,7 @@ def test_a_port_in_use_is_one_clear_sentence(tmp_path, endpoint):
 @pytest.mark.parametrize(
     ("fault", "code", "says"),
     [
-        pytest.param(401, 2, "Check that the API key given for this endpoint is right", id="the key is refused"),
+        pytest.param(401, 2, "No API key was sent.", id="it wants a key"),
         pytest.param("garbage", 75, "instead of a chat completion", id="something else answers"),
     ],
 )

@@ -342,7 +342,7 @@ async def test_a_scorer_gets_query_reference_and_answer() -> None:
         pytest.param(404, "no such page", EXIT_BAD_INPUT, "endpoint", id="404"),
         pytest.param(401, "", EXIT_BAD_INPUT, "apiKeySecretRef", id="401"),
         pytest.param(500, "oops", EXIT_RETRY, "a fault on its side", id="500"),
-        pytest.param(429, "", EXIT_RETRY, "answered 429", id="429"),
+        pytest.param(429, "", EXIT_RETRY, "too many requests", id="429"),
     ],
 )
 async def test_a_scorer_that_answers_anything_else_is_named(status: int, text: str, code: int, reason: str) -> None:
@@ -351,6 +351,23 @@ async def test_a_scorer_that_answers_anything_else_is_named(status: int, text: s
             await ask(url)
     assert raised.value.code == code
     assert url in str(raised.value) and reason in str(raised.value)
+
+
+@pytest.mark.parametrize("status", [302, 307, 308])
+async def test_a_scorer_that_points_elsewhere_takes_no_answer_there(status: int) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def elsewhere(body: dict[str, Any]) -> web.Response:
+        asked.append(body)
+        return web.json_response({"score": 1})
+
+    async with (
+        scorer(elsewhere) as there,
+        scorer(lambda _: web.Response(status=status, headers={"location": there})) as url,
+    ):
+        with pytest.raises(StepError, match=rf"answered {status} .*give the endpoint's final address") as raised:
+            await ask(url)
+    assert raised.value.code == EXIT_BAD_INPUT and not asked
 
 
 async def test_a_scorer_outside_is_asked_through_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from cowest_cli import probes
 from cowest_serving.contract import SecretRef
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Row, StepError
-from tests.fakes import ScriptedModel
+from tests.fakes import Fault, ScriptedModel
 
 ROW = Row("q1", "what?", ({"role": "user", "content": "what?"},), "42", where="train.jsonl:1")
 
@@ -68,9 +68,26 @@ def test_a_judge_is_asked_for_one_token_by_its_key() -> None:
         settings = Evaluator("Judge", endpoint=judge.url, model="scripted", api_key_secret_ref=SecretRef("s", "k"))
         assert probes.evaluator_answers(settings, "right", ROW) == ""
         assert [call.body["max_tokens"] for call in judge.paid] == [1]
-        assert refusal(settings, "wrong").code == EXIT_BAD_INPUT
-        bare = Evaluator("Judge", endpoint=judge.url, model="scripted")
-        assert "declare feedback.evaluator.apiKeySecretRef" in str(refusal(bare))
+        wrong = refusal(settings, "wrong")
+        assert wrong.code == EXIT_BAD_INPUT and "Check that the API key given" in str(wrong)
+        missing = str(refusal(Evaluator("Judge", endpoint=judge.url, model="scripted")))
+        assert "No API key was sent. Declare feedback.evaluator.apiKeySecretRef." in missing
+        assert "is right" not in missing, "there is no key to check"
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "says"),
+    [
+        pytest.param("<html>welcome</html>", EXIT_BAD_INPUT, "normally ends in /v1", id="a page"),
+        pytest.param("{}", EXIT_BAD_INPUT, "normally ends in /v1", id="an empty object"),
+        pytest.param('{"choices": []}', EXIT_BAD_INPUT, "normally ends in /v1", id="no choice"),
+        pytest.param('{"error": {"message": "asleep"}}', EXIT_RETRY, "asleep", id="an error of its own"),
+    ],
+)
+def test_what_is_no_chat_endpoint_is_not_worth_a_retry(body: str, code: int, says: str) -> None:
+    with ScriptedModel(faults=[Fault(200, body=body)] * 9).in_thread() as judge:
+        error = refusal(Evaluator("Judge", endpoint=judge.url, model="scripted"))
+    assert error.code == code and says in str(error)
 
 
 @pytest.mark.parametrize("kind", ["ExactMatch", "TokenF1", "Numeric"])

@@ -434,7 +434,9 @@ class HttpScorer:
         if self._session is None:  # made here, because a session belongs to the running loop
             self._session = aiohttp.ClientSession(timeout=self._timeout, proxy=proxy_of(self._url))
         try:
-            async with self._session.post(self._url, json=body, headers=self._headers) as response:
+            # Followed, a redirect would take queries, answers and references to whoever it names.
+            asked = self._session.post(self._url, json=body, headers=self._headers, allow_redirects=False)
+            async with asked as response:
                 return _read_score(self._url, response.status, await response.text(errors="replace"))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise unanswered(self._url, error, self._timeout.total) from None
@@ -456,7 +458,11 @@ def unanswered(url: str, error: Exception, seconds: float | None) -> StepError:
 
 def _read_score(url: str, status: int, text: str) -> float:
     seen = f"the scorer {url} answered {status} {text[:120]!r}"
-    if status == 429 or status >= 500:
+    if 300 <= status < 400:
+        raise StepError(f"{seen}. It points elsewhere: give the endpoint's final address.")
+    if status == 429:
+        raise StepError(f"{seen}: too many requests. Raise its limit, or wait; then rerun.", EXIT_RETRY)
+    if status >= 500:
         raise StepError(f"{seen}: a fault on its side. See its log, then rerun.", EXIT_RETRY)
     if status in (401, 403):
         raise StepError(f"{seen}. Check spec.feedback.evaluator.apiKeySecretRef.", EXIT_BAD_INPUT)
