@@ -156,6 +156,8 @@ def _note_lines(node: yaml.Node, path: str, lines: dict[str, int], source: str) 
     if len(lines) > MAX_NODES or path.count(".") + path.count("[") > 64:
         raise ManifestError(source, [Problem("", "is too deep or too large", "Remove YAML aliases of aliases")])
     lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.ScalarNode) and (problem := _odd_number(node, path)):
+        raise ManifestError(source, [problem], {path: node.start_mark.line + 1})
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             _note_lines(item, f"{path}[{index}]", lines, source)
@@ -170,6 +172,19 @@ def _note_lines(node: yaml.Node, path: str, lines: dict[str, int], source: str) 
             here.add(name)
             _note_lines(item, at, lines, source)
             lines[at] = line
+
+
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
+
+
+def _odd_number(node: yaml.ScalarNode, path: str) -> Problem | None:
+    """YAML 1.1 reads 064 as 52 and 1:04 as 64, which nobody means; Kubernetes reads the second one as text."""
+    if node.tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+        return None
+    if ":" not in node.value and not _OCTAL.fullmatch(node.value):
+        return None
+    remedy = f'Write a number without leading zeros and colons; text stands in quotes: "{node.value}"'
+    return Problem(path, f"wanted a number as people read it, saw {node.value}", remedy)
 
 
 # ---------------------------------------------------------------- loading

@@ -191,9 +191,17 @@ def _rules(schema: Schema, value: Any, path: str, old: Any) -> Iterator[Problem]
             continue
         if not _holds(rule["rule"], value, old):
             at = path + rule.get("fieldPath", "") if path else rule.get("fieldPath", "")[1:]
-            # Only of an address of files: one of an endpoint may carry a password.
-            seen = repr(value) if rule["message"].startswith("must be file://") else ""
-            yield Problem(at, rule["message"], seen=seen)
+            yield Problem(at, rule["message"], seen=repr(value) if _may_be_shown(rule["message"], value) else "")
+
+
+_SHOWN = ("must be file://", "must be an address", "must use https", "must have a port", "must be a decimal number")
+
+
+def _may_be_shown(message: str, value: Any) -> bool:
+    """Of files, numbers and addresses alone, and of an address that can carry neither a password nor a key."""
+    if not isinstance(value, str) or not message.startswith(_SHOWN):
+        return False
+    return message.startswith("must be file://") or not {"@", "?"} & set(value)
 
 
 # ---------------------------------------------------------------- CEL
