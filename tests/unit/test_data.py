@@ -1,5 +1,6 @@
 """The strict reader and the checks between train and held-out data."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -150,6 +151,16 @@ def test_a_table_of_other_columns_is_refused_once_with_the_columns_it_has(tmp_pa
             id="half a pair in a message",
         ),
         pytest.param(record(9) | {"reference": ["a", "\ud83d"]}, "reference[1]: wanted Unicode", id="in a reference"),
+        pytest.param(
+            '{"id": "x", "query": "q", "reference": "1", "reference": "2"}',
+            "wanted each key once, saw 'reference' more than once: leave one",
+            id="a key twice",
+        ),
+        pytest.param(
+            '{"id": "x", "messages": [{"role": "user", "role": "user", "content": "q"}], "reference": "1"}',
+            "wanted each key once, saw 'role' more than once",
+            id="a key twice in a message",
+        ),
         pytest.param("[" * 100_000, "saw one that is nested too deep", id="a JSON bomb"),
         pytest.param(f'{{"group": {"[" * 990}{"]" * 990}}}', "nested too deep", id="a smaller one"),
     ],
@@ -279,8 +290,20 @@ def test_leaks_among_thousands_are_found_quickly() -> None:
 
 
 def test_a_query_asked_twice_is_refused_with_both_places() -> None:
-    train = [row(1, "what is a?", where="t:1"), row(2, "What is 'A'", where="t:2")]
-    assert "t:2: the query is that of t:1 too" in split_refusal(train, [row(3, "x"), row(4, "y")])
+    twice = [row(1, "what is a?", where="t:1"), row(2, "What is 'A'", where="t:2")]
+    others = [row(3, "x"), row(4, "y")]
+    for name, train, held_out in (("train", twice, others), ("held-out", others, twice)):
+        said = split_refusal(train, held_out)
+        assert said.startswith(f"{name} data: 1 problem:\n  t:2: the query is that of t:1 too")
+        assert said.endswith("\nLeave one row of each question. Then run again.")
+
+
+def test_the_remedy_of_a_leak_is_another_than_that_of_a_query_asked_twice() -> None:
+    leak = split_refusal([row(1, "what is a?"), row(2, "b")], [row(3, "what is a?"), row(4, "y")])
+    assert leak.startswith("train and held-out data: 1 problem:")
+    assert leak.endswith("\nRemove what is in both from the training data (or from the held-out data). Then run again.")
+    both = split_refusal([row(1, "what is a?"), row(2, "what is a?")], [row(3, "what is a?"), row(4, "y")])
+    assert "Leave one row of each question. Remove what is in both" in both
 
 
 def test_the_same_last_words_in_other_conversations_are_other_queries() -> None:
@@ -345,6 +368,43 @@ def test_a_chat_is_quoted_by_its_first_turn_too_and_a_nearly_equal_query_beside_
     with pytest.raises(ProblemsError) as near:
         check_split([row(1, one), row(2, "nothing like it")], [row(3, other)])
     assert f"{one!r} and there {other!r}" in near.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("encode", "kind"),
+    [
+        pytest.param(lambda text: text.encode("utf-16"), "text in UTF-16", id="UTF-16"),
+        pytest.param(lambda text: text.encode("utf-16-le"), "text in UTF-16", id="UTF-16 without a mark"),
+        pytest.param(lambda text: text.encode("utf-16-be"), "text in UTF-16", id="the other UTF-16"),
+        pytest.param(lambda text: gzip.compress(text.encode()), "a gzip file", id="gzip"),
+        pytest.param(
+            lambda text: f"[{text.strip().replace(chr(10), ',' + chr(10))}]".encode(), "a JSON array", id="array"
+        ),
+        pytest.param(lambda text: b"\xef\xbb\xbf [\n" + text.encode(), "a JSON array", id="an array behind a mark"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_once(tmp_path: Path, encode: Any, kind: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(encode("".join(json.dumps(record(number)) + "\n" for number in range(9))))
+    assert refusal(str(path)) == (
+        f"{path}: wanted rows, saw {kind}. Write one JSON object a line (JSONL, in UTF-8), or a Parquet table."
+    )
+
+
+def test_a_mark_of_utf8_and_empty_lines_before_the_rows_are_no_other_kind(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf\n" + "".join(json.dumps(record(n)) + "\n" for n in range(3)).encode())
+    assert len(read_rows(str(path))) == 3
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()], ids=str)
+def test_a_narrow_float_is_the_decimal_that_was_written(tmp_path: Path, kind: pa.DataType) -> None:
+    given = [0.1, -2.5, 12.0]
+    narrow = pa.array([kind.to_pandas_dtype()(value) for value in given], kind)
+    pq.write_table(
+        pa.table({"id": ["1", "2", "3"], "query": ["a", "b", "c"], "reference": narrow}), tmp_path / "r.parquet"
+    )
+    assert [row.reference for row in read_rows(str(tmp_path / "r.parquet"))] == ["0.1", "-2.5", "12"]
 
 
 def test_a_csv_is_told_what_is_wanted_in_its_place(tmp_path: Path) -> None:

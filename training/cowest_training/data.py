@@ -26,6 +26,7 @@ from cowest_serving.contract import Messages, digest_of, query_text, reference_t
 from cowest_serving.redaction import Redactor
 from cowest_training.contract import ProblemsError, Row, StepError
 
+_BOM = b"\xef\xbb\xbf"
 MIN_ROWS = 2
 SHOWN_KEYS = 6  # of those that nothing reads
 MEANT = 0.8  # how alike a key and a column are where the one is taken for the other
@@ -50,6 +51,10 @@ def read_rows(uri: str, unread: Counter[str] | None = None) -> list[Row]:
         raise StepError(
             f"{uri}: wanted rows, saw a CSV file. Write one JSON object a line (JSONL), or a Parquet table."
         )
+    if kind := _other_kind(data):
+        raise StepError(
+            f"{uri}: wanted rows, saw {kind}. Write one JSON object a line (JSONL, in UTF-8), or a Parquet table."
+        )
     records = _parquet(uri, data, unread) if data[:4] == b"PAR1" else _lines(uri, data)
     rows, problems = [], []
     for where, record in records:
@@ -64,6 +69,25 @@ def read_rows(uri: str, unread: Counter[str] | None = None) -> list[Row]:
     if len(rows) < MIN_ROWS:
         raise StepError(f"{uri}: wanted at least {MIN_ROWS} rows, saw {len(rows)}. Add rows to the file.")
     return rows
+
+
+_MAGIC = {
+    b"\x1f\x8b": "a gzip file",
+    b"BZh": "a bzip2 file",
+    b"PK\x03\x04": "a zip file",
+    b"\x28\xb5\x2f\xfd": "a Zstandard file",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
+}
+
+
+def _other_kind(data: bytes) -> str:
+    """What the whole file is instead of lines of JSON, so that it is said once and not of each line; else ""."""
+    if found := next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), ""):
+        return found
+    if data[:1] == b"\0" or data[1:2] == b"\0":
+        return "text in UTF-16"
+    return "a JSON array" if data.removeprefix(_BOM).lstrip()[:1] == b"[" else ""
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
@@ -110,20 +134,34 @@ def _no_file(uri: str) -> NoReturn:
 def _lines(uri: str, data: bytes) -> Iterator[tuple[str, Any]]:
     """(file:line, object or what is wrong with the line)."""
     name = _short(uri)
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, line in enumerate(data.removeprefix(_BOM).split(b"\n"), start=1):
         if line.strip():
             yield f"{name}:{number}", _json_line(line)
 
 
 def _json_line(line: bytes) -> Any:
     try:
-        return json.loads(line.decode(), parse_constant=_no_constant)
+        return json.loads(line.decode(), parse_constant=_no_constant, object_pairs_hook=_each_key_once)
+    except _Twice as twice:
+        return twice
     except UnicodeDecodeError as error:
         return ValueError(f"wanted UTF-8 text, saw byte {line[error.start]:#04x} at column {error.start + 1}")
     except RecursionError:
         return ValueError("wanted a JSON object on one line, saw one that is nested too deep")
     except ValueError as error:
         return ValueError(f"wanted a JSON object on one line, saw {line[:60].decode(errors='replace')!r} ({error})")
+
+
+class _Twice(ValueError):
+    """A key that an object has twice: JSON would take the last one, whoever meant the first."""
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise _Twice(f"wanted each key once, saw {twice!r} more than once: leave one")
+    return found
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -147,10 +185,21 @@ def _parquet(uri: str, data: bytes, unread: Counter[str] | None) -> Iterator[tup
 
 def _records(table: pa.Table) -> Iterator[Any]:
     """Row by row, or what is wrong with the row. Nulls are how a table says "absent", also inside of `messages`."""
+    table = _as_written(table)
     try:
         yield from map(_without_nulls, table.to_pylist())
     except UnicodeDecodeError:  # before the first row is given
         yield from (_record(table.slice(number, 1)) for number in range(len(table)))
+
+
+def _as_written(table: pa.Table) -> pa.Table:
+    """Floats of 16 and 32 bits by their shortest decimal: 0.1 as 64 bits would be 0.10000000149011612."""
+    for number, column in enumerate(table.schema):
+        if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):
+            narrow = column.type.to_pandas_dtype()
+            values = [None if value is None else float(str(narrow(value))) for value in table[number].to_pylist()]
+            table = table.set_column(number, column.name, pa.array(values, pa.float64()))
+    return table
 
 
 def _record(row: pa.Table) -> Any:
@@ -293,13 +342,14 @@ def check_split(train: Sequence[Row], held_out: Sequence[Row]) -> None:
 
     Raises one `StepError` that lists the first few problems.
     """
-    problems = [
-        *repeated_queries(train),
-        *repeated_queries(held_out),
-        *_leaks(train, held_out),
-    ]
-    remedy = "Remove them from the training data (or from the held-out data) and run again."
-    refuse("train and held-out data", problems, remedy)
+    in_train, in_held_out, leaks = repeated_queries(train), repeated_queries(held_out), _leaks(train, held_out)
+    seen = {"train": in_train or leaks, "held-out": in_held_out or leaks}
+    remedies = (
+        "Leave one row of each question. " if in_train or in_held_out else "",
+        "Remove what is in both from the training data (or from the held-out data). " if leaks else "",
+    )
+    what = f"{' and '.join(name for name, has_some in seen.items() if has_some)} data"
+    refuse(what, [*in_train, *in_held_out, *leaks], f"{''.join(remedies)}Then run again.")
 
 
 def refuse(what: str, problems: Sequence[str], remedy: str) -> None:
