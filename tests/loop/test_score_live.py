@@ -170,7 +170,7 @@ def test_a_reference_that_the_evaluator_cannot_use_is_named(tmp_path: Path) -> N
     live.record([trace("c1", "candidate")], [word("c1", reference="one")])
     report = live.once()
     assert report.scored["candidate"] == 0
-    assert "wanted a number, saw 'one'" in report.unscored_reason
+    assert "wanted a number with a decimal point (1234.5 or 1,234.5), saw 'one'" in report.unscored_reason
 
 
 # ---------------------------------------------------------------- a judge

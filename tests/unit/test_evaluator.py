@@ -28,6 +28,7 @@ from cowest_training.evaluator import (
     RuleScorer,
     build_evaluator,
     check_references,
+    decimal_note,
     extract_note,
     find_label,
     last_number,
@@ -159,6 +160,12 @@ def test_a_choice_scores_one_or_zero_and_gives_its_label() -> None:
         ("2e3", 2000),
         ("$1'000'000", 1_000_000),
         ("7,4", 4),
+        ("in all 1.234,56 EUR", 1234.56),
+        ("-1.234.567,8", -1_234_567.8),
+        ("about 1\u202f234,5 in all", 1234.5),
+        ("1.234,567", 567),
+        ("1.234,56,78", 78),
+        ("3,1.234,56", 56),
         ("12,3456", 3456),
         ("about 10 000", 10_000),
         ("about 1\u2009234\u2009567.5 in all", 1_234_567.5),
@@ -191,6 +198,18 @@ def test_the_last_number_of_a_text(text: str, value: float | None) -> None:
         pytest.param("(2)", "2", {}, 1, id="an answer in brackets"),
         pytest.param("(2)", "-2", {}, 1, id="a loss in brackets"),
         pytest.param("2", "(2)", {}, 0, id="no loss"),
+        pytest.param("it costs 7,50 EUR", "7.5", {}, 1, id="a decimal comma"),
+        pytest.param("it fell by -7,5%", "-7.5%", {}, 1, id="a decimal comma of a loss in percent"),
+        pytest.param("4 and 7,5", "5", {}, 1, id="a comma between two numbers"),
+        pytest.param("0,125 mol", "0.125", {}, 1, id="three decimals behind a comma and a zero"),
+        pytest.param("1,234", "1.234", {}, 0, id="a comma that parts thousands"),
+        pytest.param("1.234", "1234", {}, 0, id="a point that parts no thousands"),
+        pytest.param("1.234,56 EUR", "1234.56", {}, 1, id="point and comma"),
+        pytest.param("1.234,56 EUR", "56", {}, 0, id="not what stands behind its comma"),
+        pytest.param("12 345,67 EUR", "12345.67", {}, 1, id="blank and comma"),
+        pytest.param("in room 12 345,67 EUR", "345.67", {}, 1, id="a blank between two numbers, the last with a comma"),
+        pytest.param("1\u202f234,5", "234.5", {}, 0, id="no part of a number"),
+        pytest.param("1,2,3", "2.3", {}, 0, id="no part of a list"),
         pytest.param("99", "100", {"relative_tolerance": 0.01}, 1, id="within the relative tolerance"),
         pytest.param("98", "100", {"relative_tolerance": 0.01}, 0, id="beyond it"),
         pytest.param("1234", "1,234", {}, 1, id="separators"),
@@ -225,7 +244,9 @@ def test_settings_that_cannot_work_are_refused(settings: Evaluator, reason: str)
 @pytest.mark.parametrize(
     ("settings", "reference", "reason"),
     [
-        (Evaluator("Numeric"), "twelve", "wanted a number, saw 'twelve'"),
+        (Evaluator("Numeric"), "twelve", "wanted a number with a decimal point (1234.5 or 1,234.5), saw 'twelve'"),
+        (Evaluator("Numeric"), "7,5", "wanted a number with a decimal point (1234.5 or 1,234.5), saw '7,5'"),
+        (Evaluator("Numeric"), "0,125", "saw '0,125'"),
         (Evaluator("Numeric"), "12 or 13", "wanted a number"),
         (Evaluator("Choice", choices=CHOICES), "maybe", "wanted one of the choices allow, deny, escalate, saw 'maybe'"),
         (
@@ -263,6 +284,23 @@ def test_an_extract_that_finds_nothing_in_the_data_is_noted(
     seen = [replace(row(), explanation=explanation)]
     note = extract_note(Evaluator("ExactMatch", extract=extract), seen, form)
     assert says in note and bool(note) == bool(says)
+
+
+@pytest.mark.parametrize(
+    ("references", "says"),
+    [
+        pytest.param(("1.234", "-12.500"), "2 of 2 references look like '1.234', which is read", id="all"),
+        pytest.param(("1.234", "999"), "1 of 2 references look like '1.234'", id="and small whole numbers"),
+        pytest.param(("1.234", "12.5"), "", id="other decimals too"),
+        pytest.param(("1.234", "0.125"), "", id="a zero before the point"),
+        pytest.param(("1.234", "1234"), "", id="a thousand without a point"),
+        pytest.param(("7", "1234"), "", id="no point at all"),
+    ],
+)
+def test_points_that_may_part_thousands_are_noted(references: tuple[str, ...], says: str) -> None:
+    note = decimal_note(Evaluator("Numeric"), [row(reference) for reference in references])
+    assert says in note and bool(note) == bool(says)
+    assert decimal_note(Evaluator("ExactMatch"), [row(reference) for reference in references]) == ""
 
 
 def test_a_judge_needs_no_reference() -> None:

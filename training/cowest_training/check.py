@@ -15,7 +15,7 @@ from cowest_serving import store
 from cowest_serving.contract import digest_of
 from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row, StepError, evaluator_digest
 from cowest_training.data import case_note, check_split, read_rows, rows_digest, unread_note
-from cowest_training.evaluator import check_references, extract_note
+from cowest_training.evaluator import check_references, decimal_note, extract_note
 from cowest_training.round_trip import check_ids, check_tokenizer, context_notes
 from cowest_training.steps import Progress, load_settings, load_spec, open_output, parser, run, say
 
@@ -40,7 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     unread: Mapping[str, Counter[str]] = {uri: Counter() for uri in (data.train, data.held_out)}
     train, held_out = (read_rows(uri, keys) for uri, keys in unread.items())
     check_rows(train, held_out, evaluator)
-    of_rows = (extract_note(evaluator, train, settings.collaboration.draft), case_note(train), case_note(held_out))
+    of_rows = (
+        extract_note(evaluator, train, settings.collaboration.draft),
+        decimal_note(evaluator, [*train, *held_out]),
+        case_note(train),
+        case_note(held_out),
+    )
     for note in (*(unread_note(uri, keys) for uri, keys in unread.items()), *of_rows):
         if note:
             say(f"note: {note}")

@@ -15,7 +15,7 @@ from cowest_serving.contract import Collaboration, Pair, SecretRef, Strong, dige
 MANIFEST = "manifest.json"
 # Raise a type's when its rule in evaluator.py changes: scores of different rules must not be compared. The stable
 # pair is then measured anew, as by another evaluator.
-EVALUATOR_RULES = {"ExactMatch": 3, "TokenF1": 3, "Choice": 4, "Numeric": 4, "Judge": 2, "HTTP": 2}
+EVALUATOR_RULES = {"ExactMatch": 3, "TokenF1": 3, "Choice": 4, "Numeric": 5, "Judge": 2, "HTTP": 2}
 
 # Exit codes of every step and of `cowest`: retry is worth it only for EXIT_RETRY.
 EXIT_OK = 0

@@ -218,13 +218,19 @@ def _label_key(text: str) -> str:
 # ---------------------------------------------------------------- numbers
 _NUMBER = re.compile(
     r"""(?<![\w.])(?P<sign>[-+\u2212])?(?:[A-Z]{0,3}[$\u20ac\u00a3\u00a5]\s?)?
-        (?P<digits>\d{1,3}(?:(?P<comma>[,'\u2019\u00a0\u202f\u2009\ ])\d{3}(?:(?P=comma)\d{3})*)(?!\d)|\d+|(?=\.\d))
-        (?P<rest>(?:\.\d+)?(?:[eE][-+]?\d+)?)
+        (?:(?<!\d,)(?P<grouped>[1-9]\d{0,2}(?P<point>[.'\u2019\u00a0\u202f\u2009\ ])\d{3}(?:(?P=point)\d{3})*)
+             ,(?P<decimals>\d{1,2})(?!\d|[.,]\d)
+          |(?P<digits>[1-9]\d{0,2}(?:(?P<comma>[,'\u2019\u00a0\u202f\u2009\ ])\d{3}(?:(?P=comma)\d{3})*)(?!\d)
+             |\d+|(?=\.\d))
+           (?P<rest>(?:\.\d+)?(?:[eE][-+]?\d+)?))
         (?P<percent>\s?%)?""",
     re.VERBOSE,
 )
-
-
+_DECIMAL_COMMA = re.compile(
+    r"""(?<![\w.,])(?<!\d['\u2019\u00a0\u202f\u2009])(?P<sign>[-+\u2212])?(?:[A-Z]{0,3}[$\u20ac\u00a3\u00a5]\s?)?
+        (?P<whole>\d+),(?P<decimals>\d+)(?!\d|[.,]\d)(?P<percent>\s?%)?""",
+    re.VERBOSE,
+)
 _IN_BRACKETS = re.compile(r"\([^()]*\)")
 
 
@@ -241,7 +247,8 @@ class Number:
 def last_number(text: str) -> tuple[Number, ...]:
     """The last number of a text, thousands separators allowed; digits in a code (`QF17`) are no number. () for none.
 
-    More than one where it can be read in more ways: (2) is a loss of 2 or 2, "room 12 100 people" 12,100 or 100.
+    More than one where it can be read in more ways: (2) is a loss of 2 or 2, "room 12 100 people" 12,100 or 100, and
+    7,5 is 5 behind a 7, or 7.5.
     """
     bare = text.strip()
     if (whole := parse_number(bare)) is not None:
@@ -250,10 +257,25 @@ def last_number(text: str) -> tuple[Number, ...]:
     if not found:
         return ()
     match, number = found[-1]
-    group = match["digits"].rpartition(" ")[2]
-    if match["comma"] != " " or group.startswith("0"):
-        return (number,)
-    return (number, Number(float(group + match["rest"]), number.percent))
+    return tuple(dict.fromkeys((number, *_behind_a_blank(match, number), *_with_decimal_comma(text, match.end()))))
+
+
+def _behind_a_blank(match: re.Match[str], number: Number) -> tuple[Number, ...]:
+    """Where a blank may part two numbers as well as thousands: the second one alone."""
+    is_grouped = match["grouped"] is not None
+    group = (match["grouped"] if is_grouped else match["digits"]).rpartition(" ")[2]
+    if match["point" if is_grouped else "comma"] != " " or group.startswith("0"):
+        return ()
+    return (Number(float(group + (f".{match['decimals']}" if is_grouped else match["rest"])), number.percent),)
+
+
+def _with_decimal_comma(text: str, end: int) -> tuple[Number, ...]:
+    """What ends there, where its comma may be a decimal one: 1,234 means thousands, and 0,125 cannot."""
+    match = next((found for found in _DECIMAL_COMMA.finditer(text) if found.end() == end), None)
+    if match is None or _NUMBER.fullmatch(match[0]):
+        return ()
+    value = float(f"{match['whole']}.{match['decimals']}")
+    return (Number(-value if match["sign"] in ("-", "\u2212") else value, match["percent"] is not None),)
 
 
 def parse_number(text: str) -> Number | None:
@@ -267,8 +289,10 @@ def parse_number(text: str) -> Number | None:
 
 
 def _number(match: re.Match[str]) -> Number | None:
-    digits = re.sub(r"\D", "", match["digits"])
-    value = float((digits or "0") + match["rest"])
+    if match["grouped"] is not None:  # both signs stand there, so each one's meaning is plain: 1.234,56
+        value = float(re.sub(r"\D", "", match["grouped"]) + "." + match["decimals"])
+    else:
+        value = float((re.sub(r"\D", "", match["digits"]) or "0") + match["rest"])
     if not math.isfinite(value):
         return None
     return Number(-value if match["sign"] in ("-", "\u2212") else value, match["percent"] is not None)
@@ -302,7 +326,7 @@ def wanted_reference(settings: Evaluator) -> str:
         choices = settings.choices or ()
         more = f" and {len(choices) - SHOWN} more" if len(choices) > SHOWN else ""
         return f"one of the choices {', '.join(choices[:SHOWN])}{more}"
-    return "a number" if settings.type == "Numeric" else "a reference"
+    return "a number with a decimal point (1234.5 or 1,234.5)" if settings.type == "Numeric" else "a reference"
 
 
 def check_references(rows: Iterable[Row], settings: Evaluator) -> None:
@@ -314,6 +338,24 @@ def check_references(rows: Iterable[Row], settings: Evaluator) -> None:
     ]
     remedy = f"Correct them, or choose another spec.feedback.evaluator than {settings.type}."
     refuse("references", problems, remedy)
+
+
+_MAYBE_THOUSANDS = re.compile(r"[-+\u2212]?[1-9]\d{0,2}\.\d{3}")
+
+
+def decimal_note(settings: Evaluator, rows: Sequence[Row]) -> str:
+    """Said where each point in the references may be meant to part thousands; "" where one cannot be."""
+    if settings.type != "Numeric":
+        return ""
+    texts = [row.reference.strip() for row in rows]
+    pointed = [text for text in texts if "." in text]
+    others = [number for text in texts if "." not in text and (number := parse_number(text)) is not None]
+    if not pointed or not all(map(_MAYBE_THOUSANDS.fullmatch, pointed)) or any(abs(n.value) >= 1000 for n in others):
+        return ""
+    return (
+        f"{len(pointed)} of {len(texts)} references look like {pointed[0]!r}, which is read with a decimal point, as"
+        f" {parse_number(pointed[0]).value:g}. If the points part thousands, write the numbers without them."  # type: ignore[union-attr]
+    )
 
 
 def extract_note(settings: Evaluator, rows: Sequence[Row], form: DraftForm) -> str:
