@@ -59,19 +59,23 @@ def validate(
 
     Local files are read; of what lies elsewhere it notes that it was not looked at.
 
-    With -o json it prints the manifest with all defaults, or all that is wrong with the rows as `problems`.
+    With -o json it prints the manifest with all defaults, or {"valid": false} with all that is wrong as `problems`.
     """
-    loaded = manifest.load(file)
-    job = manifest.resolve_files(loaded.job, file.resolve().parent)
-    _check_config_map(loaded)
     try:
+        loaded = manifest.load(file)
+        job = manifest.resolve_files(loaded.job, file.resolve().parent)
+        _check_config_map(loaded)
         facts = _check_files(job, str(file)) if data else None
     except ProblemsError as error:
-        if output == "json":
-            found = {"valid": False, "what": error.what, "problems": error.problems, "remedy": error.remedy}
-            typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        _as_json(output, what=error.what, problems=error.problems, remedy=error.remedy)
         hint = "" if all_problems or len(error.problems) <= SHOWN else " `cowest validate --all-problems` lists all."
         raise StepError(error.listed(None if all_problems else SHOWN) + hint) from None
+    except manifest.ManifestError as error:
+        _as_json(output, problems=str(error).splitlines())
+        raise
+    except StepError as error:
+        _as_json(output, problems=[str(error)])
+        raise
     if output == "json":
         typer.echo(json.dumps(loaded.job, indent=2, ensure_ascii=False))
         return
@@ -79,6 +83,11 @@ def validate(
     unread = preflight.not_read_here(job["spec"]) if data else ()
     for note in (*_notes(loaded), *unread, *(facts.notes if facts else ())):
         typer.echo(f"note: {note}", err=True)
+
+
+def _as_json(output: str, **found: Any) -> None:
+    if output == "json":
+        typer.echo(json.dumps({"valid": False, **found}, indent=2, ensure_ascii=False))
 
 
 def crd(output: Format = "text") -> None:
@@ -105,9 +114,19 @@ def _sizes(facts: preflight.Facts) -> str:
 
 def _check_config_map(loaded: manifest.Loaded) -> None:
     """Templates of a ConfigMap document are checked as inline ones are."""
+    _templates(loaded)
+
+
+def _templates(loaded: manifest.Loaded) -> Mapping[str, str]:
+    """Those that the file gives; "" for the others."""
+    none = dict.fromkeys(manifest.PROMPTS, "")
     reference = loaded.job["spec"]["collaboration"].get("promptsConfigMapRef")
-    if reference and reference["name"] in loaded.config_maps:
-        manifest.resolve_prompts(loaded.job, loaded.config_maps, dict.fromkeys(manifest.PROMPTS, ""))
+    if reference and reference["name"] not in loaded.config_maps:
+        return none
+    found: Mapping[str, str] = manifest.resolve_prompts(loaded.job, loaded.config_maps, none)["spec"]["collaboration"][
+        "prompts"
+    ]
+    return found
 
 
 def _notes(loaded: manifest.Loaded) -> Iterator[str]:
@@ -118,6 +137,7 @@ def _notes(loaded: manifest.Loaded) -> Iterator[str]:
             f"ConfigMap {reference['name']} is no document of this file; `cowest run` wants it there,"
             " a cluster may have it elsewhere."
         )
+    yield from preflight.prompt_notes(_templates(loaded))
     if not spec["canary"]["steps"]:
         yield "canary.steps is empty: a candidate that passes the offline gate is promoted without live traffic."
     endpoint = urlsplit(spec["strong"]["endpoint"])

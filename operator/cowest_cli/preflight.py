@@ -6,6 +6,7 @@ The manifest itself was checked when it was read (`jobs.load`).
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from cowest_serving.contract import parse
 from cowest_training.contract import EXIT_BAD_INPUT, Evaluator, Row, StepError
 
 DATA = ("train", "heldOut")  # the fields of spec.data
+FILLED = ("query", "draft")  # in templates
 PACKAGES = ("pyarrow", "numpy", "aiohttp")  # that read them
 
 
@@ -47,7 +49,8 @@ def facts_of(document: Mapping[str, Any], source: str) -> Facts:
     check_files(spec, source)
     if spec["weak"]["engine"] == "vLLM" and shutil.which("vllm") is None:
         raise StepError("spec.weak.engine vLLM: wanted the program `vllm` on PATH, saw none: pip install vllm")
-    return check_data(spec, source)
+    facts = check_data(spec, source)
+    return replace(facts, notes=(*facts.notes, *prompt_notes(spec["collaboration"]["prompts"])))
 
 
 def check_files(spec: Mapping[str, Any], source: str) -> None:
@@ -60,7 +63,7 @@ def check_files(spec: Mapping[str, Any], source: str) -> None:
 def check_data(spec: Mapping[str, Any], source: str, names: Collection[str] = DATA) -> Facts:
     """The fields of `spec.data` that are named are read, and held beside each other where both are."""
     from cowest_training.data import case_note, check_split, read_rows, rows_digest, unread_note
-    from cowest_training.evaluator import check_references, extract_note
+    from cowest_training.evaluator import check_references, decimal_note, extract_note
     from cowest_training.round_trip import check_tokenizer
 
     unread: Mapping[str, Counter[str]] = {name: Counter() for name in DATA}
@@ -73,11 +76,14 @@ def check_data(spec: Mapping[str, Any], source: str, names: Collection[str] = DA
         check_tokenizer(spec["weak"]["model"], train)
     if "heldOut" in names:
         _check_held_out(len(held_out), spec["gate"]["minHeldOut"], source)
+    if train and (problems := [*_nothing_to_learn(spec, train)]):
+        raise manifest.ManifestError(source, problems)
     explained = sum(row.explanation is not None for row in train)
     characters = sum(len(row.query) for row in held_out) / max(1, len(held_out))
     of_rows = (
         *(unread_note(spec["data"][name], unread[name]) for name in DATA),
         extract_note(evaluator, train, spec["collaboration"]["draft"]),
+        decimal_note(evaluator, [*train, *held_out]),
         *(case_note(train), case_note(held_out)),
     )
     notes = [*filter(None, of_rows), *(_tuning_notes(spec, train) if train else ())]
@@ -96,20 +102,71 @@ def check_data(spec: Mapping[str, Any], source: str, names: Collection[str] = DA
 
 
 def _tuning_notes(spec: Mapping[str, Any], train: Sequence[Row]) -> Iterator[str]:
-    """What supervised tuning will not learn from."""
+    """What tuning will not learn from."""
     from cowest_training.round_trip import context_notes, length_notes
 
     sft, model = spec["training"]["sft"], spec["weak"]["model"]
-    if sft == "Always" and not any(row.explanation for row in train):
-        yield (
-            "training.sft is Always and no training row has an `explanation`: the sft step has nothing to learn from"
-            " and fails. Give rows an `explanation`, or choose Auto or Never."
-        )
+    yield from _pairs_notes(spec, len(train))
     if sft != "Never" and model.startswith(manifest.FILE):
         limits = spec["training"]["maxLength"], spec["collaboration"]["draftMaxTokens"]
         yield from length_notes(model, train, *limits)
     if model.startswith(manifest.FILE):
         yield from context_notes(model, train, spec["collaboration"]["draftMaxTokens"])
+
+
+def _most_pairs(feedback: Mapping[str, Any], queries: int) -> int:
+    """That a round of so many queries can give: one a query, or by SignOfGain as many as it has two drafts for."""
+    each = 1 if feedback["rule"] == "BestVersusWorst" else feedback["draftsPerQuery"] // 2
+    return each * min(queries, feedback["maxQueries"])
+
+
+def _pairs_notes(spec: Mapping[str, Any], rows: int) -> Iterator[str]:
+    """Where the training rows alone are too few for a round, and traces have to make up for it."""
+    feedback, awaited = spec["feedback"], spec["rounds"]["trigger"]["newTraces"]
+    most, least = _most_pairs(feedback, rows + awaited), feedback["minPairs"]
+    if spec["rounds"]["max"] and most < least:
+        seen = f"{rows} training rows" + (f" and {awaited} new traces" if awaited else "")
+        yield (
+            f"feedback.minPairs = {least}, and {seen} give {most} pairs at most ({feedback['rule']}): a round that"
+            " finds no more usable traces ends with TooFewPairs after all its calls are paid. Lower minPairs, add rows,"
+            " or let rounds wait by rounds.trigger.newTraces."
+        )
+
+
+def _nothing_to_learn(spec: Mapping[str, Any], train: Sequence[Row]) -> Iterator[Problem]:
+    """What ends a step or every round, whatever the models say."""
+    if spec["training"]["sft"] == "Always" and not any(row.explanation for row in train):
+        yield Problem(
+            "spec.training.sft",
+            f"Always wanted training rows with an `explanation`, saw none in {len(train)} rows",
+            "The sft step would have nothing to learn from. Give rows an `explanation`, or choose Auto or Never",
+        )
+    feedback, content = spec["feedback"], spec["traces"]["contentSamplePercent"]
+    queries = len(train) if content == 0 else feedback["maxQueries"]  # traces without their texts are not learnt from
+    most = _most_pairs(feedback, queries)
+    if spec["rounds"]["max"] and most < feedback["minPairs"]:
+        seen = f"{len(train)} training rows and no texts of traces (traces.contentSamplePercent 0)"
+        yield Problem(
+            "spec.feedback.minPairs",
+            f"wanted {feedback['minPairs']} pairs, saw that {seen if content == 0 else 'feedback.maxQueries queries'}"
+            f" give {most} at most ({feedback['rule']})",
+            "Every round would end with TooFewPairs after all its calls are paid. Lower minPairs, or give more queries",
+        )
+
+
+_UNFILLED, _DOUBLE = re.compile(r"\{([A-Za-z_]\w*)\}"), re.compile(r"\{\{(query|draft)\}\}")
+
+
+def prompt_notes(prompts: Mapping[str, str]) -> Iterator[str]:
+    """Braces that look as if something filled them. They stay as they are, for JSON and code hold braces too."""
+    for name, template in prompts.items():
+        for word in dict.fromkeys(_UNFILLED.findall(template)):
+            if word not in FILLED:
+                near = next((each for each in FILLED if each == word.casefold()), "")
+                meant = f" Is {{{near}}} meant?" if near else ""
+                yield f"the template {name} has {{{word}}}, which nothing fills: the model sees it as it is.{meant}"
+        if found := _DOUBLE.search(template):
+            yield f"the template {name} has {found[0]}, of which a pair of braces stays: write {{{found[1]}}}."
 
 
 def readable_here(spec: Mapping[str, Any]) -> tuple[str, ...]:

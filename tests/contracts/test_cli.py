@@ -207,6 +207,26 @@ def test_validate_shows_each_problem_with_its_line(cowest: Any, desk: Path) -> N
     assert len(said.err.splitlines()) == 2 and all("job.yaml:" in line for line in said.err.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("edits", "says"),
+    [
+        pytest.param({"weak.modle": 1}, "spec.weak.modle: is not a known field", id="a wrong manifest"),
+        pytest.param({"gate.minHeldOut": 101}, "gate.minHeldOut = 101 rows, saw 100", id="too few rows"),
+        pytest.param({"weak.model": "file://held_out.jsonl"}, "spec.weak.model", id="no model"),
+    ],
+)
+def test_validate_as_json_says_what_is_wrong_in_the_same_form(
+    cowest: Any, desk: Path, edits: dict[str, Any], says: str
+) -> None:
+    job = yaml.safe_load((desk / "job.yaml").read_text())
+    (desk / "job.yaml").write_text(yaml.safe_dump(edited(edits, job)))
+    said = cowest("validate", "-f", str(desk / "job.yaml"), "-o", "json")
+    found = json.loads(said.out)
+    assert said.code == EXIT_BAD_INPUT and found["valid"] is False
+    assert len(found["problems"]) == 1 and says in found["problems"][0]
+    assert says in said.err, "people read it there"
+
+
 def test_validate_refuses_a_pattern_that_is_no_regular_expression(cowest: Any, desk: Path) -> None:
     job = yaml.safe_load((desk / "job.yaml").read_text())
     job["spec"]["feedback"]["evaluator"]["extract"] = "answer: ("

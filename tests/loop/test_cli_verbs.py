@@ -948,10 +948,82 @@ def test_validate_says_what_it_has_not_read_and_reads_the_rest(
     assert said.code == EXIT_BAD_INPUT and f"rows of file://{tmp_path}/{local}.jsonl" in said.err
 
 
-def test_supervised_tuning_without_anything_to_learn_from_is_noted(cowest: Any, job: Path) -> None:
+def test_supervised_tuning_without_anything_to_learn_from_is_refused(cowest: Any, job: Path) -> None:
     job.write_text(yaml.safe_dump(edited({"training.sft": "Always"}, yaml.safe_load(job.read_text()))))
-    said = cowest("validate", "-f", job)
-    assert said.code == EXIT_OK and "the sft step has nothing to learn from" in said.err
+    for verb in ("validate", "plan", "run"):
+        said = cowest(verb, "-f", job)
+        assert said.code == EXIT_BAD_INPUT
+        assert "spec.training.sft: Always wanted training rows with an `explanation`, saw none in 50 rows" in said.err
+    elsewhere = edited({"data.train": "s3://bucket/rows.jsonl"}, yaml.safe_load(job.read_text()))
+    job.write_text(yaml.safe_dump(elsewhere))
+    assert cowest("validate", "-f", job).code == EXIT_OK, "nothing is known of rows that are not read"
+
+
+@pytest.mark.parametrize(
+    ("edits", "code", "says"),
+    [
+        pytest.param({"feedback.minPairs": 50}, EXIT_OK, "", id="a pair of each row is enough"),
+        pytest.param({"feedback.minPairs": 51}, EXIT_OK, "50 training rows give 50 pairs at most", id="one too many"),
+        pytest.param({"feedback.minPairs": 51, "rounds.max": 0}, EXIT_OK, "", id="no round at all"),
+        pytest.param({"feedback.minPairs": 51, "rounds.trigger.newTraces": 1}, EXIT_OK, "", id="traces are waited for"),
+        pytest.param(
+            {"feedback.minPairs": 52, "rounds.trigger.newTraces": 1},
+            EXIT_OK,
+            "50 training rows and 1 new traces give 51 pairs at most",
+            id="too few traces are waited for",
+        ),
+        pytest.param({"feedback.minPairs": 100, "feedback.rule": "SignOfGain"}, EXIT_OK, "", id="two pairs of a row"),
+        pytest.param(
+            {"feedback.minPairs": 101, "feedback.rule": "SignOfGain"},
+            EXIT_OK,
+            "50 training rows give 100 pairs at most (SignOfGain)",
+            id="three pairs of a row",
+        ),
+        pytest.param(
+            {"feedback.minPairs": 51, "traces.contentSamplePercent": 0, "canary.signal": "Feedback"},
+            EXIT_BAD_INPUT,
+            "spec.feedback.minPairs: wanted 51 pairs, saw that 50 training rows and no texts of traces",
+            id="no trace can be learnt from",
+        ),
+        pytest.param(
+            {"feedback.minPairs": 99, "feedback.maxQueries": 49, "feedback.rule": "SignOfGain"},
+            EXIT_BAD_INPUT,
+            "saw that feedback.maxQueries queries give 98 at most",
+            id="more than the queries of a round give",
+        ),
+    ],
+)
+def test_rounds_that_can_find_too_few_pairs_are_told_before_they_are_paid(
+    cowest: Any, job: Path, edits: dict[str, Any], code: int, says: str
+) -> None:
+    job.write_text(yaml.safe_dump(edited(edits, yaml.safe_load(job.read_text()))))
+    for verb in ("validate", "plan"):
+        said = cowest(verb, "-f", job)
+        told = said.out + said.err
+        assert said.code == code and says in told and ("TooFewPairs" in told) == bool(says)
+
+
+def test_braces_that_nothing_fills_are_noted(cowest: Any, job: Path) -> None:
+    prompts = {"refine": '{Query} {query} {unknown} {"a": {draft}}', "solo": "{{query}}"}
+    job.write_text(yaml.safe_dump(edited({"collaboration.prompts": prompts}, yaml.safe_load(job.read_text()))))
+    for verb in ("validate", "plan"):
+        said = cowest(verb, "-f", job)
+        told = said.out + said.err
+        assert said.code == EXIT_OK and told.count("the template ") == 3
+        assert "note: the template refine has {Query}, which nothing fills" in told and "Is {query} meant?" in told
+        assert "note: the template refine has {unknown}, which nothing fills: the model sees it as it is.\n" in told
+        assert "note: the template solo has {{query}}, of which a pair of braces stays: write {query}." in told
+
+
+def test_points_in_references_that_may_part_thousands_are_noted(cowest: Any, job: Path, tmp_path: Path) -> None:
+    for name in ("train", "held_out"):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        text = "".join(json.dumps(row | {"reference": "1.234"}) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    job.write_text(yaml.safe_dump(edited({"feedback.evaluator.type": "Numeric"}, yaml.safe_load(job.read_text()))))
+    for verb in ("validate", "plan"):
+        said = cowest(verb, "-f", job)
+        assert "note: 250 of 250 references look like '1.234', which is read with a" in said.out + said.err
 
 
 def test_a_slip_in_a_row_s_key_is_noted(cowest: Any, job: Path, tmp_path: Path) -> None:
