@@ -116,8 +116,9 @@ def _tuning_notes(spec: Mapping[str, Any], train: Sequence[Row]) -> Iterator[str
 
 def _most_pairs(feedback: Mapping[str, Any], queries: int) -> int:
     """That a round of so many queries can give: one a query, or by SignOfGain as many as it has two drafts for."""
-    each = 1 if feedback["rule"] == "BestVersusWorst" else feedback["draftsPerQuery"] // 2
-    return each * min(queries, feedback["maxQueries"])
+    each: int = 1 if feedback["rule"] == "BestVersusWorst" else feedback["draftsPerQuery"] // 2
+    most: int = feedback["maxQueries"]
+    return each * min(queries, most)
 
 
 def _pairs_notes(spec: Mapping[str, Any], rows: int) -> Iterator[str]:
