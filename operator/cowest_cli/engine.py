@@ -68,8 +68,16 @@ Start = Callable[..., Child]
 class _Step:
     spec: api.StepSpec
     child: Child
+    allowed: int | None  # seconds that this attempt may run, as the manifest said when it began
     attempts: int = 1
     again_at: float | None = None
+    began: float = field(default_factory=time.monotonic)
+    overran: bool = False  # it was asked to end
+
+    def late(self) -> float:
+        """Seconds by which it runs too long; below 0 before that, and where it is over."""
+        runs = self.allowed is not None and not self.spec.keeps_running and self.child.code() is None
+        return time.monotonic() - self.began - self.allowed if runs and self.allowed is not None else -1.0
 
 
 @dataclass
@@ -284,6 +292,7 @@ class Engine:
     def observe(self) -> api.World:
         self._look_at_servers()
         self._look_at_strong()
+        self._end_late_steps()
         trial = self.status.candidate
         self._freeze(trial)
         return api.World(
@@ -317,7 +326,9 @@ class Engine:
             message = f"the edited manifest cannot be followed, the one before it holds: {self._following.problem}"
             yield api.Trouble(api.REASON_MANIFEST_INVALID, message)
         if self._held and not self._held.begun_anew:
-            yield api.Trouble(api.REASON_STEP_FAILED, self._held_message(self._held))
+            states = [self._step_state(self.steps[name]) for name in self._held.steps if name in self.steps]
+            reason = next((state.reason for state in states if state.reason), api.REASON_STEP_FAILED)
+            yield api.Trouble(reason, self._held_message(self._held))
 
     def _freeze(self, trial: api.Trial | None) -> None:
         """The manifest of a trial that begins is kept; one that runs goes by its own after an edit and a restart."""
@@ -330,8 +341,23 @@ class Engine:
         jobs.write_json(path, document)
         self._frozen = (trial.number, path, document, api.parse_job(document))
 
+    def _end_late_steps(self) -> None:
+        """As the kubelet ends a pod: asked first, then killed. What cannot be killed holds up no look."""
+        for step in self.steps.values():
+            if (late := step.late()) >= 0 and not step.overran:
+                step.overran = True
+                step.child.ask_to_stop()
+            elif late > PATIENCE:
+                step.child.kill()
+
     def _step_state(self, step: _Step) -> api.StepState:
         code = step.child.code()
+        if code is None and step.overran:
+            message = "it ran for as long as training.stepDeadlineSeconds allows and is asked to end"
+            return api.StepState("Running", attempts=step.attempts, message=message)
+        if step.overran and code:
+            message = rounds.overran(step.allowed or 0, f"{step.child.log}")
+            return api.StepState("Failed", EXIT_FAILED, step.attempts, message, reason=api.REASON_STEP_DEADLINE)
         if code is None:
             said = self._pace_of_live(step.spec.name) if step.spec.keeps_running else self.progress(step.spec.name)
             return api.StepState("Running", attempts=step.attempts, message=said)
@@ -501,7 +527,7 @@ class Engine:
         for name, spec in wanted.items():
             known = self.steps.get(name)
             if known is None:
-                self.steps[name] = _Step(spec, self._start_step(spec))
+                self.steps[name] = _Step(spec, self._start_step(spec), self._allowed())
             elif known.child.code() is not None and (spec.keeps_running or self._worth_another(known)):
                 self._retry(known)
 
@@ -535,9 +561,13 @@ class Engine:
         if step.again_at is None:
             step.again_at = time.monotonic() + 2.0 ** min(step.attempts, 6)
         elif time.monotonic() >= step.again_at:
-            step.child = self._start_step(step.spec)
+            step.child, step.allowed, step.began = self._start_step(step.spec), self._allowed(), time.monotonic()
             step.attempts += 1
-            step.again_at = None
+            step.again_at, step.overran = None, False
+
+    def _allowed(self) -> int | None:
+        """As declared now, like what else is said of where steps run: no matter by which manifest the trial goes."""
+        return api.parse_pods(self.document["spec"]["training"]).step_deadline_seconds
 
     def _start_step(self, spec: api.StepSpec) -> Child:
         job = self._frozen[1] if self._frozen else self.home.job

@@ -81,14 +81,18 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
 
+    def kill(self) -> None:
+        """With what it has started itself. It may take its time, or for ever where a mount does not answer."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def stop(self, patience: float) -> None:
         """SIGTERM, then SIGKILL after `patience` seconds."""
         self.ask_to_stop()
         try:
             self._process.wait(patience)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # and what it has started itself
+            self.kill()
             self._process.wait()
 
 

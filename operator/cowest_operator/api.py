@@ -57,6 +57,7 @@ REASON_MAX_ROUNDS = "MaxRoundsReached"
 REASON_NO_GAIN = "RoundsWithoutGain"
 REASON_STEP_FAILED = "StepFailed"
 REASON_STEP_RETRY = "StepWillBeRetried"
+REASON_STEP_DEADLINE = "StepDeadlineExceeded"
 REASON_BUDGET = "BudgetSpent"
 REASON_AWAITING_APPROVAL = "AwaitingApproval"
 REASON_WAITING_FOR_ANSWERS = "WaitingForAnswers"
@@ -236,10 +237,11 @@ class ObjectStore:
 
 @dataclass(frozen=True)
 class Pods:
-    """The part of `training` that says where its pods run."""
+    """The part of `training` that says where its steps run, and for how long at most."""
 
     resources: Resources | None = None
     pod_template: PodTemplate | None = None
+    step_deadline_seconds: int | None = None  # None in what was frozen before there was one
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,7 @@ def parse_job(manifest: Mapping[str, Any]) -> Job:
 
 
 def parse_pods(training: Mapping[str, Any]) -> Pods:
-    """Where the pods of the steps run: of the manifest's `training`."""
+    """Where the steps run, and for how long at most: of the manifest's `training`."""
     return parse(Pods, training, "spec.training")
 
 
@@ -502,6 +504,7 @@ class StepState:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""  # of the artifact; a model's is the digest that its server reports
     again: str = ""  # of a step that failed for good: what begins it again, as a sentence
+    reason: str = ""  # of a step that failed, where that has a name of its own
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
-from cowest_operator import api, manifest, story, strong
+from cowest_operator import api, manifest, rounds, story, strong
 from cowest_operator.doors import DoorError, Doors
 from cowest_operator.kube import Kube, KubeError
 from cowest_operator.objects import ray, steps, weak
@@ -19,7 +19,7 @@ from cowest_operator.objects.common import Context
 from cowest_operator.objects.desired import followed, frozen_name, waiting
 from cowest_operator.platform import Discovery, troubles
 from cowest_operator.settings import Settings
-from cowest_operator.watched import ACTIVE, PREDICTOR, Family, Seen, retry_after
+from cowest_operator.watched import ACTIVE, PREDICTOR, WORKFLOW_LABEL, Family, Seen, retry_after
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import SettingsError
 from cowest_training.contract import (
@@ -37,6 +37,7 @@ from cowest_training.contract import (
 ACTION = "cowest.dev/action."  # annotation: what a person said
 ACTION_ID = re.compile(r"(\d{20})-([a-z]+)")  # nanoseconds, so that ids sort by time, and the verb
 LIVE_EVERY, COUNT_EVERY, SPENT_EVERY, PROBE_EVERY, PROMPTS_EVERY = 2.0, 10.0, 10.0, 20.0, 30.0
+KUBELET_SLOW = 600.0  # seconds until the kubelet must have ended a pod that ran for as long as it may
 ARGO_SLOW, ARGO_RETRIES = 60.0, 240.0  # seconds until Argo must have seen a pod end; until it must have made another
 READINESS_EVERY = 10.0
 MOMENT = 0.2  # seconds that a look waits for a newer answer than the one it has
@@ -284,6 +285,7 @@ class _Look:
             self.troubles.append(strong_fails)
         self._look_at_pods()
         self._look_at_steps()
+        self._look_at_deadlines()
         self._look_at_controllers()
         self.troubles += troubles(self.observer.discovery.now, job, self.context.document["spec"].get("training", {}))
         known = {t.message: t for t in (*([trouble] if trouble else []), *self.memory.apply_troubles, *self.troubles)}
@@ -335,14 +337,22 @@ class _Look:
         if facts["phase"] == "Succeeded":
             return await self._succeeded(trial, name)
         code, words = _code(seen), _sentence(facts["words"] or facts["message"] or "it failed")
+        words, reason = (self._overran(seen), api.REASON_STEP_DEADLINE) if facts["overran"] else (words, "")
         asked_for = facts["generation"] != self.context.job.generation or self._resumed_since(seen)
         for_good = not asked_for and self._failed_for_good(trial, seen)
         if for_good and (code != EXIT_BAD_INPUT or self.now < facts["finished"] + BAD_INPUT_RETRY):
-            return api.StepState("Failed", code, 1, words, again=BY_A_PERSON)
+            return api.StepState("Failed", code, 1, words, again=BY_A_PERSON, reason=reason)
         if asked_for or self.now >= facts["finished"] + retry_after(facts["attempt"], LONGEST_RETRY):
             self.submit[name] = facts["attempt"] + 1
             return None
-        return api.StepState("Failed", code if code == EXIT_BUDGET else EXIT_RETRY, 1, words)
+        return api.StepState("Failed", code if code == EXIT_BUDGET else EXIT_RETRY, 1, words, reason=reason)
+
+    def _overran(self, workflow: Seen) -> str:
+        pod = next((pod for pod in self._pods_of(workflow) if pod.facts["overran"]), None)
+        allowed = api.parse_pods(self.context.document["spec"].get("training", {})).step_deadline_seconds or 0
+        which = f"{pod.name} -c {steps.MAIN}" if pod else f"-l {WORKFLOW_LABEL}={workflow.name} -c {steps.MAIN}"
+        look = f"`kubectl logs -n {self.context.namespace} {which}`"
+        return rounds.overran(pod.facts["allowed"] if pod else allowed, look)
 
     def _failed_for_good(self, trial: api.Trial, seen: Seen) -> bool:
         """Another attempt would cost hours of a GPU, or money, and end alike. Not so where traces come in meanwhile."""
@@ -563,6 +573,28 @@ class _Look:
                 message += " more, raise training.resources: that applies at once."
                 self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(message)))
 
+    def _look_at_deadlines(self) -> None:
+        """That a step ran into its deadline is said until it is done: between two attempts there are only seconds."""
+        trial = self.status.candidate
+        late: dict[str, Seen] = {}
+        for workflow in sorted(self.family.of("Workflow"), key=lambda each: int(each.facts["attempt"])):
+            facts = workflow.facts
+            is_now = facts["generation"] == self.context.job.generation and not self._resumed_since(workflow)
+            if facts["overran"] and facts["phase"] not in ACTIVE and is_now and _is_due(trial, facts["step"]):
+                late[facts["step"]] = workflow
+        for name, workflow in late.items():
+            message = f"step {name}: {self._overran(workflow)}"
+            self.troubles.append(api.Trouble(api.REASON_STEP_DEADLINE, message))
+        for pod in self.family.of("Pod"):
+            until = pod.facts["started"] + pod.facts["allowed"]
+            is_over = pod.facts["phase"] in ("Succeeded", "Failed")
+            if pod.facts["allowed"] and pod.facts["started"] and not is_over and self.now > until + KUBELET_SLOW:
+                message = (
+                    f"pod {pod.name} (step) may run until {_clock(until)} and is not over: the kubelet of its node"
+                    " cannot end it, as where a mount does not answer. Mend that node, or delete the pod with --force."
+                )
+                self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, message))
+
     def _look_at_controllers(self) -> None:
         """What no controller has taken up, or has left where it was, is nobody's fault but its own."""
         for workflow in self.family.of("Workflow"):
@@ -714,6 +746,12 @@ def _code(workflow: Seen) -> int:
     """Of a step that failed, as `cowest_training.contract` has them; a pod that was taken away may be tried again."""
     code = workflow.facts["code"]
     return EXIT_RETRY if code is None or str(code) in steps.RETRY_CODES else int(code)
+
+
+def _is_due(trial: api.Trial | None, step: str) -> bool:
+    """Is it a step of this trial that is not done?"""
+    head = f"r{trial.number}-" if trial else ""
+    return trial is not None and step.startswith(head) and step.removeprefix(head) not in trial.done
 
 
 def _gateways(seen: Seen | None) -> int | None:

@@ -252,8 +252,8 @@ def _step_failed(world: World, trial: Trial, step: api.StepSpec, state: api.Step
     if trial.origin == "Proposal" and trial.pair is None and state.code == EXIT_BAD_INPUT:
         return _end(world, trial, "Refused", api.REASON_STEP_FAILED, message)  # what was proposed is no usable model
     if state.code == EXIT_RETRY and state.attempts < RETRIES:
-        return Move(world.status, api.REASON_STEP_RETRY, message)
-    reason = api.REASON_BUDGET if state.code == EXIT_BUDGET else api.REASON_STEP_FAILED
+        return Move(world.status, state.reason or api.REASON_STEP_RETRY, message)
+    reason = state.reason or (api.REASON_BUDGET if state.code == EXIT_BUDGET else api.REASON_STEP_FAILED)
     message = f"{message} {state.again}".rstrip()
     return Move(world.status, reason, message, failure=api.Failure(state.code or 1, message))
 

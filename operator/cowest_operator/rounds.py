@@ -196,6 +196,14 @@ def key(trial: api.Trial, step: api.StepSpec) -> str:
     return step.name.removeprefix(f"r{trial.number}-")
 
 
+def overran(seconds: float, look: str) -> str:
+    """Why an attempt was ended that ran for as long as it may; `look`: how its log is read."""
+    return (
+        f"it ran for {seconds:.0f} seconds, the longest that training.stepDeadlineSeconds allows, and was ended. See"
+        f" where it hangs ({look}); if it only needs longer, raise training.stepDeadlineSeconds."
+    )
+
+
 def _step(world: api.World, trial: api.Trial, name: str, *args: tuple[str, str], **rest: Any) -> api.StepSpec:
     out = rest.pop("out", None) or run_uri(world, trial, name)
     return api.StepSpec(f"r{trial.number}-{name}", f"{STEPS}.{name}", out, args, **rest)

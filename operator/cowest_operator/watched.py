@@ -12,12 +12,14 @@ from typing import Any
 from cowest_operator.api import KIND
 from cowest_operator.kube import CHILDREN
 from cowest_operator.objects.common import JOB_LABEL
-from cowest_operator.objects.steps import ATTEMPT_LABEL, GENERATION_LABEL, RETRY_CODES, STEP_LABEL
+from cowest_operator.objects.steps import ATTEMPT_LABEL, GENERATION_LABEL, OVERRAN, RETRY_CODES, STEP_LABEL
 from cowest_operator.objects.weak import DIGEST_ANNOTATION
 from cowest_serving.contract import digest_of
+from cowest_training.contract import EXIT_FAILED
 
 Key = tuple[str, str]  # (namespace, job)
 ACTIVE = ("Pending", "Running")  # phases of a Workflow that may still write
+WORKFLOW_LABEL = "workflows.argoproj.io/workflow"  # on its pods
 PREDICTOR = "Predictor"  # kind of what KServe's Deployment of a weak model is seen as, while it makes no pods
 
 
@@ -290,6 +292,7 @@ def _workflow(body: Mapping[str, Any]) -> dict[str, Any]:
         "finished": epoch(status.get("finishedAt")),
         "code": code,
         "words": words,
+        "overran": OVERRAN in words,
         "step": labels.get(STEP_LABEL, ""),
         "attempt": _number(labels.get(ATTEMPT_LABEL), 1),
         "generation": _number(labels.get(GENERATION_LABEL), 0),
@@ -314,9 +317,11 @@ def _exit(status: Mapping[str, Any]) -> tuple[int | None, str]:
     pods = [node for node in (status.get("nodes") or {}).values() if node.get("type") == "Pod"]
     pods.sort(key=lambda node: (_weight(node), node.get("finishedAt") or ""))
     for node in reversed(pods):
-        code = _code(node)
+        code, words = _code(node), str(node.get("message", ""))
+        if OVERRAN in words:
+            return EXIT_FAILED, words
         if _CODE.fullmatch(code) and (code != "0" or status.get("phase") == "Succeeded"):
-            return int(code), str(node.get("message", ""))
+            return int(code), words
     return None, str(pods[-1].get("message", "")) if pods else ""
 
 
@@ -334,6 +339,8 @@ def _pending(status: Mapping[str, Any]) -> str:
 
 
 def _weight(node: Mapping[str, Any]) -> int:
+    if OVERRAN in str(node.get("message", "")):
+        return 3
     return {"0": 0, "": 1}.get(_code(node), 2 if _code(node) in RETRY_CODES else 3)
 
 
@@ -361,9 +368,12 @@ def _pod(body: Mapping[str, Any]) -> dict[str, Any]:
         "trouble": _pod_trouble(status),
         "waits_for_volumes": waits,
         "mounts": _mounts(body.get("spec") or {}) if waits else (),
-        "workflow": labels.get("workflows.argoproj.io/workflow", ""),
+        "workflow": labels.get(WORKFLOW_LABEL, ""),
         "ended": _ended(status),
         "died": _died(status),
+        "allowed": int((body.get("spec") or {}).get("activeDeadlineSeconds") or 0),
+        "started": epoch(status.get("startTime")),
+        "overran": status.get("reason") == "DeadlineExceeded",
     }
 
 

@@ -452,6 +452,93 @@ def test_the_step_that_reads_live_traces_is_tried_again_since_they_change_by_the
     assert desk.look(NOW + 601).submit == {"r1-collect": 5}
 
 
+# ---------------------------------------------------------------- steps that run for too long
+def ran_too_long(desk: Desk, attempt: int = 1, generation: str = "1") -> None:
+    """An attempt of r1-dpo that the kubelet ended at `NOW`, by a deadline of an hour."""
+    failed(desk, "143", attempt=attempt, generation=generation)
+    words = "Pod was active on the node longer than the specified deadline"
+    known = desk.family.children["Workflow", f"claims-r1-dpo-{attempt}"]
+    node = {"type": "Pod", "phase": "Failed", "outputs": {"exitCode": "143"}, "message": words}
+    labels = {"cowest.dev/step": "r1-dpo", "cowest.dev/attempt": str(attempt), "cowest.dev/generation": generation}
+    status = {"phase": "Failed", "finishedAt": ENDED, "nodes": {"a": node}}
+    desk.has("Workflow", f"r1-dpo-{attempt}", metadata={"labels": labels}, status=status)
+    pod = {"labels": {"workflows.argoproj.io/workflow": known.name, "app.kubernetes.io/component": "step"}}
+    told = {"phase": "Failed", "reason": "DeadlineExceeded", "message": words}
+    desk.has("Pod", f"x-{attempt}", metadata=pod, spec={"activeDeadlineSeconds": 3600}, status=told)
+
+
+TOO_LONG = (
+    "step r1-dpo: it ran for 3600 seconds, the longest that training.stepDeadlineSeconds allows, and was ended. See"
+    " where it hangs (`kubectl logs -n desks claims-x-{} -c main`); if it only needs longer, raise"
+    " training.stepDeadlineSeconds."
+)
+
+
+def test_a_step_that_ran_for_too_long_is_said_with_what_to_do_and_tried_again_like_a_fault_of_its_own() -> None:
+    desk = tuning()
+    for attempt in (1, 2, 3):
+        ran_too_long(desk, attempt)
+        seen = desk.look(NOW + 1)
+        assert not seen.submit
+        assert story_reason(seen) == api.REASON_STEP_DEADLINE
+        assert story_of(seen, api.ROUND_PROGRESSING).startswith(TOO_LONG.format(attempt))
+        assert [(t.reason, t.message) for t in seen.world.troubles or ()] == [
+            (api.REASON_STEP_DEADLINE, TOO_LONG.format(attempt))
+        ]
+        assert desk.look(NOW + 601).submit == ({"r1-dpo": attempt + 1} if attempt < 3 else {})
+    plan = reconcile.plan(desk.look(NOW + 601).world)
+    assert plan.failure is not None and plan.failure.message.endswith("or by an edit of the manifest.")
+
+
+def test_that_a_step_ran_for_too_long_is_said_while_another_attempt_runs_and_until_a_person_knows() -> None:
+    desk = tuning()
+    ran_too_long(desk)
+    labels = {"cowest.dev/step": "r1-dpo", "cowest.dev/attempt": "2", "cowest.dev/generation": "1"}
+    desk.has("Workflow", "r1-dpo-2", metadata={"labels": labels}, status={"phase": "Running"})
+    seen = desk.look(NOW + 60)
+    assert seen.world.steps["r1-dpo"].phase == "Running"
+    assert [trouble.reason for trouble in seen.world.troubles or ()] == [api.REASON_STEP_DEADLINE]
+    says_resume(desk, NOW + 50)
+    assert desk.troubles() == []
+
+
+@pytest.mark.parametrize(
+    ("generation", "done"),
+    [pytest.param("0", (), id="edited since"), pytest.param("1", ("dpo",), id="another attempt did it")],
+)
+def test_what_is_mended_or_done_is_said_no_more(generation: str, done: tuple[str, ...]) -> None:
+    desk = Desk(w.on_trial(number=1, done={name: {} for name in ("collect", "feedback", *done)}))
+    ran_too_long(desk, generation=generation)
+    assert desk.troubles() == []
+
+
+def test_without_its_pod_the_manifests_deadline_is_said_and_where_a_log_would_be() -> None:
+    desk = tuning()
+    desk.declare(**{"training.stepDeadlineSeconds": 7200})
+    ran_too_long(desk)
+    del desk.family.children["Pod", "claims-x-1"]
+    (trouble,) = desk.look(NOW + 1).world.troubles or ()
+    assert "it ran for 7200 seconds" in trouble.message
+    assert "`kubectl logs -n desks -l workflows.argoproj.io/workflow=claims-r1-dpo-1 -c main`" in trouble.message
+
+
+@pytest.mark.parametrize(
+    ("phase", "ran", "said"),
+    [
+        pytest.param("Running", 4000.0, False, id="the kubelet may need minutes"),
+        pytest.param("Running", 4300.0, True, id="it cannot"),
+        pytest.param("Failed", 4300.0, False, id="it is over"),
+    ],
+)
+def test_a_pod_that_its_kubelet_cannot_end_is_said(phase: str, ran: float, said: bool) -> None:
+    desk = Desk(w.on_trial(number=1))
+    started = datetime.fromtimestamp(NOW - ran, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    told = {"phase": phase, "startTime": started}
+    labels = {"workflows.argoproj.io/workflow": "claims-r1-collect", "app.kubernetes.io/component": "step"}
+    desk.has("Pod", "x", metadata={"labels": labels}, spec={"activeDeadlineSeconds": 3600}, status=told)
+    assert desk.troubles() == ([api.REASON_PODS_FAIL] if said else [])
+
+
 # ---------------------------------------------------------------- pods that are never made
 QUOTA = 'pods "x" is forbidden: exceeded quota: desk, requested: limits.cpu=4, used: 2, limited: 4'
 

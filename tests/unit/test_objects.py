@@ -426,6 +426,7 @@ def test_a_running_trial_keeps_its_data_and_takes_a_new_budget() -> None:
         pytest.param(
             {"canary": {"approval": "Auto"}}, {"canary": {"approval": "Manual"}}, (), id="who is asked at once"
         ),
+        pytest.param({"training": {}}, {"training": {"stepDeadlineSeconds": 60}}, (), id="what the next attempt takes"),
         pytest.param({"weak": {"model": "a"}}, {"weak": {"model": "b"}}, (), id="what makes a candidate"),
         pytest.param({"rounds": {"max": 1}}, {"rounds": {"max": 2}}, (), id="what acts at once"),
     ],
@@ -439,6 +440,30 @@ def test_steps_are_retried_by_exit_code_and_never_two_at_a_time() -> None:
     expression = spec["templates"][0]["retryStrategy"]["expression"]
     assert "'75'" in expression and "'2'" not in expression and "'76'" not in expression
     assert spec["synchronization"] == {"mutexes": [{"name": "claims-steps"}]}
+
+
+def with_deadline(seen: Context) -> Context:
+    spec = {**seen.document["spec"], "training": {"stepDeadlineSeconds": 7200}}
+    return replace(seen, document={**seen.document, "spec": spec})
+
+
+def test_each_pod_of_a_step_has_its_own_deadline_and_argo_makes_no_other_after_it() -> None:
+    spec = steps.workflow_template(with_deadline(with_shards(2)))["spec"]
+    pods = [template for template in spec["templates"] if "container" in template]
+    assert {pod["name"]: pod["activeDeadlineSeconds"] for pod in pods} == dict.fromkeys(
+        ("step", "light", "shard", "merge"), 7200
+    )
+    assert "activeDeadlineSeconds" not in spec, "it would run while a pod waits in a queue"
+    (retry,) = {common.canonical(pod["retryStrategy"]) for pod in pods}
+    assert f"&& !(lastRetry.message contains '{steps.OVERRAN}')" in json.loads(retry)["expression"]
+    assert "maxDuration" not in retry, "Argo ends a second pod by it, however long the pod may run"
+
+
+def test_what_was_frozen_before_there_was_a_deadline_has_none() -> None:
+    (light,) = steps.unshared(context(), api.StepSpec("erase", "cowest_training.erase", ""))["spec"]["templates"]
+    assert "activeDeadlineSeconds" not in light
+    (light,) = steps.unshared(with_deadline(context()), api.StepSpec("erase", "x", ""))["spec"]["templates"]
+    assert light["activeDeadlineSeconds"] == 7200
 
 
 def on_ray(**gateway: Any) -> Context:
@@ -572,6 +597,21 @@ def test_of_several_pods_the_one_that_failed_for_good_speaks(pods: list[tuple[st
     workflow = steps.workflow(with_shards(2), FEEDBACK)
     workflow["metadata"] |= {"uid": "u", "resourceVersion": "1"}
     assert see("Workflow", {**workflow, "status": {"phase": "Failed", "nodes": nodes}}).facts["code"] == code
+
+
+KUBELET = "Pod was active on the node longer than the specified deadline"
+
+
+@pytest.mark.parametrize("code", ["143", "137", "0", None], ids=["ended", "killed", "it ended by itself", "unknown"])
+@pytest.mark.parametrize("other", ["0", "75"], ids=["the other is done", "the other was retried"])
+def test_a_pod_that_ran_for_too_long_failed_by_itself_whatever_its_exit_code(code: str | None, other: str) -> None:
+    late = {"type": "Pod", "finishedAt": "2026-01-01T00:00:01Z", "message": KUBELET,
+            "outputs": {"exitCode": code} if code else {}}  # fmt: skip
+    done = {"type": "Pod", "finishedAt": "2026-01-01T00:00:09Z", "outputs": {"exitCode": other}}
+    workflow = steps.workflow(with_shards(2), FEEDBACK)
+    workflow["metadata"] |= {"uid": "u", "resourceVersion": "1"}
+    facts = see("Workflow", {**workflow, "status": {"phase": "Failed", "nodes": {"a": late, "b": done}}}).facts
+    assert (facts["code"], facts["overran"], facts["words"]) == (1, True, KUBELET)
 
 
 def test_a_queue_of_the_pod_template_is_on_every_pod_of_the_steps() -> None:

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from cowest_cli import jobs, processes
-from cowest_cli.engine import MAX_RESTARTS, Engine, Order, _Server
+from cowest_cli.engine import MAX_RESTARTS, PATIENCE, Engine, Order, _Server, _Step
 from cowest_cli.preflight import Facts
-from cowest_operator import api, reconcile
+from cowest_operator import api, reconcile, rounds
 from cowest_serving.cores import Cores
 from cowest_training.contract import StepError
 from tests import world as w
@@ -241,6 +241,80 @@ def test_the_time_without_an_engine_is_no_part_of_a_canary(engine):
     preparing = engine.status = replace(w.SERVED, candidate=w.trial())
     engine._leave_out_the_time_away()
     assert engine.status == preparing
+
+
+def hangs(engine, ignores="pass", allowed=60, **spec):
+    """The first step of a trial, a real process that does nothing for a minute."""
+    step = api.StepSpec("r1-collect", "x", "file:///x", **spec)
+    script = f"import signal, time; {ignores}; print('up', flush=True); time.sleep(60)"
+    child = processes.Child(step.name, [sys.executable, "-c", script], os.environ, engine.home.logs / "r1-collect.log")
+    wait_until(lambda: child.last_words() == "up")
+    engine.steps[step.name] = running = _Step(step, child, allowed)
+    return running
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + IN_TIME
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("ignores", "code"),
+    [
+        pytest.param("pass", -signal.SIGTERM, id="when it is asked"),
+        pytest.param("signal.signal(signal.SIGTERM, signal.SIG_IGN)", -signal.SIGKILL, id="by force"),
+    ],
+)
+def test_a_step_that_runs_for_too_long_is_ended_and_fails_in_the_words_of_a_cluster(engine, ignores, code):
+    engine.status = w.on_trial(number=1)
+    step = hangs(engine, ignores)
+    step.began -= 59
+    assert engine.observe().steps["r1-collect"].phase == "Running"
+    assert not step.overran, "it may still run"
+    step.began -= 2
+    engine.observe()
+    if code == -signal.SIGKILL:
+        assert "is asked to end" in engine.observe().steps["r1-collect"].message
+        step.began -= PATIENCE
+        engine.observe()
+    wait_until(lambda: step.child.code() is not None)
+    assert step.child.code() == code
+    plan = reconcile.plan(engine.observe())
+    assert next(c for c in plan.status.conditions if c.type == api.ROUND_PROGRESSING).reason == "StepDeadlineExceeded"
+    assert plan.failure.code == 1, "as a fault of its own, so it is not tried again here"
+    assert plan.failure.message == f"step r1-collect: {rounds.overran(60, str(step.child.log))}"
+
+
+def test_a_step_that_is_done_as_its_time_ends_is_done(engine):
+    engine.status = w.on_trial(number=1)
+    step = hangs(engine, "import sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))")
+    jobs.write_json(engine.home.store / "manifest.json", {"metrics": {}, "digest": "sha256:d"})
+    step.spec = replace(step.spec, out=engine.home.store.as_uri())
+    step.began -= 61
+    engine.observe()
+    wait_until(lambda: step.child.code() is not None)
+    assert engine.observe().steps["r1-collect"].phase == "Succeeded"
+
+
+def test_what_watches_a_canary_has_no_deadline(engine):
+    engine.status = w.on_trial(stage="Canary", step_since=time.time())
+    step = hangs(engine, keeps_running=True)
+    step.began -= 999
+    engine.observe()
+    assert step.child.code() is None and not step.overran
+    step.child.stop(1)
+
+
+def test_each_attempt_has_the_deadline_that_the_manifest_says_as_it_begins(tmp_path, starts):
+    engine = make(tmp_path, starts, **{"training.stepDeadlineSeconds": 77})
+    engine.apply(reconcile.plan(replace(engine.observe(), status=w.on_trial(number=1))))
+    (step,) = engine.steps.values()
+    assert step.allowed == 77
+    step.overran, step.again_at, step.began = True, 1.0, 0.0
+    engine._retry(step)
+    assert (step.attempts, step.overran, step.late() <= 0) == (2, False, True)
 
 
 def test_each_child_gets_the_keys_that_it_needs_and_no_other(engine, starts, monkeypatch):

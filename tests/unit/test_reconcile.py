@@ -1008,6 +1008,14 @@ def test_who_proposed_did_not_decide():
     assert refused.status.rounds[-1].by is None
 
 
+@pytest.mark.parametrize(("code", "ends"), [(75, False), (1, True)], ids=["tried again", "for good"])
+def test_a_step_that_failed_for_a_reason_of_its_own_says_that_one(code, ends):
+    state = api.StepState("Failed", code, 1, "it ran for too long", reason=api.REASON_STEP_DEADLINE)
+    plan = reconcile.plan(w.world(status=w.on_trial(), steps={"r1-collect": state}))
+    assert condition(plan, api.ROUND_PROGRESSING).reason == api.REASON_STEP_DEADLINE
+    assert (plan.failure is not None) == ends and bool(plan.steps) != ends
+
+
 def test_a_proposal_that_is_no_usable_model_is_refused_and_the_loop_goes_on():
     status = w.on_trial(origin="Proposal", pair=None, model="file:///pickles", by="ada")
     plan = reconcile.plan(

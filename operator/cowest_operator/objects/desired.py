@@ -61,13 +61,13 @@ def followed(frozen: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str
 
 # Parts of which an edit neither acts at once nor makes a candidate while a trial runs on the older values.
 _WAITING = ("data", "feedback", "training", "gate", "canary")
-_AT_ONCE = "canary.approval"
+_AT_ONCE = ("canary.approval", "training.stepDeadlineSeconds")  # or with the next attempt of a step
 
 
 def waiting(frozen: Mapping[str, Any], declared: Mapping[str, Any]) -> tuple[str, ...]:
     """The fields that were edited since the running trial began and hold from the next one on, by their paths."""
     parts = (_edited(frozen["spec"].get(name), declared["spec"].get(name), name) for name in _WAITING)
-    return tuple(path for found in parts for path in found if path != _AT_ONCE)
+    return tuple(path for found in parts for path in found if path not in _AT_ONCE)
 
 
 def _edited(before: Any, after: Any, path: str) -> Iterator[str]:

@@ -19,6 +19,9 @@ ATTEMPT_LABEL, STEP_LABEL, GENERATION_LABEL = "cowest.dev/attempt", "cowest.dev/
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"  # on pods, by training.podTemplate: Kueue holds them until there is room
 CALLS = "/tmp/cowest/calls.sqlite"  # of one pod; what counts is the proxy's book
 RETRY_CODES = ("75", "130", "137", "143", "-1", "64")  # of EXIT_RETRY, of an ended or evicted pod, of Argo's executor
+# The kubelet's words, which Argo passes on, of a pod that it ended at its activeDeadlineSeconds. Its exit code says as
+# little as that of any pod that was ended: another attempt by Argo would cost as long again, so the operator decides.
+OVERRAN = "active on the node longer than the specified deadline"
 KEPT_SECONDS = 86400
 SHARDED = "cowest_training.feedback"
 WITH_MODEL = tuple(
@@ -159,6 +162,7 @@ def _step(context: Context, asks: bool = True) -> dict[str, Any]:
     )  # fmt: skip
     container.pop("name")
     over = pods.pod_template or api.PodTemplate()
+    retried = " || ".join(f"lastRetry.exitCode == '{code}'" for code in RETRY_CODES)
     step: dict[str, Any] = {
         "name": "step",
         "metadata": {
@@ -169,13 +173,16 @@ def _step(context: Context, asks: bool = True) -> dict[str, Any]:
         "container": container,
         "volumes": [{"name": "step", "configMap": {"name": "{{workflow.parameters.step}}"}}, tmp_volume, *volumes,
                     *asking_volumes, {"name": "no-token", "emptyDir": {"sizeLimit": "1Mi"}}],
+        # No backoff.maxDuration: Argo ends each later pod so long after the start of the first one (its #13044).
         "retryStrategy": {
             "limit": "5",
             "retryPolicy": "Always",
-            "expression": " || ".join(f"lastRetry.exitCode == '{code}'" for code in RETRY_CODES),
-            "backoff": {"duration": "5s", "factor": "2", "maxDuration": "30m"},
+            "expression": f"({retried}) && !(lastRetry.message contains '{OVERRAN}')",
+            "backoff": {"duration": "5s", "factor": "2"},
         },
     }  # fmt: skip
+    if pods.step_deadline_seconds:  # of each pod, from when it is on a node; a Workflow's own would count its queue too
+        step["activeDeadlineSeconds"] = pods.step_deadline_seconds
     # Argo's own containers know nothing of the restricted profile, nor of quotas; podTemplate is laid over them too.
     executor: dict[str, Any] = {
         "initContainers": [{"name": INIT, "securityContext": common.restricted(), "resources": EXECUTOR}],
