@@ -88,6 +88,8 @@ BROKEN = (
            "spec.canary.steps[0].weightPercent", "at most 2147483647, saw 2147483648"),
     Broken("a word that YAML reads as true", {"feedback.evaluator": {"type": "Choice", "choices": ["a", True]}},
            "spec.feedback.evaluator.choices[1]", "saw true. YAML reads yes, no, on and off as true or false: put"),
+    Broken("no time for a step", {"training.stepDeadlineSeconds": 59}, "spec.training.stepDeadlineSeconds",
+           "at least 60, saw 59"),
     Broken("an empty name", {"strong.model": ""}, "spec.strong.model", "at least 1 character, saw 0"),
     Broken("a redaction of nothing", {"collaboration.redaction": {}}, "spec.collaboration.redaction", "saw neither"),
     Broken("a kind that is not looked for", {"collaboration.redaction": {"identifiers": ["Emails"]}},

@@ -19,7 +19,7 @@ from cowest_operator.objects.common import Context
 from cowest_operator.objects.desired import followed, frozen_name, waiting
 from cowest_operator.platform import Discovery, troubles
 from cowest_operator.settings import Settings
-from cowest_operator.watched import ACTIVE, PREDICTOR, WORKFLOW_LABEL, Family, Seen, retry_after
+from cowest_operator.watched import ACTIVE, PREDICTOR, WORKFLOW_LABEL, Family, Seen, epoch, retry_after
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import SettingsError
 from cowest_training.contract import (
@@ -237,6 +237,7 @@ class _Look:
         self.troubles: list[api.Trouble] = []
         self.submit: dict[str, int] = {}
         self.instead: dict[str, str] = {}
+        self.accepted: dict[str, str] = {}  # Workflows whose steps are done whatever they say -> a sentence on it
         self.observer_base, self.proxy_base = observer.base(context, "observer"), observer.base(context, "proxy")
 
     async def world(self, trouble: api.Trouble | None, stopped: bool) -> Observed:
@@ -292,7 +293,7 @@ class _Look:
         notes = tuple(
             api.Event("Warning", api.REASON_ACTION_NOT_UNDERSTOOD, sentence)
             for sentence in not_understood(self.family.job or {})
-        )
+        ) + tuple(api.Event("Warning", api.REASON_WORKFLOW_STUCK, said) for said in self.accepted.values())
         world = replace(world, troubles=tuple(known.values()))
         return Observed(self.context, world, self.submit, frozen_document, notes, self.instead, stopped)
 
@@ -331,7 +332,9 @@ class _Look:
             if self._waits_for_what_was_edited(seen):
                 self.submit[name], self.instead[name] = facts["attempt"] + 1, seen.name
                 return None
-            return api.StepState("Running", attempts=1, message=self._not_made(seen) or facts["message"])
+            return await self._left(trial, name, seen) or api.StepState(
+                "Running", attempts=1, message=self._not_made(seen) or facts["message"]
+            )
         if name.removeprefix(f"r{trial.number}-") in trial.done:
             return None
         if facts["phase"] == "Succeeded":
@@ -398,10 +401,33 @@ class _Look:
         return "" if lives else f"its pod is not made: {workflow.facts['pending']}"
 
     def _pods_of(self, workflow: Seen) -> list[Seen]:
-        return [pod for pod in self.family.of("Pod") if pod.facts["workflow"] == workflow.name]
+        """Not those of a Workflow of this name that was deleted: they go a little later."""
+        pods = (pod for pod in self.family.of("Pod") if pod.facts["workflow"] == workflow.name)
+        return [pod for pod in pods if pod.created >= workflow.created]
+
+    async def _left(self, trial: api.Trial, name: str, workflow: Seen) -> api.StepState | None:
+        """Done is a step whose manifest is there, which it writes last, also where Argo does not end its Workflow.
+
+        One that was made before the trial began is of a job of this name that is gone.
+        """
+        ended = self._ended(workflow) if workflow.facts["phase"] == "Running" and _is_due(trial, name) else 0.0
+        if not ended:
+            return None
+        out = self._out(trial, name)
+        found = await self._asked(f"left {out}", COUNT_EVERY, self.observer.doors.artifact(self.observer_base, out))
+        if not found or epoch(found.get("started")) < int(trial.started_at):
+            return None
+        self.accepted[workflow.name] = (
+            f"step {name} is done: its pods are over since {_clock(ended)} and its manifest is in the store, though"
+            f" Workflow {workflow.name} is still Running; that is deleted."
+        )
+        return api.StepState("Succeeded", 0, 1, "", found["metrics"], found["digest"])
+
+    def _out(self, trial: api.Trial, name: str) -> str:
+        return f"{self.context.store}/runs/r{trial.number}/{name.removeprefix(f'r{trial.number}-')}/manifest.json"
 
     async def _succeeded(self, trial: api.Trial, name: str) -> api.StepState:
-        out = f"{self.context.store}/runs/r{trial.number}/{name.removeprefix(f'r{trial.number}-')}/manifest.json"
+        out = self._out(trial, name)
         try:
             found = await self.observer.doors.artifact(self.observer_base, out)
         except DoorError as error:
@@ -599,12 +625,8 @@ class _Look:
         """What no controller has taken up, or has left where it was, is nobody's fault but its own."""
         for workflow in self.family.of("Workflow"):
             is_over = workflow.facts["phase"] == "Running" and not self._not_made(workflow)
-            if is_over and (ended := self._ended(workflow)):
-                message = (
-                    f"Workflow {workflow.name} is Running, but its pod ended at {_clock(ended)}: does the controller of"
-                    " Argo Workflows run, and may it watch this namespace?"
-                )
-                self.troubles.append(api.Trouble(api.REASON_CONTROLLER_AWAY, message))
+            if is_over and workflow.name not in self.accepted and (ended := self._ended(workflow)):
+                self.troubles.append(self._not_ended(workflow, ended))
         for kind, controller in (("InferenceService", "KServe"), ("Workflow", "Argo Workflows")):
             for seen in self.family.of(kind):
                 if not seen.facts["taken"] and not seen.deleting and self.now - seen.created > PATIENCE:
@@ -614,6 +636,26 @@ class _Look:
                     )
                     self.troubles.append(api.Trouble(api.REASON_CONTROLLER_AWAY, message))
                     break
+
+    def _not_ended(self, workflow: Seen, ended: float) -> api.Trouble:
+        """Argo ends no Workflow that it does not see, nor one of whose pods the executor could not report."""
+        job, namespace = self.context.job.name, self.context.namespace
+        cure = (
+            f"`kubectl cowest pause {job} -n {namespace} --now`, then `resume`, begins the step anew; so does"
+            f" `kubectl delete workflow {workflow.name} -n {namespace}`"
+        )
+        if workflow.facts["noted"]:
+            message = (
+                f"Workflow {workflow.name} is Running, though its pods are over since {_clock(ended)} and the"
+                f" controller of Argo Workflows has noted it: it is stuck. {cure}. If that comes again: may"
+                f" ServiceAccount {self.context.name('steps')} create and patch workflowtaskresults?"
+            )
+            return api.Trouble(api.REASON_WORKFLOW_STUCK, message)
+        message = (
+            f"Workflow {workflow.name} is Running, but its pod ended at {_clock(ended)}: does the controller of Argo"
+            f" Workflows run, and may it watch this namespace? If it does, this Workflow is stuck: {cure}."
+        )
+        return api.Trouble(api.REASON_CONTROLLER_AWAY, message)
 
     def _ended(self, workflow: Seen) -> float:
         """When its last pod ended, if that is so long ago that Argo must have noticed; else 0."""

@@ -299,6 +299,7 @@ def _workflow(body: Mapping[str, Any]) -> dict[str, Any]:
         "template": ((body.get("spec") or {}).get("workflowTemplateRef") or {}).get("name", ""),
         "waits": _waits(status),
         "pending": _pending(status),
+        "noted": _noted(status),
     }
 
 
@@ -330,6 +331,12 @@ def _waits(status: Mapping[str, Any]) -> bool:
     pods = [node for node in (status.get("nodes") or {}).values() if node.get("type") == "Pod"]
     packed = status.get("compressedNodes") or status.get("offloadNodeStatusVersion")
     return not packed and all(node.get("phase", "Pending") == "Pending" for node in pods)
+
+
+def _noted(status: Mapping[str, Any]) -> bool:
+    """Argo has seen each pod of it end: whatever it waits for is none of them."""
+    pods = [node for node in (status.get("nodes") or {}).values() if node.get("type") == "Pod"]
+    return bool(pods) and all(node.get("phase") in ("Succeeded", "Failed", "Error") for node in pods)
 
 
 def _pending(status: Mapping[str, Any]) -> str:

@@ -331,6 +331,81 @@ def test_a_step_whose_pod_was_taken_away_is_said_and_runs_again(
     assert attempts(playground, "r0-sft") == ["claims-r0-sft"]
 
 
+def test_a_step_that_ran_for_too_long_is_said_also_while_it_runs_again(playground: Playground) -> None:
+    words = "Pod was active on the node longer than the specified deadline"
+    again = {"phase": "Running", "nodes": {"a": {"type": "Pod", "phase": "Running"}}}
+    playground.script.endings = {"check": [ended("Failed", words, "143"), again]}
+    with playground.operator():
+        apply(playground, manifest_of("claims", **{**ONLY_BASELINE, "training.stepDeadlineSeconds": 7200}))
+        wait_for_reason(playground, "claims", api.ROUND_PROGRESSING, api.REASON_STEP_DEADLINE)
+        (template,) = playground.items(TEMPLATES)
+        assert {each["activeDeadlineSeconds"] for each in template["spec"]["templates"]} == {7200}
+        time.sleep(10)  # of patience before a second attempt
+        wake(playground)
+        playground.wait(lambda: len(attempts(playground, "r0-check")) == 2, "the second attempt")
+        wait_for_reason(playground, "claims", api.ROUND_PROGRESSING, "CheckingData")
+        told = playground.condition("claims", api.DEGRADED)
+        assert told["reason"] == api.REASON_STEP_DEADLINE
+        assert told["message"].startswith("step r0-check: it ran for 7200 seconds")
+        playground.script.endings = {}
+        playground.wait(lambda: decisions(playground, "claims") == PROMOTED[:1], "the baseline", 120)
+        playground.wait(lambda: reason(playground, "claims", api.DEGRADED) == api.REASON_AS_EXPECTED, "rest")
+
+
+def over_since(playground: Playground, workflow: str, seconds: float) -> None:
+    """A pod of the Workflow that did its work and ended so long ago."""
+    finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - seconds))
+    metadata = {"name": "over", "labels": {"workflows.argoproj.io/workflow": workflow, "cowest.dev/job": "claims",
+                                           "app.kubernetes.io/component": "step"}}  # fmt: skip
+    body = {"metadata": metadata, "spec": {"containers": [{"name": "main", "image": "x"}]}}
+    assert playground.server.request("POST", PODS, body)[0] == 201
+    state = {"terminated": {"exitCode": 0, "reason": "Completed", "finishedAt": finished}}
+    main = {"name": "main", "state": state, "image": "x", "imageID": "x", "ready": False, "restartCount": 0}
+    told = {"status": {"phase": "Succeeded", "containerStatuses": [main]}}
+    status, answer = playground.server.request("PATCH", f"{PODS}/over/status", told)
+    assert status == 200, answer
+
+
+def says(playground: Playground, verb: str, **more: Any) -> None:
+    said = {"verb": verb, "by": "ann", "why": "", "at": time.time(), **more}
+    note = {f"cowest.dev/action.{time.time_ns():020d}-{verb}": json.dumps(said)}
+    playground.server.request("PATCH", f"{JOBS}/claims", {"metadata": {"annotations": note}})
+
+
+@pytest.mark.parametrize("cure", ["its manifest is there", "pause --now and resume", "the Workflow is deleted"])
+def test_a_workflow_that_argo_does_not_end_is_said_and_heals(playground: Playground, cure: str) -> None:
+    """Argo has noted that the pod succeeded, and goes no further."""
+    stuck = {**ended("Succeeded", "", "0"), "phase": "Running"}
+    playground.script.endings, playground.script.left_nothing = {"check": [stuck]}, {"r0-check"}
+    with playground.operator():
+        apply(playground, manifest_of("claims", **ONLY_BASELINE))
+        playground.wait(lambda: attempts(playground, "r0-check") == ["claims-r0-check"], "the first step")
+        (before,) = playground.items(WORKFLOWS)
+        over_since(playground, "claims-r0-check", 90)
+        wait_for_reason(playground, "claims", api.DEGRADED, api.REASON_WORKFLOW_STUCK)
+        message = playground.condition("claims", api.DEGRADED)["message"]
+        assert "`kubectl cowest pause claims -n default --now`, then `resume`" in message
+        assert "`kubectl delete workflow claims-r0-check -n default`" in message
+        if cure == "pause --now and resume":
+            says(playground, "pause", now=True)
+            playground.wait(lambda: attempts(playground, "r0-check") == [], "the Workflow to go")
+            says(playground, "resume")
+        elif cure == "the Workflow is deleted":
+            playground.server.request("DELETE", f"{WORKFLOWS}/claims-r0-check")
+        if cure != "its manifest is there":
+            playground.script.endings = {}
+        playground.script.left_nothing = set()
+        playground.wait(lambda: decisions(playground, "claims") == PROMOTED[:1], "the baseline", 120)
+        playground.wait(lambda: reason(playground, "claims", api.DEGRADED) == api.REASON_AS_EXPECTED, "rest")
+        said = [e["message"] for e in playground.items(EVENTS) if e["reason"] == api.REASON_WORKFLOW_STUCK]
+    anew = [w["metadata"]["uid"] for w in playground.items(WORKFLOWS) if w["metadata"]["name"] == "claims-r0-check"]
+    assert before["metadata"]["uid"] not in anew
+    if cure == "its manifest is there":
+        assert anew == [] and "step r0-check is done" in said[0]
+    else:
+        assert len(anew) == 1
+
+
 def test_a_step_with_bad_input_is_not_run_again_until_the_manifest_changes(playground: Playground) -> None:
     words = "s3://data/train.jsonl: wanted rows with query and answer, saw none. Give the rows an answer."
     playground.script.endings = {"check": [ended("Failed", words, "2")]}

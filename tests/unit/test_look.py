@@ -346,6 +346,92 @@ def test_a_workflow_whose_pod_has_ended_long_ago_waits_for_argo(phase: str, ago:
     assert desk.troubles() == ([api.REASON_CONTROLLER_AWAY] if said else [])
 
 
+class Holds(ScriptedDoors):
+    """The store has these manifests."""
+
+    def __init__(self, *steps: str, started: float = NOW - 100) -> None:
+        super().__init__()
+        self.steps, self.started = steps, datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds")
+
+    async def _get(self, url: str, part: Part) -> Any:
+        answer = await super()._get(url, part)
+        is_there = any(url.endswith(f"runs%2F{step}%2Fmanifest.json") for step in self.steps)
+        return {"metrics": {"rows": 5}, "digest": "sha256:d", "started": self.started} if is_there else answer
+
+
+@pytest.mark.parametrize(
+    ("manifest", "pod", "ago", "done"),
+    [
+        pytest.param("r1%2Fcollect", "Succeeded", 61.0, True, id="done"),
+        pytest.param("r1%2Fcollect", "Failed", 300.0, True, id="done, though its executor failed"),
+        pytest.param("r1%2Fcollect", "Succeeded", 30.0, False, id="Argo may be about to end it"),
+        pytest.param("r1%2Fcollect", "Running", None, False, id="a pod runs"),
+        pytest.param("r1%2Fdpo", "Succeeded", 61.0, False, id="another step is done"),
+    ],
+)
+def test_a_step_is_done_when_its_manifest_is_there_and_its_pods_are_over(
+    manifest: str, pod: str, ago: float | None, done: bool
+) -> None:
+    desk = Desk(w.on_trial(number=1))
+    desk.doors = Holds(manifest)
+    waiting(desk, "1", phase="Succeeded")
+    pod_of(desk, pod, None if ago is None else NOW - ago)
+    seen = desk.look()
+    state = seen.world.steps["r1-collect"]
+    assert state.phase == ("Succeeded" if done else "Running")
+    assert [note.reason for note in seen.notes] == ([api.REASON_WORKFLOW_STUCK] if done else [])
+    if done:
+        assert (state.digest, state.metrics, seen.world.troubles) == ("sha256:d", {"rows": 5}, ())
+        plan = reconcile.plan(seen.world)
+        assert plan.status.candidate is not None and "collect" in plan.status.candidate.done
+
+
+def test_while_the_store_is_away_nobody_knows_whether_a_step_is_done() -> None:
+    desk = Desk(w.on_trial(number=1))
+    desk.doors = Holds("r1%2Fcollect")
+    desk.doors.shut = {"observer"}
+    waiting(desk, "1")
+    pod_of(desk, "Succeeded", NOW - 61)
+    seen = desk.look()
+    assert seen.world.steps["r1-collect"].phase == "Running" and not seen.notes
+    assert set(desk.troubles()) == {api.REASON_CONTROLLER_AWAY, api.REASON_STORE_AWAY}
+
+
+def test_a_manifest_of_before_the_trial_says_nothing_of_its_step() -> None:
+    for since, phase in ((NOW - 100, "Succeeded"), (NOW - 99, "Running")):
+        desk = Desk(w.on_trial(number=1, started_at=since))
+        desk.doors = Holds("r1%2Fcollect")
+        waiting(desk, "1", phase="Succeeded")
+        pod_of(desk, "Succeeded", NOW - 61)
+        assert desk.look().world.steps["r1-collect"].phase == phase
+
+
+@pytest.mark.parametrize(
+    ("phase", "reason", "words"),
+    [
+        pytest.param("Succeeded", api.REASON_WORKFLOW_STUCK, "has noted it: it is stuck", id="Argo has noted its end"),
+        pytest.param("Running", api.REASON_CONTROLLER_AWAY, "does the controller of Argo", id="Argo has seen nothing"),
+    ],
+)
+def test_a_workflow_that_does_not_end_is_said_with_what_cures_it(phase: str, reason: str, words: str) -> None:
+    desk = Desk(w.on_trial(number=1))
+    waiting(desk, "1", phase=phase)
+    pod_of(desk, "Succeeded", NOW - 61)
+    (trouble,) = desk.look().world.troubles or ()
+    assert trouble.reason == reason and words in trouble.message
+    assert "`kubectl cowest pause claims -n desks --now`, then `resume`" in trouble.message
+    assert "`kubectl delete workflow claims-r1-collect -n desks`" in trouble.message
+
+
+def test_pods_of_a_workflow_of_this_name_that_was_deleted_say_nothing_of_the_next_one() -> None:
+    desk = Desk(w.on_trial(number=1))
+    waiting(desk, "1")
+    pod_of(desk, "Succeeded", NOW - 61)
+    known = desk.family.children["Workflow", "claims-r1-collect"]
+    desk.family.children["Workflow", known.name] = replace(known, created=NOW)
+    assert desk.troubles() == []
+
+
 # ---------------------------------------------------------------- steps that failed
 ENDED = datetime.fromtimestamp(NOW, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 BAD_INPUT, FAILED, BUDGET, AWAY = "2", "1", "76", "75"
