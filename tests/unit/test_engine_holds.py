@@ -112,6 +112,17 @@ def test_a_step_that_fails_for_good_is_held_and_said_once_while_the_gateway_serv
     assert event.message.startswith("step r0-publish: no luck. Again at ")
 
 
+def test_a_step_that_ran_for_too_long_is_held_under_that_name(desk):
+    while not desk.engine.steps:
+        desk.look()
+    (step,) = desk.engine.steps.values()
+    step.overran = True
+    held(desk)
+    world, _ = desk.look()
+    assert reasons(world) == [api.REASON_STEP_DEADLINE]
+    assert "raise training.stepDeadlineSeconds. Again at " in world.troubles[0].message
+
+
 def test_the_wait_doubles_up_to_ten_minutes(desk):
     waits = []
     for times in range(8):
