@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from cowest_serving.contract import Messages, message_text
+from cowest_serving.loadable import refuse_unfit, unloadable
 from cowest_serving.logs import is_json
 from cowest_serving.model_files import (
-    ModelFolderError,
     base_of_adapter,
     check_model_folder,
     has_tokenizer,
     is_adapter,
     model_digest,
-    read_json,
     refuse_ids_beyond,
 )
 
@@ -251,34 +249,22 @@ def load_model(folder: Path, dtype: Any) -> tuple[Any, Any]:
     safe = {"trust_remote_code": False, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer(folder) else base, **safe)
+        # What does not fit is refused below, by its name.
         model, info = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
+            base, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **safe
         )
-        if adapter:
+    except Exception as error:  # whatever the library makes of a broken folder
+        raise unloadable(base, error) from error
+    refuse_unfit(base, type(model).__name__, info)
+    if adapter:
+        try:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    except Exception as error:  # whatever the library makes of a broken folder
-        raise ModelFolderError(_unloadable(base, error)) from error
-    if missing := sorted(info["missing_keys"]):
-        raise ModelFolderError(
-            f"{base}: wanted all weights of {type(model).__name__}, saw {len(missing)} missing ({missing[0]}, ...), "
-            "which would be random; save the whole model again"
-        )
+        except Exception as error:
+            raise unloadable(base, error) from error
     refuse_ids_beyond(folder, tokenizer.get_vocab(), model.get_input_embeddings().num_embeddings)
     return tokenizer, model
-
-
-def _unloadable(folder: Path, error: Exception) -> str:
-    """In one sentence what transformers says in a paragraph."""
-    said = " ".join(str(error).split())
-    wanted = f"{folder}: wanted a causal LM that transformers {metadata.version('transformers')} can load, saw"
-    if "trust_remote_code" in said:
-        return f"{wanted} one that needs code of its own (auto_map), which is never run; choose another model"
-    if "does not recognize this architecture" in said:
-        kind = read_json(folder / "config.json").get("model_type")
-        return f"{wanted} the unknown architecture {kind} (model_type in config.json); choose another model"
-    return f"{wanted} {type(error).__name__}: {said[:300]}"
 
 
 # ---------------------------------------------------------------- one batch

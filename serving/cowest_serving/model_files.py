@@ -41,6 +41,7 @@ _CONFIGURATIONS = ("config.json", "generation_config.json", "adapter_config.json
 # What decides the output: everything else in the folder (cards, logs, optimizer states) does not count.
 _DIGESTED = (*_CONFIGURATIONS, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 CARD = "README.md"  # no part of the digest, but it says the licence
+_POINTER = b"version https://git-lfs"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # What trainers leave behind and nothing ever loads.
 _LEFTOVERS = ("training_args.bin", "optimizer.*", "scheduler.*", "scaler.*", "rng_state*")
@@ -123,10 +124,20 @@ def _check_safetensors(folder: Path) -> None:
 def _check_length(path: Path) -> None:
     """A copy that was cut short is found by the header, before anything is loaded."""
     size = path.stat().st_size
+    if not size:
+        raise ModelFolderError(f"{path}: wanted a safetensors file, saw an empty one; copy or save it again")
     try:
         with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise ModelFolderError(
+                    f"{path}: wanted the weights, saw a Git LFS pointer that only names them; run `git lfs pull` in"
+                    " that repository, or download the file itself"
+                )
+            file.seek(0)
             (header_size,) = struct.unpack("<Q", file.read(8))
             header: Mapping[str, Any] = json.loads(file.read(header_size)) if header_size < size else {}
+    except ModelFolderError:
+        raise
     except (struct.error, ValueError, OSError) as error:
         raise ModelFolderError(f"{path}: wanted a safetensors file, saw: {error}; copy or save it again") from error
     ends = (item["data_offsets"][1] for name, item in header.items() if name != "__metadata__")

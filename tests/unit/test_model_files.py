@@ -63,8 +63,12 @@ def test_a_tokenizer_may_come_with_the_adapter_alone(model: Path, adapter: Path)
         (lambda f: (f / "tokenizer.json").unlink(), "wanted a tokenizer"),
         (lambda f: (f / "model.safetensors").unlink(), r"wanted weights as \*.safetensors, saw none"),
         (lambda f: (f / "model.safetensors").write_bytes(weights()[:-1]), "cut short"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"), "cut short|safetensors file"),
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "wanted a safetensors file"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1"),
+            "saw a Git LFS",
+        ),
+        (lambda f: (f / "model.safetensors").write_bytes(b"12 bytes of."), "cut short|safetensors file"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "wanted a safetensors file, saw an empty one"),
         (
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"w": "part-2.safetensors"}}'),
             "wants part-2.safetensors, saw no such file",
