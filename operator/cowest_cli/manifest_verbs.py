@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ import typer
 from cowest_cli import preflight
 from cowest_cli.options import File
 from cowest_operator import manifest
+from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_training.contract import SHOWN, ProblemsError, StepError
 
 Format = Annotated[Literal["text", "json"], typer.Option("--output", "-o", help="text or json.")]
@@ -64,7 +66,7 @@ def validate(
     try:
         loaded = manifest.load(file)
         job = manifest.resolve_files(loaded.job, file.resolve().parent)
-        _check_config_map(loaded)
+        job = _with_prompts(job, loaded)
         facts = _check_files(job, str(file)) if data else None
     except ProblemsError as error:
         _as_json(output, what=error.what, problems=error.problems, remedy=error.remedy)
@@ -101,20 +103,15 @@ def crd(output: Format = "text") -> None:
 # ---------------------------------------------------------------- what a manifest names
 def _check_files(job: Mapping[str, Any], source: str) -> preflight.Facts | None:
     """What is known of the data, where it could be read. Raises `ManifestError` or `StepError`."""
-    preflight.check_files(job["spec"], source)
+    reader = preflight.check_files(job["spec"], source)
     names = preflight.readable_here(job["spec"])
-    return preflight.check_data(job["spec"], source, names) if names else None
+    return preflight.check_data(job["spec"], source, names, reader=reader) if names else None
 
 
 def _sizes(facts: preflight.Facts) -> str:
     """Number of rows by file."""
     sizes = {"training": facts.rows, "held-out": facts.held_out, "explained training": facts.explained}
     return "".join(f", {count} {name} rows" for name, count in sizes.items() if count)
-
-
-def _check_config_map(loaded: manifest.Loaded) -> None:
-    """Templates of a ConfigMap document are checked as inline ones are."""
-    _templates(loaded)
 
 
 def _templates(loaded: manifest.Loaded) -> Mapping[str, str]:
@@ -127,6 +124,15 @@ def _templates(loaded: manifest.Loaded) -> Mapping[str, str]:
         "prompts"
     ]
     return found
+
+
+def _with_prompts(job: dict[str, Any], loaded: manifest.Loaded) -> dict[str, Any]:
+    """Templates of a ConfigMap document are checked as inline ones are, and go into the job."""
+    reference = job["spec"]["collaboration"].get("promptsConfigMapRef")
+    if not reference or reference["name"] not in loaded.config_maps:
+        return job
+    built_in = asdict(DEFAULT_PROMPTS[job["spec"]["collaboration"]["draft"]])
+    return manifest.resolve_prompts(job, loaded.config_maps, built_in)
 
 
 def _notes(loaded: manifest.Loaded) -> Iterator[str]:

@@ -11,12 +11,16 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cowest_operator import manifest
 from cowest_operator.schema import Problem
-from cowest_serving.contract import parse
+from cowest_serving.collaborate import DEFAULT_PROMPTS
+from cowest_serving.contract import Prompts, parse
 from cowest_training.contract import EXIT_BAD_INPUT, Evaluator, Row, StepError
+
+if TYPE_CHECKING:
+    from cowest_serving.loadable import Reader
 
 DATA = ("train", "heldOut")  # the fields of spec.data
 FILLED = ("query", "draft")  # in templates
@@ -46,21 +50,26 @@ class Facts:
 def facts_of(document: Mapping[str, Any], source: str) -> Facts:
     """Read both data sets strictly, wherever they lie. Raises `ManifestError` or `StepError`."""
     spec = document["spec"]
-    check_files(spec, source)
+    reader = check_files(spec, source)
     if spec["weak"]["engine"] == "vLLM" and shutil.which("vllm") is None:
         raise StepError("spec.weak.engine vLLM: wanted the program `vllm` on PATH, saw none: pip install vllm")
-    facts = check_data(spec, source)
+    facts = check_data(spec, source, reader=reader)
     return replace(facts, notes=(*facts.notes, *prompt_notes(spec["collaboration"]["prompts"])))
 
 
-def check_files(spec: Mapping[str, Any], source: str) -> None:
-    """What is named must be there, and the weak model must be one that may be loaded."""
+def check_files(spec: Mapping[str, Any], source: str) -> Reader | None:
+    """What is named must be there, and the weak model must be one that can be loaded.
+
+    What of it reads prompts, where that can be asked here.
+    """
     if problems := list(_missing(spec)):
         raise manifest.ManifestError(source, problems)
-    check_weak_model(spec["weak"]["model"], "spec.weak.model")
+    return check_weak_model(spec["weak"]["model"], "spec.weak.model")
 
 
-def check_data(spec: Mapping[str, Any], source: str, names: Collection[str] = DATA) -> Facts:
+def check_data(
+    spec: Mapping[str, Any], source: str, names: Collection[str] = DATA, *, reader: Reader | None = None
+) -> Facts:
     """The fields of `spec.data` that are named are read, and held beside each other where both are."""
     from cowest_training.data import case_note, check_split, read_rows, rows_digest, unread_note
     from cowest_training.evaluator import check_references, decimal_note, extract_note
@@ -72,12 +81,15 @@ def check_data(spec: Mapping[str, Any], source: str, names: Collection[str] = DA
     evaluator = parse(Evaluator, spec["feedback"]["evaluator"])
     check_references(train, evaluator)
     check_references(held_out, evaluator)
-    if train and spec["weak"]["model"].startswith(manifest.FILE):
-        check_tokenizer(spec["weak"]["model"], train)
     if "heldOut" in names:
         _check_held_out(len(held_out), spec["gate"]["minHeldOut"], source)
     if train and (problems := [*_nothing_to_learn(spec, train)]):
         raise manifest.ManifestError(source, problems)
+    model, of_prompts = spec["weak"]["model"], list[str]()
+    if model.startswith(manifest.FILE):
+        if train:
+            check_tokenizer(model, train)
+        of_prompts = _check_prompts(spec, model, train, held_out, reader)
     explained = sum(row.explanation is not None for row in train)
     characters = sum(len(row.query) for row in held_out) / max(1, len(held_out))
     of_rows = (
@@ -86,7 +98,7 @@ def check_data(spec: Mapping[str, Any], source: str, names: Collection[str] = DA
         decimal_note(evaluator, [*train, *held_out]),
         *(case_note(train), case_note(held_out)),
     )
-    notes = [*filter(None, of_rows), *(_tuning_notes(spec, train) if train else ())]
+    notes = [*filter(None, of_rows), *(_tuning_notes(spec, train) if train else ()), *of_prompts]
     return Facts(
         len(train),
         len(held_out),
@@ -103,15 +115,26 @@ def check_data(spec: Mapping[str, Any], source: str, names: Collection[str] = DA
 
 def _tuning_notes(spec: Mapping[str, Any], train: Sequence[Row]) -> Iterator[str]:
     """What tuning will not learn from."""
-    from cowest_training.round_trip import context_notes, length_notes
+    from cowest_training.round_trip import length_notes
 
     sft, model = spec["training"]["sft"], spec["weak"]["model"]
     yield from _pairs_notes(spec, len(train))
     if sft != "Never" and model.startswith(manifest.FILE):
         limits = spec["training"]["maxLength"], spec["collaboration"]["draftMaxTokens"]
         yield from length_notes(model, train, *limits)
-    if model.startswith(manifest.FILE):
-        yield from context_notes(model, train, spec["collaboration"]["draftMaxTokens"])
+
+
+def _check_prompts(
+    spec: Mapping[str, Any], model: str, train: Sequence[Row], held_out: Sequence[Row], reader: Reader | None
+) -> list[str]:
+    """Raises `StepError` where the model can be asked none of the rows."""
+    from cowest_training.prompts import HELD_OUT, TRAIN, Asked, check_prompts
+
+    collaboration = spec["collaboration"]
+    given = {**asdict(DEFAULT_PROMPTS[collaboration["draft"]]), **(collaboration.get("prompts") or {})}
+    is_tuned = spec["rounds"]["max"] > 0
+    asked = Asked(Prompts(**given), collaboration["draftMaxTokens"], spec["training"]["maxLength"], is_tuned)
+    return check_prompts(model, {TRAIN: train, HELD_OUT: held_out}, asked, reader)
 
 
 def _most_pairs(feedback: Mapping[str, Any], queries: int) -> int:
@@ -214,33 +237,44 @@ def _missing(spec: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(f"spec.{name}", f"wanted a JSONL or Parquet file, saw the folder {uri}", "Name a file in it")
 
 
-def check_weak_model(uri: str, what: str) -> None:
-    """A local folder is looked at: safetensors, config and tokenizer must be there and fit, pickles must not."""
+def check_weak_model(uri: str, what: str) -> Reader | None:
+    """A local folder is looked at: it must be one that can be loaded, without anybody's code.
+
+    What of it reads prompts, where that can be asked here. Raises `StepError`.
+    """
     if not uri.startswith(manifest.FILE):
-        return
+        return None
+    from cowest_serving.loadable import check_loadable
     from cowest_serving.model_files import ModelFolderError, check_model_folder
     from cowest_training.round_trip import check_ids
 
+    folder = manifest.local_path(uri)
     try:
-        check_model_folder(manifest.local_path(uri))
+        check_model_folder(folder)
+        reader = check_loadable(folder)
     except ModelFolderError as error:
         raise StepError(f"{what}: {error}", EXIT_BAD_INPUT) from error
-    check_ids(uri)
+    if reader is None:
+        check_ids(uri)
+    return reader
 
 
 def check_proposed(uri: str, document: Mapping[str, Any] | None) -> None:
-    """The same of a model that is proposed, and whether it reads the training rows, where these can be read here.
+    """The same of a model that is proposed, and whether it reads the rows, where these can be read here.
 
     Raises `StepError`.
     """
-    check_weak_model(uri, "--model")
-    if not uri.startswith(manifest.FILE) or document is None or "train" not in readable_here(document["spec"]):
+    reader = check_weak_model(uri, "--model")
+    if not uri.startswith(manifest.FILE) or document is None:
         return
     from cowest_training.data import read_rows
     from cowest_training.round_trip import check_tokenizer
 
+    spec, names = document["spec"], readable_here(document["spec"])
     try:
-        rows = read_rows(document["spec"]["data"]["train"])
+        train, held_out = (read_rows(spec["data"][name]) if name in names else [] for name in DATA)
     except StepError:  # the data are no fault of the model, and for the loop to say
         return
-    check_tokenizer(uri, rows)
+    if train:
+        check_tokenizer(uri, train)
+    _check_prompts(spec, uri, train, held_out, reader)

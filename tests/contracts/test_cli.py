@@ -15,6 +15,7 @@ from cowest_cli import main as cli
 from cowest_operator import manifest
 from cowest_operator.schema import Problem
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_FAILED, EXIT_OK, EXIT_RETRY, StepError
+from tests.loop.tiny_models import make_model
 from tests.manifests import edited, smallest
 
 
@@ -55,14 +56,10 @@ def write_rows(path: Path, prefix: str, count: int) -> None:
 @pytest.fixture
 def desk(tmp_path: Path) -> Path:
     """A folder with a manifest and all that it names."""
-    weak = tmp_path / "weak"
-    weak.mkdir()
-    (weak / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
-    (weak / "tokenizer.json").write_text("{}")
-    header = json.dumps({"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
-    (weak / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
     write_rows(tmp_path / "train.jsonl", "train", 5)
     write_rows(tmp_path / "held_out.jsonl", "held", 100)
+    known = ["train held question why so", *(str(i * 7919) for i in range(100))]
+    make_model(tmp_path / "weak", known, max_position_embeddings=2048)
     job = edited(
         {"weak.model": "file://weak", "data.train": "file://train.jsonl", "data.heldOut": "file://held_out.jsonl"}
     )
@@ -93,10 +90,12 @@ def test_validate_prints_all_defaults_as_json(cowest: Any, desk: Path) -> None:
 
 
 def test_validate_refuses_a_tokenizer_with_more_ids_than_embeddings(cowest: Any, desk: Path) -> None:
-    (desk / "weak" / "config.json").write_text('{"model_type": "llama", "vocab_size": 2}')
-    (desk / "weak" / "tokenizer.json").write_text(NOTHING_BUT_UNKNOWN.replace('"<unk>": 0', '"<unk>": 0, "more": 2'))
+    file = desk / "weak" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["vocab"]["more"] = 999
+    file.write_text(json.dumps(tokenizer))
     said = cowest("validate", "-f", str(desk / "job.yaml"))
-    assert said.code == EXIT_BAD_INPUT and "Too many: 'more' (2)" in said.err
+    assert said.code == EXIT_BAD_INPUT and "Too many: 'more' (999)" in said.err
 
 
 def test_validate_needs_no_files_with_no_data(cowest: Any, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from cowest_serving.store import StoreError
 from cowest_training import check
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, Manifest, StepError, StepSettings
 from cowest_training.steps import read_manifest
+from tests.loop.tiny_models import make_model
 from tests.world import SPEC
 
 UNKNOWN = '{"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"}}'
@@ -25,14 +26,17 @@ class Desk:
         self.folder = folder
         self.rows("train", 3, explanation="because")
         self.rows("held_out", 2)
-        for name in ("config.json", "model.safetensors", "tokenizer.json"):
-            self.file(f"weak/{name}")
+        known = [f"{name} {i}? because" for name in ("train", "held_out") for i in range(4)]
+        make_model(folder / "weak", known, max_position_embeddings=2048)
         self.declare()
 
     def file(self, name: str, text: str = "{}") -> None:
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
+
+    def change(self, name: str, **values: Any) -> None:
+        self.file(name, json.dumps({**json.loads((self.folder / name).read_text()), **values}))
 
     def rows(self, name: str, count: int, **more: Any) -> None:
         rows = [{"id": f"{name}{i}", "query": f"{name} {i}?", "reference": "12", **more} for i in range(count)]
@@ -89,7 +93,7 @@ def test_a_change_of_any_file_is_looked_at_anew(desk: Desk, changed: str) -> Non
     if changed == "evaluator":
         desk.declare(type="TokenF1")
     elif changed == "weak":
-        desk.file("weak/model.safetensors", "other weights")
+        desk.change("weak/config.json", bos_token_id=1)
     else:
         desk.rows(changed, 4)
     second = desk.check()
@@ -113,6 +117,14 @@ def test_a_change_of_any_file_is_looked_at_anew(desk: Desk, changed: str) -> Non
             lambda d: (d.folder / "weak/model.safetensors").unlink(), r"wanted weights as \*.safetensors", id="weights"
         ),
         pytest.param(lambda d: (d.folder / "weak/config.json").unlink(), "wanted config.json or", id="configuration"),
+        pytest.param(
+            lambda d: d.change("weak/config.json", hidden_size=32), r"weak: wanted weights of the shapes", id="shapes"
+        ),
+        pytest.param(
+            lambda d: d.file("weak/chat_template.jinja", "{{ raise_exception('no system') }}"),
+            "refuses all 3 that were looked at: .*no system",
+            id="a template that takes nothing",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(desk: Desk, breakage: Any, message: str) -> None:
@@ -130,9 +142,8 @@ def test_a_tokenizer_that_loses_the_text_of_the_rows_is_refused(desk: Desk) -> N
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(desk: Desk) -> None:
-    desk.file("weak/tokenizer.json", UNKNOWN.replace('"?": 0', '"?": 0, "more": 7'))
-    desk.file("weak/config.json", '{"model_type": "llama", "vocab_size": 7}')
-    with pytest.raises(StepError, match=r"saw 7 for ids up to 7. Too many: 'more' \(7\)"):
+    desk.file("weak/tokenizer.json", UNKNOWN.replace('"?": 0', '"?": 0, "more": 77'))
+    with pytest.raises(StepError, match=r"for ids up to 77. Too many: 'more' \(77\)"):
         desk.check()
 
 

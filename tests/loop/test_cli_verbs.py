@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
@@ -34,6 +34,7 @@ from cowest_training.paid_calls import PaidCalls
 from cowest_training.steps import manifest_json
 from tests import world as w
 from tests.fakes import Fault, ScriptedModel
+from tests.loop.tiny_models import make_model
 from tests.manifests import edited
 from tests.ports import free_port
 
@@ -397,15 +398,14 @@ def test_a_user_without_a_name_can_say_something_too(
 
 
 def write_model(folder: Path) -> Path:
-    """What is looked at of a model before it is loaded."""
-    folder.mkdir()
-    header = json.dumps({"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
-    (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 1}')
-    words = {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}
-    tokenizer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": words}
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return folder
+    """One that knows no word of the rows."""
+    return make_model(folder, ["gamma"], max_position_embeddings=2048)
+
+
+def change_json(file: Path, change: Callable[[Any], object]) -> None:
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
 
 
 def train_on(place: jobs.Home, folder: Path) -> None:
@@ -422,11 +422,14 @@ def train_on(place: jobs.Home, folder: Path) -> None:
         pytest.param(lambda m: (m / "tokenizer.json").unlink(), "--model: ", id="no tokenizer"),
         pytest.param(lambda m: (m / "old.bin").touch(), "saw the pickle file old.bin", id="pickle"),
         pytest.param(
-            lambda m: (m / "tokenizer.json").write_text(
-                (m / "tokenizer.json").read_text().replace('"<unk>": 0', '"<unk>": 0, "more": 1')
-            ),
-            "Too many: 'more' (1)",
+            lambda m: change_json(m / "tokenizer.json", lambda t: t["model"]["vocab"].update(more=9)),
+            "Too many: 'more' (9)",
             id="an id without an embedding",
+        ),
+        pytest.param(
+            lambda m: change_json(m / "config.json", lambda c: c.update(num_hidden_layers=3)),
+            "mine: wanted all weights of LlamaForCausalLM, saw 9 missing",
+            id="too few weights",
         ),
         pytest.param(lambda m: None, "loses most characters of 2 of 2 rows", id="it cannot read the rows"),
     ],
@@ -764,12 +767,8 @@ def write_rows(path: Path, prefix: str, count: int) -> None:
 
 
 def write_weak_model(folder: Path) -> None:
-    """As much of one as is looked at before anything runs."""
-    folder.mkdir()
-    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
-    (folder / "tokenizer.json").write_text("{}")
-    header = json.dumps({"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    known = ["train held question", *(str(i * 7919) for i in range(200))]
+    make_model(folder, known, max_position_embeddings=2048)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cowest_training.contract import EXIT_BAD_INPUT, Row, StepError
-from cowest_training.round_trip import check_ids, context_notes, length_notes, lost, refuse_lost_text, round_trip_of
+from cowest_training.round_trip import check_ids, length_notes, lost, refuse_lost_text, round_trip_of
 
 
 def rows(*queries: str) -> list[Row]:
@@ -92,20 +92,6 @@ def test_rows_that_sft_leaves_out_and_drafts_that_would_be_cut_are_counted(tmp_p
     )
     assert length_notes(tmp_path.as_uri(), asked, 100, 10) == []
     assert length_notes((tmp_path / "elsewhere").as_uri(), asked, 1, 1) == [], "read by the step that loads it"
-
-
-@pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions"])
-def test_queries_that_the_weak_model_has_no_room_for_are_counted(tmp_path: Path, name: str) -> None:
-    (tmp_path / "tokenizer.json").write_text(words("what", "is", "alpha"))
-    asked = rows("what is alpha", "what is " + "alpha " * 10)
-    assert context_notes(tmp_path.as_uri(), asked, 8) == [], "no config.json: for the step that loads it to say"
-    (tmp_path / "config.json").write_text(json.dumps({name: 12}))
-    (beyond,) = context_notes(tmp_path.as_uri(), asked, 8)
-    assert beyond.startswith("1 of 2 training rows that were looked at are longer than the weak model's context of 12")
-    bound, _ = context_notes(tmp_path.as_uri(), asked, 12)
-    assert bound.startswith("collaboration.draftMaxTokens = 12 leaves a prompt no room")
-    (tmp_path / "config.json").write_text(json.dumps({name: 100}))
-    assert context_notes(tmp_path.as_uri(), asked, 99) == []
 
 
 def weak(folder: Path, model_type: str, embeddings: int | None, **roles: str) -> str:

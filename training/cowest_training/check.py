@@ -9,23 +9,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cowest_serving import store
 from cowest_serving.contract import digest_of
+from cowest_serving.loadable import Reader, check_loadable
+from cowest_serving.model_files import ModelFolderError, check_model_folder
 from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row, StepError, evaluator_digest
 from cowest_training.data import case_note, check_split, read_rows, rows_digest, unread_note
 from cowest_training.evaluator import check_references, decimal_note, extract_note
-from cowest_training.round_trip import check_ids, check_tokenizer, context_notes
-from cowest_training.steps import Progress, load_settings, load_spec, open_output, parser, run, say
-
-CONFIGURATIONS = ("config.json", "adapter_config.json")
+from cowest_training.prompts import HELD_OUT, TRAIN, Asked, check_prompts, prompts_of
+from cowest_training.round_trip import CONFIGURATIONS, check_ids, check_tokenizer, small_files
+from cowest_training.steps import Progress, load_settings, load_spec, local_path, open_output, parser, run, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser(__doc__).parse_args(argv)
     settings = load_settings(args.job)
-    data, evaluator, model = settings.data, settings.feedback.evaluator, weak_model(load_spec(args.job))
+    spec = load_spec(args.job)
+    data, evaluator, model = settings.data, settings.feedback.evaluator, weak_model(spec)
     inputs = {
         "train": store.fingerprint(data.train),
         "held_out": store.fingerprint(data.held_out),
@@ -52,9 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress.update(1, 2, "checks", "looking at the weak model")
     check_weak_model(model)
     if not is_of_the_hub(model):
-        check_ids(model)
+        reader = check_loaded(model)
         check_tokenizer(model, train)
-        for note in context_notes(model, train, settings.collaboration.draft_max_tokens):
+        asked = Asked(
+            prompts_of(settings.collaboration),
+            settings.collaboration.draft_max_tokens,
+            settings.training.max_length,
+            is_tuned=spec.get("rounds", {}).get("max", 1) > 0,
+        )
+        for note in check_prompts(model, {TRAIN: train, HELD_OUT: held_out}, asked, reader):
             say(f"note: {note}")
     digest = digest_of([rows_digest(train), rows_digest(held_out)])
     output.finish(kind="Check", metrics=facts(train, held_out), digest=digest)
@@ -116,6 +126,29 @@ def check_weak_model(uri: str) -> None:
             f"spec.weak.model: wanted {' and '.join(missing)} in {uri}, saw {', '.join(sorted(names)[:5])}. "
             "Name the folder that `model.save_pretrained` wrote."
         )
+
+
+def check_loaded(uri: str) -> Reader | None:
+    """Of a folder here all but its weights is read, of one in a store what is quick to read.
+
+    What of it reads prompts, where that can be asked here. Raises `StepError`.
+    """
+    folder = local_path(uri)
+    try:
+        if folder is not None:
+            check_model_folder(folder)
+            reader = check_loadable(folder)
+        elif store.exists(store.join(uri, "config.json")):
+            with TemporaryDirectory() as copy:
+                small_files(uri, Path(copy))
+                reader = check_loadable(copy, named=uri, has_weights=False)
+        else:
+            reader = None  # an adapter: its base may lie anywhere
+    except ModelFolderError as error:
+        raise StepError(f"spec.weak.model: {error}.") from error
+    if reader is None:
+        check_ids(uri)
+    return reader
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from cowest_serving.contract import message_text
 from cowest_serving.model_files import TOKENIZER_FILES, ModelFolderError, refuse_ids_beyond
 from cowest_training.contract import Row, StepError
 
+CONFIGURATIONS = ("config.json", "adapter_config.json")
 SAMPLE = 200  # rows that are looked at, spread over all
 CHARACTERS = 2000  # of each text
 MAX_LOST = 0.5  # of the characters of one text
@@ -67,29 +68,6 @@ def length_notes(uri: str, rows: Sequence[Row], max_length: int, draft_max_token
     return found
 
 
-def context_notes(uri: str, rows: Sequence[Row], draft_max_tokens: int) -> list[str]:
-    """Which of some rows the weak model cannot read whole, and a bound of drafts that never binds."""
-    file, places = store.join(uri, "tokenizer.json"), _number(uri, *_PLACES)
-    if places is None:
-        return []
-    found = []
-    if draft_max_tokens >= places:
-        found.append(
-            f"collaboration.draftMaxTokens = {draft_max_tokens} leaves a prompt no room: the weak model's context is"
-            f" {places} tokens (its config.json) for prompt and draft together. Drafts end where the context does."
-        )
-    count = token_counter_of(store.get(file).decode(errors="replace")) if store.exists(file) else None
-    sample = rows[:: max(1, len(rows) // SAMPLE)] if count else ()
-    lengths = [sum(count(message_text(m)) for m in row.messages) for row in sample] if count else []
-    if beyond := sum(length >= places for length in lengths):
-        found.append(
-            f"{beyond} of {len(lengths)} training rows that were looked at are longer than the weak model's context of"
-            f" {places} tokens (the longest has {max(lengths)}, without the prompt's own words): it can draft nothing"
-            " for queries like them."
-        )
-    return found
-
-
 def token_counter_of(tokenizer_json: str) -> Callable[[str], int] | None:
     """By the `tokenizer.json` of a model; None where it cannot be read here."""
     tokenizer = _tokenizer(tokenizer_json)
@@ -126,7 +104,20 @@ def _embeddings(uri: str) -> int | None:
     return _number(uri, "vocab_size")
 
 
-_PLACES = ("max_position_embeddings", "n_positions")  # the second in files of GPT-2 and its kin
+def context_of(uri: str) -> int | None:
+    """Tokens of prompt and draft together, by `config.json`; None where it does not say."""
+    return _number(uri, "max_position_embeddings", "n_positions")  # the second in files of GPT-2 and its kin
+
+
+def small_files(uri: str, folder: Path) -> None:
+    """Copy configuration and tokenizer of a model in a store: all of it that is quick to read."""
+    root = uri.rstrip("/") + "/"
+    for file in store.list_files(uri):
+        name = file.removeprefix(root)
+        if name in CONFIGURATIONS or any(fnmatch(name, pattern) for pattern in TOKENIZER_FILES):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(store.get(file))
 
 
 def _number(uri: str, *names: str) -> int | None:
@@ -149,14 +140,8 @@ def _as_loaded(uri: str) -> dict[str, int]:
     except ImportError:
         return {}
     quiet_transformers()
-    root = uri.rstrip("/") + "/"
-    names = [file.removeprefix(root) for file in store.list_files(uri)]
-    wanted = [n for n in names if n == "config.json" or any(fnmatch(n, pattern) for pattern in TOKENIZER_FILES)]
     with TemporaryDirectory() as folder:
-        for name in wanted:
-            path = Path(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(store.get(root + name))
+        small_files(uri, Path(folder))
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception:  # whatever the library makes of a broken folder: the step that loads it says what
