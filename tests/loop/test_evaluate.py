@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cowest_serving.contract import Pair
+from cowest_serving.model_files import ModelFolderError, model_digest
 from cowest_training import evaluate
 from cowest_training.contract import EXIT_INTERRUPTED, EXIT_RETRY, EvaluationReport, Row, load_report
 from cowest_training.data import read_rows
@@ -81,6 +82,44 @@ def test_against_the_strong_alone_the_control_is_solo_and_paid_once(tmp_path: Pa
     assert report.arm("candidate").hurt_rate == float(not right[0]) / 8
     assert (report.arm("solo").hurt_rate, report.strong_version) == (0.0, "fp_1")
     assert [(part.group, part.n) for part in report.slices] == [("even", 4), ("odd", 4)]
+
+
+def spoil(folder: Path) -> str:
+    """One layer more than there are weights for; the digest that the folder has then."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    return model_digest(folder)
+
+
+@pytest.mark.parametrize("whose", ["candidate", "control"])
+def test_a_weak_model_that_cannot_be_loaded_ends_the_step_before_anything_is_paid(
+    tmp_path: Path, strong: ScriptedModel, whose: str
+) -> None:
+    step = Step(tmp_path, strong)
+    other = world.make_pair(tmp_path / "other", strong, seed=1)
+    broken = replace(other, weak_digest=spoil(tmp_path / "other"))
+    control = broken
+    if whose == "candidate":
+        step.candidate, control = broken, step.candidate
+    with pytest.raises(ModelFolderError, match=f"{tmp_path}/other: wanted all weights of LlamaForCausalLM"):
+        step.run(control)
+    assert strong.paid == []
+
+
+def test_queries_that_the_chat_template_refuses_are_counted_with_the_reason(
+    tmp_path: Path, strong: ScriptedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Step(tmp_path, strong)
+    refusing = "{% if 'alpha' in messages[0].content %}{{ raise_exception('no alpha') }}{% endif %}<user> "
+    (tmp_path / "weak/chat_template.jinja").write_text(refusing + "{{ messages[0].content }} <end>")
+    step.candidate = replace(step.candidate, weak_digest=model_digest(tmp_path / "weak"))
+    step.run()
+    note = "Note: the weak model of the candidate drafts nothing for 1 of 8 queries: the model's chat template refuses"
+    assert note in (said := capsys.readouterr().err) and "no alpha" in said
+    assert [item["candidate_draft"] is None for item in step.items()].count(True) == 1
+    (tmp_path / "out/manifest.json").unlink()
+    step.run(out="again")
+    assert note in capsys.readouterr().err, "the reason is kept with the drafts"
 
 
 def test_progress_counts_answers_of_the_strong_model_and_says_which_calls_are_paid_now(

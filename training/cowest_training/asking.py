@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from cowest_serving.generate import Generator
 
 BATCH_DRAFTS = 64  # drafts drawn at once; part of what makes a ledger reproducible
+_NUMBER = re.compile(r"\d+")
 JUDGE = "judge"  # in the purpose of a judge's calls
 NO_SUCH_JUDGE = ("model_not_found", "unknown_url")  # says a proxy whose manifest names another judge, or none
 DEADLINE_OVER_TIMEOUT = 3  # a step can wait out a rate limit for longer than a user would wait for an answer
@@ -96,12 +98,18 @@ class Drafts:
         self.batches = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
         self._path = folder / f"{recipe.digest(rows).removeprefix('sha256:')}.jsonl"
         self._known = _read_batches(self._path)
+        self.refused: dict[str, str] = _read_refused(self._path)  # why no draft can be drawn, by query id
         self._generator: Generator | None = None
 
     @property
     def on_disk(self) -> int:
         """Batches that were drawn before."""
         return len(self._known)
+
+    @property
+    def are_on_disk(self) -> bool:
+        """All of them."""
+        return len(self._known) >= len(self.batches)
 
     @property
     def rows(self) -> int:
@@ -112,11 +120,22 @@ class Drafts:
         """Rows whose drafts were drawn before."""
         return sum(len(batch) for number, batch in enumerate(self.batches) if number in self._known)
 
+    def load(self) -> None:
+        """The weak model, where a draft is still to be drawn: before anything is paid. Blocks. Raises as it does."""
+        if not self.are_on_disk:
+            self._generator = self._generator or load_generator(self.recipe.pair)
+
+    def unload(self) -> None:
+        self._generator = None
+
     def draw(self, number: int) -> dict[str, list[Draft]]:
         """The drafts of one batch of rows, by query id, in order of index; none where none can be drawn. Blocks."""
         if number not in self._known:
-            self._known[number] = self._draw(self.batches[number])
-            _append(self._path, {"batch": number, "drafts": [list(vars(d).values()) for d in self._known[number]]})
+            batch = self.batches[number]
+            self._known[number] = self._draw(batch)
+            refused = {row.id: self.refused[row.id] for row in batch if row.id in self.refused}
+            drafts = [list(vars(draft).values()) for draft in self._known[number]]
+            _append(self._path, {"batch": number, "drafts": drafts, "refused": refused})
         found: dict[str, list[Draft]] = {row.id: [] for row in self.batches[number]}
         for draft in self._known[number]:
             found[draft.query_id].append(draft)
@@ -131,12 +150,14 @@ class Drafts:
 
         recipe = self.recipe
         generator = self._generator = self._generator or load_generator(recipe.pair)
-        wanted = [
-            (row.id, index, draft_seed(recipe.seed, row.id, index), ids)
-            for row in rows
-            if (ids := prompt_ids(generator, row, recipe.pair)) is not None
-            for index in range(recipe.drafts_per_query)
-        ]
+        wanted = []
+        for row in rows:
+            ids = prompt_ids(generator, row, recipe.pair)
+            if isinstance(ids, Refused):
+                self.refused[row.id] = ids.why
+                continue
+            indices = range(recipe.drafts_per_query)
+            wanted += [(row.id, index, draft_seed(recipe.seed, row.id, index), ids) for index in indices]
         drawn = generator.run(
             [Ask(ids, recipe.max_tokens, recipe.temperature if index else 0.0, seed) for _, index, seed, ids in wanted]
         )
@@ -146,18 +167,37 @@ class Drafts:
         ]
 
 
-def prompt_ids(generator: Generator, row: Row, pair: Pair) -> list[int] | None:
-    """None where the weak model cannot be asked: too long for it, or not text. In service the strong answers alone."""
+@dataclass(frozen=True)
+class Refused:
+    """The weak model cannot be asked. In service the strong one answers alone."""
+
+    why: str
+
+
+NOT_TEXT = "the conversation is not text alone"
+
+
+def prompt_ids(generator: Generator, row: Row, pair: Pair) -> list[int] | Refused:
+    """Refused where it is too long, not text, or not what the model's chat template takes."""
     from cowest_serving.generate import PromptError
 
     if not is_draftable(row.messages):
-        return None
+        return Refused(NOT_TEXT)
     try:
         ids = generator.encode(draft_messages(row.messages, pair.prompts))
         generator.room(ids)
-    except PromptError:
-        return None
+    except PromptError as error:
+        return Refused(str(error))
     return ids
+
+
+def refused_words(refused: Mapping[str, str], rows: int, whose: str) -> list[str]:
+    """A sentence for each reason for which no draft was drawn, the most frequent first; three at most."""
+    kinds: dict[str, list[str]] = {}
+    for why in refused.values():
+        kinds.setdefault(_NUMBER.sub("#", why), []).append(why)
+    found = sorted(kinds.values(), key=len, reverse=True)[:3]
+    return [f"Note: {whose} drafts nothing for {len(whys)} of {rows} queries: {whys[0]}." for whys in found]
 
 
 def load_generator(pair: Pair) -> Generator:
@@ -167,19 +207,35 @@ def load_generator(pair: Pair) -> Generator:
     from cowest_serving.model_files import resolve_model
 
     generator = Generator.load(resolve_model(pair.weak_uri))
-    if pair.weak_digest and generator.digest != pair.weak_digest:
+    _refuse_other(pair, generator.digest)
+    return generator
+
+
+def _refuse_other(pair: Pair, seen: str) -> None:
+    if pair.weak_digest and seen != pair.weak_digest:
         raise StepError(
-            f"{pair.weak_uri}: wanted the weak model {pair.weak_digest}, saw {generator.digest}. "
+            f"{pair.weak_uri}: wanted the weak model {pair.weak_digest}, saw {seen}. "
             "Its files were changed: publish them as a model of its own and propose that one."
         )
-    return generator
+
+
+def check_pair(pair: Pair) -> None:
+    """Whether the pair's weak model is there, its own, and can be loaded; without loading it. Raises."""
+    from cowest_serving.loadable import check_loadable
+    from cowest_serving.model_files import check_model_folder, model_digest, resolve_model
+
+    folder = resolve_model(pair.weak_uri)
+    check_model_folder(folder)
+    _refuse_other(pair, model_digest(folder))
+    check_loadable(folder, named=pair.weak_uri)
 
 
 def generate_greedy(generator: Generator, row: Row, pair: Pair, max_tokens: int) -> str | None:
     """One draft for one query; None where none can be drawn. Blocks."""
     from cowest_serving.generate import Ask
 
-    if (ids := prompt_ids(generator, row, pair)) is None:
+    ids = prompt_ids(generator, row, pair)
+    if isinstance(ids, Refused):
         return None
     return generator.run([Ask(ids, max_tokens, 0.0, 0)])[0].text
 
@@ -213,6 +269,13 @@ def drafts_folder(calls: str | Path) -> Path:
 
 def _read_batches(path: Path) -> dict[int, list[Draft]]:
     return {line["batch"]: [Draft(*values) for values in line["drafts"]] for line in _read_lines(path)}
+
+
+def _read_refused(path: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for line in _read_lines(path):
+        found |= line.get("refused", {})
+    return found
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -333,14 +396,18 @@ class Asking:
             judge.remember()
         return score
 
-    def refuse_nothing_but_errors(self, errors: int, asked: int) -> None:
-        """Models that find every query wrong are set up wrongly; that is no measurement."""
+    def refuse_nothing_but_errors(self, errors: int, asked: int, refused: Mapping[str, str] | None = None) -> None:
+        """Models that find every query wrong are set up wrongly; that is no measurement.
+
+        `refused`: why the weak model could not be asked, by query id.
+        """
         if asked and errors == asked:
             why = f"the strong model refused them. It said first: {self._first_error}"
-            too_long = (
-                "they do not fit into the weak model's context. Shorten the prompts or choose another weak model."
+            first = next(iter((refused or {}).values()), "they do not fit into its context")
+            undrafted = (
+                f"the weak model cannot be asked: {first}. Change prompts or data, or choose another weak model."
             )
-            raise StepError(f"None of the {asked} queries could be answered: {why if self._first_error else too_long}")
+            raise StepError(f"None of the {asked} queries could be answered: {why if self._first_error else undrafted}")
 
     async def _ask(self, messages: Messages, pair: Pair, purpose: str, redacted: Redacted) -> Reply:
         """The answer as a user gets it: with the values again that the strong model does not see."""

@@ -18,7 +18,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,12 @@ from .asking import (
     Drafts,
     Recipe,
     Reply,
+    check_pair,
     drafts_folder,
     each_batch,
     open_asking,
     read_pair,
+    refused_words,
     unusual_words,
     version_counts,
     versions,
@@ -145,6 +147,7 @@ class Run:
     arms: Mapping[str, Sequence[Item]]
     spent: Mapping[str, Spent]  # by arm; what a judge cost besides
     unusual: Mapping[str, int]  # answers that were cut off, filtered or empty
+    refused: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by arm and query: why it has no draft
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,11 @@ class _Job:
 
 async def _ask_all(job: _Job, rows: Sequence[Row], progress: steps.Progress) -> Run:
     strong, evaluator = job.settings.strong, job.settings.feedback.evaluator
+    # Before the first paid call. One weak model at a time in memory: that of the control is loaded when its turn comes.
+    drawn = {"candidate": job.drafts(job.candidate, rows)}
+    if job.control and not (job.drafts(job.control, rows).are_on_disk or shares_drafts(job.candidate, job.control)):
+        await asyncio.to_thread(check_pair, job.control)
+    await asyncio.to_thread(drawn["candidate"].load)
     async with open_asking(
         strong, evaluator, job.calls, purpose=job.purpose, round_number=job.round,
         redaction=job.settings.collaboration.redaction,
@@ -194,15 +202,21 @@ async def _ask_all(job: _Job, rows: Sequence[Row], progress: steps.Progress) -> 
                         start(group, "weak", _weak_alone(asking, row, draft or ""))
 
                 # One weak model at a time in memory. The same one twice is drawn once: its drafts are on disk.
-                drafts = job.drafts(pair, rows)
+                drafts = drawn[name] = drawn.get(name) or job.drafts(pair, rows)
                 async with shown.drawing(name, drafts):
                     await each_batch(drafts, ask)
+                drafts.unload()
             shown.show()
         arms = {name: [task.result() for task in found] for name, found in tasks.items()}
         asking.refuse_nothing_but_errors(sum(bool(item.reply.error) for item in arms["candidate"]), len(rows))
         spent = {name: asking.calls.spent(purpose=f"{job.purpose}:{name}") for name in arms} | {JUDGE: asking.judged}
         # Alone in control, the strong model's answers are the solo ones, paid for once.
-        return Run({"control": arms[SOLO]} | arms, {"control": Spent()} | spent, asking.unusual)
+        refused = {name: drafts.refused for name, drafts in drawn.items()}
+        return Run({"control": arms[SOLO]} | arms, {"control": Spent()} | spent, asking.unusual, refused)
+
+
+def shares_drafts(one: Pair, other: Pair) -> bool:
+    return (one.weak_digest, one.prompts.draft) == (other.weak_digest, other.prompts.draft)
 
 
 class _Shown:
@@ -426,6 +440,8 @@ def measured(report: EvaluationReport, run: Run) -> dict[str, Any]:
 def notes(report: EvaluationReport, run: Run) -> list[str]:
     """What a person should look at, a sentence each."""
     found = unusual_words(run.unusual)
+    for name, refused in run.refused.items():
+        found += refused_words(refused, report.arms[0].n, f"the weak model of the {name}")
     if not any(arm.score for arm in report.arms):
         found.append(ALL_ZERO)
     return found

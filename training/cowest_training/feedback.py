@@ -51,6 +51,7 @@ from .asking import (
     each_batch,
     open_asking,
     read_pair,
+    refused_words,
     unusual_words,
 )
 from .cards import DatasetCard, dataset_card
@@ -100,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_pairs(output.folder / PAIRS, pairs, pair)
     metrics = measured(asked, pairs, len(chosen), settings.feedback.min_margin)
     for words in notes(metrics):
+        steps.say(words)
+    for words in refused_words(drafts.refused, len(chosen), "the weak model"):
         steps.say(words)
     if shard:
         output.finish(kind="FeedbackShard", metrics={**metrics, "refusal": asked.refusal})
@@ -251,7 +254,7 @@ async def _ask_all(job: _Job, drafts: Drafts, progress: steps.Progress) -> Asked
         ledger = [task.result() for task in tasks]
         refusal = ""
         try:
-            asking.refuse_nothing_but_errors(len(ledger) - sum(map(bool, ledger)), len(ledger))
+            asking.refuse_nothing_but_errors(len(ledger) - sum(map(bool, ledger)), len(ledger), drafts.refused)
         except StepError as error:
             refusal = str(error)
         entries = [entry for found in ledger for entry in found]

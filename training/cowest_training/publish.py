@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cowest_serving import store
+from cowest_serving.loadable import check_loadable
 from cowest_serving.model_files import CARD, check_model_folder, is_adapter, model_digest
 from cowest_training.cards import ModelCard, model_card
 from cowest_training.contract import EXIT_OK, Manifest
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     progress = Progress(args.progress, "publish")
     source = weak_folder(args.model)
+    check_loadable(source, named=args.model)  # before it is copied, and before anything is paid for its drafts
     progress.update(1, 3, "stages", "checked")
     with tempfile.TemporaryDirectory(prefix="cowest-publish-") as scratch:
         whole = self_contained(source, Path(scratch))
