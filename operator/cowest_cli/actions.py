@@ -289,7 +289,8 @@ def propose(
     """Gate any model as a candidate: same gate, same canary as a tuned one.
 
     A folder on this machine is looked at first, as `cowest validate` looks at a base; what could not be tuned or served
-    is refused, and nothing recorded. A model elsewhere is looked at when its round begins.
+    is refused, and nothing recorded. A model elsewhere is looked at when its round begins: one that cannot be loaded is
+    refused then, before anything is paid for it. `cowest rollback` takes a proposal back whose trial goes on failing.
     """
     if where.job is not None:
         if model.startswith(FILE) or "://" not in model:

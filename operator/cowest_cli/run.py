@@ -119,6 +119,11 @@ def _run(wanted: Wanted, output: str) -> None:
 
 def what_next(failure: api.Failure) -> str:
     """After a step that failed for good; what is wrong in manifest, data or model fails the same way every time."""
+    if failure.is_of_proposal and failure.code == EXIT_BAD_INPUT:
+        return (
+            "The trial is that of a model that was proposed: `cowest rollback` takes the proposal back. Do that, or"
+            " change what is wrong; then run the same command again: it goes on from here."
+        )
     if failure.code == EXIT_BAD_INPUT:
         return "Change that first, then run the same command again: it goes on from here."
     return "Run the same command again to go on from here."

@@ -616,6 +616,7 @@ class Failure:
 
     code: int
     message: str
+    is_of_proposal: bool = False  # its trial was begun by a person, who can take it back
 
 
 @dataclass(frozen=True)

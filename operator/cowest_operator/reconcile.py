@@ -255,7 +255,11 @@ def _step_failed(world: World, trial: Trial, step: api.StepSpec, state: api.Step
         return Move(world.status, state.reason or api.REASON_STEP_RETRY, message)
     reason = state.reason or (api.REASON_BUDGET if state.code == EXIT_BUDGET else api.REASON_STEP_FAILED)
     message = f"{message} {state.again}".rstrip()
-    return Move(world.status, reason, message, failure=api.Failure(state.code or 1, message))
+    return Move(world.status, reason, message, failure=_failure(trial, state.code or 1, message))
+
+
+def _failure(trial: Trial, code: int, message: str) -> api.Failure:
+    return api.Failure(code, message, is_of_proposal=trial.origin == "Proposal")
 
 
 def _step_done(
@@ -504,7 +508,7 @@ def _watcher_failed(world: World, trial: Trial) -> Move | None:
         return None
     message = f"step {rounds.live_name(trial)}: {state.message}"
     if state.code == EXIT_BAD_INPUT or (state.code == EXIT_FAILED and state.attempts >= RETRIES):
-        return Move(world.status, api.REASON_STEP_FAILED, message, failure=api.Failure(state.code, message))
+        return Move(world.status, api.REASON_STEP_FAILED, message, failure=_failure(trial, state.code, message))
     return Move(world.status, api.REASON_STEP_RETRY, message)
 
 

@@ -1026,6 +1026,15 @@ def test_a_proposal_that_is_no_usable_model_is_refused_and_the_loop_goes_on():
     assert "pickled weights" in outcome.message
 
 
+@pytest.mark.parametrize(
+    ("origin", "step", "is_of_proposal"), [("Proposal", "r1-publish", True), ("Round", "r1-collect", False)]
+)
+def test_a_step_that_fails_for_good_says_whether_its_trial_can_be_taken_back(origin, step, is_of_proposal):
+    status = w.on_trial(origin=origin, pair=None, model="file:///mine")
+    failure = reconcile.plan(w.world(status=status, steps={step: api.StepState("Failed", 76, 1, "budget")})).failure
+    assert failure is not None and failure.is_of_proposal is is_of_proposal
+
+
 def test_what_a_person_proposes_again_is_judged_in_spite_of_a_veto():
     status = replace(evaluated("Proposal"), vetoed=(w.CANDIDATE.digest,))
     assert reconcile.plan(w.world(status=status, report=w.report())).status.candidate.stage == "Canary"

@@ -113,6 +113,11 @@ def test_after_bad_input_something_has_to_change_before_the_same_command():
     assert what_next(api.Failure(EXIT_BAD_INPUT, "x")).startswith("Change that first, then run the same command again")
 
 
+def test_after_bad_input_in_the_trial_of_a_proposal_the_way_out_is_named():
+    said = what_next(api.Failure(EXIT_BAD_INPUT, "x", is_of_proposal=True))
+    assert "`cowest rollback` takes the proposal back" in said and "run the same command again" in said
+
+
 @pytest.mark.parametrize("code", [EXIT_FAILED, EXIT_RETRY, EXIT_BUDGET])
 def test_after_another_failure_the_same_command_goes_on(code):
     assert what_next(api.Failure(code, "x")) == "Run the same command again to go on from here."
