@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,11 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = load_settings(args.job)
     spec = load_spec(args.job)
     data, evaluator, model = settings.data, settings.feedback.evaluator, weak_model(spec)
+    asked = Asked(
+        prompts_of(settings.collaboration),
+        settings.collaboration.draft_max_tokens,
+        settings.training.max_length,
+        is_tuned=spec.get("rounds", {}).get("max", 1) > 0,
+    )
     inputs = {
         "train": store.fingerprint(data.train),
         "held_out": store.fingerprint(data.held_out),
         "evaluator": evaluator_digest(evaluator),
         "model": model if is_of_the_hub(model) else store.fingerprint(model),
+        "asked": asdict(asked),
     }
     output = open_output(args.out, step="check", inputs=inputs)
     if isinstance(output, Manifest):
@@ -58,12 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not is_of_the_hub(model):
         reader = check_loaded(model)
         check_tokenizer(model, train)
-        asked = Asked(
-            prompts_of(settings.collaboration),
-            settings.collaboration.draft_max_tokens,
-            settings.training.max_length,
-            is_tuned=spec.get("rounds", {}).get("max", 1) > 0,
-        )
         for note in check_prompts(model, {TRAIN: train, HELD_OUT: held_out}, asked, reader):
             say(f"note: {note}")
     digest = digest_of([rows_digest(train), rows_digest(held_out)])
