@@ -10,7 +10,7 @@ APISERVER_WORKERS ?= auto
 UV_VERSION = 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study paper test test-apiserver test-gpu check format docs lock bench bench-kill bench-gateway bench-flip bench-gate bench-dpo soak-gateway bench-spool torture-spool torture-gateway bench-operator e2e e2e-faults rbac clean \
+.PHONY: help setup demo study paper test test-apiserver test-gpu check format docs lock bench bench-kill bench-gateway bench-flip bench-gate bench-dpo soak-gateway bench-spool torture-spool torture-gateway bench-operator bench-kill-operator e2e e2e-faults rbac clean \
   images image-operator image-serving image-serving-ray image-training image-sizes lock-images helm-docs
 
 help:  ## say what there is
@@ -98,6 +98,9 @@ torture-gateway: setup  ## kill -9 the gateway under load 200 times, with the st
 
 e2e: setup  ## the cluster tests against the current kubeconfig
 	$(BIN)/python -m pytest tests/e2e -m "e2e and not faults" -ra -s
+
+bench-kill-operator: setup  ## kill the operator after each single write of a job's life, one life a kill; half an hour
+	COWEST_KILL_SWEEP=80 $(BIN)/python -m pytest tests/apiserver/test_kills.py -m "not faults" -ra -s
 
 e2e-faults: setup  ## break parts of the current kubeconfig's cluster on purpose; goes on where it was interrupted, or ANEW=1
 	$(if $(ANEW),COWEST_E2E_ANEW=1) $(BIN)/python -m pytest tests/e2e tests/apiserver -m faults -ra -s

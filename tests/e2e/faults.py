@@ -1,7 +1,7 @@
 """What breaks parts of the cluster for a while, and the book of the faults that ended well: an interrupted run goes on.
 
 The book is a file, `.faults.json` or what `COWEST_E2E_BOOK` names. `make e2e-faults ANEW=1` begins both the book and
-the desk anew.
+the desk anew. Beside it stands how what is broken just now is put back, for a run that is killed in the middle.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tests.e2e.conftest import COWEST, JOB, NAMESPACE, ROOT, Desk, kubectl, run,
 from tests.e2e.test_loop import gateway_address
 
 BOOK = Path(os.environ.get("COWEST_E2E_BOOK", ROOT / ".faults.json"))
+UNDO = BOOK.with_suffix(".undo.jsonl")  # what is broken now, and how it is put back
 AWAY = float(os.environ.get("COWEST_E2E_AWAY", "120"))  # seconds that a part stays away
 RATE = 5
 
@@ -127,17 +128,42 @@ def traffic(desk: Desk) -> Iterator[Counted]:
 
 # ---------------------------------------------------------------- what is broken, and mended at the end of the block
 @contextmanager
+def undone_by(*command: str, stdin: str | None = None) -> Iterator[None]:
+    """Runs the command at the end of the block; noted before, so that the next run mends what one was cut off from."""
+    note = json.dumps({"command": command, "stdin": stdin})
+    UNDO.write_text(_noted() + note + "\n", "utf-8")
+    try:
+        yield
+    finally:
+        run(*command, stdin=stdin)
+        UNDO.write_text(_noted().replace(note + "\n", "", 1), "utf-8")
+
+
+def mend() -> None:
+    """Put back what a run before was cut off from putting back, the last first; what is gone by now is no fault."""
+    for line in reversed(_noted().splitlines()):
+        told = json.loads(line)
+        print(f"left by a run that was cut off: {' '.join(told['command'])}", flush=True)
+        run(*told["command"], stdin=told["stdin"], check=False)
+    UNDO.unlink(missing_ok=True)
+
+
+def _noted() -> str:
+    return UNDO.read_text("utf-8") if UNDO.exists() else ""
+
+
+@contextmanager
 def scaled_away(namespace: str, name: str, replicas: int = 1) -> Iterator[None]:
     """No pod of it is left."""
     where = ("kubectl", "-n", namespace)
     selector = json.loads(run(*where, "get", f"deployment/{name}", "-o", "json"))["spec"]["selector"]["matchLabels"]
-    run(*where, "scale", f"deployment/{name}", "--replicas=0")
     labels = ",".join(f"{key}={value}" for key, value in selector.items())
-    run(*where, "wait", "pod", "-l", labels, "--for=delete", "--timeout=90s", check=False)
     try:
-        yield
+        with undone_by(*where, "scale", f"deployment/{name}", f"--replicas={replicas}"):
+            run(*where, "scale", f"deployment/{name}", "--replicas=0")
+            run(*where, "wait", "pod", "-l", labels, "--for=delete", "--timeout=90s", check=False)
+            yield
     finally:
-        run(*where, "scale", f"deployment/{name}", f"--replicas={replicas}")
         run(*where, "rollout", "status", f"deployment/{name}", "--timeout=180s")
 
 
@@ -145,11 +171,9 @@ def scaled_away(namespace: str, name: str, replicas: int = 1) -> Iterator[None]:
 def there(*objects: Mapping[str, Any]) -> Iterator[None]:
     """Objects of the cluster, for as long as the block lasts."""
     text = json.dumps({"apiVersion": "v1", "kind": "List", "items": [dict(each) for each in objects]})
-    run("kubectl", "apply", "-f", "-", stdin=text)
-    try:
+    with undone_by("kubectl", "delete", "--ignore-not-found", "-f", "-", stdin=text):
+        run("kubectl", "apply", "-f", "-", stdin=text)
         yield
-    finally:
-        run("kubectl", "delete", "--ignore-not-found", "-f", "-", stdin=text)
 
 
 def refusing(group: str, kind: str, words: str) -> tuple[dict[str, Any], ...]:
@@ -181,13 +205,16 @@ def _here() -> dict[str, Any]:
 
 def edit(spec: Mapping[str, Any], job: str = JOB) -> None:
     """A merge patch of the manifest."""
-    kubectl("patch", "collaborationjob", job, "--type=merge", "-p", json.dumps({"spec": spec}))
+    run(*_patch(spec, job))
+
+
+def _patch(spec: Mapping[str, Any], job: str = JOB) -> tuple[str, ...]:
+    told = json.dumps({"spec": spec})
+    return "kubectl", "--namespace", NAMESPACE, "patch", "collaborationjob", job, "--type=merge", "-p", told
 
 
 @contextmanager
 def edited(spec: Mapping[str, Any], back: Mapping[str, Any]) -> Iterator[None]:
-    edit(spec)
-    try:
+    with undone_by(*_patch(back)):
+        edit(spec)
         yield
-    finally:
-        edit(back)
