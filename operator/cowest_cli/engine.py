@@ -126,12 +126,12 @@ class Order:
         return (*read, self.keys, self.client_keys, self.client_names, self.fallback_keys)
 
 
-def read_order(file: Path, secrets: Path | None) -> Order:
+def read_order(file: Path, secrets: Path | None, known: Path | None = None) -> Order:
     """Raises `ManifestError` or `StepError` with all that is wrong."""
     declared = jobs.load(file)
     return Order(
         declared,
-        facts_of(declared.document, str(file)),
+        facts_of(declared.document, str(file), known),
         jobs.keys_environment(declared.job, secrets),
         jobs.client_keys(declared.job, secrets),
         jobs.fallback_keys(declared.job, secrets),

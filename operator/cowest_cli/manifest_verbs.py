@@ -103,9 +103,13 @@ def crd(output: Format = "text") -> None:
 # ---------------------------------------------------------------- what a manifest names
 def _check_files(job: Mapping[str, Any], source: str) -> preflight.Facts | None:
     """What is known of the data, where it could be read. Raises `ManifestError` or `StepError`."""
-    reader = preflight.check_files(job["spec"], source)
-    names = preflight.readable_here(job["spec"])
-    return preflight.check_data(job["spec"], source, names, reader=reader) if names else None
+    spec = job["spec"]
+    preflight.check_files(spec, source)
+    if names := preflight.readable_here(spec):
+        return preflight.check_data(spec, source, names)
+    if (model := spec["weak"]["model"]).startswith(manifest.FILE):
+        preflight.look_at(spec, model, "spec.weak.model")
+    return None
 
 
 def _sizes(facts: preflight.Facts) -> str:

@@ -11,16 +11,14 @@ import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from cowest_operator import manifest
 from cowest_operator.schema import Problem
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Prompts, parse
 from cowest_training.contract import EXIT_BAD_INPUT, Evaluator, Row, StepError
-
-if TYPE_CHECKING:
-    from cowest_serving.loadable import Reader
 
 DATA = ("train", "heldOut")  # the fields of spec.data
 FILLED = ("query", "draft")  # in templates
@@ -47,30 +45,33 @@ class Facts:
         return {name: value for name, value in asdict(replace(self, first=None)).items() if name != "first"}
 
 
-def facts_of(document: Mapping[str, Any], source: str) -> Facts:
-    """Read both data sets strictly, wherever they lie. Raises `ManifestError` or `StepError`."""
+def facts_of(document: Mapping[str, Any], source: str, known: Path | None = None) -> Facts:
+    """Read both data sets strictly, wherever they lie. Raises `ManifestError` or `StepError`.
+
+    `known`: where it is kept at which weak model and rows one looked.
+    """
     spec = document["spec"]
-    reader = check_files(spec, source)
+    check_files(spec, source)
     if spec["weak"]["engine"] == "vLLM" and shutil.which("vllm") is None:
         raise StepError("spec.weak.engine vLLM: wanted the program `vllm` on PATH, saw none: pip install vllm")
-    facts = check_data(spec, source, reader=reader)
+    facts = check_data(spec, source, known=known)
     return replace(facts, notes=(*facts.notes, *prompt_notes(spec["collaboration"]["prompts"])))
 
 
-def check_files(spec: Mapping[str, Any], source: str) -> Reader | None:
-    """What is named must be there, and the weak model must be one that can be loaded.
-
-    What of it reads prompts, where that can be asked here.
-    """
+def check_files(spec: Mapping[str, Any], source: str) -> None:
+    """What is named must be there, and the weak model must be a folder of the right files."""
     if problems := list(_missing(spec)):
         raise manifest.ManifestError(source, problems)
-    return check_weak_model(spec["weak"]["model"], "spec.weak.model")
+    check_weak_model(spec["weak"]["model"], "spec.weak.model")
 
 
 def check_data(
-    spec: Mapping[str, Any], source: str, names: Collection[str] = DATA, *, reader: Reader | None = None
+    spec: Mapping[str, Any], source: str, names: Collection[str] = DATA, *, known: Path | None = None
 ) -> Facts:
-    """The fields of `spec.data` that are named are read, and held beside each other where both are."""
+    """The fields of `spec.data` that are named are read, and held beside each other where both are.
+
+    The weak model is looked at too: whether it can be loaded, and asked these rows.
+    """
     from cowest_training.data import case_note, check_split, read_rows, rows_digest, unread_note
     from cowest_training.evaluator import check_references, decimal_note, extract_note
     from cowest_training.round_trip import check_tokenizer
@@ -87,9 +88,9 @@ def check_data(
         raise manifest.ManifestError(source, problems)
     model, of_prompts = spec["weak"]["model"], list[str]()
     if model.startswith(manifest.FILE):
+        of_prompts = look_at(spec, model, "spec.weak.model", train, held_out, known)
         if train:
             check_tokenizer(model, train)
-        of_prompts = _check_prompts(spec, model, train, held_out, reader)
     explained = sum(row.explanation is not None for row in train)
     characters = sum(len(row.query) for row in held_out) / max(1, len(held_out))
     of_rows = (
@@ -124,17 +125,23 @@ def _tuning_notes(spec: Mapping[str, Any], train: Sequence[Row]) -> Iterator[str
         yield from length_notes(model, train, *limits)
 
 
-def _check_prompts(
-    spec: Mapping[str, Any], model: str, train: Sequence[Row], held_out: Sequence[Row], reader: Reader | None
+def look_at(
+    spec: Mapping[str, Any],
+    model: str,
+    what: str,
+    train: Sequence[Row] = (),
+    held_out: Sequence[Row] = (),
+    known: Path | None = None,
 ) -> list[str]:
-    """Raises `StepError` where the model can be asked none of the rows."""
-    from cowest_training.prompts import HELD_OUT, TRAIN, Asked, check_prompts
+    """Notes. Raises `StepError` where a local model cannot be loaded, or can be asked none of the rows."""
+    from cowest_cli.weak_model import Look, notes_of
+    from cowest_training.prompts import HELD_OUT, TRAIN, Asked
 
     collaboration = spec["collaboration"]
     given = {**asdict(DEFAULT_PROMPTS[collaboration["draft"]]), **(collaboration.get("prompts") or {})}
     is_tuned = spec["rounds"]["max"] > 0
     asked = Asked(Prompts(**given), collaboration["draftMaxTokens"], spec["training"]["maxLength"], is_tuned)
-    return check_prompts(model, {TRAIN: train, HELD_OUT: held_out}, asked, reader)
+    return notes_of(Look(model, what, asked, {TRAIN: train, HELD_OUT: held_out}), known)
 
 
 def _most_pairs(feedback: Mapping[str, Any], queries: int) -> int:
@@ -237,44 +244,44 @@ def _missing(spec: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(f"spec.{name}", f"wanted a JSONL or Parquet file, saw the folder {uri}", "Name a file in it")
 
 
-def check_weak_model(uri: str, what: str) -> Reader | None:
-    """A local folder is looked at: it must be one that can be loaded, without anybody's code.
-
-    What of it reads prompts, where that can be asked here. Raises `StepError`.
-    """
+def check_weak_model(uri: str, what: str) -> None:
+    """A local folder must hold safetensors, configuration and tokenizer, and nobody's code. Raises `StepError`."""
     if not uri.startswith(manifest.FILE):
-        return None
-    from cowest_serving.loadable import check_loadable
+        return
     from cowest_serving.model_files import ModelFolderError, check_model_folder
-    from cowest_training.round_trip import check_ids
 
-    folder = manifest.local_path(uri)
     try:
-        check_model_folder(folder)
-        reader = check_loadable(folder)
+        check_model_folder(manifest.local_path(uri))
     except ModelFolderError as error:
         raise StepError(f"{what}: {error}", EXIT_BAD_INPUT) from error
-    if reader is None:
-        check_ids(uri)
-    return reader
 
 
 def check_proposed(uri: str, document: Mapping[str, Any] | None) -> None:
-    """The same of a model that is proposed, and whether it reads the rows, where these can be read here.
+    """The same of a model that is proposed, and whether it loads and reads the rows, where these can be read here.
 
     Raises `StepError`.
     """
-    reader = check_weak_model(uri, "--model")
-    if not uri.startswith(manifest.FILE) or document is None:
+    check_weak_model(uri, "--model")
+    if not uri.startswith(manifest.FILE):
         return
     from cowest_training.data import read_rows
     from cowest_training.round_trip import check_tokenizer
 
+    if document is None:
+        look_at(_BEFORE_ANY_JOB, uri, "--model")
+        return
     spec, names = document["spec"], readable_here(document["spec"])
     try:
         train, held_out = (read_rows(spec["data"][name]) if name in names else [] for name in DATA)
     except StepError:  # the data are no fault of the model, and for the loop to say
-        return
+        train = held_out = []
+    look_at(spec, uri, "--model", train, held_out)
     if train:
         check_tokenizer(uri, train)
-    _check_prompts(spec, uri, train, held_out, reader)
+
+
+_BEFORE_ANY_JOB: Mapping[str, Any] = {
+    "collaboration": {"draft": "Explanation", "draftMaxTokens": 0},
+    "training": {"maxLength": 1},
+    "rounds": {"max": 0},
+}

@@ -412,8 +412,10 @@ def train_on(place: jobs.Home, folder: Path) -> None:
     """The job of this home has training rows here."""
     rows = [{"id": str(i), "query": f"alpha beta {i}", "reference": "1"} for i in range(2)]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = {"train": (folder / "train.jsonl").as_uri(), "heldOut": (folder / "train.jsonl").as_uri()}
-    jobs.write_json(place.job, edited({"data.train": data["train"], "data.heldOut": data["heldOut"]}))
+    (folder / "held_out.jsonl").write_bytes((folder / "train.jsonl").read_bytes())
+    data = {"train": (folder / "train.jsonl").as_uri(), "heldOut": (folder / "held_out.jsonl").as_uri()}
+    job = manifest.load(write_manifest(folder, **{f"data.{name}": uri for name, uri in data.items()})).job
+    jobs.write_json(place.job, {**job, "metadata": {"name": "desk", "generation": 1}})
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,8 @@ def test_killed_with_calls_under_way_it_goes_on_and_no_answer_is_paid_for_twice(
     code, log = run(job)
     assert code == 0, log
     assert [r["number"] for r in status(job)["rounds"]] == [0]
-    asked_for = Counter(json.dumps(call.body["messages"]) for call in endpoint.paid)
+    paid_for = [call for call in endpoint.paid if call.body.get("max_tokens") != 1]
+    asked_for = Counter(json.dumps(call.body["messages"]) for call in paid_for)
     assert max(asked_for.values()) == 1, "the same question under another key would be charged anew"
     again = Counter(call.key for call in endpoint.calls)
     assert sum(count - 1 for count in again.values()) <= MAX_CONCURRENCY, "those under way at the kill, with their keys"

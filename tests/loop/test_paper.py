@@ -83,7 +83,7 @@ def tiny_job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_a_table_is_planned_without_a_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = make_job("ifqa", tmp_path, **{"feedback.maxQueries": 20})
+    job = make_job("ifqa", tmp_path, **{"feedback.maxQueries": 20, "feedback.minPairs": 5})
     capsys.readouterr()
     assert paper.main(["main", "-f", str(job), "--work", str(tmp_path / "work"), "--plan"]) == 0
     seen = json.loads(capsys.readouterr().out)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
@@ -19,6 +20,7 @@ SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<user>", "<assistant>", "<system>",
 
 def make_model(folder: Path, texts: Iterable[str], *, seed: int = 0, chat: bool = True, **config: Any) -> Path:
     """A saved model and tokenizer that know the words of `texts`. Every seed gives other weights."""
+    logging.disable_progress_bar()  # what a test reads is what our own code says
     words = sorted({word for text in texts for word in text.split()})
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -81,7 +81,7 @@ def watched(engine: engines.Engine, name: str, keeps_running: bool, **progress: 
     """A step runs and has written how far it is."""
     child: Any = Running()
     spec = api.StepSpec(name, "cowest_training.x", "file:///x", keeps_running=keeps_running)
-    engine.steps[name] = engines._Step(spec, child)
+    engine.steps[name] = engines._Step(spec, child, 60)
     said = {"total": None, "unit": "rows", "rate": None, "eta_seconds": None, "message": "", **progress}
     jobs.write_json(engine.home.progress / f"{name}.json", said)
 
