@@ -24,6 +24,7 @@ from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_RETRY, Manife
 from cowest_training.data import read_rows
 from tests import world
 from tests.contracts.test_store_s3 import endpoint, s3
+from tests.loop.tiny_models import make_model
 
 __all__ = ["endpoint", "s3"]  # fixtures
 
@@ -39,8 +40,8 @@ class Desk:
         self.put(
             "data/held_out.jsonl", *({"id": f"h{i}", "query": f"held out {i}?", "reference": "1"} for i in range(2))
         )
-        self.put("weak/config.json", {})
-        self.put("weak/model.safetensors", {})
+        known = [f"{name} {i}?" for name in ("train", "held out", "question") for i in range(4)]
+        store.upload(make_model(folder / "weak", known, max_position_embeddings=2048), self.uri("weak"))
         spec = dump(
             StepSettings(
                 world.SPEC.strong, world.SPEC.collaboration, world.SPEC.data, world.SPEC.feedback, world.SPEC.training
@@ -106,6 +107,14 @@ def test_check_reads_and_writes_s3_and_sees_every_change(desk: Desk) -> None:
     desk.put("weak/model.safetensors", {"other": 1})
     assert desk.run("check", "runs/r0/check").returncode == EXIT_OK
     assert desk.manifest("runs/r0/check").inputs_digest != manifest.inputs_digest
+    assert not list((desk.folder / "scratch").iterdir())
+
+
+def test_check_refuses_what_the_small_files_of_a_model_say_by_its_address(desk: Desk) -> None:
+    desk.put("weak/config.json", {"model_type": "strange"})
+    ended = desk.run("check", "runs/r0/check")
+    assert ended.returncode == EXIT_BAD_INPUT and "Traceback" not in ended.stderr
+    assert f"spec.weak.model: {desk.uri('weak')}: wanted a causal LM" in ended.stderr
     assert not list((desk.folder / "scratch").iterdir())
 
 
