@@ -76,8 +76,9 @@ class _Step:
 
     def late(self) -> float:
         """Seconds by which it runs too long; below 0 before that, and where it is over."""
-        runs = self.allowed is not None and not self.spec.keeps_running and self.child.code() is None
-        return time.monotonic() - self.began - self.allowed if runs and self.allowed is not None else -1.0
+        if self.allowed is None or self.spec.keeps_running or self.child.code() is not None:
+            return -1.0
+        return time.monotonic() - self.began - self.allowed
 
 
 @dataclass

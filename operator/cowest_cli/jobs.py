@@ -45,6 +45,7 @@ _PLACES = {
     "routing": "routing.json",
     "run": "run.json",
     "cores": "cores.json",
+    "looked_at": "looked_at.json",
     "traces": "traces.json",
     "files": "files",
     "logs": "logs",

@@ -83,7 +83,7 @@ def validate(
         return
     typer.echo(f"{file}: valid{_sizes(facts) if facts else ''}.")
     unread = preflight.not_read_here(job["spec"]) if data else ()
-    for note in (*_notes(loaded), *unread, *(facts.notes if facts else ())):
+    for note in (*_notes(loaded, job), *unread, *(facts.notes if facts else ())):
         typer.echo(f"note: {note}", err=True)
 
 
@@ -102,32 +102,16 @@ def crd(output: Format = "text") -> None:
 
 # ---------------------------------------------------------------- what a manifest names
 def _check_files(job: Mapping[str, Any], source: str) -> preflight.Facts | None:
-    """What is known of the data, where it could be read. Raises `ManifestError` or `StepError`."""
+    """What is known of data and weak model, where they can be read. Raises `ManifestError` or `StepError`."""
     spec = job["spec"]
     preflight.check_files(spec, source)
-    if names := preflight.readable_here(spec):
-        return preflight.check_data(spec, source, names)
-    if (model := spec["weak"]["model"]).startswith(manifest.FILE):
-        preflight.look_at(spec, model, "spec.weak.model")
-    return None
+    return preflight.check_data(spec, source, preflight.readable_here(spec)) if preflight.can_read() else None
 
 
 def _sizes(facts: preflight.Facts) -> str:
     """Number of rows by file."""
     sizes = {"training": facts.rows, "held-out": facts.held_out, "explained training": facts.explained}
     return "".join(f", {count} {name} rows" for name, count in sizes.items() if count)
-
-
-def _templates(loaded: manifest.Loaded) -> Mapping[str, str]:
-    """Those that the file gives; "" for the others."""
-    none = dict.fromkeys(manifest.PROMPTS, "")
-    reference = loaded.job["spec"]["collaboration"].get("promptsConfigMapRef")
-    if reference and reference["name"] not in loaded.config_maps:
-        return none
-    found: Mapping[str, str] = manifest.resolve_prompts(loaded.job, loaded.config_maps, none)["spec"]["collaboration"][
-        "prompts"
-    ]
-    return found
 
 
 def _with_prompts(job: dict[str, Any], loaded: manifest.Loaded) -> dict[str, Any]:
@@ -139,15 +123,16 @@ def _with_prompts(job: dict[str, Any], loaded: manifest.Loaded) -> dict[str, Any
     return manifest.resolve_prompts(job, loaded.config_maps, built_in)
 
 
-def _notes(loaded: manifest.Loaded) -> Iterator[str]:
-    spec = loaded.job["spec"]
+def _notes(loaded: manifest.Loaded, job: Mapping[str, Any]) -> Iterator[str]:
+    """`job`: with its templates, where the file has them."""
+    spec = job["spec"]
     reference = spec["collaboration"].get("promptsConfigMapRef")
     if reference and reference["name"] not in loaded.config_maps:
         yield (
             f"ConfigMap {reference['name']} is no document of this file; `cowest run` wants it there,"
             " a cluster may have it elsewhere."
         )
-    yield from preflight.prompt_notes(_templates(loaded))
+    yield from preflight.prompt_notes(spec["collaboration"].get("prompts") or {})
     if not spec["canary"]["steps"]:
         yield "canary.steps is empty: a candidate that passes the offline gate is promoted without live traffic."
     endpoint = urlsplit(spec["strong"]["endpoint"])

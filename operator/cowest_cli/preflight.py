@@ -72,16 +72,16 @@ def check_data(
 
     The weak model is looked at too: whether it can be loaded, and asked these rows.
     """
-    from cowest_training.data import case_note, check_split, read_rows, rows_digest, unread_note
-    from cowest_training.evaluator import check_references, decimal_note, extract_note
+    from cowest_training.check import check_rows, notes_of_rows
+    from cowest_training.data import read_rows, rows_digest
     from cowest_training.round_trip import check_tokenizer
 
-    unread: Mapping[str, Counter[str]] = {name: Counter() for name in DATA}
-    train, held_out = (read_rows(spec["data"][name], unread[name]) if name in names else [] for name in DATA)
-    check_split(train, held_out)
+    unread: Mapping[str, Counter[str]] = {spec["data"][name]: Counter() for name in DATA}
+    train, held_out = (
+        read_rows(uri, keys) if name in names else [] for name, (uri, keys) in zip(DATA, unread.items(), strict=True)
+    )
     evaluator = parse(Evaluator, spec["feedback"]["evaluator"])
-    check_references(train, evaluator)
-    check_references(held_out, evaluator)
+    check_rows(train, held_out, evaluator)
     if "heldOut" in names:
         _check_held_out(len(held_out), spec["gate"]["minHeldOut"], source)
     if train and (problems := [*_nothing_to_learn(spec, train)]):
@@ -93,13 +93,8 @@ def check_data(
             check_tokenizer(model, train)
     explained = sum(row.explanation is not None for row in train)
     characters = sum(len(row.query) for row in held_out) / max(1, len(held_out))
-    of_rows = (
-        *(unread_note(spec["data"][name], unread[name]) for name in DATA),
-        extract_note(evaluator, train, spec["collaboration"]["draft"]),
-        decimal_note(evaluator, [*train, *held_out]),
-        *(case_note(train), case_note(held_out)),
-    )
-    notes = [*filter(None, of_rows), *(_tuning_notes(spec, train) if train else ()), *of_prompts]
+    of_rows = notes_of_rows(train, held_out, unread, evaluator, spec["collaboration"]["draft"])
+    notes = [*of_rows, *(_tuning_notes(spec, train) if train else ()), *of_prompts]
     return Facts(
         len(train),
         len(held_out),
@@ -201,8 +196,13 @@ def prompt_notes(prompts: Mapping[str, str]) -> Iterator[str]:
 
 
 def readable_here(spec: Mapping[str, Any]) -> tuple[str, ...]:
-    """The fields of `spec.data` that name local files, where the packages that read them are at hand."""
-    return () if _missing_package() else tuple(name for name in DATA if spec["data"][name].startswith(manifest.FILE))
+    """The fields of `spec.data` that name local files, where these can be read."""
+    return tuple(name for name in DATA if spec["data"][name].startswith(manifest.FILE)) if can_read() else ()
+
+
+def can_read() -> bool:
+    """Whether the packages that read data are at hand."""
+    return not _missing_package()
 
 
 def not_read_here(spec: Mapping[str, Any]) -> Iterator[str]:
@@ -248,12 +248,16 @@ def check_weak_model(uri: str, what: str) -> None:
     """A local folder must hold safetensors, configuration and tokenizer, and nobody's code. Raises `StepError`."""
     if not uri.startswith(manifest.FILE):
         return
+    from cowest_serving.loadable import can_be_asked
     from cowest_serving.model_files import ModelFolderError, check_model_folder
+    from cowest_training.round_trip import check_ids
 
     try:
         check_model_folder(manifest.local_path(uri))
     except ModelFolderError as error:
         raise StepError(f"{what}: {error}", EXIT_BAD_INPUT) from error
+    if not can_be_asked():
+        check_ids(uri)
 
 
 def check_proposed(uri: str, document: Mapping[str, Any] | None) -> None:
@@ -262,7 +266,7 @@ def check_proposed(uri: str, document: Mapping[str, Any] | None) -> None:
     Raises `StepError`.
     """
     check_weak_model(uri, "--model")
-    if not uri.startswith(manifest.FILE):
+    if not uri.startswith(manifest.FILE) or not can_read():
         return
     from cowest_training.data import read_rows
     from cowest_training.round_trip import check_tokenizer

@@ -21,7 +21,6 @@ from cowest_cli.options import File, HomeFolder, Output
 from cowest_cli.preflight import facts_of
 from cowest_cli.processes import port_is_free
 from cowest_cli.view import View, printable, rounds_table
-from cowest_cli.weak_model import LOOKED_AT
 from cowest_operator import api, manifest, rounds
 from cowest_operator.power import Power, sentences
 from cowest_operator.promotion import looks_before
@@ -92,7 +91,7 @@ def _run(wanted: Wanted, output: str) -> None:
     place = jobs.home_of(file, wanted.home)
     console = Console(stderr=True, highlight=False, markup=False)
     with jobs.locked(place):
-        order = engines.read_order(file, secrets, place.root / LOOKED_AT)
+        order = engines.read_order(file, secrets, place.looked_at)
         _is_its_state(order, place)
         order = replace(order, declared=jobs.with_generation(order.declared, place))
         engines.wait_for_port(port or order.declared.job.spec.gateway.port)  # before anything is asked or paid
@@ -226,7 +225,7 @@ def fewer_cores(place: jobs.Home, now: Cores) -> str:
 
 def _another_order(file: Path, place: jobs.Home, secrets: Path | None, port: int | None) -> engines.Order:
     """An edit of the manifest while it runs, checked as at the start. Raises `ManifestError` or `StepError`."""
-    order = engines.read_order(file, secrets, place.root / LOOKED_AT)
+    order = engines.read_order(file, secrets, place.looked_at)
     known = jobs.read_json(place.job)
     _same_job(order.file, order.declared.job.name, place)
     new = order.declared.job.spec.gateway.port

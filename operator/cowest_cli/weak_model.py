@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from cowest_cli import jobs
 from cowest_operator.manifest import local_path
 from cowest_serving import store
 from cowest_serving.contract import digest_of
@@ -27,9 +28,6 @@ from cowest_serving.model_files import ModelFolderError
 from cowest_training.contract import EXIT_BAD_INPUT, Row, StepError
 from cowest_training.data import rows_digest
 from cowest_training.prompts import Asked, check_prompts
-from cowest_training.round_trip import check_ids
-
-LOOKED_AT = "looked_at.json"  # beside the state of a job
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,10 @@ class Look:
 def notes_of(look: Look, known: Path | None = None) -> list[str]:
     """For a person. `known`: where it is kept that this was looked at. Raises `StepError`."""
     if not can_be_asked():
-        check_ids(look.model)
         return check_prompts(look.model, look.rows, look.asked, None)
     key = look.key
-    before = json.loads(known.read_text("utf-8")) if known and known.exists() else {}
-    if before.get("key") == key:
+    before = jobs.read_json(known) if known else None
+    if before and before["key"] == key:
         return list(before["notes"])
     command = [sys.executable, "-P", "-m", "cowest_cli.weak_model"]
     done = subprocess.run(command, input=pickle.dumps(look), capture_output=True, check=False)
@@ -67,8 +64,7 @@ def notes_of(look: Look, known: Path | None = None) -> list[str]:
     if "error" in said:
         raise StepError(said["error"], said["code"])
     if known:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        known.write_text(json.dumps({"key": key, "notes": said["notes"]}), "utf-8")
+        jobs.write_json(known, {"key": key, "notes": said["notes"]})
     return list(said["notes"])
 
 

@@ -154,6 +154,16 @@ def desk(operator: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[D
         run("kubectl", "delete", "namespace", NAMESPACE, "--wait=false", check=False)
 
 
+def freight_spec(bucket: str, namespace: str) -> dict[str, Any]:
+    """The freight desk's own manifest; only addresses differ from the one for one machine."""
+    spec: dict[str, Any] = yaml.safe_load((EXAMPLE / "job.yaml").read_text("utf-8"))["spec"]
+    spec["weak"]["model"] = f"s3://{bucket}/data/base"
+    spec["data"] = {"train": f"s3://{bucket}/data/train.jsonl", "heldOut": f"s3://{bucket}/data/held_out.jsonl"}
+    spec["strong"]["endpoint"] = f"http://strong.{namespace}.svc:9190/v1"
+    spec["strong"]["apiKeySecretRefs"] = [{"name": "strong", "key": "api-key"}]
+    return spec
+
+
 def new_namespace(name: str) -> None:
     """Made anew, with the strictest Pod Security."""
     run("kubectl", "delete", "namespace", name, "--ignore-not-found", "--wait", "--timeout=180s")

@@ -22,6 +22,7 @@ from tests.e2e.conftest import (
     TAG,
     bring_strong,
     forwarded,
+    freight_spec,
     kubectl,
     new_namespace,
     run,
@@ -34,11 +35,7 @@ NAMESPACE, NAME = "cowest-e2e-chart", "pocket"
 
 def values() -> dict[str, Any]:
     """All that the chart can bring on one node; policies are on, as by default."""
-    spec = yaml.safe_load((EXAMPLE / "job.yaml").read_text("utf-8"))["spec"]
-    spec["weak"]["model"] = "s3://pocket/data/base"
-    spec["data"] = {"train": "s3://pocket/data/train.jsonl", "heldOut": "s3://pocket/data/held_out.jsonl"}
-    spec["strong"]["endpoint"] = f"http://strong.{NAMESPACE}.svc:9190/v1"
-    spec["strong"]["apiKeySecretRefs"] = [{"name": "strong", "key": "api-key"}]
+    spec = freight_spec("pocket", NAMESPACE)
     spec["objectStore"] = {"bucket": "pocket", "credentialsSecretRef": {"name": "store"}}
     within = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": NAMESPACE}}}
     return {

@@ -26,6 +26,7 @@ from tests.e2e.conftest import (
     TAG,
     Desk,
     forwarded,
+    freight_spec,
     kubectl,
     run,
     wait_for,
@@ -36,12 +37,8 @@ RATE = 5  # questions a second, from Ready to the end
 
 
 def values() -> dict[str, Any]:
-    """The freight desk's own manifest; only addresses differ from the one for one machine."""
-    spec = yaml.safe_load((EXAMPLE / "job.yaml").read_text("utf-8"))["spec"]
-    spec["weak"]["model"] = "s3://cowest/data/base"
-    spec["data"] = {"train": "s3://cowest/data/train.jsonl", "heldOut": "s3://cowest/data/held_out.jsonl"}
-    spec["strong"]["endpoint"] = f"http://strong.{NAMESPACE}.svc:9190/v1"
-    spec["strong"]["apiKeySecretRefs"] = [{"name": "strong", "key": "api-key"}]
+    """For the chart; tests bring the object store."""
+    spec = freight_spec("cowest", NAMESPACE)
     spec["objectStore"] = {"endpoint": f"http://minio.{NAMESPACE}.svc:9000", "bucket": "cowest", "prefix": "desks",
                            "region": "us-east-1", "credentialsSecretRef": {"name": "store"}}  # fmt: skip
     return {

@@ -1027,6 +1027,34 @@ def test_points_in_references_that_may_part_thousands_are_noted(cowest: Any, job
         assert "note: 250 of 250 references look like '1.234', which is read with a" in said.out + said.err
 
 
+_BARE = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(("pyarrow", "numpy", "torch", "transformers")))  # as if they were not installed
+sys.argv = ["cowest", *sys.argv[1:]]
+runpy.run_module("cowest_cli", run_name="__main__")
+"""
+
+
+def bare(*flags: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-c", _BARE, *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_without_the_packages_that_read_data_and_load_models_a_manifest_is_checked(job: Path) -> None:
+    said = bare("validate", "-f", job)
+    assert said.returncode == EXIT_OK, said.stderr
+    assert "the data were not read here: the package pyarrow is not installed" in said.stderr
+
+
+def test_without_these_packages_the_files_of_a_proposed_model_are_looked_at(place: jobs.Home, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "mine")
+    said = bare("propose", "--home", place.root, "--model", model)
+    assert said.returncode == EXIT_OK, said.stderr
+    (model / "tokenizer.json").unlink()
+    said = bare("propose", "--home", place.root, "--model", model)
+    assert said.returncode == EXIT_BAD_INPUT and "--model: " in said.stderr
+
+
 def test_a_slip_in_a_row_s_key_is_noted(cowest: Any, job: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row | {"Groups": "g"}) + "\n" for row in rows))

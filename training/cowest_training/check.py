@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cowest_serving import store
-from cowest_serving.contract import digest_of
+from cowest_serving.contract import DraftForm, digest_of
 from cowest_serving.loadable import Reader, check_loadable
 from cowest_serving.model_files import ModelFolderError, check_model_folder
 from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row, StepError, evaluator_digest
@@ -52,15 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unread: Mapping[str, Counter[str]] = {uri: Counter() for uri in (data.train, data.held_out)}
     train, held_out = (read_rows(uri, keys) for uri, keys in unread.items())
     check_rows(train, held_out, evaluator)
-    of_rows = (
-        extract_note(evaluator, train, settings.collaboration.draft),
-        decimal_note(evaluator, [*train, *held_out]),
-        case_note(train),
-        case_note(held_out),
-    )
-    for note in (*(unread_note(uri, keys) for uri, keys in unread.items()), *of_rows):
-        if note:
-            say(f"note: {note}")
+    for note in notes_of_rows(train, held_out, unread, evaluator, settings.collaboration.draft):
+        say(f"note: {note}")
     progress.update(1, 2, "checks", "looking at the weak model")
     check_weak_model(model)
     if not is_of_the_hub(model):
@@ -91,6 +84,24 @@ def check_rows(train: Sequence[Row], held_out: Sequence[Row], evaluator: Evaluat
     check_split(train, held_out)
     for rows in (train, held_out):
         check_references(rows, evaluator)
+
+
+def notes_of_rows(
+    train: Sequence[Row],
+    held_out: Sequence[Row],
+    unread: Mapping[str, Mapping[str, int]],
+    evaluator: Evaluator,
+    draft: DraftForm,
+) -> list[str]:
+    """What is no fault, and a person should look at. `unread`: by file the keys that nothing reads, as counted."""
+    notes = (
+        *(unread_note(uri, keys) for uri, keys in unread.items()),
+        extract_note(evaluator, train, draft),
+        decimal_note(evaluator, [*train, *held_out]),
+        case_note(train),
+        case_note(held_out),
+    )
+    return [note for note in notes if note]
 
 
 def facts(train: Sequence[Row], held_out: Sequence[Row]) -> dict[str, Any]:
