@@ -24,6 +24,7 @@ from cowest_training.contract import StepError
 from tests import world as w
 from tests.manifests import edited
 from tests.patience import IN_TIME
+from tests.ports import free_port
 
 
 def test_last_words_for_a_collector_are_said_as_a_sentence(tmp_path):
@@ -153,7 +154,7 @@ def engine(tmp_path, starts):
 
 def make(folder, starts, cores=None, **edits):
     path = folder / "job.yaml"
-    path.write_text(yaml.safe_dump(edited(edits)))
+    path.write_text(yaml.safe_dump(edited({"gateway.port": free_port(), **edits})))
     home = jobs.Home(folder / "home")
     keys = {"COWEST_STRONG_API_KEYS": "strong", "COWEST_EVALUATOR_API_KEY": "judge"}
     return Engine(Order(jobs.load(path), Facts(1, 1, False, 1.0), keys), home, start=starts, cores=cores)
