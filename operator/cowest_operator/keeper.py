@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,12 +22,40 @@ from cowest_operator.watched import Family, Key, Watched
 
 log = logging.getLogger("cowest.keeper")
 
-AT_ONCE = 16  # jobs looked at side by side
+AT_ONCE = 16  # looks side by side, those that wait for a slow answer among them
+SWIFT, SLOW = 2, 0.5  # looks that do not wait; seconds after which one does, and another may begin
 BUSY, LIVE, IDLE = 15.0, 2.0, 60.0  # seconds until a look that nothing has asked for
 OVERTAKEN = 0.5  # seconds until a look at what somebody wrote meanwhile
 LONGEST_BACKOFF = 60.0
 LIST_AGAIN = 600.0  # seconds between two looks for what is gone without a word
 SETTLE = 0.05  # seconds: events that come together are one look
+
+
+class Turns:
+    """Who may look. More looks at once make none of them faster where the API server has too much to do: each write
+    waits for the others. But a door or a webhook that hangs must hold up no other job."""
+
+    def __init__(self) -> None:
+        self._all, self._swift = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(SWIFT)
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        async with self._all:
+            await self._swift.acquire()
+            is_swift = True
+
+            def wait() -> None:
+                nonlocal is_swift
+                is_swift = False
+                self._swift.release()
+
+            timer = asyncio.get_running_loop().call_later(SLOW, wait)
+            try:
+                yield
+            finally:
+                timer.cancel()
+                if is_swift:
+                    self._swift.release()
 
 
 class Keeper:
@@ -36,7 +65,7 @@ class Keeper:
         self.watched, self.observer, self.applier, self.metrics = watched, observer, applier, metrics
         self._tasks: dict[Key, asyncio.Task[None]] = {}
         self._wakes: dict[Key, asyncio.Event] = {}
-        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._turns = Turns()
         self._closed = False
         self._looking: dict[str, asyncio.Lock] = {}  # by namespace, "" for all
         self._looked_at: set[tuple[str, str]] = set()  # (kind, namespace)
@@ -76,7 +105,7 @@ class Keeper:
             wake = self._wakes.setdefault(key, asyncio.Event())
             wake.clear()
             try:
-                async with self._slots:
+                async with self._turns.turn():
                     again = await self.turn(key, memory)
                 failures = 0
             except JobGoneError:
@@ -97,9 +126,10 @@ class Keeper:
             if again:
                 try:
                     await asyncio.wait_for(wake.wait(), again * random.uniform(0.9, 1.1))
+                    memory.quiet = 0
                     await asyncio.sleep(SETTLE)
                 except TimeoutError:
-                    pass
+                    memory.quiet += 1
         self._wakes.pop(key, None)
         self.metrics.forget(key)
 
@@ -132,7 +162,10 @@ class Keeper:
         for event in plan.events:
             said = _of(key, reason=event.reason, round=_round(plan.status))
             log.info("%s/%s: %s", *key, event.message, extra=said)
-        return _pace(plan)
+        traces, memory.traces = memory.traces, seen.world.traces
+        if seen.world.troubles or (plan.status, memory.traces) != (seen.world.status, traces):
+            memory.quiet = 0
+        return _pace(plan, memory.quiet)
 
     async def _look_around(self, namespace: str) -> None:
         """Once, before anything is decided: watches begin one by one, and a job may be shown before its children.
@@ -257,10 +290,11 @@ def _round(status: api.Status) -> int:
     return status.candidate.number if status.candidate else max(0, status.trials - 1)
 
 
-def _pace(plan: api.Plan) -> float:
+def _pace(plan: api.Plan, quiet: int) -> float:
+    """`quiet`: looks in a row that nothing had asked for and that found nothing new, as of a job without traffic."""
     if plan.again_after == 0.0:
         return 0.0
     trial = plan.status.candidate
     if trial is None:
-        return IDLE if plan.finished else BUSY
+        return IDLE if plan.finished else min(IDLE, BUSY * 2.0 ** min(quiet, 10))
     return LIVE if trial.stage != "Preparing" else BUSY

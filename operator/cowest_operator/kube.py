@@ -80,6 +80,8 @@ class Kube:
         except config.ConfigException:
             await config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
         configuration.connection_pool_maxsize = 2 * WRITES_AT_ONCE
+        # Else each request looks at ~/.netrc and for a proxy, in two threads. kopf's watches go without both too.
+        configuration.client_session_kwargs = {"trust_env": False}
         return cls(client.ApiClient(configuration))
 
     @property

@@ -109,10 +109,18 @@ def kopf_settings() -> kopf.OperatorSettings:
     built.queueing.idle_timeout = 0.5  # seconds that the task of an object outlives its last event
     built.networking.request_timeout, built.networking.connect_timeout = 30, 5
     built.networking.error_backoffs = Patience(1, 1, 2, 3, 5, 8, 13, 21)
+    built.persistence.diffbase_storage = NothingKept()
     for kind in CHILDREN:
         version, plural = kube.PLURALS[kind]
         built.watching.label_selectors[version.rpartition("/")[0], plural] = JOB_LABEL
     return built
+
+
+class NothingKept(kopf.AnnotationsDiffBaseStorage):
+    """kopf copies each object twice to tell what has changed, for handlers that we do not have: a sixth of our CPU."""
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        return kopf.BodyEssence({})
 
 
 class Forgetful(inventory.ResourceMemories):

@@ -74,6 +74,8 @@ class Memory:
     said: set[str] = field(default_factory=set)  # notes that were made known
     failing: dict[str, strong.Failing] = field(default_factory=dict)  # the strong endpoint, by who asks it
     asking: dict[str, asyncio.Task[bool]] = field(default_factory=dict)  # questions under way
+    quiet: int = 0  # looks in a row that nothing had asked for and that found nothing new
+    traces: api.TraceCounts | None = None  # of the last look
     wake: Callable[[], None] = lambda: None  # a look, for an answer that came after the one that asked
 
     def age(self, what: str) -> float:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from cowest_operator import api
+from cowest_operator import api, reconcile
 from cowest_operator.apply import Applier, JobGoneError
-from cowest_operator.keeper import Keeper
-from cowest_operator.kube import Kube, KubeError
+from cowest_operator.keeper import AT_ONCE, SWIFT, Keeper, Turns
+from cowest_operator.kube import PLURALS, Kube, KubeError
 from cowest_operator.metrics import Metrics
 from cowest_operator.observe import Memory, Observer
 from cowest_operator.watched import Key, Watched
@@ -199,3 +200,109 @@ async def test_an_answer_that_nobody_can_read_ends_no_looks_for_what_is_gone() -
         await until(lambda: keeper.looks > 1)
     finally:
         looking.cancel()
+
+
+# ---------------------------------------------------------------- when it looks again
+def at_rest(world: api.World) -> api.World:
+    while (plan := reconcile.plan(world)).status != world.status:
+        world = replace(world, status=plan.status)
+    return world
+
+
+class Scripted(Observer):
+    """Sees what it is told."""
+
+    def __init__(self, world: api.World) -> None:
+        self.world_now = world
+
+    async def world(self, *_: Any, **__: Any) -> Any:
+        return SimpleNamespace(world=self.world_now)
+
+
+class Nothing:
+    """An applier that writes nothing."""
+
+    kube = SimpleNamespace()
+
+    async def apply(self, *_: Any) -> None: ...
+
+
+async def test_a_job_without_traffic_is_looked_at_less_often_until_something_is_new() -> None:
+    desk, _ = desk_and_server()
+    seen = Scripted(at_rest(w.world(job=w.job(rounds={"trigger": api.Trigger(100)}), traces=api.TraceCounts(7, 5))))
+    keeper, memory = Keeper(Watched(), seen, cast(Any, Nothing()), Metrics()), Memory("u")
+    keeper.watched.families[KEY] = desk.family
+    keeper._looked_at = {(kind, "") for kind in PLURALS}
+    seen.settings = SimpleNamespace(namespaces=())  # type: ignore[assignment]
+    seen.discovery = SimpleNamespace(rayservices=False)  # type: ignore[assignment]
+
+    async def unasked(looks: int) -> list[float]:
+        """Seconds until the next look, after each of so many that nothing has asked for."""
+        paces = []
+        for _ in range(looks):
+            memory.quiet += 1
+            paces.append(await keeper.turn(KEY, memory))
+        return paces
+
+    assert await unasked(5) == [15.0, 30.0, 60.0, 60.0, 60.0]
+    seen.world_now = at_rest(replace(seen.world_now, traces=api.TraceCounts(8, 6)))
+    assert await unasked(2) == [15.0, 30.0]
+    seen.world_now = replace(seen.world_now, troubles=(api.Trouble("StoreAway", "the store is away."),))
+    assert await unasked(3) == [15.0, 15.0, 15.0], "what is wrong may be mended where no watch sees it"
+
+
+def test_what_the_watches_show_ends_the_long_wait() -> None:
+    quiet = []
+
+    class Waiting(Noting):
+        async def turn(self, key: Key, memory: Memory) -> float:
+            quiet.append(memory.quiet)
+            await super().turn(key, memory)
+            return 0.02
+
+    async def story(keeper: Noting) -> None:
+        await until(lambda: len(quiet) >= 4)
+        keeper.wake(KEY)
+        await until(lambda: 0 in quiet[1:])
+
+    kept(Waiting(), story)
+    assert quiet[:4] == [0, 1, 2, 3]
+
+
+# ---------------------------------------------------------------- how many look at once
+async def looking(turns: Turns, goes_on: asyncio.Event, seen: list[str], name: str) -> None:
+    async with turns.turn():
+        seen.append(name)
+        await goes_on.wait()
+
+
+async def test_looks_that_do_not_wait_are_few() -> None:
+    turns, goes_on, seen = Turns(), asyncio.Event(), list[str]()
+    looks = [asyncio.create_task(looking(turns, goes_on, seen, str(number))) for number in range(10)]
+    await asyncio.sleep(0.02)
+    assert len(seen) == SWIFT
+    goes_on.set()
+    await asyncio.gather(*looks)
+    assert len(seen) == 10
+
+
+async def test_looks_that_hang_hold_up_no_others_and_leave_no_more_room_than_there_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cowest_operator.keeper.SLOW", 0.01)
+    turns, goes_on, seen = Turns(), asyncio.Event(), list[str]()
+    looks = [asyncio.create_task(looking(turns, goes_on, seen, str(number))) for number in range(40)]
+    await until(lambda: len(seen) >= AT_ONCE)
+    await asyncio.sleep(0.05)
+    assert len(seen) == AT_ONCE, "those that wait have a bound too"
+    goes_on.set()
+    await asyncio.gather(*looks)
+
+    monkeypatch.setattr("cowest_operator.keeper.SLOW", 60.0)
+    goes_on.clear()
+    seen.clear()
+    looks = [asyncio.create_task(looking(turns, goes_on, seen, str(number))) for number in range(10)]
+    await asyncio.sleep(0.02)
+    assert len(seen) == SWIFT
+    goes_on.set()
+    await asyncio.gather(*looks)
