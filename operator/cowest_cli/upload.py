@@ -33,7 +33,7 @@ def upload(
         raise StepError(f"{target}: wanted a target such as s3://bucket/key, saw a plain path.")
     digest = _checked(source)
     noted = source / SUMS  # of an upload that this folder was a copy of
-    files = sorted(p for p in source.rglob("*") if p.is_file() and p != noted) if source.is_dir() else [source]
+    files = [path for path in in_order(source) if path != noted]
     sums_uri = store.join(target, SUMS) if source.is_dir() else f"{target}.sha256"
     there = _read_sums(sums_uri)
     if source.is_dir():
@@ -53,6 +53,16 @@ def upload(
         typer.echo(json.dumps({"uri": target, "digest": digest, "files": len(files), "sent": sent}))
         return
     typer.echo(f"{target}  {digest}  {len(files)} file(s), {sent} sent now")
+
+
+def in_order(source: Path) -> list[Path]:
+    """Of a model the configuration last: who finds that finds the whole model."""
+    from cowest_training.round_trip import CONFIGURATIONS
+
+    if not source.is_dir():
+        return [source]
+    files = (path for path in source.rglob("*") if path.is_file())
+    return sorted(files, key=lambda path: (path.parent == source and path.name in CONFIGURATIONS, path))
 
 
 def _without_others(target: str, names: Collection[str], sums: Mapping[str, str]) -> dict[str, str]:

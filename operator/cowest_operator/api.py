@@ -58,6 +58,7 @@ REASON_NO_GAIN = "RoundsWithoutGain"
 REASON_STEP_FAILED = "StepFailed"
 REASON_STEP_RETRY = "StepWillBeRetried"
 REASON_STEP_DEADLINE = "StepDeadlineExceeded"
+REASON_DATA_MISSING = "DataMissing"
 REASON_BUDGET = "BudgetSpent"
 REASON_AWAITING_APPROVAL = "AwaitingApproval"
 REASON_WAITING_FOR_ANSWERS = "WaitingForAnswers"
@@ -505,7 +506,7 @@ class StepState:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""  # of the artifact; a model's is the digest that its server reports
     again: str = ""  # of a step that failed for good: what begins it again, as a sentence
-    reason: str = ""  # of a step that failed, where that has a name of its own
+    reason: str = ""  # of a step that failed, or looks again after it did, where that has a name of its own
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from cowest_training.contract import (
     EXIT_BAD_INPUT,
     EXIT_BUDGET,
     EXIT_FAILED,
+    EXIT_MISSING,
     EXIT_RETRY,
     EvaluationReport,
     LiveReport,
@@ -44,6 +45,7 @@ MOMENT = 0.2  # seconds that a look waits for a newer answer than the one it has
 ANSWERS_KEPT = 600.0  # seconds, longer than any of the above
 PATIENCE = 20.0  # seconds before a pod that is not there yet is called a trouble
 LONGEST_RETRY = 600.0
+MISSING_RETRY = 120.0  # what is not there yet is often brought within minutes, and a look for it costs seconds
 FAILURES = 3  # of a step by faults of its own, before it waits for a person
 BAD_INPUT_RETRY = 3600.0  # what a step refuses costs seconds, and a key or a file may be mended where nobody sees it
 BY_A_PERSON = "It is begun again by `kubectl cowest resume` once that is mended, or by an edit of the manifest."
@@ -334,15 +336,15 @@ class _Look:
             if self._waits_for_what_was_edited(seen):
                 self.submit[name], self.instead[name] = facts["attempt"] + 1, seen.name
                 return None
-            return await self._left(trial, name, seen) or api.StepState(
-                "Running", attempts=1, message=self._not_made(seen) or facts["message"]
-            )
+            return await self._left(trial, name, seen) or self._running(seen)
         if name.removeprefix(f"r{trial.number}-") in trial.done:
             return None
         if facts["phase"] == "Succeeded":
             return await self._succeeded(trial, name)
-        code, words = _code(seen), _sentence(facts["words"] or facts["message"] or "it failed")
+        code, words = _code(seen), _words(seen)
         words, reason = (self._overran(seen), api.REASON_STEP_DEADLINE) if facts["overran"] else (words, "")
+        if code == EXIT_MISSING:
+            return self._missing(name, seen, words)
         asked_for = facts["generation"] != self.context.job.generation or self._resumed_since(seen)
         for_good = not asked_for and self._failed_for_good(trial, seen)
         if for_good and (code != EXIT_BAD_INPUT or self.now < facts["finished"] + BAD_INPUT_RETRY):
@@ -351,6 +353,31 @@ class _Look:
             self.submit[name] = facts["attempt"] + 1
             return None
         return api.StepState("Failed", code if code == EXIT_BUDGET else EXIT_RETRY, 1, words, reason=reason)
+
+    def _running(self, workflow: Seen) -> api.StepState:
+        """A look for what was missing says so until it is over: nothing is written while nothing changes."""
+        step, attempt, generation = (workflow.facts[name] for name in ("step", "attempt", "generation"))
+        before = max(
+            (w for w in self.family.of("Workflow") if w.facts["step"] == step and w.facts["attempt"] < attempt),
+            key=lambda each: int(each.facts["attempt"]),
+            default=None,
+        )
+        is_look = before is not None and _code(before) == EXIT_MISSING and before.facts["generation"] == generation
+        if not_made := self._not_made(workflow):
+            return api.StepState("Running", message=not_made)
+        if before is None or not is_look or self._resumed_since(before):
+            return api.StepState("Running", message=workflow.facts["message"])
+        return api.StepState("Running", message=_words(before), reason=api.REASON_DATA_MISSING)
+
+    def _missing(self, name: str, seen: Seen, words: str) -> api.StepState | None:
+        """Nobody has to say so once it is there: a look for it costs a pod for seconds."""
+        facts = seen.facts
+        asked_for = facts["generation"] != self.context.job.generation or self._resumed_since(seen)
+        if asked_for or self.now >= facts["finished"] + retry_after(facts["attempt"], MISSING_RETRY):
+            self.submit[name] = facts["attempt"] + 1
+        if asked_for:
+            return None
+        return api.StepState("Failed", EXIT_RETRY, 1, words, reason=api.REASON_DATA_MISSING)
 
     def _overran(self, workflow: Seen) -> str:
         pod = next((pod for pod in self._pods_of(workflow) if pod.facts["overran"]), None)
@@ -790,6 +817,11 @@ def _code(workflow: Seen) -> int:
     """Of a step that failed, as `cowest_training.contract` has them; a pod that was taken away may be tried again."""
     code = workflow.facts["code"]
     return EXIT_RETRY if code is None or str(code) in steps.RETRY_CODES else int(code)
+
+
+def _words(workflow: Seen) -> str:
+    """Why it failed."""
+    return _sentence(workflow.facts["words"] or workflow.facts["message"] or "it failed")
 
 
 def _is_due(trial: api.Trial | None, step: str) -> bool:

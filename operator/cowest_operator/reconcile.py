@@ -221,16 +221,23 @@ def _prepare(world: World, trial: Trial) -> Move:
     step = next((s for s in steps if rounds.key(trial, s) not in trial.done), None)
     state = world.steps.get(step.name) if step else None
     stops = world.status.paused_now and (state is None or state.phase == "Running")
-    if (state is None or stops) and (hold := _hold(world, f"step {step.name}" if step else "the gate")):
+    if (_rests(state) or stops) and (hold := _hold(world, f"step {step.name}" if step else "the gate")):
         return hold
     if step is None:
         return _gate(world, trial)
+    if state is not None and state.phase == "Running" and state.reason:
+        return Move(world.status, state.reason, f"step {step.name}: {state.message}")
     if state is None or state.phase == "Running":
         message = state.message if state else ""
         return Move(world.status, message=f"step {step.name} runs{': ' + message.rstrip('.') if message else ''}.")
     if state.phase == "Failed":
         return _step_failed(world, trial, step, state)
     return _step_done(world, trial, steps, step, state)
+
+
+def _rests(state: api.StepState | None) -> bool:
+    """Nothing of it runs: it has not begun, or it waits for what is not there yet."""
+    return state is None or (state.phase == "Failed" and state.reason == api.REASON_DATA_MISSING)
 
 
 def _hold(world: World, before: str) -> Move | None:
@@ -669,7 +676,7 @@ def _steps(world: World, move: Move) -> tuple[api.StepSpec, ...]:
     if trial.stage == "Preparing":
         chain = rounds.chain(world, trial)
         following = next((s for s in chain if rounds.key(trial, s) not in trial.done), None)
-        if following is None or (following.name not in world.steps and _hold(world, following.name)):
+        if following is None or (_rests(world.steps.get(following.name)) and _hold(world, following.name)):
             return ()
         return (following,)
     if trial.promoted or (trial.stage == "Canary" and not world.trial_job.spec.canary.steps):

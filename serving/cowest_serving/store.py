@@ -37,11 +37,11 @@ _ABSENT_CODES = {"NoSuchKey", "NoSuchBucket", "NoSuchObject"}
 
 
 class StoreError(Exception):
-    """What was wanted of the store, what was seen, what to change."""
+    """What was wanted of the store, what was seen, what to change. `saw`: S3's own word, such as NoSuchBucket."""
 
-    def __init__(self, message: str, *, retryable: bool = False) -> None:
+    def __init__(self, message: str, *, retryable: bool = False, saw: str = "") -> None:
         super().__init__(message)
-        self.retryable = retryable
+        self.retryable, self.saw = retryable, saw
 
 
 # ---------------------------------------------------------------- what callers use
@@ -443,7 +443,7 @@ def _s3_errors(wanted: str) -> Iterator[None]:
         else:
             remedy = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do"
         message = f"wanted to {wanted}, saw {error.code}: {error.message}; {remedy}"
-        raise StoreError(message, retryable=retryable) from error
+        raise StoreError(message, retryable=retryable, saw=error.code or "") from error
     except (ServerError, HTTPError) as error:
         message = f"wanted to {wanted}, saw: {error}; check COWEST_S3_ENDPOINT and that the store is up"
         raise StoreError(message, retryable=True) from error

@@ -331,6 +331,34 @@ def test_a_step_whose_pod_was_taken_away_is_said_and_runs_again(
     assert attempts(playground, "r0-sft") == ["claims-r0-sft"]
 
 
+def test_data_that_are_not_there_yet_are_said_once_looked_for_without_a_write_and_begin_the_job_when_they_come(
+    playground: Playground,
+) -> None:
+    words = "Not in the store yet: spec.data.train (s3://desk/train.jsonl)."
+    missing = ended("Failed", words, "66")
+    playground.script.endings = {"check": [missing] * 9}
+    with playground.operator():
+        apply(playground, manifest_of("claims", **ONLY_BASELINE))
+        wait_for_reason(playground, "claims", api.ROUND_PROGRESSING, api.REASON_DATA_MISSING)
+        playground.wait(lambda: playground.condition("claims", api.READY).get("status") == "True", "Ready")
+        said = playground.condition("claims", api.ROUND_PROGRESSING)
+        assert (said["status"], said["message"]) == ("True", f"step r0-check: {words}")
+        wait_for_reason(playground, "claims", api.DEGRADED, api.REASON_AS_EXPECTED)
+        playground.wait(lambda: playground.status("claims")["budget"]["calls"] == 10, "what its pods say", 90)
+        before, looks = playground.job("claims")["metadata"]["resourceVersion"], attempts(playground, "r0-check")
+        next_one = f"claims-r0-check-{len(looks) + 1}"
+        playground.wait(lambda: over(playground, next_one), "the end of another look", 120)
+        time.sleep(1)
+        assert playground.job("claims")["metadata"]["resourceVersion"] == before, "nothing has changed"
+        playground.script.endings = {}
+        playground.wait(lambda: decisions(playground, "claims") == PROMOTED[:1], "the baseline", 180)
+
+
+def over(playground: Playground, workflow: str) -> bool:
+    found = playground.get(f"{WORKFLOWS}/{workflow}") or {}
+    return (found.get("status") or {}).get("phase") == "Failed"
+
+
 def test_a_step_that_ran_for_too_long_is_said_also_while_it_runs_again(playground: Playground) -> None:
     words = "Pod was active on the node longer than the specified deadline"
     again = {"phase": "Running", "nodes": {"a": {"type": "Pod", "phase": "Running"}}}

@@ -446,6 +446,18 @@ def test_whoever_installs_is_told_to_delete_a_job_that_erases_before_its_release
     assert ("kubectl -n here delete cwj/desk --wait" in found["said"]) is said
 
 
+@needs_helm
+@pytest.mark.parametrize("own_store", [False, True])
+def test_whoever_installs_is_told_that_data_may_come_later_and_how(own_store: bool, tmp_path: Path) -> None:
+    chart = shutil.copytree(DOMAIN, tmp_path / "chart")
+    notes = '{{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}'
+    (chart / "templates" / "notes.yaml").write_text(f"kind: Notes\nsaid: {notes}\n")
+    (found,) = of_kind(rendered(chart, "minimal", f"minio.enabled={str(own_store).lower()}"), "Notes")
+    assert "(DataMissing), and begins by itself once `cowest upload`" in found["said"]
+    command = "COWEST_S3_ENDPOINT=http://127.0.0.1:9000 cowest upload FILE s3://desk/data/train.jsonl"
+    assert (command in found["said"]) is own_store
+
+
 def policies(values: str, *sets: str) -> dict[str, Object]:
     found = of_kind(rendered(DOMAIN, values, *sets), "NetworkPolicy")
     return {each["metadata"]["name"].removeprefix("desk-"): each["spec"] for each in found}

@@ -20,7 +20,15 @@ import pytest
 from cowest_serving import store, traces
 from cowest_serving.contract import dump
 from cowest_training import steps
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_RETRY, Manifest, StepSettings, load_live_report
+from cowest_training.contract import (
+    EXIT_BAD_INPUT,
+    EXIT_MISSING,
+    EXIT_OK,
+    EXIT_RETRY,
+    Manifest,
+    StepSettings,
+    load_live_report,
+)
 from cowest_training.data import read_rows
 from tests import world
 from tests.contracts.test_store_s3 import endpoint, s3
@@ -118,15 +126,38 @@ def test_check_refuses_what_the_small_files_of_a_model_say_by_its_address(desk: 
     assert not list((desk.folder / "scratch").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("gone", "message"),
-    [("data/train.jsonl", "wanted a JSONL or Parquet file"), ("weak/model.safetensors", "wanted weights as")],
-)
-def test_check_says_what_is_not_there(desk: Desk, gone: str, message: str) -> None:
-    store.delete(desk.uri(gone))
+def test_check_says_all_that_is_not_there_yet_and_what_brings_it_and_is_done_once_it_came(desk: Desk) -> None:
+    rows, held_out, weak = (desk.uri(name) for name in ("data/train.jsonl", "data/held_out.jsonl", "weak"))
+    kept = {uri: store.get(uri) for uri in (rows, held_out, *store.list_files(weak))}
+    for uri in kept:
+        store.delete(uri)
     ended = desk.run("check", "runs/r0/check")
-    assert ended.returncode == EXIT_BAD_INPUT
-    assert message in ended.stderr and "Traceback" not in ended.stderr
+    assert ended.returncode == EXIT_MISSING
+    assert ended.stderr == (
+        f"Not in the store yet: spec.data.train ({rows}); spec.data.heldOut ({held_out}); spec.weak.model ({weak})."
+        f" Bring them with `cowest upload FILE {rows}` and `cowest upload FILE {held_out}` and"
+        f" `cowest upload FOLDER {weak}`. It is looked at again by itself.\n"
+    )
+    for uri, data in kept.items():
+        store.put(uri, data)
+    assert desk.run("check", "runs/r0/check").returncode == EXIT_OK
+
+
+@pytest.mark.parametrize("gone", ["model.safetensors", "config.json"])
+def test_a_model_of_which_a_part_is_there_is_still_being_brought(desk: Desk, gone: str) -> None:
+    store.delete(desk.uri(f"weak/{gone}"))
+    ended = desk.run("check", "runs/r0/check")
+    assert ended.returncode == EXIT_MISSING
+    assert f"in {desk.uri('weak')}, saw " in ended.stderr and "wait for the end of its upload." in ended.stderr
+
+
+def test_check_asks_for_a_bucket_that_is_not_there_yet(desk: Desk) -> None:
+    desk.root = "s3://not-made-yet/desk"
+    ended = desk.run("check", "runs/r0/check")
+    assert ended.returncode == EXIT_MISSING
+    assert ended.stderr == ("The store has no bucket not-made-yet yet: make it. It is looked at again by itself.\n"), (
+        "its data are in another one"
+    )
 
 
 def test_collect_joins_rows_and_traces_of_s3(desk: Desk) -> None:

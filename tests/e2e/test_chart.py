@@ -74,6 +74,8 @@ def test_a_domain_with_a_store_of_its_own_serves_trains_and_passes_helm_test(ope
         print(f"{time.monotonic() - begun:7.1f} s  Ready", flush=True)
         said = run("helm", "test", NAME, "--namespace", NAMESPACE, "--timeout", "5m")
         assert "Succeeded" in said, said
+        wait_for(lambda: condition("RoundProgressing").get("reason") == "DataMissing", "what is not there", 120)
+        assert "cowest upload FOLDER s3://pocket/data/base" in condition("RoundProgressing")["message"]
         with forwarded(f"{NAME}-minio", 9000, NAMESPACE) as port:
             bring_data(tmp_path, f"http://127.0.0.1:{port}")
         wait_for(lambda: "weakDigest" in job()["status"].get("candidate", {}), "the first weak model", 300)
@@ -95,16 +97,13 @@ def test_the_operators_chart_passes_helm_test(operator: None) -> None:
 
 
 def bring_data(folder: Path, endpoint: str) -> None:
-    """Rows and base model, and a word to the job, whose first step may have looked before they were there."""
+    """Rows and base model, which the job begins with when they are there."""
     store = {**KEYS, "COWEST_S3_ENDPOINT": endpoint, "AWS_REGION": "us-east-1"}
     run(
         sys.executable, str(EXAMPLE / "make_data.py"), "--out", str(folder / "data"), "--seed", "0", OMP_NUM_THREADS="1"
     )
     for name in ("train.jsonl", "held_out.jsonl", "base"):
         run(*COWEST, "upload", str(folder / "data" / name), f"s3://pocket/data/{name}", **store)
-    said = {"verb": "resume", "by": "colleague", "why": "the data are there", "at": time.time()}
-    note = {"metadata": {"annotations": {f"cowest.dev/action.{time.time_ns():020d}-resume": json.dumps(said)}}}
-    kubectl("patch", "collaborationjob", NAME, "--type=merge", "-p", json.dumps(note), namespace=NAMESPACE)
 
 
 def show() -> None:

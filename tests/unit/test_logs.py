@@ -70,5 +70,6 @@ def test_steps_end_in_the_words_of_the_operator() -> None:
     said = contract.REASONS
     assert said[contract.EXIT_BAD_INPUT] == said[contract.EXIT_FAILED] == api.REASON_STEP_FAILED
     assert said[contract.EXIT_RETRY] == api.REASON_STEP_RETRY
+    assert said[contract.EXIT_MISSING] == api.REASON_DATA_MISSING
     assert said[contract.EXIT_BUDGET] == api.REASON_BUDGET
     assert logs.REASON_STORE_AWAY == api.REASON_STORE_AWAY

@@ -538,6 +538,83 @@ def test_the_step_that_reads_live_traces_is_tried_again_since_they_change_by_the
     assert desk.look(NOW + 601).submit == {"r1-collect": 5}
 
 
+# ---------------------------------------------------------------- what is not there yet
+NOT_THERE = "66"
+
+
+def looks_again(desk: Desk, attempt: int, generation: str = "1") -> None:
+    labels = {"cowest.dev/step": "r1-dpo", "cowest.dev/attempt": str(attempt), "cowest.dev/generation": generation}
+    waits = {"phase": "Running", "message": "Waiting for a node"}
+    desk.has("Workflow", f"r1-dpo-{attempt}", metadata={"labels": labels}, status=waits)
+
+
+def progressing(seen: Observed) -> tuple[str, str, str]:
+    (found,) = (c for c in reconcile.plan(seen.world).status.conditions if c.type == api.ROUND_PROGRESSING)
+    return found.status, found.reason, found.message
+
+
+def test_what_is_not_there_yet_is_looked_for_by_itself_at_most_each_two_minutes() -> None:
+    desk = tuning()
+    for attempt in range(1, 9):
+        failed(desk, NOT_THERE, attempt=attempt)
+        wait = min(10 * 2 ** (attempt - 1), 120)
+        assert desk.look(NOW + wait - 1).submit == {}
+        due = desk.look(NOW + wait)
+        assert due.submit == {"r1-dpo": attempt + 1}
+        assert [step.name for step in reconcile.plan(due.world).steps] == ["r1-dpo"]
+
+
+def test_what_is_not_there_yet_is_said_in_the_same_words_while_it_is_looked_for_again() -> None:
+    desk, said = tuning(), ("True", api.REASON_DATA_MISSING, "step r1-dpo: no good.")
+    failed(desk, NOT_THERE)
+    assert progressing(desk.look(NOW + 1)) == progressing(desk.look(NOW + 10)) == said
+    looks_again(desk, 2)
+    assert progressing(desk.look(NOW + 11)) == said
+    assert reconcile.plan(desk.look(NOW + 11).world).failure is None
+
+
+@pytest.mark.parametrize("code", [AWAY, BAD_INPUT], ids=["something was away", "bad input"])
+def test_another_attempt_after_any_other_failure_says_that_it_runs(code: str) -> None:
+    desk = tuning()
+    failed(desk, code)
+    looks_again(desk, 2)
+    assert progressing(desk.look(NOW + 11))[1:] == ("PreferenceTuning", "step r1-dpo runs: Waiting for a node.")
+
+
+def test_what_was_missing_before_an_edit_or_a_resume_is_said_no_more() -> None:
+    desk = tuning()
+    failed(desk, NOT_THERE, generation="0")
+    assert desk.look(NOW + 1).submit == {"r1-dpo": 2}
+    looks_again(desk, 2)
+    assert progressing(desk.look(NOW + 2))[1] == "PreferenceTuning"
+    failed(desk, NOT_THERE)
+    says_resume(desk, NOW + 1)
+    assert desk.look(NOW + 2).world.steps["r1-dpo"].reason == ""
+
+
+def test_a_look_that_gets_no_pod_says_that() -> None:
+    desk = tuning()
+    failed(desk, NOT_THERE)
+    looks_again(desk, 2)
+    labels = {"cowest.dev/step": "r1-dpo", "cowest.dev/attempt": "2", "cowest.dev/generation": "1"}
+    node = {"type": "Pod", "phase": "Pending", "message": "exceeded quota"}
+    desk.has("Workflow", "r1-dpo-2", metadata={"labels": labels}, status={"phase": "Running", "nodes": {"a": node}})
+    assert progressing(desk.look(NOW + 60))[2] == "step r1-dpo runs: its pod is not made: exceeded quota."
+
+
+@pytest.mark.parametrize("held", [{"paused_by": "ann"}, None], ids=["paused", "suspended"])
+def test_nothing_is_looked_for_while_the_job_is_held(held: Mapping[str, Any] | None) -> None:
+    desk = tuning()
+    failed(desk, NOT_THERE)
+    if held is None:
+        desk.declare(suspend=True)
+    else:
+        desk.memory.state, desk.memory.version = replace(desk.look().world.status, **held), 5
+    seen = desk.look(NOW + 10)
+    assert reconcile.plan(seen.world).steps == ()
+    assert progressing(seen)[1] == (api.REASON_PAUSED if held else api.REASON_SUSPENDED)
+
+
 # ---------------------------------------------------------------- steps that run for too long
 def ran_too_long(desk: Desk, attempt: int = 1, generation: str = "1") -> None:
     """An attempt of r1-dpo that the kubelet ended at `NOW`, by a deadline of an hour."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cowest_cli.upload import upload
+from cowest_cli.upload import in_order, upload
 from cowest_serving.model_files import model_digest
 from cowest_training.contract import StepError
 
@@ -36,6 +36,17 @@ def test_of_a_model_that_was_there_before_nothing_stays(tmp_path: Path) -> None:
     assert {path.name for path in place.iterdir()} == {path.name for path in second.iterdir()} | {"SHA256SUMS"}
     assert "model.safetensors\n" not in (place / "SHA256SUMS").read_text()
     assert model_digest(place) == model_digest(second)
+
+
+def test_the_configuration_of_a_model_is_sent_last_so_that_who_finds_it_finds_the_whole_model(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "v1", shards=2)
+    (model / "more").mkdir()
+    (model / "more" / "config.json").touch()
+    names = [path.relative_to(model).as_posix() for path in in_order(model)]
+    assert names[-1] == "config.json" and sorted(names) == sorted(
+        path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()
+    )
+    assert names[:-1] == sorted(names[:-1])
 
 
 def test_nothing_is_sent_beside_what_no_upload_has_left(tmp_path: Path) -> None:

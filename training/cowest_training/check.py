@@ -18,7 +18,17 @@ from cowest_serving import store
 from cowest_serving.contract import DraftForm, digest_of
 from cowest_serving.loadable import Reader, check_loadable
 from cowest_serving.model_files import ModelFolderError, check_model_folder
-from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row, StepError, evaluator_digest
+from cowest_training.awaited import is_in_a_store, look_for
+from cowest_training.contract import (
+    EXIT_BAD_INPUT,
+    EXIT_MISSING,
+    EXIT_OK,
+    Evaluator,
+    Manifest,
+    Row,
+    StepError,
+    evaluator_digest,
+)
 from cowest_training.data import case_note, check_split, read_rows, rows_digest, unread_note
 from cowest_training.evaluator import check_references, decimal_note, extract_note
 from cowest_training.prompts import HELD_OUT, TRAIN, Asked, check_prompts, prompts_of
@@ -37,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings.training.max_length,
         is_tuned=spec.get("rounds", {}).get("max", 1) > 0,
     )
+    named = {"spec.data.train": data.train, "spec.data.heldOut": data.held_out, "spec.weak.model": model}
+    look_for(named, folders=["spec.weak.model"], out=args.out)
     inputs = {
         "train": store.fingerprint(data.train),
         "held_out": store.fingerprint(data.held_out),
@@ -135,9 +147,11 @@ def check_weak_model(uri: str) -> None:
         if not found
     ]
     if missing:
+        brought = is_in_a_store(uri)  # perhaps just now, file by file
         raise StepError(
             f"spec.weak.model: wanted {' and '.join(missing)} in {uri}, saw {', '.join(sorted(names)[:5])}. "
-            "Name the folder that `model.save_pretrained` wrote."
+            f"Name the folder that `model.save_pretrained` wrote{', or wait for the end of its upload' * brought}.",
+            EXIT_MISSING if brought else EXIT_BAD_INPUT,
         )
 
 

@@ -21,6 +21,7 @@ EVALUATOR_RULES = {"ExactMatch": 3, "TokenF1": 3, "Choice": 4, "Numeric": 5, "Ju
 EXIT_OK = 0
 EXIT_FAILED = 1  # a bug or an unforeseen fault: stack trace on stderr
 EXIT_BAD_INPUT = 2  # the person must change something: the message says what
+EXIT_MISSING = 66  # (EX_NOINPUT) what the manifest names is not in the store yet: somebody will bring it
 EXIT_RETRY = 75  # (EX_TEMPFAIL) an endpoint or the store is away, disk full: run it again later
 EXIT_BUDGET = 76  # the budget is spent: state is kept, resumable
 EXIT_INTERRUPTED = 130
@@ -29,6 +30,7 @@ REASONS = {
     EXIT_OK: "StepDone",
     EXIT_FAILED: "StepFailed",
     EXIT_BAD_INPUT: "StepFailed",
+    EXIT_MISSING: "DataMissing",
     EXIT_RETRY: "StepWillBeRetried",
     EXIT_BUDGET: "BudgetSpent",
     EXIT_INTERRUPTED: "StepInterrupted",
