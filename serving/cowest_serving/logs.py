@@ -1,7 +1,8 @@
 """How servers and steps log: plain lines, or with COWEST_LOG_FORMAT=json one JSON object a line for a log collector.
 
-Each such line says the job (COWEST_JOB, as `namespace/name`), and in a step of a round which one (COWEST_STEP, as
-`name-r1-dpo`); `reason` stands beside the message where a collector may count it.
+The operator tells its jobs' pods to write JSON. Each such line says the job (COWEST_JOB, as `namespace/name`), and in a
+step of a round which one (COWEST_STEP, as `name-r1-dpo`); `reason` stands beside the message where a collector may
+count it.
 """
 
 from __future__ import annotations

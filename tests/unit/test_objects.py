@@ -123,7 +123,11 @@ def test_a_session_token_may_be_missing_and_a_key_may_not() -> None:
 
 
 def test_the_environment_of_all_jobs_is_in_every_container_and_ours_is_stronger() -> None:
-    given = ({"name": "HTTPS_PROXY", "value": "http://proxy:3128"}, {"name": "COWEST_CACHE", "value": "/nowhere"})
+    given = (
+        {"name": "HTTPS_PROXY", "value": "http://proxy:3128"},
+        {"name": "COWEST_CACHE", "value": "/nowhere"},
+        {"name": "COWEST_JOB", "value": "another"},
+    )
     for name, pod in pods(everything(replace(context(), job_env=given))):
         for each in containers(pod):
             env = {e["name"]: e.get("value") for e in each["env"]}
@@ -145,6 +149,27 @@ def test_every_log_line_can_say_which_job_and_which_step_it_is_about() -> None:
     by_argo = {value for name, value in told.items() if name.startswith("WorkflowTemplate")}
     assert by_argo == {"{{workflow.parameters.step}}"}
     assert told["Deployment claims-gateway"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "form"),
+    [
+        pytest.param((), "json", id="as it comes"),
+        pytest.param(({"name": "COWEST_LOG_FORMAT", "value": "plain"},), "plain", id="as the operator is told"),
+    ],
+)
+def test_every_container_logs_for_a_collector_unless_the_operator_is_told_otherwise(given: Any, form: str) -> None:
+    for name, pod in pods(everything(replace(context(), job_env=given))):
+        for each in containers(pod):
+            told = [e["value"] for e in each["env"] if e["name"] == "COWEST_LOG_FORMAT"]
+            assert told == [form], (name, each["name"])
+
+
+def test_a_steps_own_environment_is_stronger_than_what_it_logs_by_default() -> None:
+    main = {"name": "main", "env": [{"name": "COWEST_LOG_FORMAT", "value": "plain"}]}
+    seen = edited(context(), "training", podTemplate={"spec": {"containers": [main]}})
+    laid_over = json.loads(templates_of(seen)["step"]["podSpecPatch"])["containers"]
+    assert [each for each in laid_over if each["name"] == "main"] == [main]
 
 
 def test_keys_of_fallbacks_are_mounted_in_the_gateway_alone_each_by_its_place() -> None:

@@ -28,6 +28,7 @@ STORE_KEY_NAMES: Mapping[str, Mapping[str, bool]] = {
     "AWS_SESSION_TOKEN": {"optional": True},
 }
 FALLBACK_KEYS = "/etc/cowest/fallback-keys"
+LOG_FORMAT = "COWEST_LOG_FORMAT"  # as `cowest_serving.logs` reads it
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def container(
     context: Context, name: str, image: str, module: str, arguments: Sequence[str], **more: Any
 ) -> dict[str, Any]:
     """A container under the `restricted` Pod Security profile. `python -P`: the working folder is no source of code."""
-    own = more.pop("env", [])
+    own = [*_about(context), *more.pop("env", [])]
     named = {each["name"] for each in own}
     built = {
         "name": name,
@@ -144,7 +145,7 @@ def container(
         "imagePullPolicy": context.images.pull_policy,
         "command": ["python", "-P", "-m", module],
         "args": list(arguments),
-        "env": [*(dict(each) for each in context.job_env if each["name"] not in named), *_about(context), *own],
+        "env": [*(dict(each) for each in context.job_env if each["name"] not in named), *own],
         "securityContext": restricted(),
         **more,
     }
@@ -152,8 +153,10 @@ def container(
 
 
 def _about(context: Context) -> list[dict[str, Any]]:
-    """What log lines say."""
-    return [env("COWEST_JOB", f"{context.namespace}/{context.job.name}")]
+    """What log lines say, and that they are for a collector, unless whoever runs the operator wants them otherwise."""
+    told = [env("COWEST_JOB", f"{context.namespace}/{context.job.name}")]
+    has_form = any(each["name"] == LOG_FORMAT for each in context.job_env)
+    return told if has_form else [*told, env(LOG_FORMAT, "json")]
 
 
 def restricted() -> dict[str, Any]:
