@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 THREADS = "OMP_NUM_THREADS"  # a person's own word on it
+IN_POD = "KUBERNETES_SERVICE_HOST"  # is set in each
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -39,19 +40,37 @@ class Cores:
 def look(cgroup: Path = CGROUP) -> Cores:
     """Whole cores that this process may keep busy at once, by its affinity and its container's quota."""
     machine = os.cpu_count() or 1
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
-    allowed = max(1, min(affinity, int(quota(cgroup) or affinity)))
+    allowed = max(1, min(affinity(), int(quota(cgroup) or affinity())))
     return Cores(machine, allowed, os.getloadavg()[0])
 
 
-def free_threads() -> int:
-    """Threads worth using now: OMP_NUM_THREADS, else the free cores.
+def affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_threads(cgroup: Path = CGROUP) -> int:
+    """Threads worth using now: OMP_NUM_THREADS, else the limit of a pod that has one, else the free cores.
 
     Two torch threads on one free core are several times slower than one.
     """
     if (wanted := os.environ.get(THREADS, "")).isdigit() and int(wanted):
         return int(wanted)
-    return look().free
+    return limit_of_pod(cgroup) or look(cgroup).free
+
+
+def limit_of_pod(cgroup: Path = CGROUP) -> int | None:
+    """Whole cores of a pod's CPU limit; None where none is below what its node has.
+
+    The load of the node is mostly others', who have their own part of it.
+    """
+    most = quota(cgroup) if IN_POD in os.environ else None
+    return look(cgroup).allowed if most is not None and most < affinity() else None
+
+
+def keep_to_limit(cgroup: Path = CGROUP) -> None:
+    """Before torch is imported, which would start a thread for each core of the node: for all in this process."""
+    if THREADS not in os.environ and (limit := limit_of_pod(cgroup)):
+        os.environ[THREADS] = str(limit)
 
 
 def quota(cgroup: Path = CGROUP) -> float | None:

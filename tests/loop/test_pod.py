@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -77,6 +78,20 @@ def test_bad_input_is_said_in_the_termination_log(container: Container) -> None:
     container.step("cowest_training.check")
     assert container.run() == EXIT_BAD_INPUT
     assert "train.jsonl:1: wanted a JSON object" in container.last_words
+
+
+def test_a_step_uses_as_many_threads_as_its_pod_has_cores(
+    container: Container, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch would start one for each core of the node."""
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "0")  # is put back
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    (container.folder / "cpu.max").write_text("50000 100000")
+    container.step("cowest_training.of_tomorrow")
+    with pytest.raises(StepError, match="this image has no"):
+        pod.run_step(argparse.Namespace(step=container.folder), container.folder)
+    assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
 def json_lines(container: Container) -> list[dict[str, Any]]:

@@ -87,3 +87,46 @@ def test_threads_are_what_a_person_says_or_the_free_cores(
     else:
         monkeypatch.setenv("OMP_NUM_THREADS", said)
     assert cores.free_threads() == (threads or cores.look().allowed)
+
+
+@pytest.fixture
+def busy_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 cores, all of which others keep busy."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(os, "getloadavg", lambda: (63.0, 60.0, 60.0))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "0")  # is put back
+    monkeypatch.delenv("OMP_NUM_THREADS")
+
+
+@pytest.mark.usefixtures("busy_node")
+@pytest.mark.parametrize(
+    ("limit", "in_pod", "threads"),
+    [
+        pytest.param("400000 100000", True, 4, id="a pod has its limit, whatever others do"),
+        pytest.param("50000 100000", True, 1, id="half a core"),
+        pytest.param("max 100000", True, None, id="a pod without one"),
+        pytest.param("25600000 100000", True, None, id="a pod whose limit no node has"),
+        pytest.param("400000 100000", False, None, id="another container may share its quota among many processes"),
+    ],
+)
+def test_a_pod_with_a_cpu_limit_uses_just_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, in_pod: bool, threads: int | None
+) -> None:
+    if not in_pod:
+        monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
+    write(tmp_path, {"cpu.max": limit})
+    assert cores.free_threads(tmp_path) == (threads or 1)
+    cores.keep_to_limit(tmp_path)
+    assert os.environ.get("OMP_NUM_THREADS") == (str(threads) if threads else None)
+
+
+@pytest.mark.usefixtures("busy_node")
+def test_a_persons_word_on_threads_is_stronger_than_a_pods_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, {"cpu.max": "400000 100000"})
+    monkeypatch.setenv("OMP_NUM_THREADS", "9")
+    cores.keep_to_limit(tmp_path)
+    assert os.environ["OMP_NUM_THREADS"] == "9" and cores.free_threads(tmp_path) == 9

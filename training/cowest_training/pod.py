@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from cowest_serving.certificates import trust
+from cowest_serving.cores import CGROUP, keep_to_limit
 from cowest_training import steps
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, StepError
 
@@ -53,7 +54,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return flags.parse_args(argv)
 
 
-def run_step(args: argparse.Namespace) -> int:
+def run_step(args: argparse.Namespace, cgroup: Path = CGROUP) -> int:
+    keep_to_limit(cgroup)
     step = read_step(args.step / "step.json")
     module = load(step.module)
     argv = command_line(step, args.step / "job.json", args.work)
