@@ -845,7 +845,8 @@ def test_shards_draft_and_their_merge_does_not() -> None:
 
 def test_a_step_of_which_only_an_accelerator_is_said_still_asks_for_room() -> None:
     light = templates_of(edited(context(), "training", resources={"limits": {"nvidia.com/gpu": "1"}}))["light"]
-    assert light["container"]["resources"] == {"requests": {"cpu": "250m", "memory": "512Mi"}}
+    assert light["container"]["resources"] == {"requests": {"cpu": "250m", "memory": "1Gi"}}
+    assert light["container"]["resources"] == templates_of(context())["step"]["container"]["resources"]
 
 
 def test_certificates_of_ones_own_reach_whatever_asks_a_model_or_a_judge() -> None:

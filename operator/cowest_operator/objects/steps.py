@@ -29,7 +29,7 @@ WITH_MODEL = tuple(
 )  # `publish` merges on CPU
 TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 MAIN, INIT, WAIT = "main", "init", "wait"  # Argo's names: of the container that runs the step, and of its executor's
-ASKED = ("250m", "512Mi")  # CPU and memory of a step where the manifest says none
+ASKED = ("250m", "1Gi")  # CPU and memory of a step where the manifest says none: torch alone takes 900 MB
 # A quota on requests or limits refuses a pod of which one container says none.
 EXECUTOR = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"cpu": "500m", "memory": "256Mi"}}
 
