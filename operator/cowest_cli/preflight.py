@@ -9,7 +9,7 @@ import importlib.util
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from cowest_operator.schema import Problem
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Prompts, parse
 from cowest_training.contract import EXIT_BAD_INPUT, Evaluator, Row, StepError
+from cowest_training.enough import Lack, lacks_of_held_out, lacks_of_train, pairs_notes
 
 DATA = ("train", "heldOut")  # the fields of spec.data
 FILLED = ("query", "draft")  # in templates
@@ -83,9 +84,9 @@ def check_data(
     evaluator = parse(Evaluator, spec["feedback"]["evaluator"])
     check_rows(train, held_out, evaluator)
     if "heldOut" in names:
-        _check_held_out(len(held_out), spec["gate"]["minHeldOut"], source)
-    if train and (problems := [*_nothing_to_learn(spec, train)]):
-        raise manifest.ManifestError(source, problems)
+        _refuse(lacks_of_held_out(spec, len(held_out)), source)
+    if train:
+        _refuse(lacks_of_train(spec, train), source)
     model, of_prompts = spec["weak"]["model"], list[str]()
     if model.startswith(manifest.FILE):
         of_prompts = look_at(spec, model, "spec.weak.model", train, held_out, known)
@@ -109,12 +110,17 @@ def check_data(
     )
 
 
+def _refuse(lacks: Iterable[Lack], source: str) -> None:
+    if problems := [Problem(each.field, each.reason, each.remedy) for each in lacks]:
+        raise manifest.ManifestError(source, problems)
+
+
 def _tuning_notes(spec: Mapping[str, Any], train: Sequence[Row]) -> Iterator[str]:
     """What tuning will not learn from."""
     from cowest_training.round_trip import length_notes
 
     sft, model = spec["training"]["sft"], spec["weak"]["model"]
-    yield from _pairs_notes(spec, len(train))
+    yield from pairs_notes(spec, len(train))
     if sft != "Never" and model.startswith(manifest.FILE):
         limits = spec["training"]["maxLength"], spec["collaboration"]["draftMaxTokens"]
         yield from length_notes(model, train, *limits)
@@ -137,47 +143,6 @@ def look_at(
     is_tuned = spec["rounds"]["max"] > 0
     asked = Asked(Prompts(**given), collaboration["draftMaxTokens"], spec["training"]["maxLength"], is_tuned)
     return notes_of(Look(model, what, asked, {TRAIN: train, HELD_OUT: held_out}), known)
-
-
-def _most_pairs(feedback: Mapping[str, Any], queries: int) -> int:
-    """That a round of so many queries can give: one a query, or by SignOfGain as many as it has two drafts for."""
-    each: int = 1 if feedback["rule"] == "BestVersusWorst" else feedback["draftsPerQuery"] // 2
-    most: int = feedback["maxQueries"]
-    return each * min(queries, most)
-
-
-def _pairs_notes(spec: Mapping[str, Any], rows: int) -> Iterator[str]:
-    """Where the training rows alone are too few for a round, and traces have to make up for it."""
-    feedback, awaited = spec["feedback"], spec["rounds"]["trigger"]["newTraces"]
-    most, least = _most_pairs(feedback, rows + awaited), feedback["minPairs"]
-    if spec["rounds"]["max"] and most < least:
-        seen = f"{rows} training rows" + (f" and {awaited} new traces" if awaited else "")
-        yield (
-            f"feedback.minPairs = {least}, and {seen} give {most} pairs at most ({feedback['rule']}): a round that"
-            " finds no more usable traces ends with TooFewPairs after all its calls are paid. Lower minPairs, add rows,"
-            " or let rounds wait by rounds.trigger.newTraces."
-        )
-
-
-def _nothing_to_learn(spec: Mapping[str, Any], train: Sequence[Row]) -> Iterator[Problem]:
-    """What ends a step or every round, whatever the models say."""
-    if spec["training"]["sft"] == "Always" and not any(row.explanation for row in train):
-        yield Problem(
-            "spec.training.sft",
-            f"Always wanted training rows with an `explanation`, saw none in {len(train)} rows",
-            "The sft step would have nothing to learn from. Give rows an `explanation`, or choose Auto or Never",
-        )
-    feedback, content = spec["feedback"], spec["traces"]["contentSamplePercent"]
-    queries = len(train) if content == 0 else feedback["maxQueries"]  # traces without their texts are not learnt from
-    most = _most_pairs(feedback, queries)
-    if spec["rounds"]["max"] and most < feedback["minPairs"]:
-        seen = f"{len(train)} training rows and no texts of traces (traces.contentSamplePercent 0)"
-        yield Problem(
-            "spec.feedback.minPairs",
-            f"wanted {feedback['minPairs']} pairs, saw that {seen if content == 0 else 'feedback.maxQueries queries'}"
-            f" give {most} at most ({feedback['rule']})",
-            "Every round would end with TooFewPairs after all its calls are paid. Lower minPairs, or give more queries",
-        )
 
 
 _UNFILLED, _DOUBLE = re.compile(r"\{([A-Za-z_]\w*)\}"), re.compile(r"\{\{(query|draft)\}\}")
@@ -219,13 +184,6 @@ def not_read_here(spec: Mapping[str, Any]) -> Iterator[str]:
 
 def _missing_package() -> str:
     return next((name for name in PACKAGES if importlib.util.find_spec(name) is None), "")
-
-
-def _check_held_out(seen: int, least: int, source: str) -> None:
-    if seen < least:
-        reason = f"wanted at least gate.minHeldOut = {least} rows, saw {seen}"
-        remedy = "No candidate could ever pass. Add held-out rows, or lower gate.minHeldOut"
-        raise manifest.ManifestError(source, [Problem("spec.data.heldOut", reason, remedy)])
 
 
 def _missing(spec: Mapping[str, Any]) -> Iterator[Problem]:

@@ -153,6 +153,36 @@ def test_an_extract_that_finds_nothing_is_said(desk: Desk, capsys: pytest.Captur
     assert "note: feedback.evaluator.extract = 'So: (.*)' finds nothing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("section", "said", "message"),
+    [
+        pytest.param("training", {"sft": "Always"}, "Always wanted training rows with an `explanation`", id="sft"),
+        pytest.param("feedback", {"minPairs": 9, "maxQueries": 8}, "maxQueries queries give 8 at most", id="queries"),
+        pytest.param("gate", {"minHeldOut": 3}, "gate.minHeldOut = 3 rows, saw 2", id="held-out rows"),
+    ],
+)
+def test_rows_that_are_not_enough_are_refused_as_on_the_command_line(
+    desk: Desk, section: str, said: dict[str, Any], message: str
+) -> None:
+    desk.rows("train", 3)
+    assert desk.check().metrics["rows"] == 3
+    spec = json.loads((desk.folder / "job.json").read_text())["spec"]
+    rule = {"feedback": {"rule": "BestVersusWorst"}}.get(section, {})
+    desk.spec({**spec, section: {**spec.get(section, {}), **rule, **said}})
+    with pytest.raises(StepError, match=message) as error:
+        desk.check()
+    assert error.value.code == EXIT_BAD_INPUT
+
+
+def test_rows_of_which_a_round_makes_too_few_pairs_without_traces_are_said(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = json.loads((desk.folder / "job.json").read_text())["spec"]
+    desk.spec({**spec, "feedback": {**spec["feedback"], "rule": "BestVersusWorst", "minPairs": 4}})
+    desk.check()
+    assert "note: feedback.minPairs = 4, and 3 training rows give 3 pairs at most" in capsys.readouterr().err
+
+
 def test_weights_in_a_folder_below_are_not_the_models(desk: Desk) -> None:
     (desk.folder / "weak/model.safetensors").unlink()
     desk.file("weak/checkpoint-1/model.safetensors")

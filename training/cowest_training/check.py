@@ -30,6 +30,7 @@ from cowest_training.contract import (
     evaluator_digest,
 )
 from cowest_training.data import case_note, check_split, read_rows, rows_digest, unread_note
+from cowest_training.enough import bounds, lacks_of_held_out, lacks_of_train, pairs_notes
 from cowest_training.evaluator import check_references, decimal_note, extract_note
 from cowest_training.prompts import HELD_OUT, TRAIN, Asked, check_prompts, prompts_of
 from cowest_training.round_trip import CONFIGURATIONS, check_ids, check_tokenizer, small_files
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluator": evaluator_digest(evaluator),
         "model": model if is_of_the_hub(model) else store.fingerprint(model),
         "asked": asdict(asked),
+        "bounds": bounds(spec),
     }
     output = open_output(args.out, step="check", inputs=inputs)
     if isinstance(output, Manifest):
@@ -64,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     unread: Mapping[str, Counter[str]] = {uri: Counter() for uri in (data.train, data.held_out)}
     train, held_out = (read_rows(uri, keys) for uri, keys in unread.items())
     check_rows(train, held_out, evaluator)
-    for note in notes_of_rows(train, held_out, unread, evaluator, settings.collaboration.draft):
+    if lacks := [*lacks_of_held_out(spec, len(held_out)), *lacks_of_train(spec, train)]:
+        raise StepError("\n".join(map(str, lacks)))
+    of_rows = notes_of_rows(train, held_out, unread, evaluator, settings.collaboration.draft)
+    for note in (*of_rows, *pairs_notes(spec, len(train))):
         say(f"note: {note}")
     progress.update(1, 2, "checks", "looking at the weak model")
     check_weak_model(model)
