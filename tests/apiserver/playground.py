@@ -156,6 +156,7 @@ class Playground:
         self._thread = threading.Thread(target=self._play, daemon=True)
         self._doors = ThreadingHTTPServer(("127.0.0.1", 0), self._door_handler())
         self.told: dict[str, str] = {}  # the operator's environment, where a test wants another one
+        self.swaps = ""  # said before an operator's `main` too, where a test wants another limit
         self.kubeconfig = folder / "kubeconfig.json"  # the tester's
         self.kubeconfig.write_text(json.dumps(server.kubeconfig()))
         self.token = token  # of the operators' account; without one they are the tester too
@@ -194,7 +195,7 @@ class Playground:
 
     def start_operator(self, name: str = "one", *, as_shipped: bool = False) -> subprocess.Popen[bytes]:
         """`as_shipped`: with the product's own limits of time, which are those of a cluster."""
-        patient = ["-c", f"{PATIENT}raise SystemExit(main.main())"]
+        patient = ["-c", f"{PATIENT}{self.swaps}raise SystemExit(main.main())"]
         command = [sys.executable, "-P", *(["-m", "cowest_operator.main"] if as_shipped else patient)]
         said = (self.folder / f"operator-{name}.log").open("ab")
         return subprocess.Popen(command, env={**os.environ, **self.environment(name)}, stdout=said, stderr=said)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -323,6 +323,61 @@ def test_the_account_that_a_foreground_delete_took_first_is_made_again_for_the_e
         playground.wait(lambda: playground.get(role) is not None, "the role")
         playground.script.endings = {}
         playground.wait(lambda: playground.get(f"{JOBS}/claims") is None, "the job to go", 60)
+
+
+def erasings(playground: Playground) -> list[Any]:
+    """The phase of each."""
+    found = (w for w in playground.items(WORKFLOWS) if w["metadata"]["labels"]["cowest.dev/step"] == "erase")
+    return [(each.get("status") or {}).get("phase") for each in found]
+
+
+def delete(playground: Playground) -> None:
+    status, answer = playground.server.request("DELETE", f"{JOBS}/claims")
+    assert status == 200, answer
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before the delete", "in the middle of the erasing"])
+def test_with_delete_a_job_stays_while_no_operator_runs_and_goes_when_one_is_back(
+    playground: Playground, begun: bool
+) -> None:
+    """Until then it serves on, but for what the erasing has ended; what was begun is not begun again."""
+    playground.script.endings = {"erase": [{"phase": "Running"}]}
+    with playground.operator() as process:
+        apply(playground, manifest_of("claims", **ONE_ROUND_LATER, deletionPolicy=DELETED))
+        playground.wait(lambda: playground.condition("claims", "Ready").get("status") == "True", "Ready")
+        playground.wait(lambda: playground.get(f"{DEPLOYMENTS}/claims-gateway") is not None, "the gateway")
+        if begun:
+            delete(playground)
+            playground.wait(lambda: len(erasings(playground)) == 1, "the erasing")
+        process.kill()
+        process.wait()
+    if not begun:
+        delete(playground)
+    playground.script.endings = {}
+    playground.wait(lambda: erasings(playground) == ["Succeeded"] * begun, "what Argo does meanwhile")
+    left = playground.job("claims")["metadata"]
+    assert left["finalizers"] == ["cowest.dev/artifacts"] and "deletionTimestamp" in left
+    assert (playground.get(f"{DEPLOYMENTS}/claims-gateway") is None) is begun
+    with playground.operator():
+        playground.wait(lambda: playground.get(f"{JOBS}/claims") is None, "the job to go", 60)
+    assert erasings(playground) == ["Succeeded"]
+
+
+def test_an_operator_that_is_back_after_the_time_limit_lets_the_job_go_with_its_artifacts(
+    playground: Playground,
+) -> None:
+    playground.script.endings = {"erase": [{"phase": "Running"}]}
+    with playground.operator():
+        apply(playground, manifest_of("claims", **ONE_ROUND_LATER, deletionPolicy=DELETED))
+        playground.wait(lambda: bool(playground.job("claims")["metadata"].get("finalizers")), "the finalizer")
+        delete(playground)
+        playground.wait(lambda: len(erasings(playground)) == 1, "the erasing")
+    assert playground.job("claims")["metadata"]["finalizers"] == ["cowest.dev/artifacts"], "ten minutes are not over"
+    playground.swaps = "from cowest_operator import farewell\nfarewell.LIMIT = 1.0\n"
+    with playground.operator():
+        playground.wait(lambda: playground.get(f"{JOBS}/claims") is None, "the job to go", 60)
+    assert "its artifacts were not erased: not within 1 s" in playground.log()
+    assert erasings(playground) == ["Running"]
 
 
 def test_an_erasing_that_failed_is_tried_again(playground: Playground) -> None:
