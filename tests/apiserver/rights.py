@@ -103,6 +103,7 @@ class Asked:
     code: int
     allowed: bool  # by the roles: a 403 may be an admission's too, as in a namespace that is being deleted
     path: str
+    received: str  # when the API server had it: a time of RFC 3339
 
 
 def asked(log: Path, since: int = 0) -> Iterator[Asked]:
@@ -123,7 +124,8 @@ def asked(log: Path, since: int = 0) -> Iterator[Asked]:
             resource = "/".join(part for part in (target.get("resource"), target.get("subresource")) if part)
             right = (target.get("apiGroup", ""), resource, event["verb"])
             allowed = (event.get("annotations") or {}).get("authorization.k8s.io/decision") != "forbid"
-            yield Asked(event["user"]["username"], right, code, allowed, event["requestURI"])
+            received = event.get("requestReceivedTimestamp", "")
+            yield Asked(event["user"]["username"], right, code, allowed, event["requestURI"], received)
 
 
 def of_operators(requests: Iterable[Asked]) -> list[Asked]:

@@ -66,9 +66,9 @@ def in_canary(playground: Playground) -> bool:
     ).get("traffic", {})
 
 
-def hold_in_canary(playground: Playground) -> None:
+def hold_in_canary(playground: Playground, **edits: Any) -> None:
     """The job in the first canary step of its first tuned round, where no live report lets it go on."""
-    apply(playground, manifest_of("claims"))
+    apply(playground, manifest_of("claims", **edits))
     playground.wait(lambda: len(decisions(playground, "claims")) == 1, "the baseline", 120)
     playground.script.live_works = False
     playground.wait(lambda: in_canary(playground), "the canary", 120)

@@ -59,13 +59,15 @@ def allow(server: ApiServer, namespace: str, *verbs: str) -> None:
 
 
 @contextlib.contextmanager
-def sidecar(server: ApiServer, namespace: str, folder: Path) -> Iterator[tuple[Path, Path]]:
+def sidecar(
+    server: ApiServer, namespace: str, folder: Path, account: str = "gateway", name: str = NAME
+) -> Iterator[tuple[Path, Path]]:
     """The running process as the service account: the file that it keeps and its log."""
     asked = {"spec": {"expirationSeconds": 3600}}
-    token = created(server, f"/api/v1/namespaces/{namespace}/serviceaccounts/gateway/token", asked)
+    token = created(server, f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token", asked)
     (folder / "token").write_text(token["status"]["token"])
     out, log = folder / "routing.json", folder / "log"
-    flags = ["--namespace", namespace, "--configmap", NAME, "--out", out, "--server", server.url]
+    flags = ["--namespace", namespace, "--configmap", name, "--out", out, "--server", server.url]
     flags += ["--token-file", folder / "token", "--ca-file", server.ca_file]
     with log.open("wb") as stderr:
         command = [sys.executable, "-m", "cowest_serving.routing_sync", *map(str, flags)]

@@ -111,11 +111,16 @@ def stub_model() -> Iterator[StubModel]:
 
 
 @contextmanager
-def started(folder: Path, port: int, keys: Sequence[str], flags: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    folder: Path, port: int, keys: Sequence[str], flags: Sequence[str], **told: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`told`: more of its environment."""
     files = {"--routing": "routing.json", "--job": "job.json", "--store": "store", "--spool": "spool"}
     places = [word for flag, name in files.items() for word in (flag, str(folder / name))]
     command = [sys.executable, "-m", "cowest_serving.app", *places, "--port", str(port), *flags]
-    environment = os.environ | {"COWEST_CLIENT_API_KEYS": "\n".join(keys), "COWEST_STRONG_API_KEYS": "strong-key"}
+    environment = (
+        os.environ | {"COWEST_CLIENT_API_KEYS": "\n".join(keys), "COWEST_STRONG_API_KEYS": "strong-key"} | told
+    )
     with (folder / "gateway.log").open("wb") as log, ended(subprocess.Popen(command, env=environment, stderr=log)) as p:
         yield p
 
