@@ -14,6 +14,7 @@ import pytest
 
 from cowest_operator.kube import Kube, KubeError
 from cowest_operator.platform import Discovery, Platform, mode_of, troubles
+from cowest_serving.app import parser as gateway_flags
 from tests import world
 from tests.apiserver.conftest import CRDS, JOBS, ApiServer, wait_until
 from tests.apiserver.playground import (
@@ -188,6 +189,16 @@ def look(playground: Playground) -> None:
     playground.wait(lambda: playground.get(address) is not None, "a look")
 
 
+def say(playground: Playground, service: str, endpoints: int) -> None:
+    """What KubeRay says of a RayService on which so many pods answer."""
+    ready = {"type": "Ready", "status": "False", "reason": "Initializing", "message": "it starts"}
+    if endpoints:
+        ready |= {"status": "True", "reason": "NonZeroServeEndpoints"}
+    generation = playground.get(service)["metadata"]["generation"]
+    status = {"observedGeneration": generation, "numServeEndpoints": endpoints, "conditions": [ready]}
+    playground.server.request("PATCH", f"{service}/status", {"status": status})
+
+
 def test_an_engine_that_is_switched_leaves_the_old_gateway_until_the_new_one_answers(playground: Playground) -> None:
     old, new = f"{DEPLOYMENTS}/claims-gateway", f"{RAY_SERVICES}/claims-ray"
     with installed(playground.server, RAY), playground.operator():
@@ -195,24 +206,53 @@ def test_an_engine_that_is_switched_leaves_the_old_gateway_until_the_new_one_ans
         playground.wait(lambda: ready(playground) and playground.get(old) is not None, "a gateway")
         engine(playground, "RayServe")
         playground.wait(lambda: playground.get(new) is not None, "the RayService")
-        generation = playground.get(new)["metadata"]["generation"]
-        initializing = {"type": "Ready", "status": "False", "reason": "Initializing", "message": "it starts"}
-        status = {"observedGeneration": generation, "numServeEndpoints": 0, "conditions": [initializing]}
-        playground.server.request("PATCH", f"{new}/status", {"status": status})
+        say(playground, new, endpoints=0)
         look(playground)
         assert playground.get(old) is not None and ready(playground), "nothing else answers yet"
-        answers = {**initializing, "status": "True", "reason": "NonZeroServeEndpoints"}
-        status = {"observedGeneration": generation, "numServeEndpoints": 1, "conditions": [answers]}
-        playground.server.request("PATCH", f"{new}/status", {"status": status})
+        say(playground, new, endpoints=1)
         look(playground)
         assert playground.get(old) is not None, "one of two would have all the requests"
-        status["numServeEndpoints"] = 2
-        playground.server.request("PATCH", f"{new}/status", {"status": status})
+        say(playground, new, endpoints=2)
         playground.wait(lambda: playground.get(old) is None, "the Deployment to go")
         assert ready(playground)
         engine(playground, "ASGI")
         playground.wait(lambda: playground.get(new) is None, "the RayService to go")
         assert playground.get(old)["status"]["availableReplicas"] == 2, "its successor answers"
+
+
+@pytest.mark.timeout(600)
+def test_without_kuberay_a_ray_of_one_node_runs_in_each_pod_of_a_deployment_until_kuberay_comes(
+    playground: Playground,
+) -> None:
+    old, new = f"{DEPLOYMENTS}/claims-gateway", f"{RAY_SERVICES}/claims-ray"
+    with playground.operator():
+        apply(playground, manifest_of("claims", **RESTING, gateway={"engine": "RayServe", "replicas": 2}))
+        playground.wait(lambda: ready(playground) and playground.get(old) is not None, "a gateway")
+        spec = playground.get(old)["spec"]
+        service = playground.get(f"/api/v1/namespaces/{NAMESPACE}/services/claims-gateway")["spec"]
+        playground.wait(lambda: playground.condition("claims", "Degraded").get("status") == "False", "no trouble", 120)
+        pod = spec["template"]["spec"]
+        answering, routing = pod["containers"]
+        assert (spec["replicas"], answering["image"], routing["image"]) == (2, "serving:test-ray", "serving:test")
+        assert answering["command"] == ["python", "-P", "-m", "cowest_serving.ray_app"]
+        options = gateway_flags().parse_args(answering["args"])
+        mounted = {each["mountPath"] for each in answering["volumeMounts"]}
+        assert {str(options.routing.parent), str(options.job.parent), str(options.spool), "/tmp"} <= mounted
+        assert options.store == "s3://cowest/default/claims" and options.workers == 1
+        assert pod["terminationGracePeriodSeconds"] > options.drain_seconds + options.finish_seconds
+        assert answering["resources"]["requests"] == {"cpu": "500m", "memory": "1Gi"}, "Ray's own processes are many"
+        probed = {answering[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
+        assert probed == {"/healthz", "/readyz"}
+        assert service["selector"].items() <= spec["template"]["metadata"]["labels"].items()
+        with installed(playground.server, RAY):
+            playground.wait(lambda: playground.get(new) is not None, "the RayService", 120)
+            say(playground, new, endpoints=0)
+            look(playground)
+            assert playground.get(old)["spec"] == spec and ready(playground), "nothing else answers yet"
+            say(playground, new, endpoints=2)
+            playground.wait(lambda: playground.get(old) is None, "the Deployment to go")
+        playground.wait(lambda: playground.get(old) is not None, "the Deployment, without KubeRay", 120)
+        assert playground.get(old)["spec"] == spec
 
 
 def test_a_mode_that_kserve_writes_anew_is_not_written_back_by_the_next_operator(playground: Playground) -> None:
