@@ -100,7 +100,7 @@ e2e: setup  ## the cluster tests against the current kubeconfig
 	$(BIN)/python -m pytest tests/e2e -m "e2e and not faults" -ra -s
 
 bench-kill-operator: setup  ## kill the operator after each single write of a job's life, one life a kill; half an hour
-	COWEST_KILL_SWEEP=80 $(BIN)/python -m pytest tests/apiserver/test_kills.py -m "not faults" -ra -s
+	COWEST_KILL_SWEEP=100 $(BIN)/python -m pytest tests/apiserver/test_kills.py -m "not faults" -ra -s
 
 e2e-faults: setup  ## break parts of the current kubeconfig's cluster on purpose; goes on where it was interrupted, or ANEW=1
 	$(if $(ANEW),COWEST_E2E_ANEW=1) $(BIN)/python -m pytest tests/e2e tests/apiserver -m faults -ra -s

@@ -3,8 +3,8 @@
 Between operator and API server stands a proxy that sees each write answered. It kills the operator before the answer
 reaches it, or right after. A write that changes nothing is let through: a new operator says all it wants once again.
 
-COWEST_KILL_SWEEP=80 adds a life with one kill after each of its first 80 writes, which are nearly all that it has. That
-takes half an hour.
+COWEST_KILL_SWEEP=100 adds a life with one kill after each of its first 100 writes; what is more than it has is skipped.
+That takes half an hour.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ for line in sys.stdin:
     sys.exit(main.main())
 """
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)  # against what never ends: a slow machine may take its time
+STILL = 180.0  # seconds in which nothing is changed: then nothing will be
 
 
 # ---------------------------------------------------------------- between operator and API server
@@ -87,11 +88,14 @@ class Tap:
     victim: int | None = None  # process id
     writes: list[Write] = field(default_factory=list)
     kills: list[Write] = field(default_factory=list)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of `victim` and both lists
+
+    def changes(self) -> int:
+        return sum(write.changes for write in self.writes)
 
     def saw(self, write: Write) -> bool:
         """Does the operator die now?"""
-        with self._lock:
+        with self.lock:
             self.writes.append(write)
             if self.victim is None or not self.deadly(write):
                 return False
@@ -210,23 +214,30 @@ class Lives:
     def next(self) -> int:
         assert self.forker.stdin is not None and self.forker.stdout is not None
         told = {**self.playground.environment(), "log": str(self.playground.folder / "operator-one.log")}
-        self.forker.stdin.write(json.dumps(told) + "\n")
-        self.forker.stdin.flush()
-        self.number += 1
-        self.tap.victim = int(self.forker.stdout.readline())
+        with self.tap.lock:  # a write of the next one is seen when it is known who dies of it
+            self.forker.stdin.write(json.dumps(told) + "\n")
+            self.forker.stdin.flush()
+            self.number += 1
+            self.tap.victim = int(self.forker.stdout.readline())
         return self.tap.victim
 
-    def until(self, over: Callable[[], bool], seconds: float) -> None:
-        """Each operator lives until it is killed; then comes the next one. The last one is left alive."""
-        deadline, pid = time.monotonic() + seconds, self.next()
+    def go_on(self) -> None:
+        """An operator that was killed is followed by the next one; the first one comes by this too."""
+        if self.tap.victim is None or not is_alive(self.tap.victim):
+            if len(self.tap.kills) < self.number:
+                pytest.fail(f"the operator ended by itself: {self._log()}")
+            self.next()
+
+    def until(self, over: Callable[[], bool]) -> None:
+        """Each operator lives until it is killed. It may take as long as it takes, but something must be changed."""
+        seen, since = -1, time.monotonic()
         while not over():
-            if time.monotonic() > deadline:
+            if (changes := self.tap.changes()) != seen:
+                seen, since = changes, time.monotonic()
+            if time.monotonic() - since > STILL:
                 last = "\n".join(map(str, self.tap.kills[-5:]))
                 pytest.fail(f"not over after {self.number} lives; the last kills:\n{last}\n{self._log()}")
-            if not is_alive(pid):
-                if len(self.tap.kills) < self.number:
-                    pytest.fail(f"the operator ended by itself: {self._log()}")
-                pid = self.next()
+            self.go_on()
             time.sleep(0.02)
 
     def _log(self) -> str:
@@ -263,10 +274,15 @@ def is_over(playground: Playground) -> bool:
     return playground.condition("claims", "RoundProgressing").get("reason") == "MaxRoundsReached"
 
 
-def settle(playground: Playground) -> None:
-    """Until the model that nobody asks any more is gone; a word of somebody wakes the operator to look."""
+def settle(run: Lives) -> None:
+    """Until the model that nobody asks any more is gone; a word of somebody wakes the operator to look.
+
+    The write that was the last one wanted may have been the operator's last one too.
+    """
+    playground = run.playground
 
     def is_settled() -> bool:
+        run.go_on()
         note = {"metadata": {"annotations": {"looked-at": str(time.monotonic())}}}
         playground.server.request("PATCH", f"{JOBS}/claims", note)
         time.sleep(0.5)
@@ -325,17 +341,26 @@ def undisturbed(cluster: ApiServer, account: str | None, tmp_path_factory: pytes
         lives(playground, lambda write: False, "before the answer") as run,
     ):
         apply(playground, manifest_of("claims"))
-        run.until(lambda: is_over(playground), 400)
-        settle(playground)
+        run.until(lambda: is_over(playground))
+        settle(run)
+        wait_until(lambda: is_still(run), "an operator that changes nothing", 240)
         found = Undisturbed(
-            final_state(playground), steps_run(playground), submitted(run.tap), said(playground),
-            sum(write.changes for write in run.tap.writes),
-        )  # fmt: skip
+            final_state(playground), steps_run(playground), submitted(run.tap), said(playground), run.tap.changes()
+        )
     playground.empty()
     return found
 
 
+def is_still(run: Lives) -> bool:
+    before = run.tap.changes()
+    time.sleep(5)
+    return run.tap.changes() == before
+
+
 def assert_the_same(playground: Playground, run: Lives, undisturbed: Undisturbed) -> None:
+    """The last operator may still be at it."""
+    with suppress(pytest.fail.Exception):  # what differs says more
+        wait_until(lambda: final_state(playground) == undisturbed.state, "the same state", 60)
     assert final_state(playground) == undisturbed.state
     assert steps_run(playground) == undisturbed.steps
     assert submitted(run.tap) == undisturbed.submitted, "a Workflow too many is a training run too many"
@@ -345,6 +370,7 @@ def assert_the_same(playground: Playground, run: Lives, undisturbed: Undisturbed
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("when", ["before the answer", "after the answer"])
 def test_killed_after_every_single_write_of_its_life(
     playground: Playground, undisturbed: Undisturbed, when: When
@@ -352,11 +378,9 @@ def test_killed_after_every_single_write_of_its_life(
     with lives(playground, lambda write: False, when) as run:
         run.tap.deadly = each(run.tap)
         apply(playground, manifest_of("claims"))
-        run.until(lambda: is_over(playground), 600)
+        run.until(lambda: is_over(playground))
         run.tap.deadly = lambda write: False
-        if not is_alive(run.tap.victim or 0):
-            run.next()
-        settle(playground)
+        settle(run)
         assert_the_same(playground, run, undisturbed)
         print(f"{len(run.tap.kills)} kills, {run.number} lives; {undisturbed.writes} writes undisturbed")
         assert len(run.tap.kills) > 0.5 * undisturbed.writes
@@ -389,11 +413,12 @@ def nth(number: int, method: str, path: str) -> Callable[[Write], bool]:
     return deadly
 
 
+ANY = (".*", "")
 ONE_KILL = [
     pytest.param((1, "PATCH", "claims-routing$"), id="the first routing"),
     pytest.param((1, "POST", "/workflows$"), id="the first Workflow"),
     pytest.param((3, "PATCH", "/claims/status$"), id="the third status"),
-    *(pytest.param((number, ".*", ""), id=f"write {number}") for number in range(1, SWEEP + 1)),
+    *(pytest.param((number, *ANY), id=f"write {number}") for number in range(1, SWEEP + 1)),
 ]
 
 
@@ -401,7 +426,9 @@ ONE_KILL = [
 def test_killed_once(playground: Playground, undisturbed: Undisturbed, kill: tuple[int, str, str]) -> None:
     with lives(playground, nth(*kill), "before the answer") as run:
         apply(playground, manifest_of("claims"))
-        run.until(lambda: is_over(playground), 400)
-        settle(playground)
+        run.until(lambda: is_over(playground))
+        settle(run)
         assert_the_same(playground, run, undisturbed)
+        if kill[1:] == ANY and run.tap.changes() < kill[0]:
+            pytest.skip(f"a life of {run.tap.changes()} writes, of {undisturbed.writes} without a kill")
         assert len(run.tap.kills) == 1
