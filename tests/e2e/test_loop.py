@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import yaml
@@ -133,6 +134,51 @@ def seconds_since_ready(weak_digest: str) -> float:
     return (datetime.now(UTC) - since).total_seconds()
 
 
+@contextmanager
+def weights_shown() -> Iterator[dict[int, float]]:
+    """When each version of the routing was shown here, in epoch seconds; the first one is older than that."""
+    watch = ["kubectl", "--namespace", NAMESPACE, "get", "configmap", f"{JOB}-routing", "--watch", "-o",
+             r'jsonpath={.data.routing\.json}{"\n"}']  # fmt: skip
+    child = subprocess.Popen(watch, stdout=subprocess.PIPE, text=True)
+    shown: dict[int, float] = {}
+
+    def follow(lines: IO[str]) -> None:
+        for line in lines:
+            shown.setdefault(json.loads(line)["version"], time.time())
+
+    assert child.stdout is not None
+    following = threading.Thread(target=follow, args=(child.stdout,), daemon=True)
+    following.start()
+    try:
+        yield shown
+    finally:
+        child.terminate()
+        following.join(10)
+
+
+FIRST_ANSWERS = """
+import json, sys
+from cowest_serving.traces import read_columns
+first = {}
+for row in read_columns(sys.argv[1], ("routing_version", "draft_ms", "answer_ms")).to_pylist():
+    answered = row["time"].timestamp() + ((row["draft_ms"] or 0) + (row["answer_ms"] or 0)) / 1000
+    first[row["routing_version"]] = min(answered, first.get(row["routing_version"], answered))
+print(json.dumps(first))
+"""
+
+
+def weights_ms(desk: Desk, shown: Mapping[int, float]) -> int | None:
+    """The longest time from weights in the API server to the first answer by them, by the records of the gateway.
+
+    With 5 questions a second: a fifth of a second, and an answer's own time, are in it.
+    """
+    told = run(sys.executable, "-P", "-c", FIRST_ANSWERS, f"s3://cowest/desks/{NAMESPACE}/{JOB}", **desk.store)
+    answered = {int(version): at for version, at in json.loads(told).items()}
+    took = {version: answered[version] - at for version, at in list(shown.items())[1:] if version in answered}
+    print({version: f"{1000 * seconds:.0f} ms" for version, seconds in took.items()}, flush=True)
+    return round(1000 * max(took.values())) if took else None
+
+
 def ended(desk: Desk, number: int) -> dict[str, Any] | None:
     return next((r for r in desk.rounds() if r["number"] == number), None)
 
@@ -150,7 +196,7 @@ def test_one_release_is_served_tuned_promoted_and_a_bad_candidate_rolled_back(de
         url = url if answers(url) else f"http://127.0.0.1:{port}/v1"
         wait_for(lambda: answers(url), "the first answer", 30)
         first_answer = desk.mark("first answer")
-        with traffic(desk, url) as sending:
+        with traffic(desk, url) as sending, weights_shown() as shown:
             wait_for(desk.has_traces, "traces in the object store", 120)
             desk.mark("traces in MinIO")
             trial_reaches_its_end(desk, 0, 600)
@@ -167,13 +213,15 @@ def test_one_release_is_served_tuned_promoted_and_a_bad_candidate_rolled_back(de
             print(kubectl("get", "cwj", "-o", "wide"), kubectl("describe", "cwj"), events, sep="\n")
             sending.terminate()
             said = sending.communicate(timeout=60)[0]
+        in_time = weights_ms(desk, shown)
     counts = json.loads(said.strip().splitlines()[-1])
     requests = sum(n for name, n in counts.items() if not name.startswith("feedback"))
     failed = sum(n for name, n in counts.items() if name.startswith(("status", "failed")))
     result = {
         "ready_s": round(ready, 1), "first_answer_s": round(first_answer, 1), "round_s": round(promoted - begun, 1),
         "promoted_s": round(promoted, 1), "rolled_back_s": round(rolled_back, 1), "failed_requests": failed,
-        "requests": requests,
+        "requests": requests, "weights_ms": in_time,
     }  # fmt: skip
     LAST_WORDS.append(json.dumps(result))
     assert failed == 0, counts
+    assert in_time is not None, "no answer came by any of the weights that were written meanwhile"
