@@ -32,7 +32,7 @@ from tests.e2e.conftest import (
     wait_for,
 )
 from tests.e2e.faults import AWAY, Fault, asking_nobody, edit, edited, refusing, scaled_away, there
-from tests.e2e.test_loop import answers, bad_model, gateway_address, propose, say, values
+from tests.e2e.test_loop import answers, bad_model, gateway_address, mode_of_answer, propose, say, values
 
 pytestmark = [pytest.mark.e2e, pytest.mark.faults, pytest.mark.timeout(1800)]
 WORSE = "s3://cowest/data/base"  # what the gate must refuse: the base that nobody tuned
@@ -404,6 +404,29 @@ def test_the_strong_endpoint_is_away(standing: Desk, fault: Fault) -> None:
     assert after.answered and not after.failed
 
 
+def test_the_strong_endpoint_is_away_and_the_draft_stands_in(standing: Desk, fault: Fault) -> None:
+    """The edit rolls the gateway, which is waited for: before it is done, one that says `Fail` may be asked."""
+    mounted = ("get", f"deployment/{JOB}-gateway", "-o",
+               "jsonpath={.spec.template.spec.volumes[?(@.name=='job')].configMap.name}")  # fmt: skip
+    url, before = f"http://{gateway_address()}/v1", kubectl(*mounted)
+    (row, *_) = (standing.folder / "data" / "live.jsonl").read_text("utf-8").splitlines()
+    mode = lambda: mode_of_answer(url, json.loads(row)["query"])  # noqa: E731
+    declared = standing.job()["spec"]["collaboration"]["whenStrongFails"]
+    with edited({"collaboration": {"whenStrongFails": "WeakAlone"}}, {"collaboration": {"whenStrongFails": declared}}):
+        wait_for(lambda: kubectl(*mounted) != before, "the edit to reach the gateway", 60)
+        kubectl("rollout", "status", f"deployment/{JOB}-gateway", "--timeout=180s")
+        with fault.users(standing):
+            with scaled_away(NAMESPACE, "strong"):
+                fault.begins()
+                fault.said(JOB, "whenStrongFails: WeakAlone")
+                assert mode() == "WeakAlone" and not is_well()
+                time.sleep(AWAY / 4)
+                assert mode() == "WeakAlone" and is_ready()
+            fault.heals(lambda: mode() == "Pair", "the pair answers", 60)
+            wait_for(is_well, "no trouble", 120)
+    fault.nobody_noticed()
+
+
 # ---------------------------------------------------------------- edits and other jobs
 def test_an_edit_of_the_pair_in_the_middle_of_a_trial_is_tried_next_and_can_be_taken_back(
     standing: Desk, fault: Fault
@@ -511,6 +534,30 @@ def test_a_job_can_be_deleted_while_the_operator_is_away(standing: Desk, fault: 
         kubectl("delete", "collaborationjob", "passing", "--timeout=20s")
         fault.heals(lambda: not kubectl(*made, check=False), "the garbage collector", 60)
     assert is_ready(), "the job beside it is not touched"
+    fault.nobody_noticed()
+
+
+def test_a_job_that_is_to_be_erased_waits_for_the_operator_that_is_away(standing: Desk, fault: Fault) -> None:
+    job, kept = standing.job(), f"desks/{NAMESPACE}/leaving/"
+    spec = {**job["spec"], "suspend": True, "deletionPolicy": {"models": "Delete", "traces": "Delete"}}
+    other = {"apiVersion": job["apiVersion"], "kind": job["kind"], "metadata": {"name": "leaving"}, "spec": spec}
+    kubectl("delete", "collaborationjob", "leaving", "--ignore-not-found", "--timeout=420s")
+    kubectl("apply", "-f", "-", stdin=json.dumps(other))
+    made = ("get", "deployment", "leaving-gateway", "-o", "jsonpath={.status.availableReplicas}")
+    wait_for(lambda: kubectl(*made, check=False) == "1", "its gateway", 120)
+    url = f"http://{gateway_address('leaving')}/v1"
+    wait_for(lambda: answers(url), "an answer", 60)
+    wait_for(lambda: standing.has(kept, ".parquet"), "its trace", 60)
+    shown = ("get", "collaborationjob", "leaving", "-o",
+             "jsonpath={.metadata.deletionTimestamp} {.metadata.finalizers}")  # fmt: skip
+    with fault.users(standing):
+        with scaled_away(SYSTEM, "cowest-operator", 2):
+            kubectl("delete", "collaborationjob", "leaving", "--wait=false")
+            time.sleep(AWAY / 4)
+            assert kubectl(*shown).split()[1:] == ['["cowest.dev/artifacts"]'] and answers(url)
+            assert standing.has(kept, ".parquet")
+        fault.heals(lambda: not kubectl(*shown, check=False), "the job is gone", 420)
+    assert not standing.has(kept)
     fault.nobody_noticed()
 
 

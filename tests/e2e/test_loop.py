@@ -63,22 +63,27 @@ def traffic(desk: Desk, url: str) -> Iterator[subprocess.Popen[str]]:
             child.kill()
 
 
-def gateway_address() -> str:
+def gateway_address(job: str = JOB) -> str:
     """From the node itself a Service's own address is there; from elsewhere a port-forward does."""
-    return kubectl("get", "service", f"{JOB}-gateway", "-o", "jsonpath={.spec.clusterIP}").strip()
+    return kubectl("get", "service", f"{job}-gateway", "-o", "jsonpath={.spec.clusterIP}").strip()
 
 
 def answers(url: str) -> bool:
+    return bool(mode_of_answer(url))
+
+
+def mode_of_answer(url: str, question: str = "hello") -> str:
+    """What made the answer to a question, as its header says; "" where there is no answer."""
     import urllib.error
     import urllib.request
 
-    body = json.dumps({"model": "pair", "messages": [{"role": "user", "content": "hello"}]}).encode()
+    body = json.dumps({"model": "pair", "messages": [{"role": "user", "content": question}]}).encode()
     request = urllib.request.Request(f"{url}/chat/completions", body, {"content-type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
-            return bool(answer.status == 200)
+            return str(answer.headers["x-cowest-mode"]) if answer.status == 200 else ""
     except (urllib.error.URLError, OSError):
-        return False
+        return ""
 
 
 def bad_model(desk: Desk) -> str:
