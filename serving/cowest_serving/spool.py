@@ -296,7 +296,8 @@ class Spool:
         self._unsure: deque[tuple[float, asyncio.Future[bool]]] = deque()
         self._queued_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._is_stalled = self._was_full = False
+        self._is_stalled = False
+        self._refused = 0  # bytes of the last record, where there was no room for it
         self._home: Home | None = None
         self._active: _Active | None = None
         self._number = 0
@@ -381,7 +382,7 @@ class Spool:
     @property
     def is_full(self) -> bool:
         """The next record could not be made durable."""
-        return bool(self.trouble) or self._is_over(0)
+        return bool(self.trouble) or self._lacks_room(self._refused)
 
     @property
     def bytes(self) -> int:
@@ -396,15 +397,19 @@ class Spool:
     def failed_ships(self) -> int:
         return self._shipper.failures
 
-    def _is_over(self, more: int) -> bool:
-        return self._limit is not None and self.bytes + more > self._limit
+    def _lacks_room(self, size: int) -> bool:
+        is_over = self._limit is not None and self.bytes + size > self._limit
+        return is_over or self._queued_bytes + size > MAX_QUEUED
 
     def _has_room(self, size: int) -> bool:
-        is_full = self._is_over(size) or self._queued_bytes + size > MAX_QUEUED
-        if is_full and not self._was_full:
+        if not self._lacks_room(size):
+            self._refused = 0
+            return True
+        if not self._refused:
             log.warning("The spool %s is full (%d bytes): records are not durable now.", self._root, self.bytes)
-        self._was_full = is_full
-        return not is_full
+        most = MAX_QUEUED if self._limit is None else min(MAX_QUEUED, self._limit)
+        self._refused = min(size, most)  # one that never fits does not keep an empty spool full
+        return False
 
     def _give_up(self) -> None:
         """Answers have waited long enough; their records may still be written."""

@@ -335,11 +335,29 @@ async def test_a_full_spool_takes_no_more_until_the_store_has_taken_some(world: 
     world.away = True
     async with world.spool(limit_bytes=100) as spool:
         assert await kept(spool, b"T" * 60)
+        assert not spool.is_full
         assert spool.append(b"T" * 60) is None
         assert (spool.acknowledged, spool.unacknowledged) == (1, 1)
+        assert spool.is_full
         world.away = False
-        await until(lambda: spool.bytes == 0)
+        await until(lambda: not spool.is_full)
         assert await kept(spool, b"T" * 60)
+
+
+async def test_a_spool_is_not_full_for_long_by_a_record_that_is_larger_than_it(world: World) -> None:
+    async with world.spool(limit_bytes=100) as spool:
+        assert await kept(spool, b"T" * 20)
+        assert spool.append(b"T" * 200) is None
+        assert spool.is_full
+        await until(lambda: not spool.is_full)
+
+
+async def test_a_spool_that_takes_a_smaller_record_is_not_full(world: World) -> None:
+    world.away = True
+    async with world.spool(limit_bytes=100) as spool:
+        assert spool.append(b"T" * 200) is None
+        assert await kept(spool, b"T" * 20)
+        assert not spool.is_full
 
 
 async def test_a_disk_that_hangs_delays_one_answer_and_not_the_next(world: World) -> None:
