@@ -82,6 +82,7 @@ class FrontDoor(asyncio.Protocol):
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0  # of a head that has begun
+        self._beside_bytes = 0  # that came since the last ones of a body: trailers, and what stands beside chunk sizes
         self._began = 0.0  # when it did
         self._until = self._timer_at = 0.0  # when whatever is awaited of the client is late; 0: nothing is
         self._timer: asyncio.TimerHandle | None = None
@@ -95,6 +96,8 @@ class FrontDoor(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.transport is None or self.transport.is_closing():
             return
+        if self._coming is not None:
+            self._beside_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -107,6 +110,8 @@ class FrontDoor(asyncio.Protocol):
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD:
                 self._refuse(_TOO_LARGE)
+        elif self._coming is not None and self._beside_bytes > MAX_HEAD:
+            self._refuse(_TOO_LARGE)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.state.connections.discard(self)
@@ -149,14 +154,15 @@ class FrontDoor(asyncio.Protocol):
             self.expect(self.head_seconds)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
+        if self._coming is None:  # else a trailer: it stands for no header, and whoever is before us did not look at it
+            self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         size = len(self._url) + sum(len(name) + len(value) for name, value in self._headers)
         if size > MAX_HEAD or len(self._headers) > MAX_HEADERS:
             self._head_bytes = MAX_HEAD + 1
             raise ValueError("too large a head")  # ends the parsing
-        self._head_bytes = 0
+        self._head_bytes = self._beside_bytes = 0
         if self._parser.should_upgrade():
             return
         request = self._coming = _Request(self, self._scope(), self._parser.should_keep_alive())
@@ -169,6 +175,7 @@ class FrontDoor(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         if self._coming is not None:
+            self._beside_bytes = 0
             self._coming.take(data)
 
     def on_message_complete(self) -> None:

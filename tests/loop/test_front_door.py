@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from cowest_serving.front_door import WHEN_GONE, FrontDoor
+from cowest_serving.front_door import MAX_HEAD, WHEN_GONE, FrontDoor
 from tests.patience import IN_TIME
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -101,6 +101,48 @@ async def test_a_request_may_come_byte_by_byte() -> None:
     async with served(echo) as client:
         await client.say(*(POST[i : i + 1] for i in range(len(POST))))
         assert (await client.answer())[1] == b"POST /a b hello"
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nX-Session-Id: ann\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n"
+
+
+async def test_a_trailer_is_no_header() -> None:
+    """It could name another user, or hand in a key, behind whoever looked at the headers."""
+    seen: list[list[tuple[bytes, bytes]]] = []
+
+    async def note(scope: Any, receive: Any, send: Any) -> None:
+        await echo(scope, receive, send)
+        seen.append(scope["headers"])
+
+    async with served(note) as client:
+        for _ in range(2):
+            await client.say(CHUNKED + b"0\r\nX-Session-Id: bob\r\nAuthorization: Bearer key\r\n\r\n")
+            assert (await client.answer())[1] == b"POST / ab"
+    assert seen == [[(b"x-session-id", b"ann"), (b"transfer-encoding", b"chunked")]] * 2
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        pytest.param(b"0\r\n" + b"X: y\r\n" * (MAX_HEAD // 6 + 1), id="many trailers"),
+        pytest.param(b"0\r\nX-Long: " + b"x" * MAX_HEAD, id="one trailer without an end"),
+        pytest.param(b"1;" + b"x" * MAX_HEAD, id="a chunk's extension without an end"),
+    ],
+)
+async def test_what_comes_beside_a_body_has_the_limit_of_a_head(rest: bytes) -> None:
+    has_begun = asyncio.Event()
+
+    async def begun(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        has_begun.set()
+        await echo(scope, receive, send)
+
+    async with served(begun) as client:
+        await client.say(CHUNKED)
+        await has_begun.wait()
+        await client.say(rest)
+        said = await client.rest()
+    assert said.startswith(b"HTTP/1.1 431") and b"head_too_large" in said
 
 
 async def test_an_answer_without_a_length_goes_out_in_chunks() -> None:
