@@ -82,6 +82,7 @@ class FrontDoor(asyncio.Protocol):
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0  # of a head that has begun
+        self._is_behind = False  # in one read with the end of the request before it
         self._beside_bytes = 0  # that came since the last ones of a body: trailers, and what stands beside chunk sizes
         self._began = 0.0  # when it did
         self._until = self._timer_at = 0.0  # when whatever is awaited of the client is late; 0: nothing is
@@ -98,6 +99,7 @@ class FrontDoor(asyncio.Protocol):
             return
         if self._coming is not None:
             self._beside_bytes += len(data)
+        self._is_behind = False
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -106,7 +108,7 @@ class FrontDoor(asyncio.Protocol):
         except httptools.HttpParserError:
             self._refuse(_TOO_LARGE if self._head_bytes > MAX_HEAD else _NOT_HTTP)
             return
-        if self._head_bytes:
+        if self._head_bytes and not self._is_behind:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD:
                 self._refuse(_TOO_LARGE)
@@ -180,6 +182,7 @@ class FrontDoor(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         request, self._coming = self._coming, None
+        self._is_behind = True
         if request is not None:
             self._until = 0.0
             request.take_end()
@@ -250,8 +253,10 @@ class FrontDoor(asyncio.Protocol):
         """Close the connection, and say why where no answer has begun. What was asked before is still answered."""
         request = self._answered
         if request is not None and request is not self._coming:
-            request.may_stay = False
-            self._waiting.clear()
+            if self._waiting and self._waiting[-1] is self._coming:
+                self._waiting.pop()  # it is the one that is refused
+            last = self._waiting[-1] if self._waiting else request
+            last.may_stay = False
             self.pause()
         elif self.transport is not None:
             if request is None or not request.is_begun:

@@ -103,6 +103,25 @@ async def test_a_request_may_come_byte_by_byte() -> None:
         assert (await client.answer())[1] == b"POST /a b hello"
 
 
+async def test_however_many_requests_are_sent_ahead_each_is_answered() -> None:
+    """They may come in one read that ends in the middle of a head, which is not as large as they are together."""
+    large = b"GET /g HTTP/1.1\r\nX-Large: " + b"x" * 2200 + b"\r\n\r\n"
+    async with served(echo) as client:
+        await client.say(large * 31 + POST[:20])
+        bodies = [(await client.answer())[1] for _ in range(31)]
+        await client.say(POST[20:])
+        bodies.append((await client.answer())[1])
+    assert bodies == [b"GET /g "] * 31 + [b"POST /a b hello"]
+
+
+async def test_a_head_behind_another_request_has_its_limit_too() -> None:
+    async with served(echo) as client:
+        await client.say(POST + b"GET / HTTP/1.1\r\nX-Large: ")
+        await client.answer()
+        await client.say(b"x" * (MAX_HEAD + 1))
+        assert (await client.rest()).startswith(b"HTTP/1.1 431")
+
+
 CHUNKED = b"POST / HTTP/1.1\r\nX-Session-Id: ann\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n"
 
 
@@ -205,6 +224,14 @@ async def test_what_was_asked_before_nonsense_is_answered() -> None:
 
 class Hasty(FrontDoor):
     head_seconds = request_seconds = read_seconds = 0.1
+
+
+async def test_all_that_was_asked_before_nonsense_is_answered_and_not_what_it_is_in() -> None:
+    async with served(echo) as client:
+        await client.say(POST * 3 + CHUNKED + b"nonsense\r\n")
+        said = await client.rest()
+    assert said.count(b"POST /a b hello") == said.count(b"HTTP/1.1 200") == said.count(b"HTTP/1.1") == 3
+    assert said.count(b"connection: close") == 1
 
 
 @pytest.mark.parametrize("begun", [POST[:20], POST[:-2]], ids=["head", "body"])
