@@ -259,7 +259,8 @@ class FrontDoor(asyncio.Protocol):
             last.may_stay = False
             self.pause()
         elif self.transport is not None:
-            if request is None or not request.is_begun:
+            asked = request or self._coming  # which may have its answer, a 413 say, though it still comes
+            if asked is None or not asked.is_begun:
                 self.transport.write(_response(refusal))
             self.transport.close()
 

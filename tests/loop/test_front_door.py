@@ -39,6 +39,11 @@ async def stream(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
+async def refuse_unread(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body"})
+
+
 class Client:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, server: uvicorn.Server) -> None:
         self.reader, self.writer, self.server = reader, writer, server
@@ -241,6 +246,13 @@ async def test_a_client_that_is_slow_with_its_request_is_told(begun: bytes) -> N
         assert (await client.rest()).startswith(b"HTTP/1.1 408")
 
 
+async def test_a_client_that_has_its_answer_and_is_slow_with_the_rest_is_left_without_a_second_one() -> None:
+    async with served(refuse_unread, Hasty) as client:
+        await client.say(POST[:-2])
+        said = await client.rest()
+    assert said.startswith(b"HTTP/1.1 413") and said.count(b"HTTP/1.1") == 1
+
+
 async def test_a_slow_application_is_not_taken_for_a_slow_client() -> None:
     async def slow(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.sleep(0.3)  # three times what a client may take
@@ -310,11 +322,7 @@ async def test_an_application_that_fails_before_its_answer_gives_500_and_in_the_
 
 
 async def test_a_body_that_is_refused_unread_does_not_spoil_the_next_request() -> None:
-    async def refuse(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
-        await send({"type": "http.response.body"})
-
-    async with served(refuse) as client:
+    async with served(refuse_unread) as client:
         for _ in range(2):
             await client.say(b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n", *[b"x" * 100_000] * 10)
             assert (await client.answer())[0].startswith(b"HTTP/1.1 413")
