@@ -784,8 +784,8 @@ def _take(record: Record, payload: bytes, parts: list[str]) -> bool:
         if chunk.get("error"):
             said = said_by(error_object(payload))
             raise BadAnswer(f"The strong model broke off its answer with an error of its own ({said}).")
-        record.strong_model = chunk.get("model") or record.strong_model
-        record.strong_version = chunk.get("system_fingerprint") or record.strong_version
+        record.strong_model = str(chunk.get("model") or record.strong_model)
+        record.strong_version = str(chunk.get("system_fingerprint") or record.strong_version)
         if usage := chunk.get("usage"):
             record.strong_tokens = (count(usage.get("prompt_tokens")), count(usage.get("completion_tokens")))
         choices = chunk.get("choices") or []

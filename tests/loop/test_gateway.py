@@ -1255,6 +1255,23 @@ async def test_the_sdk_reads_past_the_word_in_a_stream_and_the_record_is_complet
     assert all(row["answer_ms"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize("said", [{"system_fingerprint": 7}, {"model": 5}, {"model": {"id": "big"}}], ids=str)
+async def test_what_a_stream_says_of_itself_in_another_type_spoils_neither_it_nor_its_record(
+    tmp_path: Path, said: Mapping[str, Any]
+) -> None:
+    chunk = said | {"choices": [{"index": 0, "delta": {"content": "yes"}, "finish_reason": "stop"}]}
+    body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+    options = {"faults": [Fault(200, body=body)]}
+    async with (
+        world(tmp_path, traces=spooled(tmp_path), strong=options) as (_, _, door),
+        door.http.post(door.url + "/v1/chat/completions", json={"messages": ASKED, "stream": True}) as raw,
+    ):
+        assert (await raw.text()).endswith("\n\n: trace durable\n\ndata: [DONE]\n\n")
+    (row,) = read_traces(str(tmp_path)).to_pylist()
+    (value,) = said.values()
+    assert (row["answer"], row["strong_model"] or row["strong_version"]) == ("yes", str(value))
+
+
 async def test_without_a_spool_nothing_is_called_durable(tmp_path: Path) -> None:
     async with world(tmp_path) as (_, _, door):
         _, headers = await door.ask()
