@@ -413,20 +413,22 @@ def next_wait(error: ModelError, attempt: int, max_retries: int, backoff: float 
     return min(8.0, backoff * 2.0**attempt) * random.uniform(0.5, 1.0)
 
 
+_LONGEST_WAIT = 86_400.0  # seconds: whoever asks for more, or for a number without an end, is asked once a day
+
+
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     """Seconds to wait by `retry-after-ms`, or `Retry-After` in seconds or as a date. `now`: epoch seconds."""
-    at: float
     milliseconds = headers.get("retry-after-ms", "")
     if re.fullmatch(r"\d+(\.\d+)?", milliseconds):
-        return float(milliseconds) / 1000
+        return min(float(milliseconds) / 1000, _LONGEST_WAIT)
     value = headers.get("retry-after", "").strip()
     if re.fullmatch(r"\d+(\.\d+)?", value):
-        return float(value)
+        return min(float(value), _LONGEST_WAIT)
     try:
-        at = email.utils.parsedate_to_datetime(value).timestamp()
-    except ValueError:
+        at: float = email.utils.parsedate_to_datetime(value).timestamp()
+    except (ValueError, OverflowError):  # no date, or one of no year that there is
         return None
-    return max(0.0, at - now)
+    return min(max(0.0, at - now), _LONGEST_WAIT)
 
 
 _RESETS = ("requests", "tokens")
@@ -445,7 +447,7 @@ def _duration(text: str) -> float | None:
     parts = re.findall(r"(\d+(?:\.\d+)?)(ms|h|m|s|)", text.strip())
     if not parts or "".join(number + unit for number, unit in parts) != text.strip():
         return None
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+    return min(sum(float(number) * _UNITS[unit] for number, unit in parts), _LONGEST_WAIT)
 
 
 # ---------------------------------------------------------------- reading answers
