@@ -546,7 +546,10 @@ class _Closed:
 
 
 class _Shipper:
-    """Ships closed files, oldest first, and what dead processes left; a file is deleted after it is shipped."""
+    """Ships closed files, oldest first, then what dead processes left; a file is deleted after it is shipped.
+
+    What cannot be shipped holds up its own writer's files alone.
+    """
 
     def __init__(self, root: Path, writer: str, ship: Ship) -> None:
         self._root, self._writer, self._ship = root, writer, ship
@@ -620,14 +623,21 @@ class _Shipper:
 
     def _round(self) -> None:
         self._adopt()
-        while self._adopted:
-            home = self._adopted[0]
-            for path in home.logs():
-                self._ship_left(home.path.name, path)
-            self._adopted.pop(0).close()
         while self._closed:
             self._ship_closed(self._closed[0])
             self._closed.popleft()
+        trouble: Exception | None = None
+        for home in tuple(self._adopted):
+            try:
+                for path in home.logs():
+                    self._ship_left(home.path.name, path)
+            except Exception as error:
+                trouble = error
+            else:
+                self._adopted.remove(home)
+                home.close()
+        if trouble is not None:
+            raise trouble
 
     def _adopt(self) -> None:
         if time.monotonic() - self._looked < ADOPT_EVERY:

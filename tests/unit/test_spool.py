@@ -169,10 +169,13 @@ class World:
     shipped: list[tuple[str, int, Frames]] = field(default_factory=list)
     lost: list[bytes] = field(default_factory=list)
     away: bool = False  # the store
+    unshippable: str = ""  # whose files
 
     def ship(self, writer: str, number: int, frames: Frames) -> None:
         if self.away:
             raise ConnectionError("the store is away")
+        if writer == self.unshippable:
+            raise OSError(errno.EIO, "it cannot be read")
         self.shipped.append((writer, number, frames))
 
     @property
@@ -261,6 +264,21 @@ async def test_the_next_process_ships_what_one_left_under_the_name_of_that_one(w
         await until(lambda: world.shipped)
         await until(lambda: not (world.folder / "before").exists())
     assert [(writer, number) for writer, number, _ in world.shipped] == [("before", 0)]
+
+
+async def test_what_one_left_and_cannot_be_shipped_holds_up_nobody_else(world: World) -> None:
+    world.away = True
+    for writer in ("before", "between"):
+        async with world.spool(writer) as spool:
+            assert await kept(spool, b"T" + writer.encode())
+    world.away, world.unshippable = False, "before"
+    async with world.spool("after") as spool:
+        assert await kept(spool, b"Tafter")
+        await until(lambda: spool.failed_ships and len(world.payloads) == 2)
+        assert sorted(world.payloads) == [b"Tafter", b"Tbetween"]
+        world.unshippable = ""
+        await until(lambda: len(world.payloads) == 3)
+    assert list(world.folder.glob("*/*.log")) == []
 
 
 async def test_a_torn_end_is_cut_off_and_the_rest_is_shipped(world: World) -> None:
