@@ -51,6 +51,7 @@ from cowest_serving.models import (
     count,
     error_object,
     is_clients_fault,
+    is_error,
     is_same_origin,
     said_by,
 )
@@ -781,7 +782,7 @@ def _take(record: Record, payload: bytes, parts: list[str]) -> bool:
     """Note what a chunk says. True if it is for every client: one of usage alone is for those who asked."""
     try:
         chunk = orjson.loads(payload)
-        if chunk.get("error"):
+        if is_error(chunk):
             said = said_by(error_object(payload))
             raise BadAnswer(f"The strong model broke off its answer with an error of its own ({said}).")
         record.strong_model = str(chunk.get("model") or record.strong_model)

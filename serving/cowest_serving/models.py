@@ -274,6 +274,7 @@ class HttpChatModel:
         again while that may help."""
         attempt, keys_left, has_hung = 0, len(self.keys) - 1, False
         refused: dict[str, str] = {}  # parameters that this call does without
+        has_several = (body.get("n") or 1) != 1  # choices
         while True:
             used, number = await self._key(give_up_at), self._places.attempt()
             not_taken = {**self._not_taken.known(), **refused}
@@ -281,7 +282,7 @@ class HttpChatModel:
             if on_wire is not None:
                 on_wire(True)
             try:
-                answer = await self._once(orjson.dumps(sent), key, read, give_up_at)
+                answer = await self._once(orjson.dumps(sent), key, read, give_up_at, has_several)
                 self.keys.answered(used)
                 return answer
             except ModelError as error:
@@ -345,7 +346,9 @@ class HttpChatModel:
             log.warning("%s does not take `%s` for %s: from now on it %s.", self.endpoint, name, self.model, instead)
         return other
 
-    async def _once(self, data: bytes, key: str, read: bool, give_up_at: float) -> tuple[Response, Any]:
+    async def _once(
+        self, data: bytes, key: str, read: bool, give_up_at: float, has_several: bool
+    ) -> tuple[Response, Any]:
         left = min(self._timeout, give_up_at - time.monotonic())
         try:
             asked = self._connected().ask("POST", "/chat/completions", self._headers(key), data, left, is_whole=read)
@@ -361,7 +364,7 @@ class HttpChatModel:
             raise self._refusal(response)
         if read:
             return response, _parsed(self.endpoint, response.body)
-        return response, await _begun(self.endpoint, response, self._timeout)
+        return response, await _begun(self.endpoint, response, self._timeout, has_several)
 
     def _refusal(self, response: Response) -> ModelError:
         """What a status other than 2xx means."""
@@ -493,6 +496,11 @@ def error_object(data: bytes) -> Mapping[str, Any]:
     return {"message": str(error)[:500]}
 
 
+def is_error(payload: Mapping[str, Any]) -> bool:
+    """Whether it came in place of a completion, or of a chunk: OpenAI's form, or that of older vLLMs."""
+    return bool(payload.get("error")) or payload.get("object") == "error"
+
+
 def said_by(error: Mapping[str, Any]) -> str:
     """The message of an error object, on one short line."""
     return " ".join(str(error.get("message") or "").split())[:200]
@@ -502,7 +510,7 @@ def _parsed(endpoint: str, data: bytes) -> Mapping[str, Any]:
     """The body of a chat completion, checked as far as `_result` reads it."""
     try:
         payload = orjson.loads(data)
-        if not payload.get("choices") and payload.get("error"):
+        if not payload.get("choices") and is_error(payload):
             raise _own_error(endpoint, data)
         content_text(payload["choices"][0]["message"].get("content"))
         if not isinstance(payload.get("usage") or {}, dict):
@@ -563,9 +571,11 @@ _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"[^"]')  # some servers say "" u
 _MAX_UNREAD = 8 * 1024  # bytes of a body that is no event stream, kept to say what it is
 
 
-async def _begun(endpoint: str, response: Response, timeout: float) -> tuple[list[bytes], AsyncIterator[bytes]]:
+async def _begun(
+    endpoint: str, response: Response, timeout: float, has_several: bool
+) -> tuple[list[bytes], AsyncIterator[bytes]]:
     """A stream up to the answer's first chunk, and its rest: an error in that chunk's place is one of the call."""
-    payloads, read = _events(endpoint, response, timeout), []
+    payloads, read = _events(endpoint, response, timeout, has_several), []
     try:
         async for payload in payloads:
             read.append(payload)
@@ -581,17 +591,35 @@ def _is_of_the_answer(endpoint: str, payload: bytes) -> bool:
     """False for what some endpoints say before (filters, say). Raises for an error, and for what is no chunk."""
     try:
         chunk = orjson.loads(payload)
-        if chunk.get("error"):
+        if is_error(chunk):
             raise _own_error(endpoint, payload)
         return bool(chunk.get("choices"))
     except (orjson.JSONDecodeError, AttributeError):
         raise _garbage(endpoint, payload) from None
 
 
-async def _events(endpoint: str, response: Response, timeout: float) -> AsyncIterator[bytes]:
-    """Payloads of the `data:` lines of an event stream. Raises when it breaks off before it is finished, and when none
-    comes for `timeout` seconds: comments, by which proxies keep a connection open, are none."""
-    seen, finished, buffered, unread = 0, False, b"", b""
+class _Ends:
+    """Whether each choice of a stream that has begun has its end. Several come in any order, and are told apart."""
+
+    def __init__(self, has_several: bool) -> None:
+        self._has_several, self.are_all_there = has_several, False
+        self._begun: set[Any] = set()
+        self._ended: set[Any] = set()
+
+    def note(self, payload: bytes) -> None:
+        if not self._has_several:
+            self.are_all_there = self.are_all_there or _FINISHED.search(payload) is not None
+            return
+        with suppress(ValueError, AttributeError, TypeError):  # no chunk: its reader says so
+            for choice in orjson.loads(payload).get("choices") or ():
+                (self._ended if choice.get("finish_reason") else self._begun).add(choice.get("index", 0))
+        self.are_all_there = bool(self._ended) and self._begun <= self._ended
+
+
+async def _events(endpoint: str, response: Response, timeout: float, has_several: bool) -> AsyncIterator[bytes]:
+    """Payloads of the `data:` lines of an event stream. Raises when it ends, by `[DONE]` or not, before each choice
+    does, and when none comes for `timeout` seconds: comments, by which proxies keep a connection open, are none."""
+    ends, seen, buffered, unread = _Ends(has_several), 0, b"", b""
     clock = asyncio.get_running_loop().time
     renewed, until = 0, clock() + timeout
     while True:
@@ -600,23 +628,27 @@ async def _events(endpoint: str, response: Response, timeout: float) -> AsyncIte
         data = await _some(endpoint, response, timeout, until)
         if not seen and len(unread) < _MAX_UNREAD:
             unread += data
-        *lines, buffered = (buffered + data).split(b"\n") if data else [buffered, b""]
-        for line in lines:
-            if not line.startswith(b"data:"):
-                continue
-            payload = line[5:].strip()
+        payloads, buffered = _payloads(buffered + data, is_end=not data)
+        for payload in payloads:
             if payload == b"[DONE]":
-                return
+                break
             yield payload
-            seen += 1
-            finished = finished or _FINISHED.search(payload) is not None  # when the client has it already
-        if data:
-            continue
+            seen += 1  # when the client has it already, as what follows
+            ends.note(payload)
+        else:
+            if data:
+                continue
         if not seen:
             raise _no_stream(endpoint, unread)
-        if not finished:
+        if not ends.are_all_there:
             raise EndpointUnreachable(f"{endpoint} broke off in the middle of an answer. Ask again.")
         return
+
+
+def _payloads(text: bytes, is_end: bool) -> tuple[list[bytes], bytes]:
+    """Of the lines that are whole, and the beginning of the next one."""
+    *lines, rest = [text, b""] if is_end else text.split(b"\n")
+    return [line[5:].strip() for line in lines if line.startswith(b"data:")], rest
 
 
 async def _some(endpoint: str, response: Response, timeout: float, until: float) -> bytes:
@@ -634,7 +666,7 @@ async def _some(endpoint: str, response: Response, timeout: float, until: float)
 def _no_stream(endpoint: str, data: bytes) -> BadAnswer:
     """An endpoint that does not stream its errors, or nothing at all."""
     with suppress(orjson.JSONDecodeError, AttributeError):
-        if orjson.loads(data).get("error"):
+        if is_error(orjson.loads(data)):
             return _own_error(endpoint, data)
     return _garbage(endpoint, data)
 

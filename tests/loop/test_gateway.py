@@ -366,6 +366,16 @@ async def test_the_draft_can_be_streamed_in_place_of_the_answer(tmp_path: Path) 
     assert (row["mode"], row["status"], row["answer"]) == ("WeakAlone", "strong_failed", "a hint")
 
 
+async def test_an_error_in_the_form_of_older_vllms_ends_a_stream_in_its_words(tmp_path: Path) -> None:
+    chunk, error = '{"choices": [{"delta": {"content": "the"}}]}', '{"object": "error", "message": "out of memory"}'
+    fault = Fault(200, body=f"data: {chunk}\n\ndata: {error}\n\ndata: [DONE]\n\n")
+    async with world(tmp_path, strong={"faults": [fault]}) as (_, _, door):
+        with pytest.raises(openai.APIError, match="out of memory"):
+            await streamed(door)
+        row = await door.row()
+    assert (row["status"], row["answer"]) == ("strong_failed", "the")
+
+
 # ---------------------------------------------------------------- the strong model alone
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 IMAGE = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": "http://x/i.png"}}]

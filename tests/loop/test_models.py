@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -434,6 +435,7 @@ async def test_a_stream_of_something_else_is_garbage() -> None:
 
 
 ERROR = json.dumps({"error": {"message": "the provider is asleep"}})
+OLD_ERROR = json.dumps({"object": "error", "message": "the provider is asleep", "type": "ServerError", "code": 500})
 FILTERED = json.dumps({"choices": [], "prompt_filter_results": []})
 
 
@@ -443,6 +445,8 @@ FILTERED = json.dumps({"choices": [], "prompt_filter_results": []})
         pytest.param(f"data: {ERROR}\n\n", id="in the first event"),
         pytest.param(f"data: {FILTERED}\n\ndata: {ERROR}\n\ndata: [DONE]\n\n", id="behind an event without choices"),
         pytest.param(ERROR, id="as a body that is no stream"),
+        pytest.param(f"data: {OLD_ERROR}\n\ndata: [DONE]\n\n", id="as older vLLMs say it"),
+        pytest.param(OLD_ERROR, id="as older vLLMs say it, as a body that is no stream"),
     ],
 )
 async def test_an_error_in_place_of_a_stream_is_tried_again_and_told_in_the_endpoints_words(body: str) -> None:
@@ -478,6 +482,55 @@ async def test_a_stream_without_done_is_whole_if_it_gave_a_finish_reason() -> No
     body = 'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\n'
     async with ScriptedModel(faults=[Fault(200, body=body)]) as server, model_of(server) as model:
         assert len(await chunks_of(model)) == 1
+
+
+def events_of(*chunks: Mapping[str, Any], is_done: bool = True) -> str:
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + ("data: [DONE]\n\n" if is_done else "")
+
+
+def choice(index: int, finish_reason: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"index": index, "delta": {"content": "a"}, "finish_reason": finish_reason}]}
+
+
+@pytest.mark.parametrize("is_done", [True, False], ids=["with [DONE]", "cut off"])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        pytest.param([choice(0), choice(1), choice(0, "stop"), choice(1)], id="in the middle of its second choice"),
+        pytest.param([choice(0), choice(1), choice(1, "stop")], id="in the middle of its first choice"),
+        pytest.param([choice(0)], id="in the middle of its only choice"),
+    ],
+)
+async def test_a_stream_that_ends_before_each_choice_has_is_no_whole_answer(
+    chunks: list[dict[str, Any]], is_done: bool
+) -> None:
+    body = events_of(*chunks, is_done=is_done)
+    async with ScriptedModel(faults=[Fault(200, body=body)]) as server, model_of(server) as model:
+        with pytest.raises(EndpointUnreachable, match="broke off in the middle"):
+            await chunks_of(model, extra={"n": 2})
+    assert len(server.calls) == 1
+
+
+async def test_a_stream_of_one_choice_that_ends_before_it_has_is_no_whole_answer() -> None:
+    async with ScriptedModel(faults=[Fault(200, body=events_of(choice(0)))]) as server, model_of(server) as model:
+        with pytest.raises(EndpointUnreachable, match="broke off in the middle"):
+            await chunks_of(model)
+
+
+async def test_a_stream_is_whole_when_each_choice_that_came_has_its_end() -> None:
+    """Some endpoints give one, however many are asked for."""
+    both = {"choices": [*choice(0, "stop")["choices"], *choice(1, "length")["choices"]]}
+    for chunks in ([choice(1), choice(0), both], [choice(0), choice(0, "stop"), {"choices": [], "usage": {}}]):
+        body = events_of(*chunks)
+        async with ScriptedModel(faults=[Fault(200, body=body)]) as server, model_of(server) as model:
+            assert len(await chunks_of(model, extra={"n": 2})) == 3
+
+
+@pytest.mark.parametrize("body", [events_of(), events_of(json.loads(FILTERED))], ids=["nothing", "no choice"])
+async def test_a_stream_without_an_answer_in_it_is_asked_for_again(body: str) -> None:
+    async with ScriptedModel("one two", faults=[Fault(200, body=body)]) as server, model_of(server) as model:
+        assert len([chunk for chunk in await chunks_of(model) if b"delta" in chunk]) == 4
+    assert len(server.calls) == 2
 
 
 async def test_leaving_a_stream_frees_its_place() -> None:
