@@ -36,6 +36,7 @@ from cowest_serving.contract import (
 from cowest_serving.door import StrongDoor
 from cowest_serving.drafts import Draft, DraftCache, Source, draft_key
 from cowest_serving.estimates import likely_input_tokens, likely_tokens
+from cowest_serving.foreign_json import read_json, read_part, whole_characters
 from cowest_serving.health import CircuitOpen, Guarded, Health
 from cowest_serving.hedging import Hedging
 from cowest_serving.ids import new_id
@@ -770,7 +771,7 @@ async def _passed_on(
         for rest in restored.rest() if restored else ():
             yield b"data: %b\n\n" % rest
     finally:
-        record.answer = "".join(parts)
+        record.answer = whole_characters("".join(parts))
 
 
 def _is_plain(payload: bytes) -> bool:
@@ -781,7 +782,7 @@ def _is_plain(payload: bytes) -> bool:
 def _take(record: Record, payload: bytes, parts: list[str]) -> bool:
     """Note what a chunk says. True if it is for every client: one of usage alone is for those who asked."""
     try:
-        chunk = orjson.loads(payload)
+        chunk = read_part(payload)
         if is_error(chunk):
             said = said_by(error_object(payload))
             raise BadAnswer(f"The strong model broke off its answer with an error of its own ({said}).")
@@ -793,7 +794,7 @@ def _take(record: Record, payload: bytes, parts: list[str]) -> bool:
         for choice in choices:
             if choice.get("index", 0) == 0:
                 parts.append(content_text((choice.get("delta") or {}).get("content")))
-    except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError):
+    except (ValueError, AttributeError, KeyError, TypeError):
         raise BadAnswer("The strong model sent a chunk that is no chat completion chunk.") from None
     return bool(choices) or not usage
 
@@ -850,7 +851,7 @@ def of_both_models(record: Record, usage: Any) -> Any:
 
 def _with_both_models(record: Record, payload: bytes) -> bytes:
     """A chunk of usage alone, for a client that asked for it."""
-    chunk = orjson.loads(payload)
+    chunk = read_json(payload)
     return orjson.dumps({**chunk, "usage": of_both_models(record, chunk["usage"])})
 
 

@@ -26,7 +26,7 @@ import random
 import re
 import time
 import urllib.parse
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -35,11 +35,12 @@ from typing import Any, ClassVar, Protocol, Self
 import orjson
 
 from cowest_serving.contract import HEADER_IDEMPOTENCY, Messages
+from cowest_serving.foreign_json import read_json, read_part
 from cowest_serving.ids import new_id
 from cowest_serving.key_pool import Key, KeyPool
 from cowest_serving.parameters import NotTaken, refused_parameter, without
 from cowest_serving.places import Places
-from cowest_serving.wire import NoAddress, Response, TooMuch, Untrusted, Wire, WireError
+from cowest_serving.wire import MAX_BODY, NoAddress, Response, TooMuch, Untrusted, Wire, WireError
 
 log = logging.getLogger(__name__)
 
@@ -487,8 +488,8 @@ def fault(
 def error_object(data: bytes) -> Mapping[str, Any]:
     """OpenAI's error object in a body; of any other body the head, as its message."""
     try:
-        payload = orjson.loads(data)
-    except orjson.JSONDecodeError:
+        payload = read_json(data)
+    except ValueError:
         payload = data.decode("utf-8", "replace")
     error = payload.get("error", payload) if isinstance(payload, dict) else payload
     if isinstance(error, dict):
@@ -509,7 +510,7 @@ def said_by(error: Mapping[str, Any]) -> str:
 def _parsed(endpoint: str, data: bytes) -> Mapping[str, Any]:
     """The body of a chat completion, checked as far as `_result` reads it."""
     try:
-        payload = orjson.loads(data)
+        payload = read_json(data)
         if not payload.get("choices") and is_error(payload):
             raise _own_error(endpoint, data)
         content_text(payload["choices"][0]["message"].get("content"))
@@ -575,7 +576,11 @@ async def _begun(
     endpoint: str, response: Response, timeout: float, has_several: bool
 ) -> tuple[list[bytes], AsyncIterator[bytes]]:
     """A stream up to the answer's first chunk, and its rest: an error in that chunk's place is one of the call."""
-    payloads, read = _events(endpoint, response, timeout, has_several), []
+    read: list[bytes] = []
+    if response.headers.get("content-type", "").startswith("application/json"):  # it does not stream
+        payloads = _in_chunks(endpoint, response, timeout)
+    else:
+        payloads = _events(endpoint, response, timeout, has_several)
     try:
         async for payload in payloads:
             read.append(payload)
@@ -590,11 +595,11 @@ async def _begun(
 def _is_of_the_answer(endpoint: str, payload: bytes) -> bool:
     """False for what some endpoints say before (filters, say). Raises for an error, and for what is no chunk."""
     try:
-        chunk = orjson.loads(payload)
+        chunk = read_part(payload)
         if is_error(chunk):
             raise _own_error(endpoint, payload)
         return bool(chunk.get("choices"))
-    except (orjson.JSONDecodeError, AttributeError):
+    except (ValueError, AttributeError):
         raise _garbage(endpoint, payload) from None
 
 
@@ -611,7 +616,7 @@ class _Ends:
             self.are_all_there = self.are_all_there or _FINISHED.search(payload) is not None
             return
         with suppress(ValueError, AttributeError, TypeError):  # no chunk: its reader says so
-            for choice in orjson.loads(payload).get("choices") or ():
+            for choice in read_part(payload).get("choices") or ():
                 (self._ended if choice.get("finish_reason") else self._begun).add(choice.get("index", 0))
         self.are_all_there = bool(self._ended) and self._begun <= self._ended
 
@@ -647,8 +652,41 @@ async def _events(endpoint: str, response: Response, timeout: float, has_several
 
 def _payloads(text: bytes, is_end: bool) -> tuple[list[bytes], bytes]:
     """Of the lines that are whole, and the beginning of the next one."""
-    *lines, rest = [text, b""] if is_end else text.split(b"\n")
-    return [line[5:].strip() for line in lines if line.startswith(b"data:")], rest
+    lines = text.splitlines()  # bytes: at CR and LF alone
+    rest = b"" if is_end or text.endswith((b"\n", b"\r")) else lines.pop()
+    return [payload for line in lines if line.startswith(b"data:") and (payload := line[5:].strip())], rest
+
+
+async def _in_chunks(endpoint: str, response: Response, timeout: float) -> AsyncIterator[bytes]:
+    """Of an answer that comes whole, though a stream was asked for: it is paid, and would be again."""
+    until, parts, size = asyncio.get_running_loop().time() + timeout, [], 0
+    while data := await _some(endpoint, response, timeout, until):
+        parts.append(data)
+        size += len(data)
+        if size > MAX_BODY:
+            raise _unreachable(endpoint, TooMuch(f"its answer is longer than {MAX_BODY} bytes"))
+    completion = _parsed(endpoint, b"".join(parts))
+    try:
+        chunks = [orjson.dumps(chunk) for chunk in as_chunks(completion, bool(completion.get("usage")))]
+    except (KeyError, TypeError, ValueError, AttributeError):  # its first choice is one, another is not
+        raise _garbage(endpoint, b"".join(parts)) from None
+    for chunk in chunks:
+        yield chunk
+
+
+def as_chunks(completion: Mapping[str, Any], has_usage: bool) -> Iterator[Mapping[str, Any]]:
+    """A whole completion as the chunks of a stream, with its usage as the last one or without."""
+    head = {name: value for name, value in completion.items() if name not in ("choices", "usage")}
+    head["object"] = "chat.completion.chunk"
+    for choice in completion["choices"]:
+        delta = dict(choice["message"])
+        if delta.get("tool_calls"):
+            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta["tool_calls"])]
+        at = {"index": choice.get("index", 0)}
+        yield head | {"choices": [{**at, "delta": delta, "finish_reason": None}]}
+        yield head | {"choices": [{**at, "delta": {}, "finish_reason": choice.get("finish_reason")}]}
+    if has_usage:
+        yield head | {"choices": [], "usage": completion.get("usage")}
 
 
 async def _some(endpoint: str, response: Response, timeout: float, until: float) -> bytes:
@@ -665,8 +703,8 @@ async def _some(endpoint: str, response: Response, timeout: float, until: float)
 
 def _no_stream(endpoint: str, data: bytes) -> BadAnswer:
     """An endpoint that does not stream its errors, or nothing at all."""
-    with suppress(orjson.JSONDecodeError, AttributeError):
-        if is_error(orjson.loads(data)):
+    with suppress(ValueError, AttributeError):
+        if is_error(read_json(data)):
             return _own_error(endpoint, data)
     return _garbage(endpoint, data)
 

@@ -24,7 +24,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,12 +67,21 @@ from cowest_serving.contract import (
     parse,
 )
 from cowest_serving.error_bodies import OutspokenModel, body_of
+from cowest_serving.foreign_json import read_part
 from cowest_serving.health import Watched
 from cowest_serving.key_files import CLIENT_KEYS, Keys, ReadKeys, keys_of
 from cowest_serving.leases import LEASE_PATH, Ask, Room, Spent
 from cowest_serving.logs import log_to_stderr
 from cowest_serving.metrics import GEN_AI, Labels, Metrics, ModelCall
-from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, RateLimited, content_text, count
+from cowest_serving.models import (
+    ChatResult,
+    DeadlineExceeded,
+    ModelError,
+    RateLimited,
+    as_chunks,
+    content_text,
+    count,
+)
 from cowest_serving.open_files import allow_many_connections
 from cowest_serving.stopping import heed_signals
 from cowest_serving.wire import WireError
@@ -350,7 +359,7 @@ class Proxy:
         completion = answer.result.raw or _completion(asked.call.key, answer)
         if not asked.stream:
             return _json(completion, headers=headers)
-        events = b"".join(_event(chunk) for chunk in _chunks(completion, asked.wants_usage)) + _DONE
+        events = b"".join(_event(chunk) for chunk in as_chunks(completion, asked.wants_usage)) + _DONE
         return Response(events, headers=headers, media_type="text/event-stream")
 
     # ------------------------------------------------------------ without: passed on
@@ -604,7 +613,7 @@ def _read_chunk(meter: Meter, payload: bytes) -> bool:
     """Note what a chunk says. True if it is for every client: one of usage alone is for those who asked."""
     meter.has_begun = True
     try:
-        chunk = orjson.loads(payload)
+        chunk = read_part(payload)
         meter.characters += sum(
             len(content_text((choice.get("delta") or {}).get("content"))) for choice in chunk["choices"]
         )
@@ -630,21 +639,6 @@ def _completion(key: str, answer: Answer) -> Mapping[str, Any]:
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": result.finish_reason}],
         "usage": {**tokens, "total_tokens": sum(tokens.values())},
     }
-
-
-def _chunks(completion: Mapping[str, Any], wants_usage: bool) -> Iterable[Mapping[str, Any]]:
-    """A whole completion as the chunks of a stream."""
-    head = {name: value for name, value in completion.items() if name not in ("choices", "usage")}
-    head["object"] = "chat.completion.chunk"
-    for choice in completion["choices"]:
-        delta = dict(choice["message"])
-        if delta.get("tool_calls"):
-            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta["tool_calls"])]
-        at = {"index": choice.get("index", 0)}
-        yield head | {"choices": [{**at, "delta": delta, "finish_reason": None}]}
-        yield head | {"choices": [{**at, "delta": {}, "finish_reason": choice.get("finish_reason")}]}
-    if wants_usage:
-        yield head | {"choices": [], "usage": completion.get("usage")}
 
 
 def _event(value: Mapping[str, Any]) -> bytes:

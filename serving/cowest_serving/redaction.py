@@ -48,6 +48,7 @@ import stdnum.se.personnummer
 import stdnum.us.ssn
 
 from cowest_serving.contract import Messages, Redaction, SettingsError
+from cowest_serving.foreign_json import read_json
 
 NOTHING = Redaction()
 NO_PARAMETERS: Mapping[str, Any] = {}
@@ -526,7 +527,7 @@ class RestoredStream:
 
     def chunk(self, payload: bytes) -> bytes:
         """The JSON of a chunk, restored. A choice that ends gets its rest with its end."""
-        chunk = orjson.loads(payload)
+        chunk = read_json(payload)
         for choice in chunk.get("choices") or []:
             index, delta = choice.get("index", 0), choice.get("delta") or {}
             is_last = bool(choice.get("finish_reason"))  # some servers say "" until then

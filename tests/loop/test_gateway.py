@@ -366,6 +366,19 @@ async def test_the_draft_can_be_streamed_in_place_of_the_answer(tmp_path: Path) 
     assert (row["mode"], row["status"], row["answer"]) == ("WeakAlone", "strong_failed", "a hint")
 
 
+async def test_a_character_that_comes_in_halves_is_whole_in_the_record(tmp_path: Path) -> None:
+    deltas = (r"\ud83d", r"\ude00 and \ud83d")
+    chunks = ['{"choices": [{"delta": {"content": "' + delta + '"}}]}' for delta in deltas]
+    chunks.append('{"choices": [{"delta": {}, "logprobs": NaN, "finish_reason": "stop"}]}')
+    fault = Fault(200, body="".join(f"data: {chunk}\n\n" for chunk in chunks) + "data: [DONE]\n\n")
+    body = {"messages": ASKED, "stream": True}
+    async with world(tmp_path, strong={"faults": [fault]}) as (_, strong, door):
+        async with door.http.post(door.url + "/v1/chat/completions", json=body) as raw:
+            assert [line for line in (await raw.text()).split("\n\n") if deltas[1] in line], "as it came"
+        row = await door.row()
+    assert (row["status"], row["answer"], len(strong.calls)) == ("ok", "\U0001f600 and \ufffd", 1)
+
+
 async def test_an_error_in_the_form_of_older_vllms_ends_a_stream_in_its_words(tmp_path: Path) -> None:
     chunk, error = '{"choices": [{"delta": {"content": "the"}}]}', '{"object": "error", "message": "out of memory"}'
     fault = Fault(200, body=f"data: {chunk}\n\ndata: {error}\n\ndata: [DONE]\n\n")

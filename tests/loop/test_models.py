@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
 
+import orjson
 import pytest
 
 from cowest_serving.models import (
@@ -531,6 +532,50 @@ async def test_a_stream_without_an_answer_in_it_is_asked_for_again(body: str) ->
     async with ScriptedModel("one two", faults=[Fault(200, body=body)]) as server, model_of(server) as model:
         assert len([chunk for chunk in await chunks_of(model) if b"delta" in chunk]) == 4
     assert len(server.calls) == 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(events_of(choice(0), choice(0, "stop")).replace("\n", "\r"), id="lines that end with CR"),
+        pytest.param(events_of(choice(0), choice(0, "stop")).replace("\n", "\r\n"), id="lines that end with CRLF"),
+        pytest.param("data:\n\ndata: \n\n" + events_of(choice(0), choice(0, "stop")), id="events without data"),
+        pytest.param(events_of(choice(0), choice(0, "stop")).replace('"a"', r'"\ud83d"'), id="half a character"),
+        pytest.param(events_of(choice(0) | {"logprobs": float("nan")}, choice(0, "stop")), id="no number"),
+    ],
+)
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_stream_that_common_clients_read_is_read(body: str, n: int) -> None:
+    async with ScriptedModel(faults=[Fault(200, body=body)]) as server, model_of(server) as model:
+        assert len(await chunks_of(model, extra={"n": n})) == 2
+    assert len(server.calls) == 1
+
+
+async def test_an_answer_that_common_clients_read_is_read_and_can_be_written_again() -> None:
+    body = r'{"choices": [{"message": {"content": "a\ud83d"}, "logprobs": [NaN, -Infinity, 1e999, 0.5]}]}'
+    async with ScriptedModel(faults=[Fault(200, body=body)]) as server, model_of(server) as model:
+        result = await model(ASKED)
+    assert (result.text, len(server.calls)) == ("a\ufffd", 1)
+    assert json.loads(orjson.dumps(result.raw))["choices"][0]["logprobs"] == [None, None, None, 0.5]
+
+
+async def test_an_endpoint_that_does_not_stream_is_paid_once_and_its_answer_comes_in_chunks() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    message = {"role": "assistant", "content": "forty two", "tool_calls": [call]}
+    whole = {
+        "object": "chat.completion",
+        "model": "big-2026",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+    }
+    fault = Fault(200, {"content-type": "application/json; charset=utf-8"}, json.dumps(whole))
+    async with ScriptedModel(faults=[fault]) as server, model_of(server) as model:
+        first, last, usage = [json.loads(chunk) for chunk in await chunks_of(model)]
+    assert {each["object"] for each in (first, last, usage)} == {"chat.completion.chunk"}
+    assert first["choices"][0]["delta"] == message | {"tool_calls": [{"index": 0, **call}]}
+    assert last["choices"][0] == {"index": 0, "delta": {}, "finish_reason": "stop"}
+    assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 2)
+    assert len(server.calls) == 1
 
 
 async def test_leaving_a_stream_frees_its_place() -> None:

@@ -348,6 +348,13 @@ def test_text_without_a_placeholder_is_not_held_back() -> None:
     assert texts([stream.chunk(chunk("a list [1, 2"))]) == {0: "a list [1, 2"}
 
 
+def test_a_chunk_with_half_a_character_gets_its_values_back() -> None:
+    redacted = SOME.begin()
+    redacted.text(ANN)
+    said = rb'{"choices": [{"index": 0, "delta": {"content": "[Email_1] \ud83d"}}], "logprobs": NaN}'
+    assert texts([RestoredStream(redacted).chunk(said)]) == {0: f"{ANN} \ufffd"}
+
+
 def test_arguments_of_a_tool_that_come_in_parts_get_their_values_back() -> None:
     redacted = SOME.begin()
     redacted.text(ANN)
