@@ -17,7 +17,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from cowest_serving.contract import UNKNOWN_OUTPUT_TOKENS, Messages, Prices, Set
 from cowest_serving.estimates import likely_input_tokens, likely_tokens, most_output_tokens
 from cowest_serving.key_files import PROXY_KEYS, ReadKeys, keys_of
 from cowest_serving.leases import LEASE_PATH, Amount, Ask, Lease, Room, Spent
-from cowest_serving.models import ChatResult, DeadlineExceeded, ModelError, count
+from cowest_serving.models import ChatResult, ModelError, count
 
 log = logging.getLogger(__name__)
 NOTHING = Amount()
@@ -143,22 +143,28 @@ class Share:
 
 @dataclass(eq=False)
 class Bill:
-    """One call: what was taken for it, and what it turns out to cost."""
+    """One call: what was taken for it, and what it turns out to cost. `models.Payer` of its attempts."""
 
     share: Share
     taken: Amount
     input_tokens: int  # likely; as the endpoint counts, once it has
     most_output: int
+    take_again: Callable[[Bill], Awaitable[None]] | None = None
     output_tokens: int | None = None
     has_begun: bool = False
-    is_out: bool = True  # sent, and maybe answered: so it is unless who sends it says otherwise
+    is_out: bool = False  # an attempt is sent, and maybe answered: it may be billed
     _chunks: int = 0
     _bytes: int = 0
     _shortest: int = 400  # bytes of a chunk without text, at most
 
-    def on_wire(self, is_out: bool) -> None:
-        """For who sends it: what only waits for its turn costs nothing."""
-        self.is_out = is_out
+    async def begin(self) -> None:
+        """What only waits for its turn costs nothing. Raises `NoBudget`."""
+        if self.is_out and self.take_again is not None:
+            await self.take_again(self)
+        self.is_out = True
+
+    def unpaid(self) -> None:
+        self.is_out = False
 
     def read_result(self, result: ChatResult) -> None:
         self.has_begun = True
@@ -224,26 +230,23 @@ class Allowance:
     @asynccontextmanager
     async def paid(self, messages: Messages, extra: Any = None, max_tokens: int | None = None) -> AsyncIterator[Bill]:
         """Room for one call, taken before it and settled after it. Raises `NoBudget` before anything is sent."""
-        bill = await self._taken(messages, extra, max_tokens)
-        may_be_paid = True
-        try:
-            yield bill
-        except ModelError as error:
-            # What hung may have been answered, and billed, all the same; what was refused was not.
-            may_be_paid = bill.has_begun or isinstance(error, DeadlineExceeded)
-            raise
-        except BaseException:  # its client left
-            may_be_paid = bill.has_begun or bill.is_out
-            raise
-        finally:
-            self._settle(bill, may_be_paid)
-
-    async def _taken(self, messages: Messages, extra: Any, max_tokens: int | None) -> Bill:
         taken_in = likely_input_tokens(messages, extra)
         most = most_output_tokens(max_tokens, extra) or self._largest_output or UNKNOWN_OUTPUT_TOKENS
         amount = Amount(taken_in + most, self._money(taken_in, most))
-        share = self._take(amount) or await self._wait_for(amount)
-        return Bill(share, amount, taken_in, most)
+        bill = Bill(await self._room(amount), amount, taken_in, most, self._take_again)
+        try:
+            yield bill
+        finally:
+            self._settle(bill)
+
+    async def _room(self, amount: Amount) -> Share:
+        return self._take(amount) or await self._wait_for(amount)
+
+    async def _take_again(self, bill: Bill) -> None:
+        """Room for one more attempt. The one before may be billed, and keeps what was taken for it until then."""
+        share = await self._room(bill.taken)
+        self._settle(bill)
+        bill.share = share
 
     def _take(self, amount: Amount) -> Share | None:
         share = self._share
@@ -257,11 +260,11 @@ class Allowance:
             self._renew()
         return share
 
-    def _settle(self, bill: Bill, may_be_paid: bool) -> None:
+    def _settle(self, bill: Bill) -> None:
         share, output = bill.share, bill.likely_output
         share.calls -= 1
         share.held = share.held - bill.taken if share.calls else Amount()  # sums of fractions leave crumbs
-        if not may_be_paid:
+        if not (bill.has_begun or bill.is_out):
             return
         self._largest_output = max(self._largest_output, bill.output_tokens or 0)
         before, money = share.spent, self._money(bill.input_tokens, output)

@@ -12,7 +12,7 @@ from contextlib import aclosing, asynccontextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from cowest_serving.allowance import Allowance, Bill
+from cowest_serving.allowance import Allowance
 from cowest_serving.contract import Messages
 from cowest_serving.health import Guarded
 from cowest_serving.hedging import Hedging
@@ -52,7 +52,7 @@ class StrongDoor:
         if self._allowance is None:
             return await self._answer(messages, fell_back, hedged, options)
         async with self._allowance.paid(messages, options.get("extra"), options.get("max_tokens")) as bill:
-            result = await self._answer(messages, fell_back, hedged, _telling(bill, options))
+            result = await self._answer(messages, fell_back, hedged, {**options, "payer": bill})
             bill.read_result(result)
             return result
 
@@ -88,7 +88,7 @@ class StrongDoor:
     ) -> AsyncGenerator[bytes, None]:
         async with (
             allowance.paid(messages, options.get("extra"), options.get("max_tokens")) as bill,
-            aclosing(self._chunks(messages, fell_back, hedged, _telling(bill, options))) as chunks,
+            aclosing(self._chunks(messages, fell_back, hedged, {**options, "payer": bill})) as chunks,
         ):
             async for chunk in chunks:
                 bill.read_chunk(chunk)
@@ -148,7 +148,7 @@ class StrongDoor:
         room = self._allowance.paid(messages, extra, options.get("max_tokens")) if self._allowance else none
         async with room as bill:
             hedged()
-            yield {**(_telling(bill, options) if bill else options), "idempotency_key": new_key()}
+            yield {**options, **({"payer": bill} if bill else {}), "idempotency_key": new_key()}
 
     def _why(self, error: ModelError) -> ModelError:
         """The fault of this endpoint, passing or not, that another one may not have; any other one is raised."""
@@ -165,12 +165,6 @@ class StrongDoor:
     async def aclose(self) -> None:
         for model in (self.own, *self._fallbacks):
             await model.aclose()
-
-
-def _telling(bill: Bill, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """So that the model says when the call is on the wire."""
-    bill.on_wire(False)
-    return {**options, "on_wire": bill.on_wire}
 
 
 def _note(model: Guarded, error: ModelError) -> None:

@@ -26,7 +26,7 @@ import random
 import re
 import time
 import urllib.parse
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -40,7 +40,7 @@ from cowest_serving.ids import new_id
 from cowest_serving.key_pool import Key, KeyPool
 from cowest_serving.parameters import NotTaken, refused_parameter, without
 from cowest_serving.places import Places
-from cowest_serving.wire import MAX_BODY, NoAddress, Response, TooMuch, Untrusted, Wire, WireError
+from cowest_serving.wire import MAX_BODY, NoAddress, Response, TooMuch, Unconnected, Untrusted, Wire, WireError
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,16 @@ class ChatResult:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # of the response, names in lower case
 
 
-OnWire = Callable[[bool], None]  # told whether a call is sent, and maybe answered; before that nobody tells it
+class Payer(Protocol):
+    """Who pays for a call, and so hears of each of its attempts."""
+
+    async def begin(self) -> None:
+        """One is to be sent now. Raises `ModelError` where there is no room for it beside those before."""
+        ...
+
+    def unpaid(self) -> None:
+        """The one that was sent last is not billed."""
+        ...
 
 
 class ChatModel(Protocol):
@@ -83,6 +92,7 @@ class ModelError(Exception):
     """No usable answer from a model. `retryable`: the same call may succeed later."""
 
     default_retryable: ClassVar[bool] = False
+    may_be_billed = False  # it was sent, and what came does not say that nothing was written
     max_retries: ClassVar[int | None] = None  # a tighter limit than the model's own
 
     def __init__(
@@ -109,6 +119,7 @@ class EndpointUnreachable(ModelError):
 
 class DeadlineExceeded(ModelError):
     default_retryable = True
+    may_be_billed = True
 
 
 class RateLimited(ModelError):
@@ -128,6 +139,7 @@ class Crowded(ModelError):
 
 class BadAnswer(ModelError):
     default_retryable = True
+    may_be_billed = True
     max_retries = 2
     is_foreign = False  # not even an error object: what answers may be no chat endpoint at all
 
@@ -213,14 +225,14 @@ class HttpChatModel:
         stop: str | Sequence[str] | None = None,
         idempotency_key: str | None = None,
         extra: Mapping[str, Any] | None = None,
-        on_wire: OnWire | None = None,
+        payer: Payer | None = None,
     ) -> ChatResult:
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
         body = self._body(messages, options, extra)
         self._check()
         async with self._places:
             key, give_up_at = idempotency_key or new_key(), self._give_up_at()
-            response, payload = await self._with_retries(body, key, True, give_up_at, on_wire)
+            response, payload = await self._with_retries(body, key, True, give_up_at, payer)
             self._places.answered()
             return _result(self.endpoint, response, payload)
 
@@ -234,7 +246,7 @@ class HttpChatModel:
         stop: str | Sequence[str] | None = None,
         idempotency_key: str | None = None,
         extra: Mapping[str, Any] | None = None,
-        on_wire: OnWire | None = None,
+        payer: Payer | None = None,
     ) -> AsyncGenerator[bytes, None]:
         """The answer's chunks as the endpoint wrote them: the JSON of each `data:` event, without `[DONE]`.
 
@@ -246,7 +258,7 @@ class HttpChatModel:
         self._check()
         async with self._places:
             key, give_up_at = idempotency_key or new_key(), self._give_up_at()
-            response, (begun, rest) = await self._with_retries(body, key, False, give_up_at, on_wire)
+            response, (begun, rest) = await self._with_retries(body, key, False, give_up_at, payer)
             self._places.answered()
             try:
                 for chunk in begun:
@@ -269,27 +281,27 @@ class HttpChatModel:
         return time.monotonic() + self._deadline
 
     async def _with_retries(
-        self, body: Mapping[str, Any], key: str, read: bool, give_up_at: float, on_wire: OnWire | None
+        self, body: Mapping[str, Any], key: str, read: bool, give_up_at: float, payer: Payer | None
     ) -> tuple[Response, Any]:
         """A response with status 2xx and its parsed body, or what `_begun` gives where it is not to be `read`; tried
         again while that may help."""
-        attempt, keys_left, has_hung = 0, len(self.keys) - 1, False
+        attempt, keys_left = 0, len(self.keys) - 1
         refused: dict[str, str] = {}  # parameters that this call does without
         has_several = (body.get("n") or 1) != 1  # choices
         while True:
             used, number = await self._key(give_up_at), self._places.attempt()
             not_taken = {**self._not_taken.known(), **refused}
             sent = without(body, not_taken) if not_taken else body
-            if on_wire is not None:
-                on_wire(True)
+            if payer is not None:
+                await payer.begin()
+                used = self.keys.take()  # another one, where that took a while
             try:
                 answer = await self._once(orjson.dumps(sent), key, read, give_up_at, has_several)
                 self.keys.answered(used)
                 return answer
             except ModelError as error:
-                if on_wire is not None:
-                    has_hung = has_hung or isinstance(error, DeadlineExceeded)
-                    on_wire(has_hung)  # what hung may be answered, and paid, all the same
+                if payer is not None and not error.may_be_billed:
+                    payer.unpaid()
                 # A limit that was called by its other name stays: without it answers cost.
                 if error.parameter in sent and error.parameter not in not_taken.values():
                     refused[error.parameter] = self._do_without(error.parameter, body)
@@ -354,11 +366,13 @@ class HttpChatModel:
         try:
             asked = self._connected().ask("POST", "/chat/completions", self._headers(key), data, left, is_whole=read)
             response = await asked
-        except TimeoutError:
-            raise DeadlineExceeded(
+        except TimeoutError as error:
+            late = DeadlineExceeded(
                 f"{self.endpoint} gave no answer within {left:.1f} s. "
                 "Check that the model is not overloaded, or raise its timeout."
-            ) from None
+            )
+            late.may_be_billed = not isinstance(error, Unconnected)
+            raise late from None
         except WireError as error:
             raise _unreachable(self.endpoint, error) from error
         if not 200 <= response.status < 300:
@@ -542,6 +556,7 @@ def _garbage(endpoint: str, data: bytes) -> BadAnswer:
         "Check that the endpoint is an OpenAI-compatible API (its address normally ends in /v1)."
     )
     garbage.is_foreign = True
+    garbage.may_be_billed = not data.lstrip().startswith(b"<")  # a page is of no model
     return garbage
 
 
@@ -646,7 +661,7 @@ async def _events(endpoint: str, response: Response, timeout: float, has_several
         if not seen:
             raise _no_stream(endpoint, unread)
         if not ends.are_all_there:
-            raise EndpointUnreachable(f"{endpoint} broke off in the middle of an answer. Ask again.")
+            raise _broken_off(endpoint)
         return
 
 
@@ -701,6 +716,12 @@ async def _some(endpoint: str, response: Response, timeout: float, until: float)
         raise _unreachable(endpoint, error) from error
 
 
+def _broken_off(endpoint: str) -> EndpointUnreachable:
+    error = EndpointUnreachable(f"{endpoint} broke off in the middle of an answer. Ask again.")
+    error.may_be_billed = True
+    return error
+
+
 def _no_stream(endpoint: str, data: bytes) -> BadAnswer:
     """An endpoint that does not stream its errors, or nothing at all."""
     with suppress(ValueError, AttributeError):
@@ -721,6 +742,8 @@ def _unreachable(endpoint: str, error: WireError) -> ModelError:
         )
     if isinstance(error, TooMuch):
         return BadAnswer(f"{endpoint} answered more than is read: {error}. Lower max_tokens.", retryable=False)
-    return EndpointUnreachable(
+    away = EndpointUnreachable(
         f"{endpoint} cannot be reached or broke off ({error}). Check that it runs and its address is right."
     )
+    away.may_be_billed = error.is_sent
+    return away

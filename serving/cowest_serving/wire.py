@@ -9,6 +9,7 @@ See docs/decisions/0009-gateway-hot-path.md.
       Untrusted    its TLS certificate is not that of a known authority, or of another host
       TooMuch      more than MAX_HEAD or MAX_BODY
     TimeoutError   not within the seconds that the caller gave
+      Unconnected  of these there was not even a connection
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ _OWN_HEADERS = b"accept: */*\r\naccept-encoding: identity\r\nuser-agent: cowest\
 
 
 class WireError(Exception):
+    is_sent = False  # the request was, and may have been heard
+
+
+class Unconnected(TimeoutError):
     pass
 
 
@@ -272,7 +277,7 @@ class _Connection(asyncio.Protocol):
             response._is_complete = True
         else:
             when = "in the middle of its answer" if self._is_begun else "before it answered"
-            response._error = WireError(f"it closed the connection {when}" + (f": {error}" if error else ""))
+            response._error = _sent(WireError(f"it closed the connection {when}" + (f": {error}" if error else "")))
         self._wake(response)
 
     def _release(self) -> None:
@@ -290,7 +295,7 @@ class _Connection(asyncio.Protocol):
     def _fail(self, error: WireError) -> None:
         response = self._response
         assert response is not None
-        response._error = error
+        response._error = _sent(error)
         self.abort()
         self._wake(response)
 
@@ -463,15 +468,21 @@ class Wire:
             self._sweeper = loop.call_later(IDLE_SECONDS / 3, self._sweep)
 
     async def _connected(self, seconds: float) -> _Connection:
-        async with asyncio.timeout(min(seconds, CONNECT_SECONDS)):
-            try:
-                return await self._connect()
-            except ssl.SSLCertVerificationError as error:
-                raise Untrusted(str(error)) from error
-            except OSError as error:
-                if isinstance(error, TimeoutError):  # the system's own, which is no limit of the caller
-                    raise WireError(str(error) or "it does not answer") from error
-                raise WireError(_what(error)) from error
+        try:
+            async with asyncio.timeout(min(seconds, CONNECT_SECONDS)):
+                return await self._tried()
+        except TimeoutError:
+            raise Unconnected from None
+
+    async def _tried(self) -> _Connection:
+        try:
+            return await self._connect()
+        except ssl.SSLCertVerificationError as error:
+            raise Untrusted(str(error)) from error
+        except OSError as error:
+            if isinstance(error, TimeoutError):  # the system's own, which is no limit of the caller
+                raise WireError(str(error) or "it does not answer") from error
+            raise WireError(_what(error)) from error
 
     async def _connect(self) -> _Connection:
         loop, first = asyncio.get_running_loop(), self._proxy or self._address
@@ -521,6 +532,11 @@ def _authorization(name: str, address: Address) -> bytes:
     if address.credentials is None:
         return b""
     return f"{name}: Basic {base64.b64encode(address.credentials.encode()).decode()}\r\n".encode()
+
+
+def _sent(error: WireError) -> WireError:
+    error.is_sent = True
+    return error
 
 
 def _what(error: OSError) -> str:

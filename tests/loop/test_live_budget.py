@@ -18,7 +18,7 @@ import pytest
 
 from cowest_serving.allowance import Allowance, allowance_of, lender_of
 from cowest_serving.book import PaidCalls
-from cowest_serving.contract import Budget, Prices, Routing, dump
+from cowest_serving.contract import Budget, Fallback, Prices, Routing, dump
 from cowest_serving.key_files import Keys
 from cowest_serving.leases import Amount, Ask, day_of, live_spent, shares
 from tests.fakes import Fault, ScriptedModel, _usage
@@ -120,6 +120,46 @@ async def test_a_call_whose_client_left_while_it_was_to_be_made_again_costs_noth
         await shows(door, "cowest_requests_in_flight 0")
     async with PaidCalls(tmp_path / "calls.sqlite", budget=Budget(tokens_per_day=10_000)) as book:
         assert len(strong.calls) == 1 and book.live_spent()[1].tokens == 0
+
+
+NOTHING = Fault(200, body='{"choices": []}')
+CUT = Fault(200, {"content-type": "text/event-stream"}, 'data: {"choices": []}\n\n')
+
+
+@pytest.mark.parametrize(
+    ("faults", "streamed", "unknown"),
+    [
+        pytest.param([NOTHING], False, 1, id="an answer without content"),
+        pytest.param(["lost", "lost"], False, 2, id="connections that were cut"),
+        pytest.param([CUT], True, 1, id="a stream that was cut before its first word"),
+        pytest.param(["garbage", 500], False, 0, id="errors, and a page of no model"),
+    ],
+)
+async def test_each_attempt_that_may_be_billed_counts(
+    tmp_path: Path, faults: list[Any], streamed: bool, unknown: int
+) -> None:
+    budget = Budget(tokens_per_day=10_000)
+    async with budgeted(tmp_path, budget, strong={"faults": faults}, max_retries=3) as (strong, door):
+        body = {"messages": ASKED, "max_tokens": 500, "stream": streamed}
+        async with door.http.post(door.url + "/v1/chat/completions", json=body) as answer:
+            assert (answer.status, b"answer" in await answer.read()) == (200, True)
+    async with PaidCalls(tmp_path / "calls.sqlite", budget=budget) as book:
+        _, spent, _ = book.live_spent()
+    assert len(strong.calls) == len(faults) + 1
+    assert (spent.calls, spent.output_tokens) == (unknown + 1, unknown * 500 + 2)
+
+
+async def test_the_fallbacks_answer_does_not_pay_for_what_hung_at_the_pairs_own_endpoint(tmp_path: Path) -> None:
+    budget = Budget(tokens_per_day=10_000)
+    async with ScriptedModel("in its place") as other:
+        fallbacks = (Fallback(other.url, "other"),)
+        hangs = {"strong": {"faults": ["hang"]}, "fallbacks": fallbacks, "timeout_seconds": 1, "max_retries": 0}
+        async with budgeted(tmp_path, budget, **hangs) as (strong, door):
+            await door.ask(max_tokens=500)
+    async with PaidCalls(tmp_path / "calls.sqlite", budget=budget) as book:
+        _, spent, _ = book.live_spent()
+    assert (len(strong.calls), len(other.calls)) == (1, 1)
+    assert (spent.calls, spent.output_tokens) == (2, 503)
 
 
 async def test_the_draft_stands_in_for_a_budget_that_is_spent_where_the_manifest_says_so(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from cowest_serving.leases import (
     seconds_left,
     shares,
 )
-from cowest_serving.models import ChatResult, DeadlineExceeded, ServerFault
+from cowest_serving.models import ChatResult
 from tests.patience import IN_TIME
 
 NOON = 1_800_014_400.0  # 2027-01-15, 12:00 UTC
@@ -123,6 +123,7 @@ async def test_what_was_sent_never_passes_the_limit_whatever_is_killed_lost_or_l
             taken_in, given_out = chance.randrange(1, 13), chance.randrange(1, most_output + 1)
             try:
                 async with door.paid(ASKED, {}, most_output) as bill:
+                    await bill.begin()
                     spent = Amount(taken_in + given_out, taken_in + 2.0 * given_out)
                     sent += spent  # from here on the endpoint may bill it
                     for _ in range(chance.randrange(4)):
@@ -358,19 +359,49 @@ async def test_a_day_that_ends_earlier_at_the_book_than_here_is_over_at_once() -
 
 # ---------------------------------------------------------------- what a call turns out to cost
 @pytest.mark.parametrize(
-    ("error", "tokens"),
+    ("is_sent", "is_refused", "tokens"),
     [
-        pytest.param(ServerFault("500"), 0, id="an error of the endpoint is not billed"),
-        pytest.param(DeadlineExceeded("late"), 22, id="what hung may have been answered"),
-        pytest.param(asyncio.CancelledError(), 22, id="what its client left too"),
+        pytest.param(False, False, 0, id="what only waited for its turn is not billed"),
+        pytest.param(True, True, 0, id="what the endpoint refused is not"),
+        pytest.param(True, False, 22, id="what was sent, and nobody knows the end of, may be"),
     ],
 )
-async def test_a_call_without_an_answer_counts_where_it_may_be_billed(error: BaseException, tokens: int) -> None:
+async def test_a_call_without_an_answer_counts_where_it_may_be_billed(
+    is_sent: bool, is_refused: bool, tokens: int
+) -> None:
     door = allowance(Book(Room(100_000, None)))
-    with pytest.raises(type(error)):
-        async with door.paid(ASKED, {}, 10):
-            raise error
+    with pytest.raises(asyncio.CancelledError):
+        async with door.paid(ASKED, {}, 10) as bill:
+            if is_sent:
+                await bill.begin()
+            if is_refused:
+                bill.unpaid()
+            raise asyncio.CancelledError
     assert door._share is not None and door._share.used.tokens == tokens
+
+
+async def test_each_attempt_that_may_be_billed_counts() -> None:
+    door = allowance(Book(Room(100_000, None)))
+    async with door.paid(ASKED, {}, 10) as bill:
+        await bill.begin()  # hangs
+        await bill.begin()  # is refused
+        bill.unpaid()
+        await bill.begin()  # hangs
+        await bill.begin()
+        bill.read_result(ChatResult("", "stop", 12, 3, "m", "", {}))
+    assert door._share is not None
+    assert (door._share.spent.calls, door._share.used.tokens) == (3, 2 * 22 + 15)
+
+
+async def test_an_attempt_beside_others_that_may_be_billed_is_made_only_where_there_is_room_for_it() -> None:
+    book = Book(Room(50, None))
+    door = allowance(book)
+    with pytest.raises(NoBudget):
+        async with door.paid(ASKED, {}, 10) as bill:
+            for _ in range(3):
+                await bill.begin()
+    await door.report()
+    assert live_spent(book.db, TODAY) == Spent(2, 24, 20, 64.0)
 
 
 def bill(**changes: int) -> Bill:
