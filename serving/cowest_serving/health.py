@@ -45,7 +45,8 @@ class Health:
         self.since: float | None = None  # when the first of the failures ended
         self.last: float | None = None  # when the last one did
         self.answered: float | None = None
-        self.error = self.message = ""
+        self.error = ""  # kind of the last failure: what it says may quote content of its own client
+        self.status: int | None = None  # that came with it
 
     @property
     def is_failing(self) -> bool:
@@ -55,7 +56,7 @@ class Health:
 
     def succeeded(self) -> None:
         self.answered = self._clock()
-        self.failures, self.since, self.last, self.error, self.message = 0, None, None, "", ""
+        self.failures, self.since, self.last, self.error, self.status = 0, None, None, "", None
 
     def failed(self, error: ModelError) -> None:
         if is_clients_fault(error):  # the endpoint is well
@@ -64,7 +65,7 @@ class Health:
         self.last = self._clock()
         self.since = self.last if self.since is None else self.since
         self.failures += 1
-        self.error, self.message = type(error).__name__, str(error)
+        self.error, self.status = type(error).__name__, error.status
 
     def word(self) -> Mapping[str, Any]:
         """For those who ask: null where nothing was seen yet."""
@@ -128,10 +129,10 @@ class Circuit:
 
     def _open(self, endpoint: str) -> CircuitOpen:
         health = self._health
+        last = health.error + (f", status {health.status}" if health.status else "")
         wait = max(1.0, math.ceil(self._until - self._clock()))
         return CircuitOpen(
-            f"{endpoint} is not asked for now: its last {health.failures} attempts failed, the last with: "
-            f"{health.message}",
+            f"{endpoint} is not asked for now: its last {health.failures} attempts failed, the last with {last}.",
             retry_after=wait,
         )
 

@@ -55,10 +55,19 @@ def test_calls_that_fail_together_leave_it_open_to_the_next() -> None:
 
 def test_who_is_not_let_through_hears_what_the_endpoint_failed_with_and_when_to_come_back() -> None:
     world = World().fail()
-    said = "5 attempts failed, the last with: http://s/v1 cannot be reached"
+    said = r"5 attempts failed, the last with EndpointUnreachable\."
     with pytest.raises(CircuitOpen, match=said) as caught, world.circuit.attempt("http://s/v1"):
         pytest.fail("it was asked")
     assert caught.value.retry_after == 2 and caught.value.retryable
+
+
+def test_who_is_not_let_through_hears_nothing_of_what_the_endpoint_said_to_others() -> None:
+    world = World().fail(4)
+    world.now += 2
+    world.attempt(ServerFault("http://s/v1 answered 500 (cannot read: my salary is 5)", status=500))
+    with pytest.raises(CircuitOpen, match="the last with ServerFault, status 500") as caught:
+        world.circuit.check("http://s/v1")
+    assert "salary" not in str(caught.value)
 
 
 def test_one_call_tries_and_its_answer_opens_the_door_for_all() -> None:
