@@ -111,7 +111,7 @@ METRICS = {
     "cowest_hedged_calls": "Second calls of the strong model: won or lost; held_back were due and not made.",
     "cowest_feedback_total": "Feedback taken or refused.",
     "cowest_client_requests_total": "Chats by the application whose key they came with.",
-    "cowest_client_requests_limited_total": "Of these, those refused by spec.gateway.limits, by limit.",
+    "cowest_client_requests_limited_total": "Chats and feedback refused by spec.gateway.limits, by limit.",
     "cowest_refused_requests_total": "Requests refused before any model was asked, by status.",
     "cowest_trace_rows": "Records by what became of them.",
     "cowest_trace_spool_bytes": "Records on this machine's disk that the store has not taken yet.",
@@ -340,9 +340,21 @@ class Gateway:
         try:
             return self._gate.enter(key, record.request)
         except LimitReached as refusal:
-            labels = {"application": record.application, "limit": refusal.kind}
-            self.count.count("cowest_client_requests_limited_total", **labels)
+            self._note_limit(record.application, refusal)
             raise
+
+    def _admit_word(self, key: str, size: int) -> None:
+        """Count a word of feedback of this key, of so many bytes. No model is asked."""
+        if self._gate is None:
+            return
+        try:
+            self._gate.hear(key, size)
+        except LimitReached as refusal:
+            self._note_limit(self._client_keys.names.get(key, ""), refusal)
+            raise
+
+    def _note_limit(self, application: str, refusal: LimitReached) -> None:
+        self.count.count("cowest_client_requests_limited_total", application=application, limit=refusal.kind)
 
     def begin(self, request: ChatRequest) -> Record:
         """Choose the arm that answers. A client has no say in it."""
@@ -415,6 +427,7 @@ class Gateway:
         try:
             self._check_spool()
             data, key = await _body(scope, receive, self.max_body), word_key(_header(scope, _IDEMPOTENCY), client_key)
+            self._admit_word(client_key, len(data))
             row, records_key = feedback_row(data, _header(scope, _SESSION) or None, key)
             is_durable = self._repeats.again(key, data)
             if is_durable is None:

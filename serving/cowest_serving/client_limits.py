@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cowest_serving.answering import ChatRequest, Refusal
-from cowest_serving.estimates import likely_input_tokens
+from cowest_serving.estimates import likely_input_tokens, likely_tokens
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,13 @@ class Client:
         self.under_way = 0
         self.elsewhere = 0  # under way at other workers
         self.slot = slot  # where it is in the counts of several workers
+
+    def take(self, tokens: int) -> None:
+        """A request of so many."""
+        if self.requests is not None:
+            self.requests.take(1)
+        if self.tokens is not None:
+            self.tokens.take(tokens)
 
     def is_at_rest(self, now: float) -> bool:
         """One that is new is no different."""
@@ -133,6 +140,17 @@ class Gate:
             self.counts.give_back(client)
         return Ticket(self, key, client.slot, tokens, headers)
 
+    def hear(self, key: str, size: int) -> None:
+        """Let in a word of feedback of so many bytes: all may be kept. A request like others, but over at once."""
+        now, most = self._clock(), self.limits.tokens_per_minute
+        tokens = likely_tokens(size)
+        client = self.counts.borrow(key, None, now)
+        try:
+            _check_rates(client, min(tokens, most or 0), now)
+            client.take(tokens)
+        finally:
+            self.counts.give_back(client)
+
     def leave(self, key: str, slot: int | None, more_tokens: int) -> None:
         """A request that was let in is over, and took so many more tokens than were set aside for it."""
         client = self.counts.borrow(key, slot, self._clock())
@@ -146,20 +164,21 @@ class Gate:
     def _let_in(self, client: Client, tokens: int, now: float) -> Mapping[str, str]:
         self._check(client, tokens, now)
         client.under_way += 1
-        if client.requests is not None:
-            client.requests.take(1)
-        if client.tokens is not None:
-            client.tokens.take(tokens)
+        client.take(tokens)
         return _headers(client, now)
 
     def _check(self, client: Client, tokens: int, now: float) -> None:
         most = self.limits.max_concurrency
         if most is not None and client.under_way + client.elsewhere >= most:
             raise _refusal(client, now, "concurrency", f"{most} requests at once", 1.0)
-        if client.requests is not None and (wait := client.requests.seconds_until(1, now)) > 0:
-            raise _refusal(client, now, "requests", f"{client.requests.per_minute} requests per minute", wait)
-        if client.tokens is not None and (wait := client.tokens.seconds_until(tokens, now)) > 0:
-            raise _refusal(client, now, "tokens", f"{client.tokens.per_minute} tokens per minute", wait)
+        _check_rates(client, tokens, now)
+
+
+def _check_rates(client: Client, tokens: int, now: float) -> None:
+    if client.requests is not None and (wait := client.requests.seconds_until(1, now)) > 0:
+        raise _refusal(client, now, "requests", f"{client.requests.per_minute} requests per minute", wait)
+    if client.tokens is not None and (wait := client.tokens.seconds_until(tokens, now)) > 0:
+        raise _refusal(client, now, "tokens", f"{client.tokens.per_minute} tokens per minute", wait)
 
 
 class LimitReached(Refusal):

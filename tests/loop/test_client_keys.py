@@ -89,6 +89,18 @@ async def test_a_key_above_its_limit_is_told_in_openais_form_and_others_are_not_
     assert 'cowest_client_requests_limited_total{application="night",limit="requests"} 2' in metrics
 
 
+async def test_feedback_of_a_key_above_its_limit_is_not_kept(tmp_path: Path) -> None:
+    word = {"request_id": "r1", "comment": "x" * 3000}
+    async with door_with(tmp_path, Keys([], secret(tmp_path)), tokens_per_minute=1500) as (_, door):
+        found = [await door.post("/v1/feedback", word, **bearer("night-1")) for _ in range(3)]
+        other, _, _ = await door.post("/v1/feedback", word, **bearer("desk-old"))
+        metrics = await door.metrics()
+    assert [status for status, _, _ in found] == [200, 429, 429] and other == 200
+    assert found[1][1]["error"]["type"] == "tokens" and int(found[1][2]["retry-after"]) > 10
+    assert 'cowest_client_requests_limited_total{application="night",limit="tokens"} 2' in metrics
+    assert 'cowest_feedback_total{result="taken"} 2' in metrics
+
+
 async def test_tokens_of_both_models_count_streams_included(tmp_path: Path) -> None:
     async with door_with(tmp_path, tokens_per_minute=60) as (_, door):
         async for _ in await door.client.chat.completions.create(model="m", messages=ASKED, stream=True):

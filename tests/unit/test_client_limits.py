@@ -224,3 +224,22 @@ def test_processes_that_ask_at_once_get_what_the_limit_says_and_no_more() -> Non
 )
 def test_a_duration_is_written_as_openai_writes_it(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_feedback_counts_with_its_length_all_of_it(world_of: WorldOf) -> None:
+    world = world_of(tokens_per_minute=300)
+    world.gate.hear("a", 1200)  # 400 tokens: with a full bucket it is let in
+    world.now += 20
+    with pytest.raises(LimitReached, match="300 tokens per minute"):
+        world.gate.hear("a", 3)
+    world.now += 1
+    world.gate.hear("a", 3)
+    assert world.let_in(1) == 0, "chats are of the same bucket"
+
+
+def test_feedback_has_room_beside_as_many_chats_as_may_be_under_way(world_of: WorldOf) -> None:
+    world = world_of(max_concurrency=1, requests_per_minute=2)
+    world.gate.enter("a", request())
+    world.gate.hear("a", 1_000_000)
+    with pytest.raises(LimitReached, match="2 requests per minute"):
+        world.gate.hear("a", 3)
