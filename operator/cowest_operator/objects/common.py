@@ -291,6 +291,7 @@ SERVERS_READ: Mapping[str, tuple[str, ...]] = {  # section -> its fields; none n
     "collaboration": (),
     "data": ("heldOut",),
     "feedback": ("evaluator",),
+    "gateway": ("limits", "maxBodyBytes"),
     "traces": (),
 }
 
@@ -299,9 +300,9 @@ def servers_manifest(context: Context) -> Mapping[str, Any]:
     """What long-running servers read: an edit of anything else, such as the number of gateways, must not roll them."""
     document = context.document
     spec = {
-        section: {name: value for name, value in document["spec"][section].items() if not fields or name in fields}
+        section: read
         for section, fields in SERVERS_READ.items()
-        if section in document["spec"]
+        if (read := {k: v for k, v in document["spec"].get(section, {}).items() if not fields or k in fields})
     }
     head = {"apiVersion": document["apiVersion"], "kind": document["kind"]}
     return {**head, "metadata": {"name": context.job.name}, "spec": spec}
