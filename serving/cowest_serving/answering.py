@@ -66,6 +66,7 @@ OVER_BUDGET = "over_budget"  # status of an answer for which the strong model wa
 FELL_BACK = "fell_back"  # status of an answer that is not of the pair's own strong model
 DRAFT_CACHE, HEDGE = "draftCache", "hedge"  # shortcuts, as the manifest names them
 _MAX_MODELS = 32
+MOST_DRAFTS = 64  # under way at once at a weak endpoint, where no manifest says it
 _MAX_IDEMPOTENCY_KEY = 255
 _OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens")
 _MOST_OUTPUT = 10_000_000  # tokens, or answers: what is set aside for a call has to be a sum that a book can hold
@@ -405,7 +406,7 @@ _Model = TypeVar("_Model", "WeakModel", StrongDoor)
 class WeakModel(Guarded):
     """A weak model's server as it is asked for drafts. One that hangs or fails is soon not asked, but now and then."""
 
-    when_crowded = "Give it more replicas (weak.replicas)."
+    when_crowded = "Raise weak.maxConcurrency where the servers take more, else give it more replicas (weak.replicas)."
     longest_rest = 10.0  # it is ours, and drafts are missed when it is back
 
 
@@ -429,9 +430,11 @@ class Models:
         hedging: Hedging | None = None,
         *,
         draft_max_tokens: int = 0,
+        most_drafts: int = MOST_DRAFTS,
     ) -> None:
         self._settings, self._keys = strong, tuple(strong_keys)
         self._draft_seconds = draft_seconds(strong.timeout_seconds, draft_max_tokens)
+        self._most_drafts = most_drafts
         self._allowance, self._hedging = allowance, hedging
         self._fallback_keys = (*fallback_keys, *[()] * len(strong.fallbacks))
         self._open: OrderedDict[tuple[str, str], WeakModel | StrongDoor] = OrderedDict()
@@ -466,7 +469,7 @@ class Models:
             endpoint,
             model,
             timeout_seconds=self._draft_seconds,
-            max_concurrency=64,
+            max_concurrency=self._most_drafts,
             max_retries=1,
             backoff_seconds=0.1,
         )

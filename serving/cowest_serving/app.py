@@ -41,6 +41,7 @@ import yaml
 from cowest_serving.allowance import METRICS as ALLOWANCE_METRICS
 from cowest_serving.allowance import Allowance, allowance_of
 from cowest_serving.answering import (
+    MOST_DRAFTS,
     Answering,
     ChatRequest,
     Models,
@@ -140,6 +141,11 @@ class GatewayLimits:
 
 
 @dataclass(frozen=True)
+class WeakSettings:
+    max_concurrency: int = MOST_DRAFTS
+
+
+@dataclass(frozen=True)
 class GatewaySettings:
     """The sections of a defaulted spec that the gateway reads."""
 
@@ -147,6 +153,7 @@ class GatewaySettings:
     collaboration: Collaboration
     traces: TraceSettings | None = None
     gateway: GatewayLimits | None = None
+    weak: WeakSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -279,6 +286,7 @@ class Gateway:
                 self._allowance,
                 self._hedging,
                 draft_max_tokens=self._settings.collaboration.draft_max_tokens,
+                most_drafts=(self._settings.weak or WeakSettings()).max_concurrency,
             )
         )
         settings, models = self._settings, self._models[-1]

@@ -28,7 +28,15 @@ import pytest
 import uvicorn
 
 from cowest_serving.answering import Refusal, parse_chat, user_hash
-from cowest_serving.app import GatewayLimits, GatewaySettings, Keys, TraceSettings, build_app, fallback_keys_of
+from cowest_serving.app import (
+    GatewayLimits,
+    GatewaySettings,
+    Keys,
+    TraceSettings,
+    WeakSettings,
+    build_app,
+    fallback_keys_of,
+)
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import (
     KEEP_ALIVE_SECONDS,
@@ -168,6 +176,22 @@ async def world(tmp_path: Path, **changes: Any) -> AsyncIterator[tuple[ScriptedM
 
 
 # ---------------------------------------------------------------- the pair's answer
+async def test_so_many_drafts_are_under_way_at_once_as_the_manifest_says(tmp_path: Path) -> None:
+    weak_options: Any = {"answers": "a hint", "headers": {"x-cowest-model-digest": DIGEST}}
+    async with ScriptedModel(**weak_options) as weak, ScriptedModel("the answer") as strong:
+        settings = replace(settings_of(strong), weak=WeakSettings(max_concurrency=70))
+        async with gateway(tmp_path, settings, arm_of(weak, strong)) as door:
+            weak.gate.clear()
+            asks = [asyncio.create_task(door.post("/v1/chat/completions", {"messages": ASKED})) for _ in range(80)]
+            async with asyncio.timeout(IN_TIME):
+                while len(weak.calls) < 70:
+                    await asyncio.sleep(0.01)
+            weak.gate.set()
+            answers = await asyncio.gather(*asks)
+            rows = await door.rows()
+    assert {status for status, _, _ in answers} == {200} and {row["mode"] for row in rows} == {"Pair"}
+
+
 async def test_the_draft_of_the_weak_model_goes_to_the_strong_one(tmp_path: Path) -> None:
     async with world(tmp_path) as (weak, strong, door):
         completion, headers = await door.ask(temperature=0.3, seed=4, extra_body={"top_k": 3})

@@ -19,7 +19,7 @@ from cowest_operator.objects.desired import desired, followed, frozen_manifest, 
 from cowest_operator.platform import Platform, troubles
 from cowest_operator.settings import Book, Images
 from cowest_operator.watched import see
-from cowest_serving.app import MAX_BODY, GatewayLimits, GatewaySettings
+from cowest_serving.app import MAX_BODY, GatewayLimits, GatewaySettings, WeakSettings
 from cowest_serving.client_limits import ClientLimits
 from cowest_serving.contract import Budget, Fallback, SecretRef, parse
 from cowest_serving.proxy import ProxySettings
@@ -423,10 +423,11 @@ def test_a_watcher_that_runs_begins_anew_where_an_edit_of_what_it_reads_acts_at_
 
 def test_servers_can_read_what_is_left_of_the_manifest() -> None:
     job = load(ROOT / "crds" / "examples" / "minimal.yaml").job
+    job["spec"]["weak"]["maxConcurrency"] = 200
     job["spec"]["gateway"] |= {"limits": {"requestsPerMinute": 7}, "maxBodyBytes": 9_999}
     spec = common.servers_manifest(replace(context(), document=resolve_prompts(job, {}, PROMPTS)))["spec"]
     settings = parse(GatewaySettings, spec)
-    assert settings.traces is not None
+    assert settings.traces is not None and settings.weak == WeakSettings(max_concurrency=200)
     assert settings.gateway == GatewayLimits(ClientLimits(requests_per_minute=7), 9_999)
     assert parse(ProxySettings, spec).strong.model == job["spec"]["strong"]["model"]
     assert parse(ObserverSettings, spec).data.held_out == job["spec"]["data"]["heldOut"]

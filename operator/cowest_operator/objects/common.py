@@ -293,6 +293,7 @@ SERVERS_READ: Mapping[str, tuple[str, ...]] = {  # section -> its fields; none n
     "feedback": ("evaluator",),
     "gateway": ("limits", "maxBodyBytes"),
     "traces": (),
+    "weak": ("maxConcurrency",),
 }
 
 
