@@ -35,7 +35,8 @@ MAX_BODY = 64 * 1024 * 1024  # of an answer that is read whole
 MAX_REFUSAL = 8 * 1024  # of the body that comes with another status than 2xx; the rest is not read
 MAX_AHEAD = 256 * 1024  # bytes of a stream that nobody has taken yet: then its connection is not read from
 END_SECONDS = 1.0  # for the end of an answer of which all that is wanted has come
-IDLE_SECONDS = 15.0  # well below what servers and balancers keep: none is sent into as it closes
+IDLE_SECONDS = 4.0  # after an answer: uvicorn, and so vLLM, and Node close after 5; none is sent into as it closes
+UNASKED_SECONDS = 15.0  # before the first question, for which servers wait longer: a draft may take so long
 CONNECT_SECONDS = 10.0
 NEXT_ADDRESS_SECONDS = 0.25  # where a host has several: the next one is tried beside one that is silent
 _OWN_HEADERS = b"accept: */*\r\naccept-encoding: identity\r\nuser-agent: cowest\r\n"
@@ -174,7 +175,8 @@ class _Connection(asyncio.Protocol):
         self._head_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = self._until = 0.0  # when it fires, and when the call under way has waited too long
-        self.idle_since = 0.0
+        self.is_unasked = True
+        self.idle_until = 0.0
 
     @property
     def is_open(self) -> bool:
@@ -184,7 +186,7 @@ class _Connection(asyncio.Protocol):
     def ask(self, data: bytes, is_whole: bool) -> Response:
         if self._transport is None:
             raise WireError("it closed the connection before it was asked")
-        self._is_begun = self._may_stay = False
+        self._is_begun = self._may_stay = self.is_unasked = False
         self._head_bytes = 0
         response = self._response = Response(self, is_whole)
         self._transport.write(data)
@@ -392,8 +394,10 @@ class Wire:
 
     def warm(self) -> None:
         """See to it that a connection is there for a call that comes soon. Trouble is for that call to meet."""
-        if not self._idle and self._warming is None:
-            self._warming = asyncio.get_running_loop().create_task(self._warm())
+        loop = asyncio.get_running_loop()
+        lasts = bool(self._idle) and self._idle[-1].idle_until > loop.time() + IDLE_SECONDS / 2
+        if not lasts and self._warming is None:
+            self._warming = loop.create_task(self._warm())
 
     async def aclose(self) -> None:
         """Calls under way fail."""
@@ -434,10 +438,12 @@ class Wire:
 
     # ------------------------------------------------------------ connections
     def _kept(self) -> _Connection | None:
+        now = asyncio.get_running_loop().time()
         while self._idle:
             connection = self._idle.pop()
-            if connection.is_open:
+            if connection.is_open and now < connection.idle_until:
                 return connection
+            connection.abort()
         return None
 
     async def _warm(self) -> None:
@@ -449,7 +455,8 @@ class Wire:
             self._warming = None
 
     def keep(self, connection: _Connection) -> None:
-        connection.idle_since = asyncio.get_running_loop().time()
+        seconds = UNASKED_SECONDS if connection.is_unasked else IDLE_SECONDS
+        connection.idle_until = asyncio.get_running_loop().time() + seconds
         self._idle.append(connection)
         if self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(IDLE_SECONDS / 3, self._sweep)
@@ -460,10 +467,12 @@ class Wire:
             self._idle.remove(connection)
 
     def _sweep(self) -> None:
-        """Close what nobody has used for a while, the longest idle first."""
+        """Close what nobody has used for a while."""
         loop, self._sweeper = asyncio.get_running_loop(), None
-        while self._idle and loop.time() - self._idle[0].idle_since > IDLE_SECONDS:
-            self._idle.pop(0).abort()
+        now = loop.time()
+        for connection in [each for each in self._idle if each.idle_until <= now]:
+            self._idle.remove(connection)
+            connection.abort()
         if self._idle:
             self._sweeper = loop.call_later(IDLE_SECONDS / 3, self._sweep)
 

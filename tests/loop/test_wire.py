@@ -349,6 +349,24 @@ async def test_a_connection_that_its_server_closes_or_speaks_on_unasked_is_not_u
         assert (await ask(wire)).body == b"hello"
 
 
+async def test_a_connection_that_servers_may_be_about_to_close_is_not_used() -> None:
+    ports: list[object] = []
+
+    async def talk(talker: Talker) -> None:
+        ports.append(talker)
+        while True:
+            await talker.answer(ANSWER)
+
+    async with wire_to(talk) as wire:
+        await ask(wire)
+        wire._idle[0].idle_until -= 3.5
+        await ask(wire)
+        assert len(ports) == 1
+        wire._idle[0].idle_until -= 4.1  # and nobody has swept since
+        await ask(wire)
+        assert (len(ports), wire.connections) == (2, 1)
+
+
 async def test_two_answers_to_one_question_are_one_and_the_connection_goes() -> None:
     async def talk(talker: Talker) -> None:
         await talker.answer(ANSWER + ANSWER.replace(b"hello", b"other"))
@@ -394,6 +412,30 @@ async def test_a_connection_that_is_expected_to_be_used_is_made_meanwhile() -> N
         wire.warm()
         await asyncio.sleep(0)
         assert len(connections) == 1, "one that is idle is enough"
+
+
+async def test_one_that_is_made_for_a_call_waits_for_its_draft_and_one_that_is_soon_too_old_is_not_relied_on() -> None:
+    connections: list[Talker] = []
+
+    async def talk(talker: Talker) -> None:
+        connections.append(talker)
+        while True:
+            await talker.answer(ANSWER)
+
+    async def idle(number: int) -> None:
+        async with asyncio.timeout(IN_TIME):
+            while (wire.idle, len(connections)) != (number, number):
+                await asyncio.sleep(0.005)
+
+    async with wire_to(talk) as wire:
+        wire.warm()
+        await idle(1)
+        wire._idle[0].idle_until -= 14
+        await ask(wire)
+        assert len(connections) == 1
+        wire._idle[0].idle_until -= 2.5
+        wire.warm()
+        await idle(2)
 
 
 async def test_trouble_with_a_connection_is_met_by_the_call_that_needs_it() -> None:
