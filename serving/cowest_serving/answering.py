@@ -765,10 +765,11 @@ async def _passed_on(
                     yield b"data: %b\n\n" % payload
                     _take(record, payload, parts)
                     continue
-                if not _take(record, payload, parts):
-                    if not record.request.wants_usage:
+                has_choices, has_usage = _take(record, payload, parts)
+                if has_usage:
+                    if not record.request.wants_usage and not has_choices:
                         continue
-                    payload = _with_both_models(record, payload)
+                    payload = _with_usage_as_asked(record, payload)
                 begun = True
                 yield b"data: %b\n\n" % (restored.chunk(payload) if restored else payload)
         for rest in restored.rest() if restored else ():
@@ -782,8 +783,8 @@ def _is_plain(payload: bytes) -> bool:
     return b'"error"' not in payload and (b'"usage"' not in payload or b'"usage":null' in payload)
 
 
-def _take(record: Record, payload: bytes, parts: list[str]) -> bool:
-    """Note what a chunk says. True if it is for every client: one of usage alone is for those who asked."""
+def _take(record: Record, payload: bytes, parts: list[str]) -> tuple[bool, bool]:
+    """Note what a chunk says. Whether it has choices, and usage, which is for those who asked."""
     try:
         chunk = read_part(payload)
         if is_error(chunk):
@@ -799,7 +800,7 @@ def _take(record: Record, payload: bytes, parts: list[str]) -> bool:
                 parts.append(content_text((choice.get("delta") or {}).get("content")))
     except (ValueError, AttributeError, KeyError, TypeError):
         raise BadAnswer("The strong model sent a chunk that is no chat completion chunk.") from None
-    return bool(choices) or not usage
+    return bool(choices), bool(usage)
 
 
 # ---------------------------------------------------------------- answers of the weak model alone
@@ -852,10 +853,11 @@ def of_both_models(record: Record, usage: Any) -> Any:
     return {**usage, "cowest": {"weak": weak, "strong": strong, "total_tokens": both}}
 
 
-def _with_both_models(record: Record, payload: bytes) -> bytes:
-    """A chunk of usage alone, for a client that asked for it."""
+def _with_usage_as_asked(record: Record, payload: bytes) -> bytes:
+    """A chunk of usage alone, or the last of the text, where some endpoints put it."""
     chunk = read_json(payload)
-    return orjson.dumps({**chunk, "usage": of_both_models(record, chunk["usage"])})
+    usage = chunk.pop("usage")
+    return orjson.dumps({**chunk, "usage": of_both_models(record, usage)} if record.request.wants_usage else chunk)
 
 
 def _usage(taken_in: int, given_out: int) -> dict[str, int]:

@@ -347,6 +347,28 @@ async def test_a_stream_passes_the_strong_chunks_through(tmp_path: Path) -> None
     assert row["strong_version"] == "fp_1"
 
 
+IN_THE_LAST_CHUNK = (
+    'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":'
+    '{"content":"the answer"},"finish_reason":null}]}\n\n'
+    'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{},'
+    '"finish_reason":"stop"}],"usage":{"prompt_tokens":4,"completion_tokens":2,"total_tokens":6}}\n\n'
+    "data: [DONE]\n\n"
+)
+
+
+async def test_usage_in_the_last_chunk_of_the_text_is_of_both_models_and_for_who_asks(tmp_path: Path) -> None:
+    answers = [Fault(200, {"content-type": "text/event-stream"}, IN_THE_LAST_CHUNK)] * 2
+    async with world(tmp_path, strong={"faults": answers}) as (_, _, door):
+        text, chunks, _ = await streamed(door, stream_options={"include_usage": True})
+        same, unasked, _ = await streamed(door)
+        rows = await door.rows()
+    assert text == same == "the answer" and unasked[-1].choices[0].finish_reason == "stop"
+    assert [chunk.usage.cowest["strong"]["total_tokens"] for chunk in chunks if chunk.usage] == [6]
+    assert chunks[-1].usage.cowest["weak"]["completion_tokens"] == 2
+    assert not [chunk for chunk in unasked if chunk.usage]
+    assert [row["strong_output_tokens"] for row in rows] == [2, 2]
+
+
 async def test_a_stream_gives_the_usage_to_who_asks(tmp_path: Path) -> None:
     async with world(tmp_path) as (_, _, door):
         _, chunks, _ = await streamed(door, stream_options={"include_usage": True})
