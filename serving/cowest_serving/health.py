@@ -102,24 +102,32 @@ class Circuit:
             raise self._open(endpoint)
 
     @contextmanager
-    def attempt(self, endpoint: str) -> Iterator[None]:
-        """Around one attempt. Raises `CircuitOpen`."""
+    def attempt(self, endpoint: str, is_whole: bool = True) -> Iterator[None]:
+        """Around one attempt; of a stream around its beginning, and `streamed` has its end. Raises `CircuitOpen`."""
         self.check(endpoint)
         self._is_tried = is_open = self.is_open
         try:
             yield
         except ModelError as error:
-            self._health.failed(error)
-            self._after(error)
+            self._failed(error)
             raise
         else:
-            self._health.succeeded()
+            if is_whole:
+                self._health.succeeded()
             self._seconds = 0.0
         finally:
             if is_open:
                 self._is_tried = False
 
-    def _after(self, error: ModelError) -> None:
+    def streamed(self, broke: ModelError | None) -> None:
+        """A stream that had begun is over. One that its client left was well until then."""
+        if broke is None:
+            self._health.succeeded()
+        else:
+            self._failed(broke)
+
+    def _failed(self, error: ModelError) -> None:
+        self._health.failed(error)
         # A refusal of any kind is an answer, and a quick one: nobody waits for it.
         if isinstance(error, RateLimited) or not error.retryable:
             self._seconds = 0.0
@@ -188,6 +196,9 @@ class Guarded(HttpChatModel):
     def _check(self) -> None:
         self._circuit.check(self.endpoint)
 
-    async def _once(self, *attempt: Any) -> Any:
-        with self._circuit.attempt(self.endpoint):
-            return await super()._once(*attempt)
+    async def _once(self, data: bytes, key: str, read: bool, give_up_at: float, has_several: bool) -> Any:
+        with self._circuit.attempt(self.endpoint, is_whole=read):
+            return await super()._once(data, key, read, give_up_at, has_several)
+
+    def _streamed(self, broke: ModelError | None) -> None:
+        self._circuit.streamed(broke)

@@ -260,14 +260,19 @@ class HttpChatModel:
             key, give_up_at = idempotency_key or new_key(), self._give_up_at()
             response, (begun, rest) = await self._with_retries(body, key, False, give_up_at, payer)
             self._places.answered()
+            broke: ModelError | None = None
             try:
                 for chunk in begun:
                     yield chunk
                 async for chunk in rest:
                     yield chunk
                 response.finish()
+            except ModelError as error:
+                broke = error
+                raise
             finally:
                 response.close()
+                self._streamed(broke)
 
     def _body(self, messages: Messages, options: Mapping[str, Any], extra: Mapping[str, Any] | None) -> dict[str, Any]:
         given = {name: value for name, value in options.items() if value is not None}
@@ -275,6 +280,9 @@ class HttpChatModel:
 
     def _check(self) -> None:
         """Before a call waits for a place. Raises what would end it in any case."""
+
+    def _streamed(self, broke: ModelError | None) -> None:
+        """A stream that had begun is over: it broke off, or all came that somebody wanted."""
 
     # ------------------------------------------------------------ the one retry loop
     def _give_up_at(self) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import aclosing
 
 import pytest
 
 from cowest_serving.answering import Answering, Models, Record, Refusal, draft_seconds, parse_chat
 from cowest_serving.contract import Collaboration
-from cowest_serving.health import MANY_FAILURES
+from cowest_serving.health import MANY_FAILURES, CircuitOpen, Guarded
+from cowest_serving.models import EndpointUnreachable
 from tests.fakes import ScriptedModel
 from tests.loop.test_gateway import arm_of, strong_settings
 
@@ -39,6 +41,29 @@ async def test_a_weak_server_that_hangs_is_not_waited_for_after_some_failures(wh
     assert len(weak.calls) == 1 and last.errors[0].startswith("DeadlineExceeded")
     assert all(record.errors[0].startswith("CircuitOpen") and record.draft_ms < 500 for record in first)
     assert {record.status for record in first} == {"weak_failed"}
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["to its end", "until its client leaves"])
+async def test_a_stream_that_breaks_off_counts_for_the_circuit_and_one_that_goes_well_clears_it(leaves: bool) -> None:
+    faults = [None, "truncate", "truncate"]
+    async with ScriptedModel("one two three", faults=faults) as server, Guarded(server.url, "big") as model:
+
+        def has_failed_for_long() -> None:
+            model.health.failures, model.health.since = MANY_FAILURES - 1, time.time() - 60
+
+        has_failed_for_long()
+        async with aclosing(model.stream([])) as chunks:
+            async for _ in chunks:
+                assert model.health.failures, "it has not come to its end yet"
+                if leaves:
+                    break
+        assert not model.health.failures
+        has_failed_for_long()
+        with pytest.raises(EndpointUnreachable):
+            await anext(chunk async for chunk in model.stream([]) if b"three" in chunk)
+        with pytest.raises(CircuitOpen):
+            await anext(model.stream([]))
+    assert len(server.calls) == 2
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,15 @@ class World:
 
     was_asked = False
 
+    def stream(self, breaks: ModelError | None = AWAY) -> bool:
+        """One that begins. False: it was not let through."""
+        with suppress(CircuitOpen), self.circuit.attempt("http://s/v1", is_whole=False):
+            self.was_asked = True
+        if self.was_asked:
+            self.circuit.streamed(breaks)
+        found, self.was_asked = self.was_asked, False
+        return found
+
     def fail(self, times: int = 5, every: float = 2.0) -> World:
         for number in range(times):
             self.now += every if number else 0
@@ -46,6 +55,24 @@ def test_failures_in_a_row_over_some_seconds_end_the_asking_for_a_while() -> Non
     assert world.health.is_failing and not world.attempt(None)
     world.now += 1.9
     assert not world.attempt(None)
+
+
+def test_streams_that_begin_and_break_off_end_the_asking_too() -> None:
+    world = World()
+    for _ in range(5):
+        world.now += 2
+        assert world.stream()
+    assert world.health.is_failing and not world.stream()
+    world.now += 2
+    assert world.stream() and not world.stream(), "one tries, and breaks off too"
+
+
+def test_streams_that_come_to_their_end_make_up_for_those_that_broke_off() -> None:
+    world = World()
+    for breaks in [AWAY, AWAY, AWAY, AWAY, None] * 3:
+        world.now += 2
+        assert world.stream(breaks)
+    assert (world.health.failures, world.health.answered) == (0, world.now)
 
 
 def test_calls_that_fail_together_leave_it_open_to_the_next() -> None:
