@@ -436,9 +436,21 @@ class Models:
         self._draft_seconds = draft_seconds(strong.timeout_seconds, draft_max_tokens)
         self._most_drafts = most_drafts
         self._allowance, self._hedging = allowance, hedging
-        self._fallback_keys = (*fallback_keys, *[()] * len(strong.fallbacks))
+        self._fallback_keys = self._filled(fallback_keys)
         self._open: OrderedDict[tuple[str, str], WeakModel | StrongDoor] = OrderedDict()
         self._retired: list[WeakModel | StrongDoor] = []
+
+    def renew_keys(self, strong_keys: Sequence[str], fallback_keys: Sequence[Sequence[str]]) -> None:
+        """Others are given. What is known of the endpoints stays, of the keys of those that stay too."""
+        self._keys, self._fallback_keys = tuple(strong_keys), self._filled(fallback_keys)
+        for door in (model for model in self._open.values() if isinstance(model, StrongDoor)):
+            own, *fallbacks = door.models
+            own.keys.renew(self._keys_for(own.endpoint))
+            for model, keys in zip(fallbacks, self._fallback_keys, strict=False):
+                model.keys.renew(keys)
+
+    def _filled(self, fallback_keys: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+        return (*fallback_keys, *[()] * len(self._settings.fallbacks))
 
     def weak(self, arm: Arm) -> WeakModel:
         assert arm.weak_endpoint is not None, "routing without weakEndpoint is refused when it is read"

@@ -266,31 +266,21 @@ class Gateway:
         self.max_body = limits.max_body_bytes
         self._sample_percent = settings.traces.content_sample_percent if settings.traces else 100
         self._refuses_when_full = settings.traces is not None and settings.traces.when_spool_full == "Refuse"
-        self._models: list[Models] = []
-        shortcuts = settings.collaboration.shortcuts or Shortcuts()  # these outlive a rotation of keys
+        shortcuts = settings.collaboration.shortcuts or Shortcuts()
         self._drafts = DraftCache(shortcuts.draft_cache) if shortcuts.draft_cache else None
         self._hedging = Hedging(shortcuts.hedge) if shortcuts.hedge else None
         self._repeats = Repeats()
-        self._routes = Routes(shortcuts) if shortcuts.routed else None
-        self.answering = self._answering()
-
-    def _answering(self) -> Answering:
-        """With the strong keys of now. What the answers under way use stays open: rotations are few."""
-        fallbacks = [keys.current for keys in self._keys.fallbacks]
-        keys = self._keys.strong.current
-        self._models.append(
-            Models(
-                self._settings.strong,
-                keys,
-                fallbacks,
-                self._allowance,
-                self._hedging,
-                draft_max_tokens=self._settings.collaboration.draft_max_tokens,
-                most_drafts=(self._settings.weak or WeakSettings()).max_concurrency,
-            )
+        routes = Routes(shortcuts) if shortcuts.routed else None
+        self._models = Models(
+            settings.strong,
+            keys.strong.current,
+            [fallback.current for fallback in keys.fallbacks],
+            allowance,
+            self._hedging,
+            draft_max_tokens=settings.collaboration.draft_max_tokens,
+            most_drafts=(settings.weak or WeakSettings()).max_concurrency,
         )
-        settings, models = self._settings, self._models[-1]
-        return Answering(settings.strong, settings.collaboration, models, self._drafts, self._routes)
+        self.answering = Answering(settings.strong, settings.collaboration, self._models, self._drafts, routes)
 
     def join(self, place: Place) -> None:
         """As one of several workers: counters are told together, and the limits of a client hold for all of them."""
@@ -310,7 +300,8 @@ class Gateway:
             changed = [keys for keys in (self._keys.strong, *self._keys.fallbacks) if keys.load()]
             if changed:
                 log.info("%d keys of the strong model are read anew.", sum(len(keys.current) for keys in changed))
-                self.answering = self._answering()
+                fallbacks = [fallback.current for fallback in self._keys.fallbacks]
+                self._models.renew_keys(self._keys.strong.current, fallbacks)
 
     async def start(self) -> list[asyncio.Task[None]]:
         watching = [asyncio.create_task(self.routing.watch()), asyncio.create_task(self.watch_keys())]
@@ -323,8 +314,7 @@ class Gateway:
         for task in watching:
             task.cancel()
         await asyncio.gather(*watching, return_exceptions=True)
-        for models in self._models:
-            await models.aclose()
+        await self._models.aclose()
         if self._allowance is not None:
             await self._allowance.aclose()  # after all answers: what was not spent is given back
         await self.traces.aclose()  # last, after every answer has its record
@@ -469,7 +459,7 @@ class Gateway:
             return _not_ready(f"no routing yet: {self.routing.trouble}")
         if self._client_keys.are_wanted and not self._client_keys.current:
             return _not_ready(f"no client keys: wanted files with one key a line in {self._client_keys.folder}")
-        health = self._models[-1].strong_health
+        health = self._models.strong_health
         word = {"ready": True, "routing_version": routing.version, "strong": health.word() if health else None}
         return _json(word | ({"budget": self._allowance.word()} if self._allowance else {}))
 
@@ -490,7 +480,7 @@ class Gateway:
                 "cowest_arm_weight_percent": {(("arm", name),): weight for name, weight in weights.items()},
                 **(self._allowance.gauges() if self._allowance else {}),
                 **(self._hedging.gauges() if self._hedging else {}),
-                **self._models[-1].gauges(),
+                **self._models.gauges(),
             }
         )
         if self.siblings is not None and scope.get("query_string") != OWN_METRICS.encode():

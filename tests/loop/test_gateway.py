@@ -56,7 +56,7 @@ from cowest_serving.ray_app import ray_settings
 from cowest_serving.routing import FileRouting
 from cowest_serving.spool import LogFile
 from cowest_serving.traces import SpooledTraces, TraceWriter, read_feedback, read_traces
-from tests.fakes import Fault, ScriptedModel
+from tests.fakes import ONLY_DEFAULT, Fault, ScriptedModel
 from tests.loop.stopping import told_at_the_start
 from tests.loop.test_fetch import minio_server, needs_minio, s3_environment
 from tests.patience import IN_TIME
@@ -1156,6 +1156,28 @@ async def test_strong_keys_are_rotated_while_an_answer_is_under_way(
             assert (await door.ask())[0].choices[0].message.content == "the answer"
             assert (await early)[0].choices[0].message.content == "the answer"
     assert [call.headers["authorization"] for call in strong.calls] == ["Bearer old", "Bearer new"]
+
+
+async def test_what_is_known_of_an_endpoint_outlives_a_rotation_of_its_keys(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "cowest_serving.app")
+    folder = mount(tmp_path / "keys", {"key": "old"})
+    async with ScriptedModel() as weak, ScriptedModel(refuses={"temperature": ONLY_DEFAULT}) as strong:
+        routing = arm_of(weak, strong)
+        async with gateway(tmp_path, settings_of(strong), routing, strong_keys=Keys((), folder)) as door:
+            await door.ask(temperature=0.3)
+            strong.faults = [500]
+            assert (await door.post("/v1/chat/completions", {"messages": ASKED}))[0] == 502
+            mount(folder, {"key": "new"})
+            async with asyncio.timeout(IN_TIME):
+                while "keys of the strong model are read anew" not in caplog.text:
+                    await asyncio.sleep(0.02)
+            metrics = await door.metrics()
+            await door.ask(temperature=0.3)
+    assert re.search(r"cowest_endpoint_failures{.*} 1\b", metrics)
+    assert ["temperature" in call.body for call in strong.calls] == [True, False, False, False]
+    assert strong.calls[-1].headers["authorization"] == "Bearer new"
 
 
 # ---------------------------------------------------------------- feedback
