@@ -707,5 +707,7 @@ def wait_for_port(port: int) -> None:
 
 def estimates(job: api.Job, facts: Facts) -> tuple[rounds.Estimate, ...]:
     """What the baseline and one tuned round may cost at most."""
-    sizes: Mapping[str, Any] = {"rows": facts.rows, "held_out": facts.held_out, "query_chars": facts.query_chars}
+    sizes: Mapping[str, Any] = {
+        "rows": facts.rows, "held_out": facts.held_out, "query_chars": facts.query_chars, "labelled": facts.labelled,
+    }  # fmt: skip
     return rounds.estimate(job, **sizes, baseline=True), rounds.estimate(job, **sizes, baseline=False)

@@ -42,6 +42,12 @@ class Evaluation:
             f"round {self.round}: evaluator {seen.evaluator_digest}, held-out rows {seen.held_out_digest},"
             f" strong model {seen.strong_model}, {version}",
         )
+        if beside := seen.calibration:
+            yield (
+                "calibrated",
+                f"round {self.round}: the evaluator agrees with people on {_percent(beside.agreement)} of"
+                f" {beside.labels} labels, kappa {beside.kappa:.2f} [{beside.kappa_low:.2f}, {beside.kappa_high:.2f}]",
+            )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from cowest_training.contract import EXIT_BAD_INPUT, Evaluator, Row, StepError
 from cowest_training.enough import Lack, lacks_of_held_out, lacks_of_train, pairs_notes
 
 DATA = ("train", "heldOut")  # the fields of spec.data
+LABELS = "labels"  # of spec.feedback.evaluator.calibration
 FILLED = ("query", "draft")  # in templates
 PACKAGES = ("pyarrow", "numpy", "aiohttp")  # that read them
 
@@ -38,6 +39,7 @@ class Facts:
     train_digest: str = ""  # of the rows, not of the file
     held_out_digest: str = ""
     notes: tuple[str, ...] = ()  # what is no fault, and a person should look at
+    labelled: int = 0  # answers that people labelled, for the evaluator to score
     groups: Mapping[str, int] = field(default_factory=dict)  # held-out rows by `group`
     first: Row | None = field(default=None, repr=False)  # of training, to ask a scorer about
 
@@ -67,12 +69,13 @@ def check_files(spec: Mapping[str, Any], source: str) -> None:
 
 
 def check_data(
-    spec: Mapping[str, Any], source: str, names: Collection[str] = DATA, *, known: Path | None = None
+    spec: Mapping[str, Any], source: str, names: Collection[str] = (*DATA, LABELS), *, known: Path | None = None
 ) -> Facts:
     """The fields of `spec.data` that are named are read, and held beside each other where both are.
 
     The weak model is looked at too: whether it can be loaded, and asked these rows.
     """
+    from cowest_training.calibration import answers_to_score, few_note, read_labels
     from cowest_training.check import check_rows, notes_of_rows
     from cowest_training.data import read_rows, rows_digest
     from cowest_training.round_trip import check_tokenizer
@@ -94,8 +97,15 @@ def check_data(
             check_tokenizer(model, train)
     explained = sum(row.explanation is not None for row in train)
     characters = sum(len(row.query) for row in held_out) / max(1, len(held_out))
+    calibration = evaluator.calibration if LABELS in names else None
+    labels = read_labels(calibration.labels, evaluator) if calibration else []
     of_rows = notes_of_rows(train, held_out, unread, evaluator, spec["collaboration"]["draft"])
-    notes = [*of_rows, *(_tuning_notes(spec, train) if train else ()), *of_prompts]
+    notes = [
+        *of_rows,
+        *filter(None, [few_note(labels) if labels else ""]),
+        *(_tuning_notes(spec, train) if train else ()),
+        *of_prompts,
+    ]
     return Facts(
         len(train),
         len(held_out),
@@ -106,6 +116,7 @@ def check_data(
         held_out_digest=rows_digest(held_out),
         notes=tuple(notes),
         first=train[0] if train else None,
+        labelled=answers_to_score(labels),
         groups=dict(Counter(row.group for row in held_out if row.group is not None)),  # asdict breaks a Counter
     )
 
@@ -161,8 +172,16 @@ def prompt_notes(prompts: Mapping[str, str]) -> Iterator[str]:
 
 
 def readable_here(spec: Mapping[str, Any]) -> tuple[str, ...]:
-    """The fields of `spec.data` that name local files, where these can be read."""
-    return tuple(name for name in DATA if spec["data"][name].startswith(manifest.FILE)) if can_read() else ()
+    """What of `DATA` and `LABELS` names local files, where these can be read."""
+    if not can_read():
+        return ()
+    found = {name: spec["data"][name] for name in DATA} | _labels(spec)
+    return tuple(name for name, uri in found.items() if uri.startswith(manifest.FILE))
+
+
+def _labels(spec: Mapping[str, Any]) -> dict[str, str]:
+    calibration = spec["feedback"]["evaluator"].get("calibration")
+    return {LABELS: calibration["labels"]} if calibration else {}
 
 
 def can_read() -> bool:
@@ -178,6 +197,9 @@ def not_read_here(spec: Mapping[str, Any]) -> Iterator[str]:
         for name in DATA:
             if name not in readable_here(spec):
                 yield f"spec.data.{name} was not read here ({spec['data'][name]}): `cowest plan` reads it."
+        for name, uri in _labels(spec).items():
+            if name not in readable_here(spec):
+                yield f"spec.feedback.evaluator.calibration.{name} was not read here ({uri}): `cowest plan` reads it."
     if not (model := spec["weak"]["model"]).startswith(manifest.FILE):
         yield f"spec.weak.model was not looked at here ({model}): the first step of `cowest run` reads it."
 
@@ -191,6 +213,7 @@ def _missing(spec: Mapping[str, Any]) -> Iterator[Problem]:
         ("weak.model", spec["weak"]["model"]),
         ("data.train", spec["data"]["train"]),
         ("data.heldOut", spec["data"]["heldOut"]),
+        *((f"feedback.evaluator.calibration.{name}", uri) for name, uri in _labels(spec).items()),
     ):
         if uri.startswith(manifest.FILE) and not manifest.local_path(uri).exists():
             yield Problem(

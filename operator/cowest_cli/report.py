@@ -165,11 +165,18 @@ def build_figures(story: Story, domain: str | None, seed: int | None, seconds: f
             for number, seen in sorted(story.evaluations.items())
             if seen.slices
         ],
+        **({"calibration": beside} if (beside := calibrations(story)) else {}),
         "stable": {"digest": stable.digest if stable else None, "round": story.status.stable_round},
         "strong": {"model": final[1].strong_model, "version": final[1].strong_version} if final else {},
         "spent": dict(story.spent),
         "live": dict(story.live),
     }
+
+
+def calibrations(story: Story) -> list[dict[str, Any]]:
+    """How far the evaluator of each round agreed with people, where their labels were declared."""
+    seen = ((number, report.calibration) for number, report in sorted(story.evaluations.items()))
+    return [{"round": number, **asdict(found)} for number, found in seen if found]
 
 
 def _arm(arm: ArmReport) -> dict[str, Any]:
@@ -253,6 +260,7 @@ def build_page(story: Story, figures: Mapping[str, Any]) -> str:
         *(f"<p>{_text(sentence)}</p>" for sentence in other_scales(story)),
         _bars(arms),
         _arms_table(arms),
+        *_calibrations(story),
         *_slices(story),
         "<h2>Rounds</h2>",
         _rounds_table(story.status.rounds),
@@ -320,6 +328,40 @@ def _arms_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
     macro = ("macro-F1",) if labelled else ()
     head = ("arm", "score", "95 % interval", *macro, "queries", "hurt rate", "strong calls", "of these paid now")
     return _table(head, rows, frozenset(range(1, len(head))))
+
+
+def _calibrations(story: Story) -> Iterator[str]:
+    if not (found := calibrations(story)):
+        return
+    yield "<h2>The evaluator beside people</h2>"
+    yield (
+        "<p>Kappa is agreement beyond chance: 0 is chance, 1 is always. Opposite: the one calls right, or better, what"
+        " the other calls wrong, or worse. Picked labels, of answers shown for a disagreement, are no sample.</p>"
+    )
+    rows = (
+        (
+            str(seen["round"]),
+            str(seen["labels"]),
+            f"{100 * seen['agreement']:.1f} %",
+            f"{100 * seen['low']:.1f} to {100 * seen['high']:.1f} %",
+            f"{seen['kappa']:.2f}",
+            f"{seen['kappa_low']:.2f} to {seen['kappa_high']:.2f}",
+            str(seen["opposite"]),
+            f"{100 * seen['picked_agreement']:.1f} % of {seen['picked']}" if seen["picked"] else "",
+        )
+        for seen in found
+    )
+    head = (
+        "round",
+        "labels",
+        "agreement",
+        "95 % interval",
+        "kappa",
+        "95 % interval",
+        "opposite",
+        "agreement on picked",
+    )
+    yield _table(head, rows, frozenset(range(len(head))))
 
 
 def _slices(story: Story) -> Iterator[str]:

@@ -321,6 +321,8 @@ def resolve_files(job: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     spec = resolved["spec"]
     for section, name in (("weak", "model"), ("data", "train"), ("data", "heldOut")):
         spec[section][name] = absolute_uri(spec[section][name], folder)
+    if calibration := spec["feedback"]["evaluator"].get("calibration"):
+        calibration["labels"] = absolute_uri(calibration["labels"], folder)
     return resolved
 
 

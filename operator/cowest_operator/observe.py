@@ -751,10 +751,12 @@ def blocked_by(job: api.Job) -> api.Trouble | None:
             "spec.objectStore: wanted a bucket for models and traces, saw none; only `cowest run` on one machine can do"
             " without.",
         )
+    calibration = spec.feedback.evaluator.calibration
     for field_name, uri in (
         ("spec.weak.model", spec.weak.model),
         ("spec.data.train", spec.data.train),
         ("spec.data.heldOut", spec.data.held_out),
+        ("spec.feedback.evaluator.calibration.labels", calibration.labels if calibration else ""),
     ):
         if uri.startswith("file://"):
             return api.Trouble(

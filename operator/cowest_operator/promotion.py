@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from cowest_operator import anytime, api
-from cowest_training.contract import Comparison, EvaluationReport, LiveReport
+from cowest_training.contract import LEAST_LABELS, Calibration, Comparison, EvaluationReport, LiveReport
 
 SOLO = "solo"
 LOOKS_PER_STEP = 3  # the live answers are judged at 1, 2 and 4 times `minAnswers`
@@ -51,6 +51,7 @@ class Offline:
     status: api.Status
     pair: str
     report: EvaluationReport | None
+    calibration: Calibration | None = None  # of the evaluator, where people's labels are declared
 
     @property
     def judged(self) -> EvaluationReport:
@@ -179,6 +180,37 @@ def few_enough_errors(case: Offline) -> Refusal | None:
     return None
 
 
+def evaluator_agrees_with_people(case: Offline) -> Refusal | None:
+    """Before all that goes by its scores: an evaluator of which that is not shown informs, and promotes nothing."""
+    why = not_calibrated(case.calibration, case.judged)
+    if not why:
+        return None
+    return Refusal(
+        api.REASON_NOT_CALIBRATED,
+        f"{why} What it measured, candidate minus control {points(case.judged.against_control)}, informs and does not"
+        " promote. `cowest review` asks people for more labels; a clearer rubric or another judge may agree better."
+        " Then `cowest propose` the model again: no answer is paid for twice.",
+    )
+
+
+def not_calibrated(wanted: Calibration | None, report: EvaluationReport) -> str:
+    """Why this report's evaluator may decide nothing, as a sentence; "" where it may."""
+    if wanted is None:
+        return ""
+    seen, bar = report.calibration, f"evaluator.calibration.minKappa = {wanted.min_kappa:g}"
+    if seen is None:
+        return f"the evaluator was not held against people's labels, as {bar} wants."
+    agrees = (
+        f"the evaluator agrees with people on {100 * seen.agreement:.0f} % of {seen.labels} labels, kappa"
+        f" {seen.kappa:.2f} [{seen.kappa_low:.2f}, {seen.kappa_high:.2f}]"
+    )
+    if seen.labels < LEAST_LABELS:
+        return f"{agrees}; fewer than {LEAST_LABELS} labels show nothing."
+    if seen.kappa_low < wanted.min_kappa:
+        return f"{agrees}; {bar} wants the whole interval above it."
+    return ""
+
+
 def candidate_gains(case: Offline) -> Refusal | None:
     """The round must have bought something: significant at a level that pays for all the looks before."""
     look = case.status.looks + 1
@@ -243,6 +275,7 @@ OFFLINE_GATES: tuple[Callable[[Offline], Refusal | None], ...] = (
     enough_held_out_queries,
     one_strong_version,
     few_enough_errors,
+    evaluator_agrees_with_people,
     candidate_gains,
     effect_is_large_enough,
     not_worse_than_the_strong_alone,

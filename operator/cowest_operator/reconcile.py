@@ -323,13 +323,16 @@ def _gate(world: World, trial: Trial) -> Move:
     status = replace(status, looks=looks, held_out=held_out)
     # The later word of a person goes before an earlier one: what somebody proposes is judged in spite of a veto.
     judged = replace(status, vetoed=()) if trial.origin == "Proposal" else status
-    case = promotion.Offline(spec.gate, spec.canary.max_error_percent, judged, trial.pair.digest, world.report)
+    calibration = spec.feedback.evaluator.calibration
+    case = promotion.Offline(
+        spec.gate, spec.canary.max_error_percent, judged, trial.pair.digest, world.report, calibration
+    )
     refusal = promotion.first_refusal(case)
     if not refusal and not spec.canary.steps and _awaits_approval(world, trial):
         message = f"the gate is passed with {promotion.points(seen)}; `cowest approve` or `cowest rollback` decides."
         return Move(world.status, api.REASON_AWAITING_APPROVAL, message)
     trial = _measured(world, trial, world.report)
-    of_control = routes.measured(world.report, "control", rounds.run_uri(world, trial, "predictor"))
+    of_control = _routes(world, trial, world.report, "control")
     looked = (*(seen for seen in status.looked if seen.held_out != rows), api.Looked(rows, looks + 1))
     status = replace(status, looks=looks + 1, looked=looked[-api.KEEP_LOOKED :], candidate=trial)
     status = replace(status, routes=of_control or status.routes)
@@ -393,8 +396,15 @@ def _measured(world: World, trial: Trial, report: EvaluationReport) -> Trial:
         discordant=anytime.share_of(_discordant(seen), seen.n),
         score=report.arm("candidate").score,
         note=" ".join(filter(None, notes)),
-        routes=routes.measured(report, "candidate", rounds.run_uri(world, trial, "predictor")),
+        routes=_routes(world, trial, report, "candidate"),
     )
+
+
+def _routes(world: World, trial: Trial, report: EvaluationReport, arm: str) -> api.Routes | None:
+    """What going by a predictor costs that arm. None too where the evaluator may decide nothing."""
+    if promotion.not_calibrated(world.trial_job.spec.feedback.evaluator.calibration, report):
+        return None
+    return routes.measured(report, arm, rounds.run_uri(world, trial, "predictor"))
 
 
 def _discordant(seen: Comparison) -> float:
@@ -415,12 +425,14 @@ def _revalidated(world: World, trial: Trial) -> Move:
     """
     assert world.report is not None and world.status.stable is not None
     status, report, seen = world.status, world.report, world.report.against_solo
-    hurts = seen.p_worse < world.trial_job.spec.gate.significance
+    why = promotion.not_calibrated(world.trial_job.spec.feedback.evaluator.calibration, report)
+    hurts = seen.p_worse < world.trial_job.spec.gate.significance and not why
     if hurts and status.serving == "Pair" and status.standing != "Chosen":
         mode = _mode(world, world.status.stable, "NotPassed")
         world = replace(world, status=replace(status, standing="NotPassed", serving=mode))
     serving = world.status.serving
     message = f"the stable pair against the strong model alone: {promotion.points(seen)}; answers come from {serving}."
+    message = f"{message} That stops nothing: {why}" if why else message
     trial = _measured(world, trial, report)
     decision: api.Decision = "Promoted" if serving == "Pair" else "Refused"
     closed = _closed(world, trial, decision, api.REASON_REVALIDATED, message, None)

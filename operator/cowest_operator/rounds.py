@@ -348,11 +348,11 @@ class Estimate:
 JUDGE_TOKENS = 200  # of what a judge is told and says around a request, its reference and its answer
 
 
-def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baseline: bool) -> Estimate:
+def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baseline: bool, labelled: int = 0) -> Estimate:
     """Paid calls of the baseline or of one tuned round: all drafts distinct, no call cached but solo ones.
 
     `rows`: of training; a round may learn from traces too, of which nobody knows how many will come. What its canary
-    asks is in it.
+    asks is in it. `labelled`: answers of people's labels, which a judge scores once.
     """
     spec = job.spec
     queries = 0 if baseline else min(rows, spec.feedback.max_queries)
@@ -363,7 +363,7 @@ def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baselin
     shortcuts = spec.collaboration.shortcuts
     as_answers = held_out + (queries if shortcuts and shortcuts.weak_alone else 0)
     by_judge = spec.feedback.evaluator.type == "Judge"
-    judged = 2 * (with_draft + alone + as_answers) if by_judge else 0
+    judged = 2 * (with_draft + alone + as_answers + (labelled if baseline else 0)) if by_judge else 0
     replayed, live = live_answers(spec.canary)
     with_draft += replayed
     judged += 2 * live if by_judge else 0

@@ -70,7 +70,7 @@ def test_a_section_with_defaults_inside_has_a_default_itself() -> None:
     for path, field in fields(SPEC, ".spec"):
         filled = [name for name, each in field.get("properties", {}).items() if "default" in each]
         optional_object = path.rsplit(".", 1)[-1] in (
-            *("caBundleRef", "prices", "proxyKeysSecretRef", "redaction"),
+            *("calibration", "caBundleRef", "prices", "proxyKeysSecretRef", "redaction"),
             *shortcuts,
         )
         if filled and path not in required and not optional_object:

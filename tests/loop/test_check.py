@@ -51,6 +51,11 @@ class Desk:
         spec["feedback"]["evaluator"] = {"type": "ExactMatch", **evaluator}
         self.spec(spec)
 
+    def labels(self, label: str, count: int = 1) -> Any:
+        lines = [{"query": f"q{i}?", "answer": "12", "reference": "12", "label": label} for i in range(count)]
+        self.file("labels.jsonl", "\n".join(map(json.dumps, lines)))
+        return {"labels": str(self.folder / "labels.jsonl"), "minKappa": "0.5"}
+
     def spec(self, spec: Any) -> None:
         self.file("job.json", json.dumps({"kind": "CollaborationJob", "spec": spec}))
 
@@ -111,6 +116,12 @@ def test_a_change_of_any_file_is_looked_at_anew(desk: Desk, changed: str) -> Non
         pytest.param(
             lambda d: d.declare(type="Choice", choices=["a", "b"]), "wanted one of the choices a, b", id="reference"
         ),
+        pytest.param(lambda d: d.declare(calibration=d.labels("good")), "labels.jsonl:1: label", id="no such label"),
+        pytest.param(
+            lambda d: d.declare(calibration={"labels": str(d.folder / "none"), "minKappa": "0.5"}),
+            "evaluator.calibration.labels",
+            id="no labels there",
+        ),
         pytest.param(lambda d: d.model(None), r"spec.weak.model: wanted a URI", id="no model named"),
         pytest.param(lambda d: d.model(str(d.folder / "none")), "saw nothing there", id="no model there"),
         pytest.param(
@@ -133,6 +144,13 @@ def test_what_cannot_work_is_refused_before_anything_runs(desk: Desk, breakage: 
         desk.check()
     assert error.value.code == EXIT_BAD_INPUT
     assert not (desk.folder / "out").exists()
+
+
+@pytest.mark.parametrize(("count", "says"), [(49, True), (50, False)])
+def test_labels_that_are_too_few_are_said(desk: Desk, count: int, says: bool, capsys: Any) -> None:
+    desk.declare(calibration=desk.labels("accept", count))
+    desk.check()
+    assert ("has 49 labels" in capsys.readouterr().err) is says
 
 
 def test_a_tokenizer_that_loses_the_text_of_the_rows_is_refused(desk: Desk) -> None:

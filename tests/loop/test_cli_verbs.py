@@ -29,7 +29,15 @@ from cowest_serving.contract import Arm, Routing, dump
 from cowest_serving.leases import Amount, Ask, Spent
 from cowest_serving.models import HttpChatModel
 from cowest_serving.traces import TraceWriter, read_feedback, read_traces
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_RETRY, ArmReport, Manifest, SliceReport
+from cowest_training.contract import (
+    EXIT_BAD_INPUT,
+    EXIT_OK,
+    EXIT_RETRY,
+    ArmReport,
+    CalibrationReport,
+    Manifest,
+    SliceReport,
+)
 from cowest_training.paid_calls import PaidCalls
 from cowest_training.steps import manifest_json
 from tests import world as w
@@ -701,6 +709,21 @@ def test_groups_of_the_held_out_rows_are_slices_of_the_report(cowest: Any, place
     assert "Round 1, Promoted" in slices and "Round 2, RolledBack" in slices and "Round 0" not in slices
     assert table_row(slices, "of 2") == ["of 2", "31", "-25.0", "-50.0 to -1.0"]
     assert "of 1" in slices and "<script>" not in slices
+
+
+def test_how_the_evaluator_agrees_with_people_stands_in_the_report(
+    cowest: Any, place: jobs.Home, tmp_path: Path
+) -> None:
+    flags = ("--home", place.root, "--html", tmp_path / "r.html", "-o", "json")
+    assert "calibration" not in json.loads(cowest("report", *flags).out)
+    beside = CalibrationReport(200, 0.9, 0.85, 0.94, 0.7, 0.6, 0.8, 3, 10, 0.4, "sha256:labels")
+    write_evaluation(place, 1, 0.7, "better", calibration=beside)
+    (told,) = json.loads(cowest("report", *flags).out)["calibration"]
+    assert (told["round"], told["kappa"], told["kappa_low"]) == (1, 0.7, 0.6)
+    people = (tmp_path / "r.html").read_text().partition("<h2>The evaluator beside people")[2]
+    assert table_row(people.partition("<h2>Rounds")[0], "1") == [
+        "1", "200", "90.0 %", "85.0 to 94.0 %", "0.70", "0.60 to 0.80", "3", "40.0 % of 10",
+    ]  # fmt: skip
 
 
 def test_live_answers_stand_beside_the_steps_in_calls_and_money(cowest: Any, place: jobs.Home, tmp_path: Path) -> None:

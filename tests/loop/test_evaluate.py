@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -287,6 +287,43 @@ def test_macro_f1_is_given_for_choices(tmp_path: Path, strong: ScriptedModel) ->
     report = step.run()
     assert report.arm("solo").score == 1 / 8
     assert report.arm("solo").macro_f1 == pytest.approx(1 / 8)  # one label of eight is right, and never wrong
+
+
+def right_is_short(call: Call) -> str:
+    """A judge with a rule of its own: what is one word is right."""
+    answer = call.last.partition("<answer>")[2].partition("</answer>")[0]
+    return "ACCEPT" if len(answer.split()) == 1 else "REJECT"
+
+
+def labelled(answers: Sequence[str], label: str, n: int) -> list[dict[str, Any]]:
+    answer = {"answers": list(answers)} if len(answers) == 2 else {"answer": answers[0]}
+    return [{"query": f"{label} {number}?", **answer, "label": label} for number in range(n)]
+
+
+def test_the_evaluator_is_held_against_people_and_what_it_scored_before_costs_nothing(
+    tmp_path: Path, strong: ScriptedModel
+) -> None:
+    with ScriptedModel(right_is_short).in_thread() as judge:
+        lines = [*labelled(["42", "no idea"], "left", 30), *labelled(["so so", "42"], "right", 20)]
+        labels = Path(world.write_rows(tmp_path / "labels.jsonl", lines))
+        evaluator: dict[str, Any] = {"type": "Judge", "endpoint": judge.url, "model": "judge"}
+        step = Step(tmp_path, strong, feedback={"evaluator": evaluator})
+        before = step.run()
+        assert before.calibration is None
+        paid = len(judge.paid)
+        evaluator["calibration"] = {"labels": labels.as_uri(), "minKappa": "0.5"}
+        step.job = world.write_job(tmp_path / "beside.json", strong.url, feedback={"evaluator": evaluator})
+        beside = step.run(out="beside")
+        assert beside.against_control == before.against_control, "people change no score"
+        assert [(arm.name, arm.score) for arm in beside.arms] == [(arm.name, arm.score) for arm in before.arms]
+        seen = beside.calibration
+        assert seen is not None and (seen.labels, seen.agreement, seen.kappa, seen.opposite) == (50, 1.0, 1.0, 0)
+        assert len(judge.paid) == paid + 2 * 100, "each answer in both orders"
+        with labels.open("a") as file:
+            file.write(json.dumps({"query": "left 0?", "answers": ["no idea", "42"], "label": "left"}) + "\n")
+        again = step.run(out="again").calibration
+        assert again is not None and (again.labels, again.opposite) == (50, 1), "the last word counts"
+        assert len(judge.paid) == paid + 2 * 100
 
 
 def forget_calls(folder: Path) -> None:

@@ -185,6 +185,11 @@ def test_what_somebody_decided_after_our_own_write_counts_and_what_is_older_does
 PROMPTS_ELSEWHERE = {"collaboration.promptsConfigMapRef": {"name": "words"}}
 BROKEN = [
     pytest.param({"data.train": "file:///rows.jsonl"}, api.REASON_NOT_ON_KUBERNETES, id="a file of one machine"),
+    pytest.param(
+        {"feedback.evaluator.calibration.labels": "file:///labels.jsonl"},
+        api.REASON_NOT_ON_KUBERNETES,
+        id="labels of one machine",
+    ),
     pytest.param({"objectStore": REMOVED}, api.REASON_NOT_ON_KUBERNETES, id="the store was taken out"),
     pytest.param(PROMPTS_ELSEWHERE, api.REASON_CONFIG_MAP_MISSING, id="the prompts were deleted"),
 ]

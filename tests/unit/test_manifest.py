@@ -180,6 +180,9 @@ def test_relative_files_start_at_the_folder_of_the_manifest(tmp_path: Path) -> N
     assert resolved["weak"]["model"] == f"file://{tmp_path.parent}/weak"
     assert resolved["data"] == {"train": f"file://{tmp_path}/a/t.jsonl", "heldOut": "file:///data/held_out.jsonl"}
     assert job["spec"]["weak"]["model"] == "file://../weak", "the loaded job stays as it was"
+    labelled = load(edited({"feedback.evaluator.calibration.labels": "file://labels.jsonl"})).job
+    evaluator = manifest.resolve_files(labelled, tmp_path)["spec"]["feedback"]["evaluator"]
+    assert evaluator["calibration"] == {"labels": f"file://{tmp_path}/labels.jsonl", "minKappa": "0.5"}
 
 
 def test_other_addresses_are_left_alone() -> None:

@@ -5,12 +5,18 @@ from dataclasses import replace
 import pytest
 
 from cowest_operator import api, promotion
-from cowest_training.contract import ArmReport, SliceReport
+from cowest_training.contract import ArmReport, Calibration, CalibrationReport, SliceReport
 from tests import world as w
 
 
 def case(report=w.report(), status=w.SERVED, gate=w.SPEC.gate):  # noqa: B008
     return promotion.Offline(gate, 5.0, status, w.CANDIDATE.digest, report)
+
+
+def calibrated(low=0.5, labels=200, **changes):
+    seen = CalibrationReport(labels, 0.9, 0.85, 0.94, 0.7, low, 0.8, 3, 0, 0.0, "sha256:labels")
+    passing = case(w.report(calibration=replace(seen, **changes)))
+    return replace(passing, calibration=Calibration("file:///labels.jsonl", 0.5))
 
 
 def candidate_arm(**changes):
@@ -77,6 +83,13 @@ def test_a_candidate_that_gains_passes_every_offline_gate():
             api.REASON_SLICE_LOSS,
             id="a slice loses 11 points",
         ),
+        pytest.param(calibrated(low=0.49), api.REASON_NOT_CALIBRATED, id="the judge may agree with people too seldom"),
+        pytest.param(calibrated(labels=49), api.REASON_NOT_CALIBRATED, id="49 labels, however well they agree"),
+        pytest.param(
+            replace(calibrated(), report=w.report()),
+            api.REASON_NOT_CALIBRATED,
+            id="nobody held the judge beside people",
+        ),
     ],
 )
 def test_refuses(refused, reason):
@@ -84,6 +97,21 @@ def test_refuses(refused, reason):
     assert refusal is not None
     assert refusal.reason == reason
     assert refusal.message
+
+
+def test_a_judge_that_agrees_with_people_decides():
+    assert promotion.first_refusal(calibrated()) is None
+
+
+def test_a_judge_that_may_not_decide_still_informs_and_it_is_said_what_to_do():
+    refusal = promotion.first_refusal(calibrated(low=0.3))
+    assert refusal is not None
+    assert refusal.message.startswith(
+        "the evaluator agrees with people on 90 % of 200 labels, kappa 0.70 [0.30, 0.80];"
+        " evaluator.calibration.minKappa = 0.5 wants the whole interval above it. What it measured, candidate"
+        " minus control +10.0 points [+8.0, +12.0]"
+    )
+    assert "`cowest review`" in refusal.message and "`cowest propose`" in refusal.message
 
 
 def test_a_measurable_loss_is_called_one_though_the_reason_is_the_same():

@@ -6,7 +6,14 @@ import pytest
 
 from cowest_operator import api, reconcile, rounds
 from cowest_serving.contract import RouteLimits, Shortcuts
-from cowest_training.contract import ArmReport, Evaluator, SliceReport, evaluator_digest
+from cowest_training.contract import (
+    ArmReport,
+    Calibration,
+    CalibrationReport,
+    Evaluator,
+    SliceReport,
+    evaluator_digest,
+)
 from tests import world as w
 
 
@@ -451,6 +458,33 @@ def test_a_changed_evaluator_measures_the_stable_pair_again():
     worse = w.report(candidate=w.STABLE.digest, control="solo", against_solo=w.comparison(-0.1, 1.0, 1e-4))
     after = reconcile.plan(w.world(status=status, report=worse, evaluator="sha256:new")).status
     assert (after.serving, after.evaluator, after.stable) == ("StrongAlone", "sha256:new", w.STABLE)
+
+
+BESIDE_PEOPLE = w.job(feedback={"evaluator": Evaluator("Judge", calibration=Calibration("file:///labels", 0.5))})
+
+
+def beside_people(low):
+    return CalibrationReport(200, 0.9, 0.8, 0.95, 0.7, low, 0.9, 3, 0, 0.0, "sha256:labels")
+
+
+@pytest.mark.parametrize(("low", "stage"), [(0.5, "Canary"), (0.4, None)])
+def test_an_evaluator_that_does_not_agree_with_people_promotes_nothing_and_its_numbers_stand(low, stage):
+    seen = w.report(calibration=beside_people(low))
+    status = reconcile.plan(w.world(status=evaluated(), report=seen, job=BESIDE_PEOPLE)).status
+    assert (status.candidate and status.candidate.stage) == stage
+    if stage is None:
+        outcome = status.rounds[-1]
+        assert (outcome.reason, outcome.difference, outcome.score) == (api.REASON_NOT_CALIBRATED, 0.1, 0.7)
+
+
+@pytest.mark.parametrize(("low", "serving"), [(0.5, "StrongAlone"), (0.4, "Pair")])
+def test_an_evaluator_that_does_not_agree_with_people_stops_nothing_that_is_served(low, serving):
+    status = evaluated("Revalidation", pair=w.STABLE)
+    worse = w.report(candidate=w.STABLE.digest, control="solo", against_solo=w.comparison(-0.1, 1.0, 1e-4))
+    seen = replace(worse, calibration=beside_people(low))
+    after = reconcile.plan(w.world(status=status, report=seen, job=BESIDE_PEOPLE, evaluator="sha256:new")).status
+    assert after.serving == serving
+    assert ("That stops nothing" in after.rounds[-1].message) == (serving == "Pair")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,13 @@ def test_a_judge_is_paid_for_both_orders_of_every_answer_and_of_the_weak_models_
     assert by_judge.tokens > by_rule.tokens
 
 
+def test_a_judge_is_paid_once_for_what_people_labelled():
+    judged = judged_by(Evaluator("Judge", endpoint="http://judge/v1", model="m"))
+    for baseline, more in ((True, 2 * 7), (False, 0)):
+        sizes = {"rows": 10, "held_out": 5, "query_chars": 40.0, "baseline": baseline}
+        assert rounds.estimate(judged, **sizes, labelled=7).calls == rounds.estimate(judged, **sizes).calls + more
+
+
 def test_a_judge_is_paid_for_the_drafts_of_all_queries_where_they_may_be_answers():
     sizes = {"rows": 10, "held_out": 5, "query_chars": 40.0, "baseline": False}
     plain = judged_by(Evaluator("Judge", endpoint="http://judge/v1", model="m"))

@@ -10,7 +10,7 @@ import pytest
 from cowest_operator import api, reconcile, rounds, routes
 from cowest_serving.contract import PredictorRef, RouteLimits, Routing, Shortcuts, dump, parse
 from cowest_serving.routes import is_for_a_draft
-from cowest_training.contract import RouteReport
+from cowest_training.contract import Calibration, RouteReport
 from tests import world as w
 
 NEUTRAL: dict[str, Any] = {
@@ -129,6 +129,16 @@ def test_a_refused_candidate_leaves_what_was_measured_with_the_pair_that_stays()
     status = judged(passes=False)
     assert status.stable == w.STABLE and status.candidate is None
     assert status.routes == MEASURED
+
+
+def test_what_an_evaluator_measured_that_people_do_not_agree_with_routes_nothing() -> None:
+    report = w.report(routes=(SEEN,), predictor="sha256:p")
+    calibrated = replace(world().job.spec.feedback.evaluator, calibration=Calibration("file:///labels", 0.5))
+    trusted = world(seen=None, candidate=w.trial(done={**w.PREPARED, "predictor": {"digest": "sha256:p"}}))
+    feedback = replace(trusted.job.spec.feedback, evaluator=calibrated)
+    doubted = replace(trusted, job=replace(trusted.job, spec=replace(trusted.job.spec, feedback=feedback)))
+    seen = [reconcile.plan(replace(each, report=report)).status.routes for each in (trusted, doubted)]
+    assert seen[0] is not None and seen[1] is None
 
 
 def test_a_loss_above_the_limit_is_said() -> None:

@@ -227,3 +227,54 @@ def test_macro_f1_of_a_hand_counted_table() -> None:
 def test_a_label_that_never_occurs_does_not_count() -> None:
     assert st.macro_f1(["a"], ["a"], labels=["a", "b"]) == 1.0
     assert st.macro_f1([], []) == 0.0
+
+
+# ---------------------------------------------------------------- agreement
+def tables(*cells: tuple[int, int, int], kind: int = 0) -> np.ndarray:
+    """One cluster a label: (said by people, said by the judge, how often)."""
+    found = []
+    for ours, theirs, n in cells:
+        table = np.zeros((2, 3, 3))
+        table[kind, ours, theirs] = 1
+        found += [table] * n
+    return np.array(found)
+
+
+def test_kappa_is_the_textbooks() -> None:
+    """Cohen 1960: 20 and 15 of 50 alike, .7 observed, .5 by chance, so .4."""
+    kappa, low, high = st.kappa_interval(tables((2, 2, 20), (2, 0, 5), (0, 2, 10), (0, 0, 15)))
+    assert kappa == pytest.approx(0.4)
+    assert low < 0.18 < 0.62 < high, "the textbook's interval of 1.96 standard errors is .15 to .65"
+
+
+def test_labels_of_two_kinds_have_a_chance_each() -> None:
+    """One that always says "accept" of one answer, and "left" of two, agrees by chance alone."""
+    both = np.concatenate([tables((2, 2, 30), (0, 2, 0)), tables((0, 0, 30), kind=1)])
+    assert st.kappa_interval(both) == (0.0, -1.0, 1.0)
+    assert st.kappa_interval(tables((2, 2, 30), (0, 0, 30)))[0] == 1.0
+
+
+def test_agreement_on_a_few_labels_leaves_room_for_doubt() -> None:
+    few, many = (st.kappa_interval(tables((2, 2, n), (0, 0, n)))[1] for n in (5, 100))
+    assert few < 0.5 < 0.95 < many < 1
+
+
+def test_labels_of_one_question_are_no_independent_evidence() -> None:
+    alone = tables((2, 2, 40), (0, 0, 40), (0, 2, 20))
+    together = alone.reshape(10, 10, 2, 3, 3).sum(axis=1)
+    assert st.kappa_interval(together)[0] == pytest.approx(st.kappa_interval(alone)[0])
+    assert st.kappa_interval(together)[1] < st.kappa_interval(alone)[1] - 0.1
+
+
+def test_no_labels_say_nothing_of_agreement() -> None:
+    assert st.kappa_interval(np.zeros((0, 2, 3, 3))) == (0.0, -1.0, 1.0)
+
+
+def test_the_lower_end_holds_as_often_as_it_says() -> None:
+    """A judge that agrees on 85 % of even labels has kappa .7."""
+    rng, above = np.random.default_rng(3), 0
+    for seed in range(60):
+        people = rng.integers(0, 2, 60) * 2
+        judge = np.where(rng.random(60) < 0.85, people, 2 - people)
+        above += st.kappa_interval(tables(*((a, b, 1) for a, b in zip(people, judge, strict=True))), seed)[1] > 0.7
+    assert above <= 5

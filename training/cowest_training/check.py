@@ -19,6 +19,7 @@ from cowest_serving.contract import DraftForm, digest_of
 from cowest_serving.loadable import Reader, check_loadable
 from cowest_serving.model_files import ModelFolderError, check_model_folder
 from cowest_training.awaited import is_in_a_store, look_for
+from cowest_training.calibration import FIELD, few_note, read_labels
 from cowest_training.contract import (
     EXIT_BAD_INPUT,
     EXIT_MISSING,
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_tuned=spec.get("rounds", {}).get("max", 1) > 0,
     )
     named = {"spec.data.train": data.train, "spec.data.heldOut": data.held_out, "spec.weak.model": model}
+    if evaluator.calibration:
+        named[f"{FIELD}.labels"] = evaluator.calibration.labels
     look_for(named, folders=["spec.weak.model"], out=args.out)
     inputs = {
         "train": store.fingerprint(data.train),
@@ -57,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": model if is_of_the_hub(model) else store.fingerprint(model),
         "asked": asdict(asked),
         "bounds": bounds(spec),
+        **({"labels": store.fingerprint(evaluator.calibration.labels)} if evaluator.calibration else {}),
     }
     output = open_output(args.out, step="check", inputs=inputs)
     if isinstance(output, Manifest):
@@ -70,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise StepError("\n".join(map(str, lacks)))
     of_rows = notes_of_rows(train, held_out, unread, evaluator, settings.collaboration.draft)
     for note in (*of_rows, *pairs_notes(spec, len(train))):
+        say(f"note: {note}")
+    if evaluator.calibration and (note := few_note(read_labels(evaluator.calibration.labels, evaluator))):
         say(f"note: {note}")
     progress.update(1, 2, "checks", "looking at the weak model")
     check_weak_model(model)

@@ -65,6 +65,14 @@ class ProblemsError(StepError):
 
 # ---------------------------------------------------------------- settings
 @dataclass(frozen=True)
+class Calibration:
+    """Answers that people labelled: an evaluator that does not agree with them well enough promotes nothing."""
+
+    labels: str  # URI
+    min_kappa: float  # that the lower end of the interval has to reach
+
+
+@dataclass(frozen=True)
 class Evaluator:
     """E(answer, query) -> [0, 1]. Of the answer the first group (or the whole match) of `extract` is compared."""
 
@@ -78,10 +86,11 @@ class Evaluator:
     api_key_secret_ref: SecretRef | None = None
     rubric: str | None = None  # Judge: what a good answer is
     timeout_seconds: int | None = None
+    calibration: Calibration | None = None
 
 
 def evaluator_digest(settings: Evaluator) -> str:
-    """Of what decides the score. Keys, time-outs and the judge's address do not."""
+    """Of what decides the score. Keys, time-outs, the judge's address and people's labels do not."""
     address = settings.endpoint if settings.type == "HTTP" else None
     return digest_of(
         [
@@ -289,6 +298,26 @@ class RouteReport:
     high: float
 
 
+LEAST_LABELS = 50  # fewer say too little of an evaluator, however well they agree with it
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """How far an evaluator agrees with people (decision 16). Fractions, 95 % intervals."""
+
+    labels: int  # that count: drawn by chance
+    agreement: float  # share of them where both say the same
+    low: float
+    high: float
+    kappa: float  # agreement beyond chance: 0 is chance, 1 is always
+    kappa_low: float
+    kappa_high: float
+    opposite: int  # of the labels: one calls right, or better, what the other calls wrong, or worse
+    picked: int  # labels of answers that were shown for a disagreement: no sample, so they do not count
+    picked_agreement: float
+    labels_digest: str
+
+
 @dataclass(frozen=True)
 class EvaluationReport:
     """report.json of the evaluate step."""
@@ -307,6 +336,7 @@ class EvaluationReport:
     strong_versions: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     routes: tuple[RouteReport, ...] = ()  # where a predictor was measured
     predictor: str = ""  # digest of its file
+    calibration: CalibrationReport | None = None  # where people's labels are declared
 
     def arm(self, name: str) -> ArmReport:
         return next(arm for arm in self.arms if arm.name == name)
@@ -351,7 +381,9 @@ def _known(kind: type[T], data: Mapping[str, Any]) -> T:
 
 def load_report(data: Mapping[str, Any]) -> EvaluationReport:
     """The inverse of `dataclasses.asdict`, as report.json holds it."""
+    calibration = data.get("calibration")
     nested = {
+        "calibration": _known(CalibrationReport, calibration) if calibration else None,
         "arms": tuple(_known(ArmReport, arm) for arm in data["arms"]),
         "against_control": _known(Comparison, data["against_control"]),
         "against_solo": _known(Comparison, data["against_solo"]),

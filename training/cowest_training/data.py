@@ -113,22 +113,30 @@ def write_jsonl(rows: Iterable[Row]) -> bytes:
     return b"".join(json.dumps(row_record(row), ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
-def _fetch(uri: str) -> bytes:
+def read_records(uri: str, field: str) -> Iterator[tuple[str, Any]]:
+    """(file:line, object or what is wrong with the line) of a JSONL file that `field` of the manifest names."""
+    data = _fetch(uri, field)
+    if kind := _other_kind(data):
+        raise StepError(f"{uri}: wanted one JSON object a line (JSONL, in UTF-8), saw {kind}. Write it so.")
+    yield from _lines(uri, data)
+
+
+def _fetch(uri: str, field: str = "spec.data") -> bytes:
     try:
         data = store.get(uri)
     except (FileNotFoundError, IsADirectoryError):
-        _no_file(uri)
+        _no_file(uri, field)
     except store.StoreError as error:
         if error.retryable or store.exists(uri):
             raise
-        _no_file(uri)
+        _no_file(uri, field)
     if not data.strip():
         raise StepError(f"{uri}: wanted rows, saw an empty file. Write one JSON object a line, or a Parquet table.")
     return data
 
 
-def _no_file(uri: str) -> NoReturn:
-    raise StepError(f"{uri}: wanted a JSONL or Parquet file, saw none. Check the path in spec.data.") from None
+def _no_file(uri: str, field: str = "spec.data") -> NoReturn:
+    raise StepError(f"{uri}: wanted a JSONL or Parquet file, saw none. Check the path in {field}.") from None
 
 
 def _lines(uri: str, data: bytes) -> Iterator[tuple[str, Any]]:

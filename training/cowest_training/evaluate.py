@@ -5,6 +5,9 @@
     solo       the strong model alone: where it scores higher than an arm, that arm's draft hurt
     weak       the candidate's greedy draft taken as the answer: shown, never a gate
 
+Where `evaluator.calibration` names answers that people labelled, these are scored too: how far the evaluator agrees
+with people stands in the report, and the gate goes by it.
+
 Writes report.json (an EvaluationReport) and items.parquet. A query without an answer from a strong model that is away
 ends the step (run it again); a query that the strong model refuses as wrong scores 0 and counts as an error.
 
@@ -48,9 +51,11 @@ from .asking import (
     version_counts,
     versions,
 )
+from .calibration import Label, calibrate, labels_digest, read_labels
 from .contract import (
     EXIT_OK,
     ArmReport,
+    CalibrationReport,
     Comparison,
     EvaluationReport,
     Evaluator,
@@ -80,11 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = read_rows(args.held_out)
     check_references(rows, settings.feedback.evaluator)
     found = read_predictor(args.predictor) if args.predictor else None
+    labels = labels_of(settings.feedback.evaluator)
     inputs = _inputs(settings, candidate, control, rows) | ({"predictor": found[1]} if found else {})
+    inputs |= {"labels": labels_digest(labels)} if labels else {}
     output = steps.open_output(args.out, step="evaluate", inputs=inputs)
     if isinstance(output, Manifest):
         return EXIT_OK
-    job = _Job(settings, candidate, control, args.calls, args.round, f"evaluate:{digest_of(inputs)[7:19]}")
+    purpose = f"evaluate:{digest_of(inputs)[7:19]}"
+    job = _Job(settings, candidate, control, args.calls, args.round, purpose, labels)
     run = asyncio.run(_ask_all(job, rows, steps.Progress(args.progress, "evaluate")))
     report = make_report(run, job, rows)
     if found:
@@ -110,6 +118,11 @@ def _flags(argv: Sequence[str] | None) -> Any:
     flags.add_argument("--round", type=int, metavar="N", help="whose budget pays; default: the book's latest round")
     flags.add_argument("--predictor", metavar="URI", help="output of `predictor`: what going by it would cost")
     return flags.parse_args(argv)
+
+
+def labels_of(evaluator: Evaluator) -> list[Label]:
+    """What people said, where the manifest names it. Raises `StepError`."""
+    return read_labels(evaluator.calibration.labels, evaluator) if evaluator.calibration else []
 
 
 def read_predictor(uri: str) -> tuple[Predictor, str]:
@@ -148,6 +161,7 @@ class Run:
     spent: Mapping[str, Spent]  # by arm; what a judge cost besides
     unusual: Mapping[str, int]  # answers that were cut off, filtered or empty
     refused: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by arm and query: why it has no draft
+    calibration: CalibrationReport | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +172,7 @@ class _Job:
     calls: str
     round: int | None
     purpose: str
+    labels: Sequence[Label] = ()
 
     @property
     def arms_with_drafts(self) -> dict[str, Pair]:
@@ -209,10 +224,13 @@ async def _ask_all(job: _Job, rows: Sequence[Row], progress: steps.Progress) -> 
             shown.show()
         arms = {name: [task.result() for task in found] for name, found in tasks.items()}
         asking.refuse_nothing_but_errors(sum(bool(item.reply.error) for item in arms["candidate"]), len(rows))
+        seed = job.settings.training.seed
+        calibration = await calibrate(asking.score_text, job.labels, seed) if job.labels else None
         spent = {name: asking.calls.spent(purpose=f"{job.purpose}:{name}") for name in arms} | {JUDGE: asking.judged}
         # Alone in control, the strong model's answers are the solo ones, paid for once.
         refused = {name: drafts.refused for name, drafts in drawn.items()}
-        return Run({"control": arms[SOLO]} | arms, {"control": Spent()} | spent, asking.unusual, refused)
+        arms, spent = {"control": arms[SOLO]} | arms, {"control": Spent()} | spent
+        return Run(arms, spent, asking.unusual, refused, calibration)
 
 
 def shares_drafts(one: Pair, other: Pair) -> bool:
@@ -302,6 +320,7 @@ def make_report(run: Run, job: _Job, rows: Sequence[Row]) -> EvaluationReport:
         against_control=_compare(run, "control", seed, together),
         against_solo=_compare(run, SOLO, seed, together),
         slices=slices(rows, _scores(run, "candidate"), _scores(run, "control"), seed, together),
+        calibration=run.calibration,
     )
 
 
@@ -434,6 +453,7 @@ def measured(report: EvaluationReport, run: Run) -> dict[str, Any]:
         "output_tokens": total.output_tokens,
         "money": total.money,
         **run.unusual,
+        **({"kappa": run.calibration.kappa, "labels": run.calibration.labels} if run.calibration else {}),
     }
 
 

@@ -243,6 +243,48 @@ def macro_f1(predicted: Sequence[str | None], gold: Sequence[str], labels: Seque
     return sum(scores) / len(scores) if scores else 0.0
 
 
+# ---------------------------------------------------------------- agreement
+def cohen_kappa(tables: Floats) -> Floats:
+    """Agreement beyond chance, of counts (..., kinds of label, said by the one, said by the other).
+
+    Where chance alone agrees always, nothing is beyond it: 0.
+    """
+    observed, chance = _agreement(tables)
+    room = 1.0 - chance
+    kappa: Floats = np.where(room > TINY, (observed - chance) / np.where(room > TINY, room, 1.0), 0.0)
+    return kappa
+
+
+def kappa_interval(tables: Floats, seed: int = 0) -> tuple[float, float, float]:
+    """(kappa, low, high) at 95 % of tables (clusters, kinds, said by the one, said by the other). Nothing: (0, -1, 1).
+
+    At either end the wider of two: the bootstrap of whole clusters, which knows how the labels spread, and Wilson's
+    interval of the agreement at the chance that was seen, which is honest where all agree.
+    """
+    n, whole = len(tables), tables.sum(axis=0)
+    observed, chance = (float(share) for share in _agreement(whole))
+    if n == 0 or chance > 1.0 - TINY:
+        return 0.0, -1.0, 1.0
+    ends = wilson(math.floor(observed * n + TINY), n)[0], wilson(math.ceil(observed * n - TINY), n)[1]
+    low, high = ((end - chance) / (1.0 - chance) for end in ends)
+    rng = np.random.default_rng(seed)
+    draws = [
+        cohen_kappa(np.tensordot(rng.multinomial(n, np.full(n, 1 / n), size=rows).astype(np.float64), tables, axes=1))
+        for rows in _blocks(RESAMPLES, n)
+    ]
+    least, most = _percentiles(np.concatenate(draws), (-1.0, 1.0))
+    return (observed - chance) / (1.0 - chance), min(low, least), max(high, most)
+
+
+def _agreement(tables: Floats) -> tuple[Floats, Floats]:
+    """(observed, by chance). Chance is that of each kind by itself: "left" and "accept" answer different questions."""
+    of_kind = tables.sum(axis=(-2, -1))
+    counts = np.maximum(of_kind.sum(axis=-1), TINY)
+    observed = np.trace(tables, axis1=-2, axis2=-1).sum(axis=-1) / counts
+    products = (tables.sum(axis=-1) * tables.sum(axis=-2)).sum(axis=-1)
+    return observed, (products / np.maximum(of_kind, TINY)).sum(axis=-1) / counts
+
+
 # ---------------------------------------------------------------- resampling
 def is_binary(scores: Sequence[float] | Floats) -> bool:
     values = np.asarray(scores, dtype=np.float64)
