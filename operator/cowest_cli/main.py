@@ -64,6 +64,12 @@ VERBS = (
         "Compute every live decision again from recorded traces and feedback; exit code 1 when one differs.",
         "Look",
     ),
+    Verb(
+        "review",
+        "review:review",
+        "Ask a person which answers are better, blind, on a page of this machine; the labels calibrate a judge.",
+        "Decide",
+    ),
     Verb("pause", "actions:pause", "Start no round and take no canary step until `resume`; answers go on.", "Decide"),
     Verb("resume", "actions:resume", "Take a pause back.", "Decide"),
     Verb(

@@ -553,6 +553,21 @@ def read_spent(path: str | Path, *, round_number: int | None = None, day: str | 
         db.close()
 
 
+def read_scores(path: str | Path, keys: Iterable[str]) -> dict[str, float]:
+    """Scores that are remembered, by key. One that the book does not know is left out."""
+    if not Path(path).exists():
+        return {}
+    wanted, found, db = sorted(set(keys)), dict[str, float](), _open(path)
+    try:
+        for start in range(0, len(wanted), KEYS_AT_ONCE):
+            part = wanted[start : start + KEYS_AT_ONCE]
+            marks = ", ".join("?" * len(part))
+            found.update(db.execute(f"SELECT key, score FROM scores WHERE key IN ({marks})", part))
+        return found
+    finally:
+        db.close()
+
+
 def read_prices(path: str | Path, keys: Iterable[str]) -> dict[str, Spent]:
     """What each of these calls cost when it was paid, by key. A call that the book does not know is left out."""
     if not Path(path).exists():

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from cowest_cli import jobs
+from cowest_cli import jobs, review
 from cowest_cli import main as cli
 from cowest_operator import api, manifest
 from cowest_operator.schema import check
@@ -29,14 +30,19 @@ from cowest_serving.contract import Arm, Routing, dump
 from cowest_serving.leases import Amount, Ask, Spent
 from cowest_serving.models import HttpChatModel
 from cowest_serving.traces import TraceWriter, read_feedback, read_traces
+from cowest_training.asking import score_key
+from cowest_training.calibration import read_labels
 from cowest_training.contract import (
     EXIT_BAD_INPUT,
     EXIT_OK,
     EXIT_RETRY,
     ArmReport,
     CalibrationReport,
+    Evaluator,
     Manifest,
+    Row,
     SliceReport,
+    evaluator_digest,
 )
 from cowest_training.paid_calls import PaidCalls
 from cowest_training.steps import manifest_json
@@ -1191,3 +1197,73 @@ def test_send_refuses_flags_that_make_no_sense(cowest: Any, tmp_path: Path, flag
     write_rows(tmp_path / "questions.jsonl", "q", 1)
     said = cowest("send", "--data", tmp_path / "questions.jsonl", *flags)
     assert said.code == EXIT_BAD_INPUT and flags[0] in said.err
+
+
+# ---------------------------------------------------------------- review
+def write_differing(place: jobs.Home, number: int, queries: int) -> None:
+    """Items of an evaluation whose arms answer each query differently."""
+    folder = place.store / "runs" / f"r{number}" / "evaluate"
+    rows = [{"id": f"q{i}", "query": f"query {i} {NASTY}", "reference": "r", "conversation": None,
+             "candidate_answer": f"new {i}", "control_answer": f"old {i}"} for i in range(queries)]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), folder / "items.parquet")
+
+
+def at_page(url: str, path: str, body: Any = None) -> Any:
+    with urllib.request.urlopen(url.replace("/?", f"{path}?"), body and json.dumps(body).encode(), timeout=10) as reply:
+        return json.load(reply)
+
+
+def test_a_person_labels_at_the_page_and_goes_on_later(cowest: Any, place: jobs.Home, tmp_path: Path) -> None:
+    write_differing(place, 1, 3)
+    labels, command = tmp_path / "labels.jsonl", [sys.executable, "-m", "cowest_cli", "review"]
+    flags = ["--home", str(place.root), "--labels", str(labels), "--by", "ann", "--round", "1"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("3 of 3 questions of round 1; ann answers at http://127.0.0.1:")
+            url = re.search(r"http://\S+", line)[0]  # type: ignore[index]
+            for said in ("left", "right"):
+                at_page(url, "/label", {"id": at_page(url, "/next")["question"]["id"], "said": said})
+            process.send_signal(signal.SIGINT)
+            rest, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 0 and rest.startswith("1 questions are left.") and labels.as_uri() in rest
+    assert [label.label for label in read_labels(labels.as_uri(), Evaluator("Judge"))] == [2, 0]
+    third = {**json.loads(labels.read_text().splitlines()[0]), "label": "tie"}
+    for i in range(3):  # the one that is left, in whatever order it would have been shown
+        answers = [f"new {i}", f"old {i}"]
+        with labels.open("a") as file:
+            file.write(json.dumps({**third, "query": f"query {i} {NASTY}", "answers": answers}) + "\n")
+    assert cowest("review", *flags).out.startswith("all 3 questions of round 1 have a label of ann")
+
+
+def test_a_review_without_an_evaluation_or_a_difference_says_so(cowest: Any, place: jobs.Home) -> None:
+    none = cowest("review", "--home", place.root, "--round", 7)
+    assert none.code == EXIT_BAD_INPUT and "wanted the evaluation of round 7, saw 0, 1" in none.err
+    write_differing(place, 1, 0)
+    alike = cowest("review", "--home", place.root, "--round", 1)
+    assert alike.code == EXIT_BAD_INPUT and "answer differently, saw none" in alike.err
+
+
+def test_live_answers_of_which_users_said_the_opposite_of_the_judge_are_asked(place: jobs.Home) -> None:
+    judge = {"type": "Judge", "endpoint": "http://judge/v1", "model": "judge"}
+    document = jobs.read_json(place.job)
+    document["spec"]["feedback"]["evaluator"] = judge
+    settings = Evaluator("Judge", endpoint=judge["endpoint"], model=judge["model"])
+    record(place, trace("liked", query="one?", answer="first"), trace("too", query="two?", answer="second"))
+    give(place, {"trace_id": "liked", "score": 1.0}, {"trace_id": "too", "score": 1.0})
+
+    async def judged() -> None:
+        async with PaidCalls(place.calls) as book:
+            for query, answer, score in (("one?", "first", 0.0), ("two?", "second", 1.0)):
+                row = Row("t", query, ({"role": "user", "content": query},), "")
+                known = asyncio.sleep(0, score)
+                await book.remember_score(score_key(evaluator_digest(settings), row, answer), lambda known=known: known)
+
+    asyncio.run(judged())
+    source = review.Source(place.store.as_uri(), document, place.calls)
+    assert [(q.answers, q.why) for q in review._of_users(source)] == [(("first",), "userDisagrees")]
+    assert not list(review._of_users(replace(source, calls=None))), "in a cluster the book is not at hand"

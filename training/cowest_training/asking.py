@@ -28,7 +28,16 @@ from cowest_serving.models import BadRequest, ChatResult, HttpChatModel, is_clie
 from cowest_serving.redaction import Redacted, Redactor
 
 from .contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_RETRY, Evaluator, Row, StepError
-from .evaluator import DEFAULT_TIMEOUT_SECONDS, TIE, Judge, Score, build_evaluator, check_settings, judge_model
+from .evaluator import (
+    DEFAULT_TIMEOUT_SECONDS,
+    TIE,
+    Judge,
+    Score,
+    build_evaluator,
+    check_settings,
+    judge_model,
+    score_of,
+)
 from .paid_calls import PaidCalls, Spent
 
 if TYPE_CHECKING:
@@ -302,6 +311,28 @@ def _append(path: Path, value: Mapping[str, Any]) -> None:
         ) from None
 
 
+# ---------------------------------------------------------------- scores that are remembered
+ORDERS_DIFFER = "ordersDiffer"  # a judge says one thing of an answer before its reference, another of one behind it
+
+
+def score_key(evaluator: str, row: Row, answer: str) -> str:
+    """Under which the score by that evaluator (its digest) lies in the book."""
+    return digest_of([evaluator, list(row.messages), row.reference, answer])
+
+
+def doubt_key(score: str) -> str:
+    """Under which lies that the two orders of that score disagreed."""
+    return digest_of([score, ORDERS_DIFFER])
+
+
+async def _yes() -> float | None:
+    return 1.0
+
+
+async def _unknown() -> float | None:
+    return None
+
+
 # ---------------------------------------------------------------- answers
 @dataclass(frozen=True)
 class Paid:
@@ -380,21 +411,37 @@ class Asking:
     async def score_text(self, row: Row, answer: str) -> float:
         if self.evaluator.needs_reference:
             return await self.evaluator(row, answer)
-        key = digest_of([self.evaluator.digest, list(row.messages), row.reference, answer])
-        judge = self.evaluator if isinstance(self.evaluator, Judge) else None
-        asked = False
+        if isinstance(self.evaluator, Judge):
+            return await self._judged(self.evaluator, row, answer)
+        key = score_key(self.evaluator.digest, row, answer)
+        score = await self.calls.remember_score(key, lambda: self.evaluator(row, answer))
+        return TIE if score is None else score
+
+    async def _judged(self, judge: Judge, row: Row, answer: str) -> float:
+        key, asked = score_key(judge.digest, row, answer), False
 
         async def ask() -> float | None:
             nonlocal asked
             asked = True
-            return await (judge.score(row, answer) if judge else self.evaluator(row, answer))
+            verdicts = await judge.verdicts(row, answer)
+            score = score_of(verdicts)
+            if score is not None and len(set(verdicts)) > 1:
+                await self.calls.remember_score(doubt_key(key), _yes)
+            return score
 
         score = await self.calls.remember_score(key, ask)
         if score is None:  # not kept: a rerun sees again how often the judge decides, and asks one that was mended
             return TIE
-        if judge and not asked:
+        if not asked:
             judge.remember()
         return score
+
+    async def doubt(self, row: Row, answer: str) -> str:
+        """Why what a judge said of an answer is worth a person's look; "" where it is not, or where nobody judged."""
+        if not isinstance(self.evaluator, Judge):
+            return ""
+        key = score_key(self.evaluator.digest, row, answer)
+        return ORDERS_DIFFER if await self.calls.remember_score(doubt_key(key), _unknown) else ""
 
     def refuse_nothing_but_errors(self, errors: int, asked: int, refused: Mapping[str, str] | None = None) -> None:
         """Models that find every query wrong are set up wrongly; that is no measurement.

@@ -67,7 +67,7 @@ from .contract import (
     evaluator_digest,
 )
 from .data import folded, read_rows, rows_digest, tokens
-from .evaluator import check_references, conversation, extracted, find_label
+from .evaluator import check_references, conversation, extracted, find_label, needs_reference
 from .paid_calls import Spent
 from .statistics import compare_paired, macro_f1, mean_interval
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = replace(report, predictor=digest, routes=routes(run, job, rows, predictor))
     report_json = json.dumps(asdict(report), indent=1, ensure_ascii=False)
     (output.folder / REPORT).write_text(report_json, encoding="utf-8")
-    write_items(output.folder / ITEMS, rows, run.arms)
+    write_items(output.folder / ITEMS, rows, run.arms, not needs_reference(settings.feedback.evaluator))
     for words in notes(report, run):
         steps.say(words)
     output.finish(kind="Evaluation", metrics=measured(report, run))
@@ -151,6 +151,7 @@ class Item:
     draft: str | None
     reply: Reply
     score: float
+    doubt: str = ""  # why the judge's word on it is worth a person's look
 
 
 @dataclass(frozen=True)
@@ -286,18 +287,22 @@ class _Shown:
 
 
 async def _solo(asking: Asking, row: Row, pair: Pair) -> Item:
-    reply = await asking.solo(row, pair, SOLO)
-    return Item(None, reply, await asking.score(row, reply))
+    return await _item(asking, row, None, await asking.solo(row, pair, SOLO))
 
 
 async def _answer(asking: Asking, row: Row, draft: str | None, pair: Pair, arm: str) -> Item:
     """Without a draft the strong model answers alone, as it does in service."""
     reply = await (asking.solo(row, pair, arm) if draft is None else asking.answer(row, draft, pair, arm))
-    return Item(draft, reply, await asking.score(row, reply))
+    return await _item(asking, row, draft, reply)
 
 
 async def _weak_alone(asking: Asking, row: Row, draft: str) -> Item:
-    return Item(draft, Reply(draft, "", ""), await asking.score_text(row, draft))
+    return await _item(asking, row, draft, Reply(draft, "", ""))
+
+
+async def _item(asking: Asking, row: Row, draft: str | None, reply: Reply) -> Item:
+    score = await asking.score(row, reply)
+    return Item(draft, reply, score, "" if reply.error else await asking.doubt(row, reply.text))
 
 
 # ---------------------------------------------------------------- the report
@@ -411,9 +416,10 @@ def _macro_f1(items: Sequence[Item], rows: Sequence[Row], evaluator: Evaluator) 
 
 
 # ---------------------------------------------------------------- what is written
-def write_items(path: Path, rows: Sequence[Row], arms: Mapping[str, Sequence[Item]]) -> None:
+def write_items(path: Path, rows: Sequence[Row], arms: Mapping[str, Sequence[Item]], is_judged: bool = False) -> None:
     """One row a query: id, group, query, reference, then draft, answer, error and score of each arm.
 
+    Of a judge or a scorer also why its word is worth a person's look, and the messages of each query: `cowest review`.
     `query` is the last message; `conversation` holds all of them where there are more.
     """
     text = pa.string()
@@ -424,12 +430,16 @@ def write_items(path: Path, rows: Sequence[Row], arms: Mapping[str, Sequence[Ite
         "conversation": pa.array([conversation(row) if len(row.messages) > 1 else None for row in rows], text),
         "reference": pa.array([row.reference for row in rows], text),
     }
+    if is_judged:
+        columns["messages"] = pa.array([json.dumps([*row.messages], ensure_ascii=False) for row in rows], text)
     for name in ("candidate", "control", SOLO, "weak"):
         items = arms[name]
         columns[f"{name}_draft"] = pa.array([item.draft for item in items], text)
         columns[f"{name}_answer"] = pa.array([item.reply.text for item in items], text)
         columns[f"{name}_error"] = pa.array([item.reply.error for item in items], text)
         columns[f"{name}_score"] = pa.array([item.score for item in items], pa.float64())
+        if is_judged:
+            columns[f"{name}_doubt"] = pa.array([item.doubt for item in items], text)
     pq.write_table(pa.table(columns), path, compression="zstd")
 
 

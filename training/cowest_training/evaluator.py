@@ -577,15 +577,17 @@ class Judge:
 
     async def score(self, row: Row, answer: str) -> float | None:
         """0, 0.5 or 1; 0.5 also where the two orders disagree. None, which is worth a tie, where one has no verdict."""
+        return score_of(await self.verdicts(row, answer))
+
+    async def verdicts(self, row: Row, answer: str) -> tuple[float | None, ...]:
+        """With the reference before the answer, and after it; None where there is none."""
         measure = _section("reference", row.reference) if row.reference else "There is no reference."
         graded = _section("answer", extracted(self._extract, answer))
-        verdicts = [
+        there, back = [
             await self._verdict(row, _filled(_POINTWISE, row, self._standard(row), first=first, second=second), _GRADES)
             for first, second in ((measure, graded), (graded, measure))
         ]
-        if None in verdicts:
-            return None
-        return verdicts[0] if verdicts[0] == verdicts[1] else TIE
+        return there, back
 
     async def prefer(self, row: Row, a: str, b: str) -> float:
         """1 when `a` is better in both orders, 0 when `b` is, else 0.5."""
@@ -649,6 +651,14 @@ class Judge:
             raise StepError(
                 f"the judge {self._endpoint} left {self._undecided} of {asked_in_all} requests without a verdict: {why}"
             )
+
+
+def score_of(verdicts: Sequence[float | None]) -> float | None:
+    """What both orders come to."""
+    there, back = verdicts
+    if there is None or back is None:
+        return None
+    return there if there == back else TIE
 
 
 def judge_model(settings: Evaluator, api_key: str | None) -> HttpChatModel:

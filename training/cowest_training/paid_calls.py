@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from cowest_serving.models import ChatModel
 
 from .contract import EXIT_BUDGET, EXIT_RETRY, StepError
 
-__all__ = ["Asked", "PaidCalls", "Spent", "read_live_spent", "read_spent"]
+__all__ = ["Asked", "PaidCalls", "Spent", "read_live_spent", "read_scores", "read_spent"]
 
 
 class PaidCalls(book.PaidCalls):
@@ -38,6 +38,12 @@ def read_spent(path: str | Path, *, round_number: int | None = None, day: str | 
     """What a book says was paid, for a status line. Nothing when there is no book yet."""
     with _ending_the_step():
         return book.read_spent(path, round_number=round_number, day=day)
+
+
+def read_scores(path: str | Path, keys: Iterable[str]) -> dict[str, float]:
+    """Scores that are remembered, by key."""
+    with _ending_the_step():
+        return book.read_scores(path, keys)
 
 
 def read_live_spent(path: str | Path) -> tuple[str, Spent]:
