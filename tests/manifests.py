@@ -59,6 +59,7 @@ class Broken:
 
 
 JUDGE = {"type": "Judge", "endpoint": "https://judge.example.com/v1", "model": "judge"}
+JUROR = {"endpoint": "https://other.example.com/v1", "model": "other"}
 STEPS_DOWN = [{"weightPercent": 50, "minAnswers": 1}, {"weightPercent": 10, "minAnswers": 1}]
 STEPS_SAME = [{"weightPercent": 50, "minAnswers": 1}, {"weightPercent": 50, "minAnswers": 2}]
 
@@ -184,6 +185,34 @@ BROKEN = (
     Broken("a kappa that nobody reaches",
            {"feedback.evaluator": {**JUDGE, "calibration": {"labels": "file:///l.jsonl", "minKappa": "1"}}},
            "spec.feedback.evaluator.calibration.minKappa", "from 0 to below 1"),
+    Broken("a jury without a judge", {"feedback.evaluator.jury": [JUROR]}, "spec.feedback.evaluator.jury",
+           "for type Judge only"),
+    Broken("a rule without a jury", {"feedback.evaluator": {**JUDGE, "juryRule": "Mean"}},
+           "spec.feedback.evaluator.juryRule", "juryRule needs a jury"),
+    Broken("a juror that is the judge", {"feedback.evaluator": {**JUDGE, "jury": [{**JUROR, "model": "judge"}]}},
+           "spec.feedback.evaluator.jury", "its word would count twice"),
+    Broken("a juror twice", {"feedback.evaluator": {**JUDGE, "jury": [JUROR, JUROR]}},
+           "spec.feedback.evaluator.jury[1]", "second entry"),
+    Broken("a juror over plain http",
+           {"feedback.evaluator": {**JUDGE, "jury": [{**JUROR, "endpoint": "http://j.example.com/v1"}]}},
+           "spec.feedback.evaluator.jury[0].endpoint", "must use https"),
+    Broken("a juror without scheme",
+           {"feedback.evaluator": {**JUDGE, "jury": [{**JUROR, "endpoint": "j.example.com"}]}},
+           "spec.feedback.evaluator.jury[0].endpoint", "must be an address"),
+    Broken("a juror's port that is too high",
+           {"feedback.evaluator": {**JUDGE, "jury": [{**JUROR, "endpoint": "https://j.c:70000/v1"}]}},
+           "spec.feedback.evaluator.jury[0].endpoint", "must have a port"),
+    Broken("a key in a juror's address",
+           {"feedback.evaluator": {**JUDGE, "jury": [{**JUROR, "endpoint": "https://k@j.example.com/v1"}]}},
+           "spec.feedback.evaluator.jury[0].endpoint", "must not carry a user or key"),
+    Broken("a blank juror", {"feedback.evaluator": {**JUDGE, "jury": [{**JUROR, "model": " "}]}},
+           "spec.feedback.evaluator.jury[0].model", "must not be blank"),
+    Broken("a juror's Secret named in capitals",
+           {"feedback.evaluator": {**JUDGE, "jury": [{**JUROR, "apiKeySecretRef": CAPITALS}]}},
+           "spec.feedback.evaluator.jury[0].apiKeySecretRef.name", "must be the name of a Secret"),
+    Broken("a juror's key with a slash",
+           {"feedback.evaluator": {**JUDGE, "jury": [{**JUROR, "apiKeySecretRef": SLASH}]}},
+           "spec.feedback.evaluator.jury[0].apiKeySecretRef.key", "must be a key of the Secret"),
     Broken("a tolerance without Numeric", {"feedback.evaluator.absoluteTolerance": "0.1"},
            "spec.feedback.evaluator.type", "for type Numeric only"),
     Broken("one draft a query", {"feedback.draftsPerQuery": 1}, "spec.feedback.draftsPerQuery", "at least 2"),
@@ -388,6 +417,7 @@ VALID: Mapping[str, Mapping[str, Any]] = {
         "gate.minimumEffectPoints": "2",
     },
     "a judge that also judges live": {"feedback.evaluator": {**JUDGE, "rubric": "right"}, "canary.signal": "Judge"},
+    "a jury": {"feedback.evaluator": {**JUDGE, "jury": [JUROR, {**JUROR, "model": "third"}], "juryRule": "Mean"}},
     "a judge beside people": {"feedback.evaluator": {**JUDGE, "calibration": {"labels": "s3://data/labels.jsonl"}}},
     "a scorer over HTTP": {"feedback.evaluator": {"type": "HTTP", "endpoint": "http://scorer:8080/score"}},
     "choices": {"feedback.evaluator": {"type": "Choice", "choices": ["yes", "no"]}},

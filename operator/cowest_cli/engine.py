@@ -56,12 +56,17 @@ CLIENT_NAMES = "COWEST_CLIENT_APPLICATIONS"  # whose keys those are
 FALLBACK_KEYS = "COWEST_STRONG_FALLBACK_API_KEYS"  # of the strong model's fallbacks: for the gateway only
 STRONG_KEYS = "COWEST_STRONG_API_KEYS"  # one a line
 EVALUATOR_KEY = "COWEST_EVALUATOR_API_KEY"  # for the steps that score: the gateway never does
+JURY_KEYS = "COWEST_JURY_API_KEY_"  # and a number: the same of further judges
 MAX_RESTARTS = 4  # of a gateway that never became ready
 LONGEST_WAIT = 60.0  # seconds before a server that ended is started again
 FIRST_HOLD, LONGEST_HOLD = 30.0, 600.0  # seconds before what failed for good is tried again, with --serve
 STEADY = 60.0  # seconds that a server has to run for its earlier ends to be forgotten
 
 Start = Callable[..., Child]
+
+
+def is_of_evaluator(variable: str) -> bool:
+    return variable == EVALUATOR_KEY or variable.startswith(JURY_KEYS)
 
 
 @dataclass
@@ -484,7 +489,7 @@ class Engine:
         keys = self._order.client_keys or os.environ.get(CLIENT_KEYS)
         names = self._order.client_names or os.environ.get(CLIENT_NAMES)
         more = {CLIENT_KEYS: keys, CLIENT_NAMES: names, FALLBACK_KEYS: self._order.fallback_keys}
-        of_strong = {name: key for name, key in self._order.keys.items() if name != EVALUATOR_KEY}
+        of_strong = {name: key for name, key in self._order.keys.items() if not is_of_evaluator(name)}
         environment = {**self._environment(), **of_strong, **{name: value for name, value in more.items() if value}}
         return self._start("gateway", command, environment, self.home.logs / "gateway.log")
 
@@ -653,8 +658,9 @@ class Engine:
 
     def _environment(self, threads: int = 1) -> dict[str, str]:
         """Of the person's own environment all but the keys: each child is given those that it needs."""
-        own = {k: v for k, v in os.environ.items() if not k.startswith("COWEST_SECRET_")}
-        for key in (STRONG_KEYS, EVALUATOR_KEY, CLIENT_KEYS, FALLBACK_KEYS):
+        kept = (k for k in os.environ if not k.startswith("COWEST_SECRET_") and not is_of_evaluator(k))
+        own = {name: os.environ[name] for name in kept}
+        for key in (STRONG_KEYS, CLIENT_KEYS, FALLBACK_KEYS):
             own.pop(key, None)
         own.setdefault(THREADS, str(threads))
         own.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -19,7 +19,7 @@ from cowest_operator import api, manifest, people, story
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Routing, dump, parse
 from cowest_serving.cores import Cores
-from cowest_training.contract import EXIT_BAD_INPUT, StepError
+from cowest_training.contract import EXIT_BAD_INPUT, StepError, jury_key
 
 
 @dataclass(frozen=True)
@@ -293,8 +293,10 @@ def keys_environment(job: api.Job, folder: Path | None) -> dict[str, str]:
     """What only the gateway and the steps that ask the strong model get."""
     keys = [secret(ref.name, ref.key, folder) for ref in job.spec.strong.api_key_secret_refs]
     environment = {"COWEST_STRONG_API_KEYS": "\n".join(keys)} if keys else {}
-    if reference := job.spec.feedback.evaluator.api_key_secret_ref:
-        environment["COWEST_EVALUATOR_API_KEY"] = secret(reference.name, reference.key, folder)
+    evaluator = job.spec.feedback.evaluator
+    for number, each in enumerate(evaluator.judges or (evaluator,)):
+        if reference := each.api_key_secret_ref:
+            environment[jury_key(number)] = secret(reference.name, reference.key, folder)
     return environment
 
 

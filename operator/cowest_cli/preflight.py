@@ -78,6 +78,7 @@ def check_data(
     from cowest_training.calibration import answers_to_score, few_note, read_labels
     from cowest_training.check import check_rows, notes_of_rows
     from cowest_training.data import read_rows, rows_digest
+    from cowest_training.evaluator import family_notes
     from cowest_training.round_trip import check_tokenizer
 
     unread: Mapping[str, Counter[str]] = {spec["data"][name]: Counter() for name in DATA}
@@ -100,9 +101,11 @@ def check_data(
     calibration = evaluator.calibration if LABELS in names else None
     labels = read_labels(calibration.labels, evaluator) if calibration else []
     of_rows = notes_of_rows(train, held_out, unread, evaluator, spec["collaboration"]["draft"])
+    of_judges = family_notes(evaluator, spec["strong"]["endpoint"], spec["strong"]["model"], spec["weak"]["model"])
     notes = [
+        *of_judges,
         *of_rows,
-        *filter(None, [few_note(labels) if labels else ""]),
+        *([note] if labels and (note := few_note(labels)) else ()),
         *(_tuning_notes(spec, train) if train else ()),
         *of_prompts,
     ]

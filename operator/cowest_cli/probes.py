@@ -6,10 +6,10 @@ A wrong address, key or name is said then, in the words that the steps would hav
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cowest_serving.contract import Strong
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Row, StepError
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Row, StepError, jury_key
 
 PATIENCE_SECONDS = 30.0
 RETRIES = 2
@@ -29,22 +29,25 @@ def strong_answers(strong: Strong, keys: str) -> None:
     )
 
 
-def evaluator_answers(settings: Evaluator, key: str | None, row: Row | None) -> str:
-    """A judge costs one token; a scorer scores the reference of `row` as if it were an answer.
+def evaluator_answers(
+    settings: Evaluator, key: str | None, row: Row | None, jury_keys: Mapping[str, str] | None = None
+) -> str:
+    """Each judge costs one token; a scorer scores the reference of `row` as if it were an answer.
 
     Says so where that scores 0, else "". Raises `StepError`.
     """
-    if settings.type == "Judge":
+    for number, judge in enumerate(settings.judges):
+        field = f"feedback.evaluator.jury[{number - 1}]" if number else "feedback.evaluator"
         _answers(
-            "spec.feedback.evaluator",
-            "feedback.evaluator.apiKeySecretRef",
-            settings.endpoint or "",
-            settings.model or "",
-            [key or ""],
-            timeout_seconds=settings.timeout_seconds,
+            f"spec.{field}",
+            f"{field}.apiKeySecretRef",
+            judge.endpoint or "",
+            judge.model or "",
+            [(jury_keys or {}).get(jury_key(number), "") if number else key or ""],
+            timeout_seconds=judge.timeout_seconds,
             retries=RETRIES,
         )
-    elif settings.type == "HTTP" and row is not None:
+    if settings.type == "HTTP" and row is not None:
         try:
             score = asyncio.run(_score_once(settings, key, row))
         except StepError as error:

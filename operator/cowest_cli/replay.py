@@ -158,7 +158,8 @@ def score_again(place: jobs.Home, kept: Mapping[str, Any]) -> LiveReport:
 
 def _run(flags: list[str]) -> None:
     secret = ("COWEST_STRONG_API_KEYS", "COWEST_EVALUATOR_API_KEY")
-    environment = {k: v for k, v in os.environ.items() if k not in secret and not k.startswith("COWEST_SECRET_")}
+    of_many = ("COWEST_SECRET_", "COWEST_JURY_API_KEY_")
+    environment = {k: v for k, v in os.environ.items() if k not in secret and not k.startswith(of_many)}
     command = [sys.executable, "-m", "cowest_training.score_live", *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -26,6 +26,7 @@ from cowest_serving.traces import read_feedback, read_traces
 from cowest_serving.words import scores_of
 from cowest_training.asking import score_key
 from cowest_training.contract import Evaluator, StepError, evaluator_digest
+from cowest_training.evaluator import verdict_of
 from cowest_training.paid_calls import read_scores
 from cowest_training.score_live import live_answer
 
@@ -131,11 +132,13 @@ def _of_users(source: Source) -> Iterator[Question]:
     """Live answers that a judge or a scorer has scored, of which users said the opposite."""
     if source.calls is None or not (said := scores_of(read_feedback(source.root).to_pylist())):
         return
-    digest = evaluator_digest(source.evaluator)
+    evaluator = source.evaluator
+    digests = [evaluator_digest(each) for each in evaluator.judges or (evaluator,)]
     traces = [trace for trace in read_traces(source.root).to_pylist() if trace["trace_id"] in said and trace["answer"]]
     answers = {trace["trace_id"]: live_answer(trace, "candidate") for trace in traces}
-    keys = {id_: score_key(digest, each.row, each.answer or "") for id_, each in answers.items()}
-    scores = read_scores(source.calls, keys.values())
+    keys = {id_: [score_key(by, each.row, each.answer or "") for by in digests] for id_, each in answers.items()}
+    known = read_scores(source.calls, (key for found in keys.values() for key in found))
     for id_, each in answers.items():
-        if keys[id_] in scores and disagrees(said[id_], scores[keys[id_]]):
+        scores = [known[key] for key in keys[id_] if key in known]
+        if len(scores) == len(digests) and disagrees(said[id_], verdict_of(scores, evaluator.jury_rule)):
             yield Question(each.row.messages, "", (each.answer or "",), USER_DISAGREES)

@@ -183,7 +183,7 @@ def _before_it_pays(order: engines.Order, place: jobs.Home, yes: bool, console: 
         spec = order.declared.job.spec
         probes.strong_answers(spec.strong, order.keys.get(engines.STRONG_KEYS, ""))
         key = order.keys.get(engines.EVALUATOR_KEY)
-        if note := probes.evaluator_answers(spec.feedback.evaluator, key, order.facts.first):
+        if note := probes.evaluator_answers(spec.feedback.evaluator, key, order.facts.first, order.keys):
             console.print(f"note: {note}", soft_wrap=True)
 
 

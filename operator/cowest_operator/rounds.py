@@ -358,15 +358,15 @@ def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baselin
     queries = 0 if baseline else min(rows, spec.feedback.max_queries)
     with_draft = queries * spec.feedback.drafts_per_query + held_out
     alone = queries + (held_out if baseline else 0)
-    # A judge is asked in both orders, and of the weak model's own drafts on the held-out queries too; where a draft may
-    # be the answer, on all queries.
+    # Each judge is asked in both orders, and of the weak model's own drafts on the held-out queries too; where a draft
+    # may be the answer, on all queries.
     shortcuts = spec.collaboration.shortcuts
     as_answers = held_out + (queries if shortcuts and shortcuts.weak_alone else 0)
-    by_judge = spec.feedback.evaluator.type == "Judge"
-    judged = 2 * (with_draft + alone + as_answers + (labelled if baseline else 0)) if by_judge else 0
+    verdicts = 2 * len(spec.feedback.evaluator.judges)  # of an answer
+    judged = verdicts * (with_draft + alone + as_answers + (labelled if baseline else 0))
     replayed, live = live_answers(spec.canary)
     with_draft += replayed
-    judged += 2 * live if by_judge else 0
+    judged += verdicts * live
     question = query_chars / 4 + len(job.prompts.refine) / 4
     draft = spec.collaboration.draft_max_tokens
     answer = spec.strong.max_tokens or UNKNOWN_OUTPUT_TOKENS

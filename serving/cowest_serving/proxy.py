@@ -5,7 +5,7 @@
 It alone holds the keys, the budget and the book of paid calls; where the budget limits a day, gateways take slices of
 it for live answers. A request with an `Idempotency-Key` is paid for once,
 whoever asks and however often; one without is passed on, streams included, and counts in the budget all the same.
-Below /judge/v1 it asks the judge of spec.feedback.evaluator, whose answers cost money too.
+Below /judge/v1 it asks the judges of spec.feedback.evaluator, each by its name: their answers cost money too.
 
 Keys come from the files below the folder COWEST_STRONG_API_KEYS_FOLDER (a mounted Secret; read for every call, so that
 a rotation needs no restart), and from COWEST_STRONG_API_KEYS, one a line; the judge's likewise from
@@ -90,6 +90,7 @@ log = logging.getLogger(__name__)
 MAX_BODY = 16 * 1024 * 1024
 DEADLINE_OVER_TIMEOUT = 3  # no user waits here: a rate limit may be waited out for longer than in the gateway
 STRONG_KEYS, JUDGES_KEY = "COWEST_STRONG_API_KEYS", "COWEST_EVALUATOR_API_KEY"
+JURY_KEY = "COWEST_JURY_API_KEY"  # and a number: of further judges
 MODELS_SECONDS = 5.0  # how long the upstream may take to list its models
 
 PAID = "cowest_proxy_calls_paid_total"
@@ -118,6 +119,12 @@ METRICS = {
 
 
 @dataclass(frozen=True)
+class JurorSettings:
+    endpoint: str
+    model: str
+
+
+@dataclass(frozen=True)
 class EvaluatorSettings:
     """What of an evaluator is a model that can be asked."""
 
@@ -125,6 +132,7 @@ class EvaluatorSettings:
     endpoint: str | None = None
     model: str | None = None
     timeout_seconds: int | None = None
+    jury: tuple[JurorSettings, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,26 +148,25 @@ class ProxySettings:
     feedback: FeedbackSettings | None = None
 
     @property
-    def judge(self) -> Strong | None:
-        """As another strong model, with the same budget, prices and limits."""
+    def judges(self) -> tuple[Strong, ...]:
+        """Each as another strong model, with the same budget, prices and limits; the first one first."""
         if self.feedback is None or self.feedback.evaluator.type != "Judge":
-            return None
+            return ()
         asked = self.feedback.evaluator
         seconds = asked.timeout_seconds or self.strong.timeout_seconds
-        return replace(
-            self.strong, endpoint=asked.endpoint or "", model=asked.model or "", timeout_seconds=seconds,
-            api_key_secret_refs=(), fallbacks=(),
-        )  # fmt: skip
+        alike = replace(self.strong, timeout_seconds=seconds, api_key_secret_refs=(), fallbacks=())
+        first = JurorSettings(asked.endpoint or "", asked.model or "")
+        return tuple(replace(alike, endpoint=each.endpoint, model=each.model) for each in (first, *(asked.jury or ())))
 
 
 def build_app(
     strong: Strong,
     book: PaidCalls,
     read_keys: ReadKeys,
-    judge: tuple[Strong, ReadKeys] | None = None,
+    judges: Sequence[tuple[Strong, ReadKeys]] = (),
     clients: Keys | None = None,
 ) -> Starlette:
-    proxy = Proxy(strong, book, read_keys, judge, clients or Keys())
+    proxy = Proxy(strong, book, read_keys, judges, clients or Keys())
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -305,30 +312,38 @@ class Proxy:
     """What all endpoints share: the book, the upstream and the metrics."""
 
     def __init__(
-        self, strong: Strong, book: PaidCalls, read_keys: ReadKeys, judge: tuple[Strong, ReadKeys] | None, clients: Keys
+        self,
+        strong: Strong,
+        book: PaidCalls,
+        read_keys: ReadKeys,
+        judges: Sequence[tuple[Strong, ReadKeys]],
+        clients: Keys,
     ) -> None:
         self._strong, self._book, self._read_keys, self._clients = strong, book, read_keys, clients
         self._count = Metrics(METRICS)
         self.upstream = Upstream(strong, read_keys, self._count)
-        self._judge = Upstream(*judge, self._count) if judge else None
+        self._judges = {judge.model: Upstream(judge, read, self._count) for judge, read in judges}
 
     async def aclose(self) -> None:
-        for each in (self.upstream, self._judge):
-            if each is not None:
-                await each.aclose()
+        for each in (self.upstream, *self._judges.values()):
+            await each.aclose()
 
     async def chat(self, request: Request) -> Response:
-        return await self._answered(request, self.upstream, "spec.strong")
+        return await self._answered(request, (self.upstream,), "spec.strong")
 
     async def judged(self, request: Request) -> Response:
-        if self._judge is None:
+        if not self._judges:
             raise Refusal(404, "spec.feedback.evaluator: wanted a Judge, saw none.", code="model_not_found")
-        return await self._answered(request, self._judge, "spec.feedback.evaluator")
+        return await self._answered(request, tuple(self._judges.values()), "spec.feedback.evaluator")
 
-    async def _answered(self, request: Request, upstream: Upstream, section: str) -> Response:
+    async def _answered(self, request: Request, upstreams: Sequence[Upstream], section: str) -> Response:
+        """By the one whose model is named, or else by the first, which refuses another's name."""
         try:
             self._check_client(request)
-            asked = parse_request(await _body(request), request.headers, upstream.strong, section)
+            body = await _body(request)
+            named = parse_object(body).get("model") if len(upstreams) > 1 else None
+            upstream = next((each for each in upstreams if each.model == named), upstreams[0])
+            asked = parse_request(body, request.headers, upstream.strong, section)
             if upstream is self.upstream and (missing := self._missing_key()):
                 raise _unavailable(503, missing)
             if asked.call.round is not None:
@@ -702,8 +717,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def _serve(settings: ProxySettings, path: Path, listener: socket.socket) -> None:
-    strong, judge = settings.strong, settings.judge
-    longest = DEADLINE_OVER_TIMEOUT * max(each.timeout_seconds for each in (strong, judge) if each)
+    strong, judges = settings.strong, settings.judges
+    longest = DEADLINE_OVER_TIMEOUT * max(each.timeout_seconds for each in (strong, *judges))
     book = PaidCalls(
         path,
         budget=strong.budget,
@@ -712,7 +727,7 @@ async def _serve(settings: ProxySettings, path: Path, listener: socket.socket) -
         drain_seconds=longest,
     )
     config = uvicorn.Config(
-        _app_of(strong, judge, book),
+        _app_of(strong, judges, book),
         lifespan="on",
         access_log=False,
         log_config=None,
@@ -726,9 +741,11 @@ async def _serve(settings: ProxySettings, path: Path, listener: socket.socket) -
     await server.serve(sockets=[listener])
 
 
-def _app_of(strong: Strong, judge: Strong | None, book: PaidCalls) -> Starlette:
-    read_keys, read_judges = (keys_of(os.environ, name, below=True).read for name in (STRONG_KEYS, JUDGES_KEY))
-    return build_app(strong, book, read_keys, (judge, read_judges) if judge else None, keys_of(os.environ, CLIENT_KEYS))
+def _app_of(strong: Strong, judges: Sequence[Strong], book: PaidCalls) -> Starlette:
+    read_keys = keys_of(os.environ, STRONG_KEYS, below=True).read
+    names = [f"{JURY_KEY}_{number}" if number else JUDGES_KEY for number in range(len(judges))]
+    read = [keys_of(os.environ, name, below=True).read for name in names]
+    return build_app(strong, book, read_keys, list(zip(judges, read, strict=True)), keys_of(os.environ, CLIENT_KEYS))
 
 
 def load_settings(path: Path) -> ProxySettings:

@@ -532,6 +532,16 @@ def test_the_strong_models_port_is_read_from_its_address(endpoint: str, port: in
 
 
 @needs_helm
+def test_the_ports_of_all_judges_are_read_from_their_addresses() -> None:
+    places = {"endpoint": "https://a.example.com/v1", "jury[0].endpoint": "http://b.svc:8000/v1"}
+    said = {"type": "Judge", "model": "a", "jury[0].model": "b", **places}
+    found = policies("minimal", ",".join(f"job.feedback.evaluator.{name}={value}" for name, value in said.items()))
+    for name in ("proxy", "step"):
+        ports = [[each["port"] for each in rule["ports"]] for rule in found[name]["egress"]]
+        assert [443, 8000] in ports, name
+
+
+@needs_helm
 def test_on_ray_the_gateways_nodes_reach_each_other_and_only_kuberay_reaches_the_dashboard() -> None:
     nodes = {"matchExpressions": [
         {"key": "cowest.dev/job", "operator": "In", "values": ["desk"]},

@@ -295,6 +295,32 @@ def right_is_short(call: Call) -> str:
     return "ACCEPT" if len(answer.split()) == 1 else "REJECT"
 
 
+def doubting(call: Call) -> str:
+    """A judge that likes what it reads last: of a right answer it says one thing in one order, another in the other."""
+    is_last = call.last.index("<answer>") > call.last.index("<reference>")
+    return "REJECT" if "no idea" in call.last or not is_last else "ACCEPT"
+
+
+def test_where_a_judge_doubts_itself_stands_beside_each_answer_also_when_it_is_not_asked_again(
+    tmp_path: Path, strong: ScriptedModel
+) -> None:
+    with ScriptedModel(doubting).in_thread() as judge:
+        evaluator = {"type": "Judge", "endpoint": judge.url, "model": "judge"}
+        step = Step(tmp_path, strong, feedback={"evaluator": evaluator})
+        step.run()
+        asked = len(judge.calls)
+        (tmp_path / "out/manifest.json").unlink()
+        step.run(out="again")
+        assert len(judge.calls) == asked
+    for out in ("out", "again"):
+        for item in step.items(out):
+            assert item["candidate_doubt"] == ("" if item["candidate_answer"] == "no idea" else "ordersDiffer")
+            assert json.loads(item["messages"]) == [{"role": "user", "content": item["query"]}]
+    plain = Step(tmp_path, strong)
+    plain.run(out="plain")
+    assert not [name for name in plain.items("plain")[0] if name == "messages" or name.endswith("_doubt")]
+
+
 def labelled(answers: Sequence[str], label: str, n: int) -> list[dict[str, Any]]:
     answer = {"answers": list(answers)} if len(answers) == 2 else {"answer": answers[0]}
     return [{"query": f"{label} {number}?", **answer, "label": label} for number in range(n)]

@@ -19,14 +19,24 @@ import aiohttp
 import openai
 import pytest
 import uvicorn
+from starlette.applications import Starlette
 
 from cowest_serving.book import PaidCalls
 from cowest_serving.contract import Budget, Pair, Prices, Prompts, SecretRef, Strong, dump
 from cowest_serving.key_files import Keys
 from cowest_serving.models import HttpChatModel, Unauthorized
-from cowest_serving.proxy import Server, build_app, decimal_text
+from cowest_serving.proxy import (
+    EvaluatorSettings,
+    FeedbackSettings,
+    JurorSettings,
+    ProxySettings,
+    Server,
+    _app_of,
+    build_app,
+    decimal_text,
+)
 from cowest_training.asking import Asking, open_asking
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, Evaluator, Row, StepError
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, Evaluator, Juror, Row, StepError
 from tests.fakes import Call, Fault, ScriptedModel, unused_port
 from tests.loop.stopping import told_at_the_start
 from tests.ports import free_port
@@ -92,7 +102,12 @@ async def proxy(
     book = PaidCalls(
         tmp_path / "book.sqlite", budget=strong.budget, prices=strong.prices, max_concurrency=strong.max_concurrency
     )
-    app = build_app(strong, book, keys, (judge, lambda: ["j"]) if judge else None, clients)
+    async with serving(build_app(strong, book, keys, [(judge, lambda: ["j"])] if judge else (), clients), book) as door:
+        yield door
+
+
+@asynccontextmanager
+async def serving(app: Starlette, book: PaidCalls) -> AsyncIterator[Door]:
     server = Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5), book)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serving = asyncio.create_task(server._serve([listener]))  # without its signal handlers
@@ -829,6 +844,35 @@ async def test_a_judge_is_asked_by_the_proxy_which_holds_its_key_its_bill_and_it
     assert float(of_round["money"]) > 0
     assert {call.headers["authorization"] for call in judge.calls} == {"Bearer j"}
     assert model.calls == []
+
+
+async def test_each_judge_of_a_jury_is_asked_by_the_proxy_with_its_own_key_and_remembered_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with ScriptedModel() as model, ScriptedModel("ACCEPT") as judge, ScriptedModel("REJECT") as other:
+        strong = strong_settings(model.url, prices=PRICES)
+        settings = proxy_settings(strong, judge.url, other.url)
+        monkeypatch.setenv("COWEST_EVALUATOR_API_KEY", "first")
+        monkeypatch.setenv("COWEST_JURY_API_KEY_1", "second")
+        book = PaidCalls(tmp_path / "book.sqlite", prices=strong.prices)
+        async with serving(_app_of(strong, settings.judges, book), book) as door:
+            monkeypatch.setenv("COWEST_STRONG_URL", door.url + "/v1")
+            alone = Evaluator("Judge", endpoint=judge.url, model="judge")
+            jury = replace(alone, jury=(Juror(other.url, "other"),))
+            for evaluator, score in ((alone, 1.0), (jury, 0.5), (replace(jury, jury_rule="Mean"), 0.5)):
+                path = str(tmp_path / "a.sqlite")
+                async with open_asking(strong, evaluator, path, purpose="evaluate:f00d", round_number=3) as asking:
+                    assert await asking.score_text(row("q"), "an answer") == score
+                    doubt = await asking.doubt(row("q"), "an answer")
+            calls = (await door.get("/v1/spent?round=3")).body["round"]["calls"]
+    assert doubt == "jurorsSplit" and calls == len(judge.calls) + len(other.calls) == 4, "each in both orders, once"
+    keys = [{call.headers["authorization"] for call in server.calls} for server in (judge, other)]
+    assert keys == [{"Bearer first"}, {"Bearer second"}]
+
+
+def proxy_settings(strong: Strong, judge: str, other: str) -> ProxySettings:
+    jury = (JurorSettings(other, "other"),)
+    return ProxySettings(strong, FeedbackSettings(EvaluatorSettings("Judge", judge, "judge", jury=jury)))
 
 
 async def test_a_budget_that_is_spent_ends_a_step_that_judges_too(

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from cowest_serving.contract import digest_of
 from cowest_training import evaluator
 from cowest_training.contract import (
     EVALUATOR_RULES,
     EXIT_BAD_INPUT,
     EXIT_RETRY,
     Evaluator,
+    Juror,
     Row,
     StepError,
     evaluator_digest,
@@ -25,11 +27,13 @@ from cowest_training.evaluator import (
     SCORER_CONCURRENCY,
     HttpScorer,
     Judge,
+    Jury,
     RuleScorer,
     build_evaluator,
     check_references,
     decimal_note,
     extract_note,
+    family_notes,
     find_label,
     last_number,
     squad_normalised,
@@ -590,3 +594,69 @@ async def test_a_judge_that_never_gives_a_verdict_is_refused() -> None:
         with pytest.raises(StepError, match="without a verdict"):
             for _ in range(5):
                 await judge(row(), "a")
+
+
+# ---------------------------------------------------------------- a jury
+@pytest.mark.parametrize(
+    ("rule", "said", "score"),
+    [
+        pytest.param("Majority", (1.0, 1.0, 0.0), 1.0, id="two of three"),
+        pytest.param("Majority", (1.0, 0.5, 0.0), 0.5, id="each says something else"),
+        pytest.param(None, (1.0, 0.0), 0.5, id="half is no majority"),
+        pytest.param(None, (0.0, 0.0), 0.0, id="both"),
+        pytest.param("Mean", (1.0, 1.0, 0.0), 2 / 3, id="the mean keeps thirds"),
+    ],
+)
+def test_a_jury_comes_to_one_score(rule: Any, said: tuple[float, ...], score: float) -> None:
+    jury = tuple(Juror("https://other/v1", f"j{number}") for number in range(len(said) - 1))
+    built = build_evaluator(Evaluator("Judge", endpoint="https://judge/v1", model="m", jury=jury, jury_rule=rule))
+    assert isinstance(built, Jury) and len(built.judges) == len(said)
+    assert built.verdict(said) == pytest.approx(score)
+
+
+async def test_each_judge_of_a_jury_is_asked_in_both_orders_and_no_key_goes_to_another() -> None:
+    async with ScriptedModel("ACCEPT") as first, ScriptedModel("REJECT") as second, ScriptedModel("ACCEPT") as third:
+        jury = tuple(Juror(server.url, name) for server, name in ((second, "b"), (third, "c")))
+        built = build_evaluator(Evaluator("Judge", endpoint=first.url, model="a", jury=jury), api_key="of-the-first")
+        try:
+            assert await built(row("41"), "42") == 1.0
+        finally:
+            await built.aclose()
+        assert [len(server.calls) for server in (first, second, third)] == [2, 2, 2]
+        keys = [{call.headers.get("authorization") for call in server.calls} for server in (first, second, third)]
+    assert keys == [{"Bearer of-the-first"}, {None}, {None}]
+
+
+def test_without_a_jury_an_evaluator_is_the_one_of_before() -> None:
+    alone = Evaluator("Judge", endpoint="https://judge/v1", model="m", rubric="right")
+    before = digest_of([2, "Judge", None, None, None, None, None, "m", "right"])
+    assert evaluator_digest(alone) == before
+    jury = replace(alone, jury=(Juror("https://other/v1", "other"),))
+    assert len({before, evaluator_digest(jury), evaluator_digest(replace(jury, jury_rule="Mean"))}) == 3
+    assert evaluator_digest(jury.judges[0]) == before, "what it said alone is known to the jury"
+
+
+@pytest.mark.parametrize(
+    ("judge", "endpoint", "says"),
+    [
+        pytest.param("GPT-4o", "https://judge/v1", "is the strong model by its name", id="the strong model itself"),
+        pytest.param("openai/gpt-4.1-mini", "https://judge/v1", "of the strong model's family", id="its family"),
+        pytest.param("qwen3-32b", "https://judge/v1", "of the weak model's family", id="of the weak model"),
+        pytest.param("claude", "https://strong/v1/", "at the strong model's address", id="one address"),
+        pytest.param("claude", "https://judge/v1", "", id="another family"),
+        pytest.param("o3", "https://judge/v1", "", id="no word to tell by"),
+    ],
+)
+def test_a_judge_that_may_favour_what_it_judges_is_said(judge: str, endpoint: str, says: str) -> None:
+    settings = Evaluator("Judge", endpoint=endpoint, model=judge)
+    notes = family_notes(settings, "https://strong/v1", "gpt-4o", "hf://Qwen/Qwen2.5-0.5B@main")
+    assert len(notes) == bool(says) and all(says in note for note in notes)
+    assert not family_notes(Evaluator("HTTP", endpoint=endpoint), "https://strong/v1", "gpt-4o", "file:///qwen")
+
+
+def test_a_folder_may_have_the_name_of_any_family() -> None:
+    settings = Evaluator("Judge", endpoint="https://judge/v1", model="qwen3")
+    assert not family_notes(settings, "https://strong/v1", "gpt-4o", "file:///models/qwen")
+    jury = replace(settings, jury=(Juror("https://other/v1", "gpt-5"),))
+    (note,) = family_notes(jury, "https://strong/v1", "gpt-4o", "file:///models/qwen")
+    assert "the judge gpt-5" in note

@@ -13,7 +13,7 @@ import pytest
 
 from cowest_operator import api, reconcile
 from cowest_operator.manifest import load, resolve_prompts
-from cowest_operator.objects import common, steps, weak
+from cowest_operator.objects import common, servers, steps, weak
 from cowest_operator.objects.common import Child, Context
 from cowest_operator.objects.desired import desired, followed, frozen_manifest, waiting
 from cowest_operator.platform import Platform, troubles
@@ -24,7 +24,7 @@ from cowest_serving.client_limits import ClientLimits
 from cowest_serving.contract import Budget, Fallback, SecretRef, parse
 from cowest_serving.proxy import ProxySettings
 from cowest_serving.ray_app import ray_settings
-from cowest_training.contract import Evaluator, Feedback
+from cowest_training.contract import Evaluator, Feedback, Juror
 from cowest_training.observer import ObserverSettings
 from tests import world
 from tests.world import CANDIDATE, PREPARED, STABLE, on_trial
@@ -889,6 +889,26 @@ def test_the_proxy_has_the_key_of_a_judge_as_a_file_and_of_a_scorer_none(kind: s
     assert (common.EVALUATOR_KEY in mounted) is asks
     assert ("COWEST_MORE_CA" in told, "SSL_CERT_FILE" in told) == (asks, not asks), "a judge may have another authority"
     assert mounted >= {common.STRONG_KEYS, "/etc/cowest/strong-ca"}
+
+
+def test_the_keys_of_a_jury_are_files_of_the_proxy_and_variables_of_what_may_ask_by_itself() -> None:
+    jury = (Juror("http://b/v1", "b", SecretRef("second", "key")), Juror("http://c/v1", "c"),
+            Juror("http://d/v1", "d", SecretRef("fourth", "k")))  # fmt: skip
+    evaluator = Evaluator("Judge", endpoint="http://judge/v1", model="m", jury=jury)
+    built = context(feedback={"evaluator": evaluator})
+    (pod,) = (pod for name, pod in pods(everything(built)) if name == "Deployment claims-proxy")
+    told = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}
+    folders = {name: folder for name, folder in told.items() if "JURY" in name}
+    assert folders == {
+        "COWEST_JURY_API_KEY_1_FOLDER": "/etc/cowest/jury-1", "COWEST_JURY_API_KEY_3_FOLDER": "/etc/cowest/jury-3",
+    }  # fmt: skip
+    secrets = {v["name"]: v["secret"]["secretName"] for v in pod["volumes"] if v["name"].startswith("jury")}
+    assert secrets == {"jury-1": "second", "jury-3": "fourth"}
+    assert set(folders.values()) <= {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    _, _, environment = servers.asking_access(built)
+    assert [(each["name"], each["valueFrom"]["secretKeyRef"]["name"]) for each in environment] == [
+        ("COWEST_JURY_API_KEY_1", "second"), ("COWEST_JURY_API_KEY_3", "fourth"),
+    ]  # fmt: skip
 
 
 def test_vllm_needs_no_entry_in_the_images_passwd() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from cowest_cli import probes
 from cowest_serving.contract import SecretRef
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Row, StepError
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Juror, Row, StepError
 from tests.fakes import Fault, ScriptedModel
 
 ROW = Row("q1", "what?", ({"role": "user", "content": "what?"},), "42", where="train.jsonl:1")
@@ -73,6 +73,17 @@ def test_a_judge_is_asked_for_one_token_by_its_key() -> None:
         missing = str(refusal(Evaluator("Judge", endpoint=judge.url, model="scripted")))
         assert "No API key was sent. Declare feedback.evaluator.apiKeySecretRef." in missing
         assert "is right" not in missing, "there is no key to check"
+
+
+def test_each_juror_is_asked_by_its_own_key_and_named_where_it_fails() -> None:
+    with ScriptedModel("ACCEPT").in_thread() as judge, ScriptedModel("ACCEPT", keys=("right",)).in_thread() as other:
+        jury = (Juror(other.url, "other"),)
+        settings = Evaluator("Judge", endpoint=judge.url, model="scripted", jury=jury)
+        assert probes.evaluator_answers(settings, None, ROW, {"COWEST_JURY_API_KEY_1": "right"}) == ""
+        assert (len(judge.paid), len(other.paid)) == (1, 1)
+        missing = str(refusal(settings))
+        assert "spec.feedback.evaluator.jury[0] was asked" in missing
+        assert "Declare feedback.evaluator.jury[0].apiKeySecretRef." in missing
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def make(folder, starts, cores=None, **edits):
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(edited({"gateway.port": free_port(), **edits})))
     home = jobs.Home(folder / "home")
-    keys = {"COWEST_STRONG_API_KEYS": "strong", "COWEST_EVALUATOR_API_KEY": "judge"}
+    keys = {"COWEST_STRONG_API_KEYS": "strong", "COWEST_EVALUATOR_API_KEY": "judge", "COWEST_JURY_API_KEY_1": "juror"}
     return Engine(Order(jobs.load(path), Facts(1, 1, False, 1.0), keys), home, start=starts, cores=cores)
 
 
@@ -319,14 +319,15 @@ def test_each_attempt_has_the_deadline_that_the_manifest_says_as_it_begins(tmp_p
 
 
 def test_each_child_gets_the_keys_that_it_needs_and_no_other(engine, starts, monkeypatch):
-    for name in ("COWEST_CLIENT_API_KEYS", "COWEST_STRONG_API_KEYS", "COWEST_EVALUATOR_API_KEY"):
+    for name in ("COWEST_CLIENT_API_KEYS", "COWEST_STRONG_API_KEYS", "COWEST_EVALUATOR_API_KEY",
+                 "COWEST_JURY_API_KEY_1"):  # fmt: skip
         monkeypatch.setenv(name, "secret")
     engine._start_gateway()
     engine._start_weak(api.ServerSpec("sha256:a", "file:///m"), 1, 1)
     for asks in (True, False):
         engine._start_step(api.StepSpec("r0-x", "x", "file:///x", calls_strong=asks))
-    keys = [{v for v in seen.values() if v in ("secret", "strong", "judge")} for seen in starts.environments]
-    assert keys == [{"secret", "strong"}, set(), {"strong", "judge"}, set()]
+    keys = [{v for v in seen.values() if v in ("secret", "strong", "judge", "juror")} for seen in starts.environments]
+    assert keys == [{"secret", "strong"}, set(), {"strong", "judge", "juror"}, set()]
 
 
 def test_only_where_the_budget_limits_a_day_does_the_gateway_get_the_book(tmp_path, starts):

@@ -7,7 +7,7 @@ import pytest
 from cowest_cli import run
 from cowest_operator import rounds
 from cowest_serving.contract import RouteLimits, Shortcuts
-from cowest_training.contract import Evaluator
+from cowest_training.contract import Evaluator, Juror
 from tests import world as w
 
 
@@ -26,6 +26,16 @@ def test_a_judge_is_paid_for_both_orders_of_every_answer_and_of_the_weak_models_
     assert by_rule.calls == answers
     assert by_judge.calls == answers + 2 * (answers + 5) + 2 * live
     assert by_judge.tokens > by_rule.tokens
+
+
+def test_each_judge_of_a_jury_is_paid():
+    sizes = {"rows": 10, "held_out": 5, "query_chars": 40.0, "baseline": False}
+    one = Evaluator("Judge", endpoint="http://judge/v1", model="m")
+    three = replace(one, jury=(Juror("http://b/v1", "b"), Juror("http://c/v1", "c")))
+    rule, alone, jury = (
+        rounds.estimate(judged_by(each), **sizes).calls for each in (Evaluator("ExactMatch"), one, three)
+    )
+    assert jury - rule == 3 * (alone - rule)
 
 
 def test_a_judge_is_paid_once_for_what_people_labelled():

@@ -24,14 +24,15 @@ from cowest_serving.collaborate import draft_messages, is_draftable, refine_mess
 from cowest_serving.contract import JUDGE_PATH, Messages, Pair, Redaction, Strong, digest_of, parse
 from cowest_serving.error_bodies import ErrorBody, OutspokenModel, body_of
 from cowest_serving.key_files import PROXY_KEYS, keys_of
-from cowest_serving.models import BadRequest, ChatResult, HttpChatModel, is_clients_fault, is_same_origin
+from cowest_serving.models import BadRequest, ChatModel, ChatResult, HttpChatModel, is_clients_fault, is_same_origin
 from cowest_serving.redaction import Redacted, Redactor
 
-from .contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_RETRY, Evaluator, Row, StepError
+from .contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_RETRY, Evaluator, Row, StepError, jury_key
 from .evaluator import (
     DEFAULT_TIMEOUT_SECONDS,
     TIE,
     Judge,
+    Jury,
     Score,
     build_evaluator,
     check_settings,
@@ -315,6 +316,14 @@ def _append(path: Path, value: Mapping[str, Any]) -> None:
 ORDERS_DIFFER = "ordersDiffer"  # a judge says one thing of an answer before its reference, another of one behind it
 
 
+JURORS_SPLIT = "jurorsSplit"  # the judges of a jury score it differently
+
+
+def judges_of(evaluator: Score) -> tuple[Judge, ...]:
+    """None where no model judges."""
+    return (evaluator,) if isinstance(evaluator, Judge) else evaluator.judges if isinstance(evaluator, Jury) else ()
+
+
 def score_key(evaluator: str, row: Row, answer: str) -> str:
     """Under which the score by that evaluator (its digest) lies in the book."""
     return digest_of([evaluator, list(row.messages), row.reference, answer])
@@ -413,6 +422,9 @@ class Asking:
             return await self.evaluator(row, answer)
         if isinstance(self.evaluator, Judge):
             return await self._judged(self.evaluator, row, answer)
+        if isinstance(self.evaluator, Jury):  # each remembered by itself: another juror costs its own calls alone
+            said = await asyncio.gather(*(self._judged(each, row, answer) for each in self.evaluator.judges))
+            return self.evaluator.verdict(said)
         key = score_key(self.evaluator.digest, row, answer)
         score = await self.calls.remember_score(key, lambda: self.evaluator(row, answer))
         return TIE if score is None else score
@@ -438,10 +450,11 @@ class Asking:
 
     async def doubt(self, row: Row, answer: str) -> str:
         """Why what a judge said of an answer is worth a person's look; "" where it is not, or where nobody judged."""
-        if not isinstance(self.evaluator, Judge):
-            return ""
-        key = score_key(self.evaluator.digest, row, answer)
-        return ORDERS_DIFFER if await self.calls.remember_score(doubt_key(key), _unknown) else ""
+        keys = [score_key(judge.digest, row, answer) for judge in judges_of(self.evaluator)]
+        if len({await self.calls.remember_score(key, _unknown) for key in keys} - {None}) > 1:
+            return JURORS_SPLIT
+        differ = [await self.calls.remember_score(doubt_key(key), _unknown) for key in keys]
+        return ORDERS_DIFFER if any(differ) else ""
 
     def refuse_nothing_but_errors(self, errors: int, asked: int, refused: Mapping[str, str] | None = None) -> None:
         """Models that find every query wrong are set up wrongly; that is no measurement.
@@ -605,19 +618,18 @@ def _scorer(
     proxy: _Proxy,
     redactor: Redactor | None,
 ) -> Score:
-    key = os.environ.get("COWEST_EVALUATOR_API_KEY") or None
-    judge = None
-    if settings.type == "Judge":
-        check_settings(settings)
-        purpose = f"{purpose}:{JUDGE}"
-        model = judge_model(settings, key)
+    check_settings(settings)
+    judges: list[ChatModel] = []
+    for number, each in enumerate(settings.judges):
+        model = judge_model(each, os.environ.get(jury_key(number)) or None)
         models.push_async_callback(model.aclose)
         by_proxy = None
         if proxy.url:
-            by_proxy = proxy.judge(model.model, purpose, settings.timeout_seconds or DEFAULT_TIMEOUT_SECONDS)
+            seconds = each.timeout_seconds or DEFAULT_TIMEOUT_SECONDS
+            by_proxy = proxy.judge(model.model, f"{purpose}:{JUDGE}", seconds)
             models.push_async_callback(by_proxy.aclose)
-        judge = PaidJudge(model, calls, purpose, by_proxy, redactor)
-    scorer = build_evaluator(settings, api_key=key, judge=judge)
+        judges.append(PaidJudge(model, calls, f"{purpose}:{JUDGE}", by_proxy, redactor))
+    scorer = build_evaluator(settings, api_key=os.environ.get(jury_key(0)) or None, judges=judges or None)
     models.push_async_callback(scorer.aclose)
     return scorer
 

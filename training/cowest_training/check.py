@@ -32,7 +32,7 @@ from cowest_training.contract import (
 )
 from cowest_training.data import case_note, check_split, read_rows, rows_digest, unread_note
 from cowest_training.enough import bounds, lacks_of_held_out, lacks_of_train, pairs_notes
-from cowest_training.evaluator import check_references, decimal_note, extract_note
+from cowest_training.evaluator import check_references, decimal_note, extract_note, family_notes
 from cowest_training.prompts import HELD_OUT, TRAIN, Asked, check_prompts, prompts_of
 from cowest_training.round_trip import CONFIGURATIONS, check_ids, check_tokenizer, small_files
 from cowest_training.steps import Progress, load_settings, load_spec, local_path, open_output, parser, run, say
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lacks := [*lacks_of_held_out(spec, len(held_out)), *lacks_of_train(spec, train)]:
         raise StepError("\n".join(map(str, lacks)))
     of_rows = notes_of_rows(train, held_out, unread, evaluator, settings.collaboration.draft)
-    for note in (*of_rows, *pairs_notes(spec, len(train))):
+    of_judges = family_notes(evaluator, settings.strong.endpoint, settings.strong.model, model)
+    for note in (*of_judges, *of_rows, *pairs_notes(spec, len(train))):
         say(f"note: {note}")
     if evaluator.calibration and (note := few_note(read_labels(evaluator.calibration.labels, evaluator))):
         say(f"note: {note}")

@@ -7,7 +7,7 @@ A step that finds its manifest with the same inputs digest has nothing to do and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 from cowest_serving.contract import Collaboration, Pair, SecretRef, Strong, digest_of
@@ -73,6 +73,15 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Juror:
+    """One more judge: asked as the first one, with its rubric and time-out."""
+
+    endpoint: str
+    model: str
+    api_key_secret_ref: SecretRef | None = None
+
+
+@dataclass(frozen=True)
 class Evaluator:
     """E(answer, query) -> [0, 1]. Of the answer the first group (or the whole match) of `extract` is compared."""
 
@@ -87,6 +96,25 @@ class Evaluator:
     rubric: str | None = None  # Judge: what a good answer is
     timeout_seconds: int | None = None
     calibration: Calibration | None = None
+    jury: tuple[Juror, ...] | None = None  # Judge: beside the first
+    jury_rule: Literal["Majority", "Mean"] | None = None
+
+    @property
+    def judges(self) -> tuple[Evaluator, ...]:
+        """Each as an evaluator of its own, the first one first; none where nobody judges."""
+        if self.type != "Judge":
+            return ()
+        alone = replace(self, jury=None, jury_rule=None)
+        more = (
+            replace(alone, endpoint=juror.endpoint, model=juror.model, api_key_secret_ref=juror.api_key_secret_ref)
+            for juror in self.jury or ()
+        )
+        return (alone, *more)
+
+
+def jury_key(number: int) -> str:
+    """The environment variable with the key of a judge: 0 is the first, and no juror's."""
+    return f"COWEST_JURY_API_KEY_{number}" if number else "COWEST_EVALUATOR_API_KEY"
 
 
 def evaluator_digest(settings: Evaluator) -> str:
@@ -103,6 +131,7 @@ def evaluator_digest(settings: Evaluator) -> str:
             address,
             settings.model,
             settings.rubric,
+            *([[juror.model for juror in settings.jury], settings.jury_rule] if settings.jury else ()),
         ]
     )
 

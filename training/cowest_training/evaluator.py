@@ -6,7 +6,7 @@
 | TokenF1 | F1 of the bags of words after SQuAD normalisation |
 | Choice | 1 when the label found in the answer is the reference |
 | Numeric | 1 when the last number of the answer is the reference within the tolerance |
-| Judge | a model's verdict 0, 0.5 or 1, asked in both orders; disagreement is a tie (0.5) |
+| Judge | a model's verdict 0, 0.5 or 1, asked in both orders; disagreement is a tie (0.5); a jury is several of them |
 | HTTP | what the user's own scorer says |
 
 An evaluator that cannot tell raises (endpoint away: retryable), it never makes a score up. A few texts that a judge
@@ -68,11 +68,16 @@ class Score(Protocol):
     async def aclose(self) -> None: ...
 
 
-def build_evaluator(settings: Evaluator, *, api_key: str | None = None, judge: ChatModel | None = None) -> Score:
-    """The evaluator that the manifest names. `judge` stands in for the model at the Judge's endpoint."""
+def build_evaluator(
+    settings: Evaluator, *, api_key: str | None = None, judges: Sequence[ChatModel] | None = None
+) -> Score:
+    """The evaluator that the manifest names. `judges` stand in for the models at the judges' endpoints."""
     check_settings(settings)
     if settings.type == "Judge":
-        return Judge(settings, judge or judge_model(settings, api_key))
+        keys = [api_key, *[None] * len(settings.jury or ())]  # a key goes to nobody else than whom it was given for
+        models = judges or [judge_model(each, key) for each, key in zip(settings.judges, keys, strict=True)]
+        built = [Judge(each, model) for each, model in zip(settings.judges, models, strict=True)]
+        return Jury(settings, built) if settings.jury else built[0]
     if settings.type == "HTTP":
         return HttpScorer(settings, api_key)
     return RuleScorer(settings)
@@ -99,6 +104,41 @@ def check_settings(settings: Evaluator) -> None:
         raise StepError(f"{field}.endpoint: {settings.type} wanted an address, saw none.")
     if settings.type == "Judge" and not settings.model:
         raise StepError(f"{field}.model: Judge wanted the name of the model to ask, saw none.")
+
+
+def family_notes(settings: Evaluator, strong_endpoint: str, strong_model: str, weak_model: str) -> list[str]:
+    """Said of judges that may favour what they judge. No more than notes: names prove nothing, people's labels do."""
+    return [
+        f"spec.feedback.evaluator: the judge {judge.model} {why}, and a model favours what it would have said itself:"
+        " name one of another family, or hold it against people's labels (evaluator.calibration)."
+        for judge in settings.judges
+        if (why := _kinship(judge, strong_endpoint, strong_model, weak_model))
+    ]
+
+
+def _kinship(judge: Evaluator, strong_endpoint: str, strong_model: str, weak_model: str) -> str:
+    """Of a judge with one of the pair's models; "" where none is seen."""
+    name = judge.model or ""
+    if name.casefold() == strong_model.casefold():
+        return "is the strong model by its name"
+    if family_of(name) == family_of(strong_model):
+        return f"is of the strong model's family by its name ({strong_model})"
+    if _SERVED.match(weak_model) and family_of(name) == family_of(weak_model):
+        return f"is of the weak model's family by its name ({weak_model})"
+    if (judge.endpoint or "").rstrip("/") == strong_endpoint.rstrip("/"):
+        return "answers at the strong model's address"
+    return ""
+
+
+_SERVED = re.compile(r"hf://[^/]+/")  # a folder may have any name
+_FAMILY = re.compile(r"[a-z]{3,}")
+
+
+def family_of(name: str) -> str:
+    """The first word of a model's name: `org/Llama-3.1-8B` is llama. A name without one is a family by itself."""
+    bare = name.casefold().rstrip("/").rpartition("/")[2]
+    found = _FAMILY.match(bare)
+    return found[0] if found else bare
 
 
 # ---------------------------------------------------------------- text
@@ -651,6 +691,35 @@ class Judge:
             raise StepError(
                 f"the judge {self._endpoint} left {self._undecided} of {asked_in_all} requests without a verdict: {why}"
             )
+
+
+class Jury:
+    """Several judges, each asked in both orders, and one score of what they say."""
+
+    needs_reference = False
+
+    def __init__(self, settings: Evaluator, judges: Sequence[Judge]) -> None:
+        self.digest = evaluator_digest(settings)
+        self.judges = tuple(judges)
+        self._rule = settings.jury_rule
+
+    async def __call__(self, row: Row, answer: str) -> float:
+        return self.verdict(await asyncio.gather(*(judge(row, answer) for judge in self.judges)))
+
+    def verdict(self, scores: Sequence[float]) -> float:
+        return verdict_of(scores, self._rule)
+
+    async def aclose(self) -> None:
+        for judge in self.judges:
+            await judge.aclose()
+
+
+def verdict_of(scores: Sequence[float], rule: str | None) -> float:
+    """What more than half of the judges say, else a tie; or the mean."""
+    if rule == "Mean":
+        return sum(scores) / len(scores)
+    said, votes = Counter(scores).most_common(1)[0]
+    return said if 2 * votes > len(scores) else TIE
 
 
 def score_of(verdicts: Sequence[float | None]) -> float | None:

@@ -31,6 +31,11 @@ FALLBACK_KEYS = "/etc/cowest/fallback-keys"
 LOG_FORMAT = "COWEST_LOG_FORMAT"  # as `cowest_serving.logs` reads it
 
 
+def juror_key(number: int) -> tuple[str, str]:
+    """Of a further judge's key, from 1: the volume, and where it is mounted."""
+    return f"jury-{number}", f"/etc/cowest/jury-{number}"
+
+
 @dataclass(frozen=True)
 class Context:
     """One job on one cluster: all that builders need beside the plan."""

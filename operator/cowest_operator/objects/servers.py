@@ -14,7 +14,7 @@ from cowest_operator.objects import common, ray
 from cowest_operator.objects.common import Child, Context
 from cowest_operator.objects.steps import ASKED, MAIN, step_map, step_name, without_executor
 from cowest_serving.contract import digest_of
-from cowest_training.contract import StepSettings
+from cowest_training.contract import StepSettings, jury_key
 
 BOOK = "/var/lib/cowest/book.sqlite"
 SPOOL_ABOVE = (
@@ -319,19 +319,21 @@ Access = tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]
 def _with_judge(
     context: Context, volumes: list[dict[str, Any]], mounts: list[dict[str, Any]], environment: list[dict[str, Any]]
 ) -> Access:
-    """The proxy asks a judge too: with its key, and by certificates of whoever signs the one or the other."""
+    """The proxy asks judges too: with their keys, and by certificates of whoever signs the one or the other."""
     evaluator = context.job.spec.feedback.evaluator
     if evaluator.type != "Judge":
         return volumes, mounts, environment
     if file := strong_certificates_file(context):
         kept = [each for each in environment if each["name"] != "SSL_CERT_FILE"]
         environment = [*kept, common.env("COWEST_MORE_CA", file)]
-    if reference := evaluator.api_key_secret_ref:
-        item = {"key": reference.key, "path": "key"}
-        secret = {"secretName": reference.name, "items": [item], "defaultMode": 0o440}
-        volumes = [*volumes, {"name": "evaluator", "secret": secret}]
-        mounts = [*mounts, {"name": "evaluator", "mountPath": common.EVALUATOR_KEY, "readOnly": True}]
-        environment = [*environment, common.env("COWEST_EVALUATOR_API_KEY_FOLDER", common.EVALUATOR_KEY)]
+    for number, judge in enumerate(evaluator.judges):
+        if reference := judge.api_key_secret_ref:
+            name, folder = ("evaluator", common.EVALUATOR_KEY) if not number else common.juror_key(number)
+            item = {"key": reference.key, "path": "key"}
+            secret = {"secretName": reference.name, "items": [item], "defaultMode": 0o440}
+            volumes = [*volumes, {"name": name, "secret": secret}]
+            mounts = [*mounts, {"name": name, "mountPath": folder, "readOnly": True}]
+            environment = [*environment, common.env(f"{jury_key(number)}_FOLDER", folder)]
     return volumes, mounts, environment
 
 
@@ -397,17 +399,19 @@ def live_score(context: Context, step: api.StepSpec, frozen: Mapping[str, Any] |
 
 
 def asking_access(context: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """A judge's or scorer's own key, the certificates that it may be checked against, beside the system's, and what
-    the proxy wants to see. The strong model's keys never come here.
+    """The judges' or a scorer's own keys, the certificates that they may be checked against, beside the system's, and
+    what the proxy wants to see. The strong model's keys never come here.
     """
     proxy_volumes, proxy_mounts, environment = _proxy_keys(context)
     volumes, mounts = strong_certificates(context)
     volumes, mounts = [*volumes, *proxy_volumes], [*mounts, *proxy_mounts]
     if file := strong_certificates_file(context):
         environment = [*environment, common.env("COWEST_MORE_CA", file)]
-    if reference := context.job.spec.feedback.evaluator.api_key_secret_ref:
-        source = {"secretKeyRef": {"name": reference.name, "key": reference.key}}
-        environment.append({"name": "COWEST_EVALUATOR_API_KEY", "valueFrom": source})
+    evaluator = context.job.spec.feedback.evaluator
+    for number, each in enumerate(evaluator.judges or (evaluator,)):
+        if reference := each.api_key_secret_ref:
+            source = {"secretKeyRef": {"name": reference.name, "key": reference.key}}
+            environment.append({"name": jury_key(number), "valueFrom": source})
     return volumes, mounts, environment
 
 
