@@ -468,6 +468,7 @@ class Status:
     going_back: Word | None = None  # a person's rollback to `previous`, as soon as its server answers
     base: str | None = None  # weak.model of the manifest that the stable model descends from
     evaluator: str | None = None  # digest that the stable pair was last measured with
+    strong_generation: int = 0  # how often the strong model was found to be another one than it had been
     candidate: Trial | None = None
     trials: int = 0  # started so far; the next one's number
     looks: int = 0  # offline gates on this held-out set so far

@@ -6,10 +6,11 @@ What is judged is always the pair's answer. No data is never a pass, and each re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 from cowest_operator import anytime, api
 from cowest_training.contract import LEAST_LABELS, Calibration, Comparison, EvaluationReport, LiveReport
@@ -17,6 +18,7 @@ from cowest_training.contract import LEAST_LABELS, Calibration, Comparison, Eval
 SOLO = "solo"
 LOOKS_PER_STEP = 3  # the live answers are judged at 1, 2 and 4 times `minAnswers`
 MIN_CONTROL_ANSWERS = 30  # the control of a step may be the smaller arm, but never smaller than this (or minAnswers)
+ASKING = ("feedback", "evaluate")  # the steps that ask the strong model, in order
 MIN_SLICE = 30  # smaller slices are reported and never decide
 
 UNUSED = 0.95  # share of queries with the same score with and without a draft: the drafts may not be used at all
@@ -116,10 +118,23 @@ def one_strong_version(case: Offline) -> Refusal | None:
     return None
 
 
+def strong_change(trial: api.Trial) -> str:
+    """That the strong model became another one in the middle of this trial, within a step or between two; else ""."""
+    seen: list[Mapping[str, Any]] = [found for name in ASKING if (found := trial.done.get(name, {}).get("strong"))]
+    if changed := next((found["change"] for found in seen if found.get("change")), ""):
+        return f"the strong model became another one in the middle of the round ({changed})."
+    for before, after in pairwise([found for found in seen if found.get("first")]):
+        if not set(before["last"]) & set(after["first"]):
+            names = f"{', '.join(before['last'])} before, {', '.join(after['first'])} now"
+            return f"the strong model became another one between two steps of the round ({names})."
+    return ""
+
+
 def _another_version(seen: str) -> Refusal:
     return Refusal(
         api.REASON_STRONG_CHANGED,
-        f"the strong model changed its version between the arms' calls ({seen}); propose the candidate again.",
+        f"the strong model changed its version between the arms' calls ({seen}); propose the candidate again,"
+        " and what was answered before is asked anew.",
     )
 
 

@@ -288,6 +288,8 @@ def _step_done(
         usable = f"{state.metrics['pairs']} usable pairs"
         message = f"{usable}, feedback.minPairs wants {least}{_lost(state.metrics)}{_left_out(state.metrics)}."
         return _end(replace(world, status=status), trial, "Refused", api.REASON_TOO_FEW_PAIRS, message)
+    if trial.origin != "Revalidation" and (changed := promotion.strong_change(trial)):
+        return _strong_changed(replace(world, status=status), trial, changed)
     message = f"step {step.name} is done"
     return Move(status, message=message, events=(Event("Normal", "StepDone", message),))
 
@@ -339,6 +341,9 @@ def _gate(world: World, trial: Trial) -> Move:
     status = replace(status, sight=_sight(world.report))
     status, followed = _strong_follows(world, status, trial, case)
     world = replace(world, status=status)
+    if refusal and refusal.reason == api.REASON_STRONG_CHANGED:
+        move = _strong_changed(world, trial, refusal.message)
+        return replace(move, events=(*followed, *move.events))
     if refusal:
         is_no_gain = refusal.reason == api.REASON_NO_GAIN_OFFLINE
         why = refusal.message + (promotion.drafts_unused(case.judged) if is_no_gain else "")
@@ -349,6 +354,14 @@ def _gate(world: World, trial: Trial) -> Move:
     passed = Event("Normal", "GatePassed", message)
     trial = replace(trial, stage="Canary", stage_since=world.now, step=0, step_since=world.now, looks=0, away=0.0)
     return Move(replace(status, candidate=trial), message=message, events=(*followed, passed))
+
+
+def _strong_changed(world: World, trial: Trial, what: str) -> Move:
+    """Nothing is promoted by answers of two models: the stable pair is measured anew first, with new answers."""
+    message = f"{what} The stable pair is measured anew before the next round."
+    move = _end(world, trial, "Refused", api.REASON_STRONG_CHANGED, message)
+    generation = move.status.strong_generation + 1
+    return replace(move, status=replace(move.status, strong_generation=generation, evaluator=None))
 
 
 def _strong_follows(

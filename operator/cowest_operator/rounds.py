@@ -253,6 +253,7 @@ def _tune(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
             ("--dataset", dataset),
             ("--calls", world.calls),
             number,
+            *_generation(world),
             files=(("--pair", dump(at_declared_address(world, stable))),),
             calls_strong=True,
         ),
@@ -286,6 +287,7 @@ def _evaluation(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
             ("--round", str(trial.number)),
             *(() if served else (("--control", SOLO),)),
             *((("--predictor", run_uri(world, trial, "predictor")),) if _learns_routes(world, trial) else ()),
+            *_generation(world),
             files=(
                 ("--candidate", dump(at_declared_address(world, pair))),
                 *((("--control", dump(at_declared_address(world, served))),) if served else ()),
@@ -293,6 +295,12 @@ def _evaluation(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
             calls_strong=True,
         ),
     )
+
+
+def _generation(world: api.World) -> tuple[tuple[str, str], ...]:
+    """What the strong model answered before it became another one is asked again."""
+    generation = world.status.strong_generation
+    return (("--generation", str(generation)),) if generation else ()
 
 
 def _placeholder(world: api.World) -> Pair:
@@ -389,5 +397,6 @@ def live_answers(canary: api.Canary) -> tuple[int, int]:
 
 def needed_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a step's metrics that later decisions and the status need."""
-    wanted = ("pairs", "rows", "from_traces", "traces_usable", "strong_calls", "money", "has_explanations", "alarms")
+    wanted = ("pairs", "rows", "from_traces", "traces_usable", "strong_calls", "money", "has_explanations", "alarms",
+              "strong")  # fmt: skip
     return {name: metrics[name] for name in wanted if name in metrics}

@@ -200,6 +200,51 @@ def test_what_the_tuning_gave_alarm_for_stands_in_the_rounds_note():
     assert alarm in settle(w.world(status=judged, report=w.report())).status.candidate.note
 
 
+ONE, OTHER = {"first": ["fp_1"], "last": ["fp_1"], "change": ""}, {"first": ["fp_2"], "last": ["fp_2"], "change": ""}
+SWAPPED = {"first": ["fp_1"], "last": ["fp_2"], "change": "fp_1 for 40 answers, then fp_2"}
+
+
+def test_a_strong_model_that_changes_while_it_is_asked_ends_the_round_and_is_measured_anew():
+    status = w.on_trial(pair=None, done={"collect": {"digest": "d"}})
+    plan = reconcile.plan(w.world(status=status, steps={"r1-feedback": done({"pairs": 99, "strong": SWAPPED})}))
+    outcome = plan.status.rounds[-1]
+    assert (outcome.decision, outcome.reason) == ("Refused", api.REASON_STRONG_CHANGED)
+    assert "in the middle of the round (fp_1 for 40 answers, then fp_2)" in outcome.message
+    assert [event.type for event in plan.events if event.reason == api.REASON_STRONG_CHANGED] == ["Warning"]
+    anew = settle(w.world(status=plan.status))
+    assert anew.status.candidate.origin == "Revalidation"
+    assert ("--generation", "1") in anew.steps[0].args, "what it answered before is not taken for its answer"
+
+
+def test_a_strong_model_that_changes_between_two_steps_is_noticed_too():
+    begun = {
+        "collect": {"digest": "d"},
+        "feedback": {"pairs": 99, "strong": ONE},
+        "dpo": {"digest": "sha256:candidate"},
+    }
+    world = w.world(status=w.on_trial(done=begun), steps={"r1-evaluate": done({"strong": OTHER})}, report=w.report())
+    outcome = settle(world).status.rounds[-1]
+    assert (outcome.decision, outcome.reason) == ("Refused", api.REASON_STRONG_CHANGED)
+    assert "between two steps of the round (fp_1 before, fp_2 now)" in outcome.message
+
+
+def test_a_strong_model_that_stays_ends_no_round():
+    begun = {
+        "collect": {"digest": "d"},
+        "feedback": {"pairs": 99, "strong": ONE},
+        "dpo": {"digest": "sha256:candidate"},
+    }
+    world = w.world(status=w.on_trial(done=begun), steps={"r1-evaluate": done({"strong": ONE})}, report=w.report())
+    assert settle(world).status.candidate.stage == "Canary"
+
+
+def test_answers_of_before_that_a_gate_finds_are_asked_again():
+    seen = w.report(strong_versions={"candidate": {"fp_2": 100}, "control": {"fp_1": 100}})
+    plan = reconcile.plan(w.world(status=evaluated(), report=seen))
+    assert plan.status.rounds[-1].reason == api.REASON_STRONG_CHANGED
+    assert (plan.status.strong_generation, plan.status.evaluator) == (1, None)
+
+
 def test_a_candidate_that_gains_goes_to_canary_with_its_server():
     plan = settle(w.world(status=evaluated(), report=w.report()))
     assert plan.status.candidate.stage == "Canary"

@@ -40,6 +40,7 @@ from .evaluator import (
     score_of,
 )
 from .paid_calls import PaidCalls, Spent
+from .versions import Named, change, edges
 
 if TYPE_CHECKING:
     from cowest_serving.generate import Generator
@@ -388,7 +389,9 @@ class Asking:
         self._round = round_number
         self._redactor = redactor or Redactor()
         self._models: dict[tuple[str, str, str], HttpChatModel] = {}
+        self.generation = 0  # of the strong model, see `open_asking`
         self.replies = 0  # answers that came back, paid now or before
+        self.named: list[Named] = []  # what each answer that was paid now says it is of, in order
         self._first_error = ""
         self._unusual: Counter[str] = Counter()
 
@@ -396,6 +399,12 @@ class Asking:
     def judged(self) -> Spent:
         """What the judge's calls cost; nothing for other evaluators."""
         return self.calls.spent(purpose=f"{self.purpose}:{JUDGE}")
+
+    @property
+    def strong_seen(self) -> dict[str, Any]:
+        """Who answered: the first and the last names, and the change between them where there was one."""
+        changed = change(self.named, self._strong.max_concurrency)
+        return {**edges(self.named), "change": str(changed) if changed else ""}
 
     @property
     def unusual(self) -> dict[str, int]:
@@ -473,13 +482,14 @@ class Asking:
         """The answer as a user gets it: with the values again that the strong model does not see."""
         purpose = f"{self.purpose}:{purpose}"
         try:
-            result, key, _ = await self.calls.ask(
+            result, key, is_free = await self.calls.ask(
                 self._model(pair, purpose),
                 messages,
                 endpoint=pair.strong_endpoint,
                 name=pair.strong_model,
                 purpose=purpose,
                 params={"max_tokens": self._strong.max_tokens, "temperature": 0.0},
+                sample=self.generation,
             )
         except BadRequest as error:
             if said := body_of(error):
@@ -489,6 +499,8 @@ class Asking:
             self._first_error = self._first_error or str(error)
             return Reply("", "", "", error=str(error))
         self.replies += 1
+        if not is_free:
+            self.named.append(Named(result.model, result.version))
         if kind := unusual_kind(result.text, result.finish_reason):
             self._unusual[kind] += 1
         return Reply(redacted.restored(result.text), key, result.version, result.model, paid=self._paid(result))
@@ -595,8 +607,10 @@ async def open_asking(
     purpose: str,
     round_number: int | None = None,
     redaction: Redaction | None = None,
+    generation: int = 0,
 ) -> AsyncIterator[Asking]:
-    """`purpose` marks in the book what this step pays for. Keys and the proxy's address come by environment only."""
+    """`purpose` marks in the book what this step pays for. `generation`: how often the strong model became another one;
+    what an earlier one answered is not taken for its answer. Keys and the proxy's address come by environment only."""
     redactor = Redactor(redaction) if redaction else None
     proxy_url = os.environ.get("COWEST_STRONG_URL", "").strip()
     async with AsyncExitStack() as stack:
@@ -605,9 +619,11 @@ async def open_asking(
             PaidCalls.for_strong(calls, strong, round_number, behind_proxy=bool(proxy_url))
         )
         scorer = _scorer(evaluator, book, models, purpose, _Proxy(proxy_url, strong, round_number), redactor)
-        yield Asking(
+        asking = Asking(
             strong, book, scorer, purpose, models, proxy_url=proxy_url, round_number=round_number, redactor=redactor
         )
+        asking.generation = generation
+        yield asking
 
 
 def _scorer(

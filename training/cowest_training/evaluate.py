@@ -88,11 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels = labels_of(settings.feedback.evaluator)
     inputs = _inputs(settings, candidate, control, rows) | ({"predictor": found[1]} if found else {})
     inputs |= {"labels": labels_digest(labels)} if labels else {}
+    if args.generation:
+        inputs["generation"] = args.generation
     output = steps.open_output(args.out, step="evaluate", inputs=inputs)
     if isinstance(output, Manifest):
         return EXIT_OK
     purpose = f"evaluate:{digest_of(inputs)[7:19]}"
-    job = _Job(settings, candidate, control, args.calls, args.round, purpose, labels)
+    job = _Job(settings, candidate, control, args.calls, args.round, purpose, labels, args.generation)
     run = asyncio.run(_ask_all(job, rows, steps.Progress(args.progress, "evaluate")))
     report = make_report(run, job, rows)
     if found:
@@ -116,6 +118,7 @@ def _flags(argv: Sequence[str] | None) -> Any:
     flags.add_argument("--held-out", required=True, metavar="URI", help="held-out rows, JSONL or Parquet")
     flags.add_argument("--calls", required=True, metavar="FILE", help="book of paid calls (SQLite, local)")
     flags.add_argument("--round", type=int, metavar="N", help="whose budget pays; default: the book's latest round")
+    steps.add_generation(flags)
     flags.add_argument("--predictor", metavar="URI", help="output of `predictor`: what going by it would cost")
     return flags.parse_args(argv)
 
@@ -163,6 +166,7 @@ class Run:
     unusual: Mapping[str, int]  # answers that were cut off, filtered or empty
     refused: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by arm and query: why it has no draft
     calibration: CalibrationReport | None = None
+    strong: Mapping[str, Any] = field(default_factory=dict)  # who answered, see `Asking.strong_seen`
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,7 @@ class _Job:
     round: int | None
     purpose: str
     labels: Sequence[Label] = ()
+    generation: int = 0  # of the strong model
 
     @property
     def arms_with_drafts(self) -> dict[str, Pair]:
@@ -193,7 +198,7 @@ async def _ask_all(job: _Job, rows: Sequence[Row], progress: steps.Progress) -> 
     await asyncio.to_thread(drawn["candidate"].load)
     async with open_asking(
         strong, evaluator, job.calls, purpose=job.purpose, round_number=job.round,
-        redaction=job.settings.collaboration.redaction,
+        redaction=job.settings.collaboration.redaction, generation=job.generation,
     ) as asking:  # fmt: skip
         tasks: dict[str, list[asyncio.Task[Item]]] = {name: [] for name in (*job.arms_with_drafts, SOLO, "weak")}
         shown = _Shown(progress, asking, len(rows) * (len(job.arms_with_drafts) + 1))
@@ -231,7 +236,7 @@ async def _ask_all(job: _Job, rows: Sequence[Row], progress: steps.Progress) -> 
         # Alone in control, the strong model's answers are the solo ones, paid for once.
         refused = {name: drafts.refused for name, drafts in drawn.items()}
         arms, spent = {"control": arms[SOLO]} | arms, {"control": Spent()} | spent
-        return Run(arms, spent, asking.unusual, refused, calibration)
+        return Run(arms, spent, asking.unusual, refused, calibration, asking.strong_seen)
 
 
 def shares_drafts(one: Pair, other: Pair) -> bool:
@@ -462,6 +467,7 @@ def measured(report: EvaluationReport, run: Run) -> dict[str, Any]:
         "input_tokens": total.input_tokens,
         "output_tokens": total.output_tokens,
         "money": total.money,
+        "strong": dict(run.strong),
         **run.unusual,
         **({"kappa": run.calibration.kappa, "labels": run.calibration.labels} if run.calibration else {}),
     }
@@ -470,6 +476,8 @@ def measured(report: EvaluationReport, run: Run) -> dict[str, Any]:
 def notes(report: EvaluationReport, run: Run) -> list[str]:
     """What a person should look at, a sentence each."""
     found = unusual_words(run.unusual)
+    if changed := run.strong.get("change"):
+        found.append(f"Note: the strong model became another one while it was asked ({changed}).")
     for name, refused in run.refused.items():
         found += refused_words(refused, report.arms[0].n, f"the weak model of the {name}")
     if not any(arm.score for arm in report.arms):

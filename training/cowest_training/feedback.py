@@ -23,7 +23,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_references(rows, settings.feedback.evaluator)
     chosen = choose_queries(rows, settings.feedback.max_queries, settings.training.seed, args.round)
     inputs = _inputs(settings, pair, rows, args.round)
+    if args.generation:
+        inputs["generation"] = args.generation
     recipe = Recipe(
         pair=pair,
         drafts_per_query=settings.feedback.drafts_per_query,
@@ -92,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.merge:
         asked = read_shards(output, args.merge, chosen, progress)
     else:
-        job = _Job(settings, args.calls, args.round, f"feedback:{digest_of(inputs)[7:19]}", len(chosen))
+        job = _Job(settings, args.calls, args.round, f"feedback:{digest_of(inputs)[7:19]}", len(chosen),
+                   args.generation)  # fmt: skip
         asked = asyncio.run(_ask_all(job, drafts, progress))
     if asked.refusal and not shard:  # of one shard alone it is no verdict yet
         raise StepError(asked.refusal)
@@ -121,6 +124,7 @@ def _flags(argv: Sequence[str] | None) -> Any:
     flags.add_argument("--dataset", required=True, metavar="URI", help="collected data set, or a JSONL or Parquet file")
     flags.add_argument("--calls", required=True, metavar="FILE", help="book of paid calls (SQLite, local)")
     flags.add_argument("--round", required=True, type=int, metavar="N", help="number of the round")
+    steps.add_generation(flags)
     parts = flags.add_mutually_exclusive_group()
     parts.add_argument("--shard", type=Shard.parse, metavar="I/N", help="do part I of N, into OUT/shard-I-of-N")
     parts.add_argument("--merge", type=int, metavar="N", help="make the output of its N finished shards")
@@ -212,6 +216,7 @@ class _Job:
     round: int
     purpose: str
     queries: int
+    generation: int = 0  # of the strong model
 
 
 @dataclass(frozen=True)
@@ -224,13 +229,14 @@ class Asked:
     judge_calls: int  # of those spent
     unusual: Mapping[str, int]  # answers that were cut off, filtered or empty
     refusal: str = ""  # why there is no entry at all, "" when there is one
+    strong: Mapping[str, Any] = field(default_factory=dict)  # who answered, see `Asking.strong_seen`
 
 
 async def _ask_all(job: _Job, drafts: Drafts, progress: steps.Progress) -> Asked:
     pair, strong = drafts.recipe.pair, job.settings.strong
     async with open_asking(
         strong, job.settings.feedback.evaluator, job.calls, purpose=job.purpose, round_number=job.round,
-        redaction=job.settings.collaboration.redaction,
+        redaction=job.settings.collaboration.redaction, generation=job.generation,
     ) as asking:  # fmt: skip
         tasks: list[asyncio.Task[list[Entry]]] = []
         done = 0
@@ -260,8 +266,9 @@ async def _ask_all(job: _Job, drafts: Drafts, progress: steps.Progress) -> Asked
         entries = [entry for found in ledger for entry in found]
         cached = sum(asking.calls.asked.cached.values())
         return Asked(
-            entries, asking.calls.spent(purpose=job.purpose), cached, asking.judged.calls, asking.unusual, refusal
-        )
+            entries, asking.calls.spent(purpose=job.purpose), cached, asking.judged.calls, asking.unusual, refusal,
+            asking.strong_seen,
+        )  # fmt: skip
 
 
 async def _judge_query(asking: Asking, row: Row, drafts: Sequence[Draft], pair: Pair) -> list[Entry]:
@@ -350,7 +357,13 @@ def read_shards(output: steps.Output, of: int, chosen: Sequence[Row], progress: 
     unusual = {name: sum(part.unusual[name] for part in parts) for name in UNUSUAL}
     refusal = refusals[0] if refusals and not ledger else ""
     cached, judged = sum(part.cached for part in parts), sum(part.judge_calls for part in parts)
-    return Asked(ledger, spent, cached, judged, unusual, refusal)
+    return Asked(ledger, spent, cached, judged, unusual, refusal, _strong_of([part.strong for part in parts]))
+
+
+def _strong_of(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Who answered in any of the shards: they run side by side."""
+    names = {at: sorted({name for part in parts for name in part.get(at, ())}) for at in ("first", "last")}
+    return {**names, "change": next((part["change"] for part in parts if part.get("change")), "")}
 
 
 def read_shard(shard: Shard, output: steps.Output, rows: Mapping[str, Row]) -> Asked:
@@ -364,7 +377,8 @@ def read_shard(shard: Shard, output: steps.Output, rows: Mapping[str, Row]) -> A
     records = pq.ParquetFile(BytesIO(store.get(join(uri, LEDGER)))).read().to_pylist()
     ledger = [_entry(record, rows[record["query_id"]]) for record in records]
     unusual = {name: paid[name] for name in UNUSUAL}
-    return Asked(ledger, spent, paid["strong_calls_cached"], paid["judge_calls"], unusual, paid["refusal"])
+    return Asked(ledger, spent, paid["strong_calls_cached"], paid["judge_calls"], unusual, paid["refusal"],
+                 paid.get("strong", {}))  # fmt: skip
 
 
 def _entry(record: Mapping[str, Any], row: Row) -> Entry:
@@ -518,6 +532,7 @@ def measured(asked: Asked, pairs: Sequence[Preference], queries: int, min_margin
         "output_tokens": spent.output_tokens,
         "money": spent.money,
         "strong_versions": sorted({entry.answer.version for entry in ledger}),
+        "strong": dict(asked.strong),
         **asked.unusual,
     }
 
@@ -525,6 +540,8 @@ def measured(asked: Asked, pairs: Sequence[Preference], queries: int, min_margin
 def notes(metrics: Mapping[str, Any]) -> list[str]:
     """What a person should look at, a sentence each."""
     found = unusual_words(metrics)
+    if changed := metrics.get("strong", {}).get("change"):
+        found.append(f"Note: the strong model became another one while it was asked ({changed}).")
     if cut := metrics["cut_drafts"]:
         found.append(f"Note: {cut} of {metrics['drafts']} drafts were cut off: raise collaboration.draftMaxTokens.")
     if metrics["queries"] and metrics["answer_score"] == metrics["solo_score"] == 0:

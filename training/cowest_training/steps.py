@@ -77,6 +77,14 @@ def parser(doc: str | None, *, needs_job: bool = True) -> argparse.ArgumentParse
     return flags
 
 
+def add_generation(flags: argparse.ArgumentParser) -> None:
+    """Of the steps that compare answers of the strong model."""
+    flags.add_argument(
+        "--generation", type=int, default=0, metavar="N",
+        help="how often the strong model became another one: what it answered before is paid for anew",
+    )  # fmt: skip
+
+
 def load_settings(path: str | Path) -> StepSettings:
     """The sections that steps read. Raises `StepError` (the file) or `SettingsError` (a field)."""
     return parse(StepSettings, load_spec(path))
