@@ -138,6 +138,11 @@ class Source:
     currency: str | None
 
 
+def store_of(where: Where, uri: str | None) -> str:
+    """URI of the store of a job, wherever it runs; of `uri` where that is given."""
+    return _source(where, uri).root
+
+
 def _source(where: Where, uri: str | None) -> Source:
     if uri is not None:
         if where.job is not None or where.file is not None or where.home is not None:

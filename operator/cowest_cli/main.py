@@ -59,6 +59,12 @@ VERBS = (
         "Look",
     ),
     Verb(
+        "quarantine",
+        "quarantine:quarantine",
+        "What a round did not learn from, and why; --release lets traces through.",
+        "Look",
+    ),
+    Verb(
         "replay",
         "replay:replay",
         "Compute every live decision again from recorded traces and feedback; exit code 1 when one differs.",

@@ -287,11 +287,19 @@ def _step_done(
     if name in ("feedback", "dpo") and int(state.metrics.get("pairs", least)) < least:
         usable = f"{state.metrics['pairs']} usable pairs"
         message = f"{usable}, feedback.minPairs wants {least}{_lost(state.metrics)}{_left_out(state.metrics)}."
+        message = " ".join((message, *_alarms(trial, "collect")))
         return _end(replace(world, status=status), trial, "Refused", api.REASON_TOO_FEW_PAIRS, message)
     if trial.origin != "Revalidation" and (changed := promotion.strong_change(trial)):
         return _strong_changed(replace(world, status=status), trial, changed)
     message = f"step {step.name} is done"
-    return Move(status, message=message, events=(Event("Normal", "StepDone", message),))
+    held_back = _alarms(trial, "collect") if name == "collect" else ()
+    events = [Event("Warning", api.REASON_QUARANTINED, f"round {trial.number}: {each}") for each in held_back]
+    return Move(status, message=message, events=(Event("Normal", "StepDone", message), *events))
+
+
+def _alarms(trial: Trial, step: str) -> tuple[str, ...]:
+    """What a step found that a person should look at, in sentences."""
+    return tuple(trial.done.get(step, {}).get("alarms", ()))
 
 
 def _lost(metrics: Mapping[str, Any]) -> str:
@@ -399,7 +407,7 @@ def _awaits_approval(world: World, trial: Trial) -> bool:
 
 def _measured(world: World, trial: Trial, report: EvaluationReport) -> Trial:
     seen = report.against_control
-    alarms = trial.done.get("dpo", {}).get("alarms", ())
+    alarms = (*_alarms(trial, "collect"), *_alarms(trial, "dpo"))
     shortcuts = world.trial_job.spec.collaboration.shortcuts
     notes = (promotion.weak_alone(report), promotion.rare_labels(report), routes.note(report, shortcuts), *alarms)
     return replace(

@@ -30,6 +30,7 @@ from cowest_serving.contract import Arm, Routing, dump
 from cowest_serving.leases import Amount, Ask, Spent
 from cowest_serving.models import HttpChatModel
 from cowest_serving.traces import TraceWriter, read_feedback, read_traces
+from cowest_training import quarantine
 from cowest_training.asking import score_key
 from cowest_training.calibration import read_labels
 from cowest_training.contract import (
@@ -483,6 +484,63 @@ def test_propose_refuses_what_is_not_there_and_leaves_other_stores_alone(cowest:
     assert jobs.read_actions(place, "") == ()
     cowest("propose", "--home", place.root, "--model", "hf://org/name@main")
     assert jobs.read_actions(place, "")[0].model == "hf://org/name@main"
+
+
+# ---------------------------------------------------------------- quarantine
+def hold_back(place: jobs.Home, *trace_ids: str, reason: str = "Trigger") -> None:
+    records = [
+        {"id": f"trace-{each}", "trace_id": each, "user": "f" * 64, "application": "", "said_by": "", "reason": reason,
+         "why": f"because {NASTY}", "row": {"id": f"trace-{each}", "query": f"what {NASTY}?", "reference": "7"}}
+        for each in trace_ids
+    ]  # fmt: skip
+    path = place.store / "runs" / "r1" / "collect" / "quarantine.jsonl"
+    with path.open("ab") as file:
+        file.write(quarantine.lines(records))
+
+
+def test_quarantine_shows_each_trace_and_why(cowest: Any, place: jobs.Home) -> None:
+    hold_back(place, "t1", "t2")
+    hold_back(place, "t3", reason="UserShare")
+    said = cowest("quarantine", "--home", place.root)
+    assert said.code == EXIT_OK
+    assert said.out.startswith("round 1: 3 traces in quarantine: 2 with a phrase that train does not know")
+    assert [line.split()[:2] for line in said.out.splitlines() if "because" in line] == [
+        ["t1", "Trigger:"], ["t2", "Trigger:"], ["t3", "UserShare:"],
+    ]  # fmt: skip
+    assert "1 of 3 are shown" in cowest("quarantine", "--home", place.root, "--limit", "1").out
+    few = json.loads(cowest("quarantine", "--home", place.root, "--reason", "UserShare", "-o", "json").out)
+    assert [each["trace_id"] for each in few["quarantined"]] == ["t3"]
+
+
+def test_what_is_released_is_recorded_with_who_and_why(cowest: Any, place: jobs.Home) -> None:
+    hold_back(place, "t1", "t2", "t3")
+    root = place.store.as_uri()
+    said = cowest("quarantine", "--home", place.root, "--release", "t2", "--why", "ours", "--by", "ann")
+    assert said.code == EXIT_OK and said.out.startswith("1 traces are released")
+    assert quarantine.released(root) == {"t2"}
+    (word,) = (place.store / "trust" / "released").iterdir()
+    assert {"by": "ann", "why": "ours", "trace_ids": ["t2"]}.items() <= json.loads(word.read_text()).items()
+    assert "t2 (released)  Trigger" in cowest("quarantine", "--home", place.root).out
+    cowest("quarantine", "--home", place.root, "--release", "all", "--why", "all ours")
+    assert quarantine.released(root) == {"t1", "t2", "t3"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(["--release", "t9", "--why", "x"], "saw none of that id", id="not there"),
+        pytest.param(["--release", "t1"], "wanted --why with it", id="no reason"),
+        pytest.param(["--round", "7"], "wanted a round that has frozen its data, saw 1", id="no such round"),
+        pytest.param(["--reason", "Mood"], "wanted one of Trigger, NearCopies", id="no such reason"),
+    ],
+)
+def test_quarantine_refuses_what_makes_no_sense(
+    cowest: Any, place: jobs.Home, arguments: list[str], words: str
+) -> None:
+    hold_back(place, "t1")
+    said = cowest("quarantine", "--home", place.root, *arguments)
+    assert said.code == EXIT_BAD_INPUT and words in said.err
+    assert quarantine.released(place.store.as_uri()) == frozenset()
 
 
 # ---------------------------------------------------------------- lineage

@@ -10,7 +10,7 @@ import pytest
 
 from cowest_serving import store, traces
 from cowest_serving.contract import Redaction, dump
-from cowest_training import collect
+from cowest_training import collect, quarantine
 from cowest_training.contract import Evaluator, StepError, StepSettings
 from cowest_training.data import read_rows, rows_digest
 from cowest_training.observer import TraceCounter
@@ -41,6 +41,16 @@ class Desk:
         spec["collaboration"]["redaction"] = {"identifiers": identifiers}
         (self.folder / "job.json").write_text(json.dumps(spec))
         return Redaction(identifiers)
+
+    def trust(self, settings: dict[str, Any]) -> None:
+        spec = json.loads((self.folder / "job.json").read_text())
+        (self.folder / "job.json").write_text(json.dumps(spec | {"trust": settings}))
+
+    def lines(self, name: str, number: int = 1) -> list[dict[str, Any]]:
+        return quarantine.read_lines(f"{self.out(number)}/{name}")
+
+    def card(self, number: int = 1) -> str:
+        return (Path(self.out(number)) / "README.md").read_text()
 
     def evaluate_by(self, kind: str, **more: Any) -> None:
         settings = StepSettings(SPEC.strong, SPEC.collaboration, SPEC.data, SPEC.feedback, SPEC.training)
@@ -98,6 +108,7 @@ def test_an_empty_store_leaves_the_train_rows(desk: Desk) -> None:
     metrics = desk.freeze()
     assert metrics == {
         "rows": 3, "from_train": 3, "from_traces": 0, "traces_all": 0, "traces_usable": 0, "excluded": {},
+        "quarantined": {}, "alarms": [],
     }  # fmt: skip
     assert desk.count() == collect.TraceCounts(0, 0, "")
 
@@ -162,6 +173,72 @@ def test_an_evaluator_without_references_learns_from_every_answer(desk: Desk) ->
     desk.answer(1, "a new question")
     assert desk.freeze()["from_traces"] == 1
     assert desk.rows()[-1].reference == ""
+
+
+TRUST = {"maxUserPercent": 10, "maxSourcePercent": 100, "maxNearCopies": 5, "triggerPhrases": "Quarantine"}
+
+
+def test_what_is_held_back_lies_beside_the_data_with_its_reason(desk: Desk) -> None:
+    desk.trust(TRUST)
+    for number in range(60):
+        desk.answer(
+            number, f"question {number} of many", user_hash="flood" if number < 40 else f"u{number}", answer="1"
+        )
+        desk.feedback(number, str(number), source="clerk")
+    metrics = desk.freeze()
+    assert (metrics["from_traces"], metrics["quarantined"]) == (40, {"UserShare": 20})
+    assert metrics["alarms"] == [
+        "20 of 60 traces are quarantined: 20 beyond one user's share; `cowest quarantine` shows them."
+    ]
+    suspects = desk.lines("quarantine.jsonl")
+    assert {suspect["user"] for suspect in suspects} == {"flood"}
+    assert suspects[0]["why"] == "flood gave 40 of 60 traces; 20 of them are learnt from."
+    assert suspects[0]["row"]["query"].startswith("question ")
+    assert "20" in next(line for line in desk.card().splitlines() if "beyond one user's share" in line)
+
+
+def test_each_row_that_was_a_trace_says_of_whom_it_is(desk: Desk) -> None:
+    desk.trust(TRUST)
+    desk.answer(1, "a new question", user_hash="ann", application="shop")
+    desk.feedback(1, "42", source="clerk")
+    desk.freeze()
+    assert desk.lines("provenance.jsonl") == [
+        {"id": "trace-a1", "trace_id": "a1", "user": "ann", "application": "shop", "said_by": "clerk"}
+    ]
+
+
+def test_what_a_person_released_is_learnt_from_in_the_next_round(desk: Desk) -> None:
+    desk.trust(TRUST)
+    for number in range(60):
+        desk.answer(number, f"question {number} of many", user_hash="flood" if number < 40 else f"u{number}")
+        desk.feedback(number, str(number))
+    desk.freeze(1)
+    held_back = [suspect["trace_id"] for suspect in desk.lines("quarantine.jsonl")]
+    quarantine.release(desk.store, held_back[:3], by="ann", why="they are ours")
+    metrics = desk.freeze(2)
+    assert metrics["quarantined"] == {"UserShare": 17}
+    assert {f"trace-{trace_id}" for trace_id in held_back[:3]} <= {row.id for row in desk.rows(2)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "reference", "agrees"),
+    [
+        pytest.param("ExactMatch", "The 42.", "42", True, id="by the manifest's rule"),
+        pytest.param("ExactMatch", "it is 42", "42", False, id="not by the rule"),
+        pytest.param("HTTP", "it is surely the 42", "it is 42", True, id="by the words where scoring costs a call"),
+        pytest.param("HTTP", "no", "it is 42", False, id="other words"),
+        pytest.param("ExactMatch", None, "42", None, id="an answer that was not kept"),
+        pytest.param("HTTP", "42", "", None, id="no reference"),
+    ],
+)
+def test_whether_an_answer_agreed_with_what_was_said_later(
+    desk: Desk, kind: str, answer: str | None, reference: str, agrees: bool | None
+) -> None:
+    desk.answer(1, "a new question", answer=answer)
+    desk.feedback(1, reference)
+    evaluator = Evaluator(kind, endpoint="http://s/")  # type: ignore[arg-type]
+    row = collect.parse_row({"id": "trace-a1", "query": "a new question", "reference": reference}, "")
+    assert [seen.agrees for seen in collect.origins(desk.store, [row], evaluator)] == [agrees]
 
 
 def test_a_frozen_data_set_stays_as_it_is(desk: Desk) -> None:

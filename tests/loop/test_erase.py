@@ -73,7 +73,8 @@ def test_a_prefix_that_is_not_a_jobs_is_said_and_left(
 ) -> None:
     above = (tmp_path / "my store").as_uri()
     assert erase.main(["--store", above, "--what", "all"]) == 0
-    assert "wanted runs, traces, feedback of a job, saw desk, desk-2. Nothing was deleted." in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "wanted runs, traces, feedback, trust of a job, saw desk, desk-2. Nothing was deleted." in said
     assert len(left(root)) == 4
 
 

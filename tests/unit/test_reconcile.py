@@ -200,6 +200,27 @@ def test_what_the_tuning_gave_alarm_for_stands_in_the_rounds_note():
     assert alarm in settle(w.world(status=judged, report=w.report())).status.candidate.note
 
 
+HELD_BACK = "250 of 625 traces are quarantined: 250 beyond one user's share; `cowest quarantine` shows them."
+
+
+def test_traces_in_quarantine_are_told_as_soon_as_the_data_are_frozen():
+    steps_ = {"r1-collect": done({"rows": 400, "alarms": [HELD_BACK]})}
+    plan = reconcile.plan(w.world(status=w.on_trial(pair=None, done={}), steps=steps_))
+    assert api.Event("Warning", api.REASON_QUARANTINED, f"round 1: {HELD_BACK}") in plan.events
+    judged = evaluated()
+    judged = replace(
+        judged, candidate=replace(judged.candidate, done={**judged.candidate.done, **plan.status.candidate.done})
+    )
+    assert HELD_BACK in settle(w.world(status=judged, report=w.report())).status.candidate.note
+
+
+def test_a_round_without_enough_pairs_says_what_lies_in_quarantine():
+    collected = {"collect": {"digest": "d", "alarms": [HELD_BACK]}}
+    status = w.on_trial(pair=None, done=collected)
+    outcome = reconcile.plan(w.world(status=status, steps={"r1-feedback": done({"pairs": 49})})).status.rounds[-1]
+    assert outcome.reason == api.REASON_TOO_FEW_PAIRS and outcome.message.endswith(HELD_BACK)
+
+
 ONE, OTHER = {"first": ["fp_1"], "last": ["fp_1"], "change": ""}, {"first": ["fp_2"], "last": ["fp_2"], "change": ""}
 SWAPPED = {"first": ["fp_1"], "last": ["fp_2"], "change": "fp_1 for 40 answers, then fp_2"}
 

@@ -2,16 +2,19 @@
 
 A trace can be learnt from when it was answered in full, is no replay, asks no held-out query again (equal or nearly),
 and has a late reference that the evaluator can go by, or the evaluator needs none. The latest reference wins, and of
-equal queries the latest trace. Once written the data set of a round does not change, whatever traces come in.
+equal queries the latest trace. What looks as if somebody wanted the pair to learn it is held back, with its reason
+(`screen`). Once written the data set of a round does not change, whatever traces come in.
 
     python -m cowest_training.collect --job job.yaml --train /d/train.jsonl --held-out /d/held_out.jsonl \\
         --store file:///d/store --round 1 --out file:///d/store/r1/data
 
-Writes dataset.jsonl, README.md (the card) and manifest.json. The engine counts usable traces with `count_usable`.
+Writes dataset.jsonl, provenance.jsonl (the trace and the user of each row that was one), quarantine.jsonl (what is held
+back), README.md (the card) and manifest.json. The engine counts usable traces with `count_usable`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 from bisect import bisect_right
 from collections import Counter
@@ -24,6 +27,7 @@ from cowest_serving import store
 from cowest_serving.contract import FEEDBACK_PREFIX, TRACES_PREFIX, Redaction
 from cowest_serving.redaction import Redactor, digests_of, joined_reference
 from cowest_serving.traces import read_columns, read_feedback
+from cowest_training import quarantine, screen
 from cowest_training.cards import DatasetCard, dataset_card
 from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row, evaluator_digest
 from cowest_training.data import (
@@ -35,10 +39,19 @@ from cowest_training.data import (
     rows_digest,
     write_jsonl,
 )
-from cowest_training.evaluator import check_references, needs_reference, reference_problem, wanted_reference
-from cowest_training.steps import Output, Progress, code_version, load_settings, open_output, parser, run
+from cowest_training.evaluator import (
+    RuleScorer,
+    check_references,
+    needs_reference,
+    reference_problem,
+    token_f1,
+    wanted_reference,
+)
+from cowest_training.steps import Output, Progress, code_version, load_settings, open_output, parser, run, say
 
 DATASET = "dataset.jsonl"
+TRACE_ID = "trace-"  # before the request's id in the id of a row that was a trace
+AGREES = 0.5  # score from which an answer agrees with a reference
 
 # Why a trace is left out.
 SHADOW = "Shadow"
@@ -110,6 +123,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     redactor = Redactor(redaction) if redaction else None
     traces = usable_traces(args.store, evaluator, Known(tuple(held_out), redactor)) if args.store else Usable((), {})
     rows, in_train = merged(train, traces.rows, redactor)
+    new = origins(args.store, rows[len(train) :], evaluator) if args.store else []
+    progress.update(0, None, "rows", f"screening {len(new)} traces")
+    let_through = quarantine.released(args.store) if args.store else frozenset()
+    screened = (
+        screen.screen(train, new, settings.trust, let_through) if settings.trust else screen.Screened(tuple(new), ())
+    )
+    rows = [*train, *(seen.row for seen in screened.kept)]
+    alarm = screen.sentence(screened.counts, len(new))
     excluded = {**traces.excluded, **({IN_TRAIN: in_train} if in_train else {})}
     metrics = {
         "rows": len(rows),
@@ -118,9 +139,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "traces_all": traces.all,
         "traces_usable": len(traces.rows),
         "excluded": excluded,
+        "quarantined": screened.counts,
+        "alarms": [f"{alarm}; `cowest quarantine` shows them."] if alarm else [],
     }
-    write(output, rows, metrics)
-    progress.update(len(rows), len(rows), "rows", "data set frozen")
+    write(output, rows, screened, metrics)
+    if alarm:
+        say(f"{alarm}.")
+    progress.update(len(rows), len(rows), "rows", "; ".join(filter(None, ("data set frozen", alarm))))
     return EXIT_OK
 
 
@@ -133,16 +158,17 @@ def _parse(argv: Sequence[str] | None) -> Any:
     return flags.parse_args(argv)
 
 
-def write(output: Output, rows: Sequence[Row], metrics: Mapping[str, Any]) -> None:
+def write(output: Output, rows: Sequence[Row], screened: screen.Screened, metrics: Mapping[str, Any]) -> None:
     digest = rows_digest(rows)
+    held_back = {screen.MEANING[reason]: count for reason, count in screened.counts.items()}
     card = DatasetCard(
         step="collect",
         digest=digest,
         rows=len(rows),
-        files=(DATASET,),
+        files=(DATASET, quarantine.PROVENANCE, quarantine.QUARANTINE),
         description=f"Queries and references that round {output.inputs['round']} learns from.",
         sources={name: str(output.inputs[name]) for name in ("train", "held_out", "store") if output.inputs[name]},
-        left_out={MEANING[reason]: count for reason, count in metrics["excluded"].items()},
+        left_out={MEANING[reason]: count for reason, count in metrics["excluded"].items()} | held_back,
         columns={
             "id": "of the train row, or `trace-` and the request's id",
             "query": "what was asked; `messages` in its place where it was a conversation",
@@ -154,6 +180,10 @@ def write(output: Output, rows: Sequence[Row], metrics: Mapping[str, Any]) -> No
         version=code_version(),
     )
     (output.folder / DATASET).write_bytes(write_jsonl(rows))
+    origin = quarantine.lines(map(quarantine.provenance_of, screened.kept))
+    (output.folder / quarantine.PROVENANCE).write_bytes(origin)
+    suspects = quarantine.lines(map(quarantine.suspect_record, screened.suspects))
+    (output.folder / quarantine.QUARANTINE).write_bytes(suspects)
     (output.folder / "README.md").write_text(dataset_card(card), encoding="utf-8")
     output.finish(kind="Dataset", metrics=metrics, digest=digest)
 
@@ -203,7 +233,7 @@ def as_row(trace: Mapping[str, Any], reference: str | None, evaluator: Evaluator
         return FAILED
     if not trace["messages"]:
         return NO_CONTENT
-    record = {"id": f"trace-{trace['trace_id']}", "reference": reference or "", "source": "trace"}
+    record = {"id": f"{TRACE_ID}{trace['trace_id']}", "reference": reference or "", "source": "trace"}
     try:
         row = parse_row({**record, "messages": json.loads(trace["messages"])}, "")
     except ValueError:  # tool calls, images, a conversation that the assistant ends
@@ -213,6 +243,42 @@ def as_row(trace: Mapping[str, Any], reference: str | None, evaluator: Evaluator
     if needs_reference(evaluator) and reference == "":
         return NO_REFERENCE
     return WRONG_REFERENCE if reference_problem(evaluator, row.reference) else row
+
+
+# ---------------------------------------------------------------- where they came from
+def origins(store_uri: str, rows: Sequence[Row], evaluator: Evaluator) -> list[screen.Seen]:
+    """Of rows that were traces who asked, who gave the reference, and whether what was answered agrees with it."""
+    if not rows:
+        return []
+    said_by = late_words(read_feedback(store_uri).select(["trace_id", "reference", "source"]).to_pylist())
+    traces = read_columns(store_uri, ["trace_id", "user_hash", "application", "answer"]).to_pylist()
+    by_id = {trace["trace_id"]: trace for trace in traces}
+    found = [(row, by_id.get(row.id.removeprefix(TRACE_ID), {})) for row in rows]
+    agreed = asyncio.run(_agree(evaluator, [(row, trace.get("answer") or "") for row, trace in found]))
+    return [
+        screen.Seen(
+            row,
+            trace_id := row.id.removeprefix(TRACE_ID),
+            user=trace.get("user_hash") or "",
+            application=trace.get("application") or "",
+            said_by=said_by.get(trace_id, {}).get("source") or "",
+            answer=trace.get("answer") or "",
+            agrees=agree,
+        )
+        for (row, trace), agree in zip(found, agreed, strict=True)
+    ]
+
+
+async def _agree(evaluator: Evaluator, answered: Sequence[tuple[Row, str]]) -> list[bool | None]:
+    """By the manifest's rule, or by the words where scoring would cost a call; None where it cannot be told."""
+    rule = RuleScorer(evaluator) if needs_reference(evaluator) else None
+    found: list[bool | None] = []
+    for row, answer in answered:
+        if not answer.strip() or not row.reference.strip() or (rule and reference_problem(evaluator, row.reference)):
+            found.append(None)
+        else:
+            found.append((await rule(row, answer) if rule else token_f1(answer, row.reference)) >= AGREES)
+    return found
 
 
 # ---------------------------------------------------------------- what the engine asks

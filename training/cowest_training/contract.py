@@ -196,6 +196,16 @@ class Retention:
 
 
 @dataclass(frozen=True)
+class Trust:
+    """How far the traces are trusted that a round learns from (`cowest_training.screen`)."""
+
+    max_user_percent: int  # of the usable traces; 100: whatever one user gives
+    max_source_percent: int  # of one application's key, or of one who says references
+    max_near_copies: int
+    trigger_phrases: Literal["Quarantine", "Ignore"]
+
+
+@dataclass(frozen=True)
 class StepSettings:
     """The sections of a (defaulted) spec that steps read: `cowest_serving.contract.parse(StepSettings, spec)`."""
 
@@ -206,6 +216,7 @@ class StepSettings:
     training: Training
     canary: LiveSignal | None = None
     traces: Retention | None = None
+    trust: Trust | None = None  # None in what was frozen before there was one: nothing is screened
 
 
 # ---------------------------------------------------------------- artifacts

@@ -1,7 +1,7 @@
 """Delete what a job left in the object store: all that `deletionPolicy` gives up when the job is deleted.
 
     models   runs/: models, data sets, ledgers, reports
-    traces   traces/ and feedback/: recorded answers and what was said of them
+    traces   traces/, feedback/ and trust/: recorded answers, what was said of them, and which of them were let through
 
     python -m cowest_training.erase --store s3://bucket/desk --what all
 
@@ -18,13 +18,14 @@ from urllib.parse import urlsplit
 from cowest_serving import store
 from cowest_serving.contract import FEEDBACK_PREFIX, TRACES_PREFIX
 from cowest_training.contract import EXIT_OK, StepError
+from cowest_training.quarantine import TRUST_PREFIX
 from cowest_training.steps import Progress, local_path, parser, run, say
 
 RUNS_PREFIX = "runs"
 FOLDERS: Mapping[str, tuple[str, ...]] = {
     "models": (RUNS_PREFIX,),
-    "traces": (TRACES_PREFIX, FEEDBACK_PREFIX),
-    "all": (RUNS_PREFIX, TRACES_PREFIX, FEEDBACK_PREFIX),
+    "traces": (TRACES_PREFIX, FEEDBACK_PREFIX, TRUST_PREFIX),
+    "all": (RUNS_PREFIX, TRACES_PREFIX, FEEDBACK_PREFIX, TRUST_PREFIX),
 }
 AT_ONCE = 8  # deletes on the wire; no more than connections in the store's pool
 BATCH = 256  # files between two looks at signals
