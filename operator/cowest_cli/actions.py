@@ -317,7 +317,8 @@ def lineage(
     """From an answer to its draft, pair, models and data; from a model to all that went into it.
 
     With an answer comes by what its pair was measured (evaluator, held-out rows, strong model and its version, and the
-    live answers of its canary), and what its users said of it (`POST /v1/feedback`), oldest first.
+    live answers of its canary), what its users said of it (`POST /v1/feedback`), oldest first, and what learnt from it:
+    frozen data sets or their quarantine, pairs, models.
 
     Of a job in a cluster it is read from the object store with your own keys: AWS_ACCESS_KEY_ID and
     AWS_SECRET_ACCESS_KEY, and COWEST_S3_ENDPOINT where this machine reaches the store at another address than the pods.
@@ -328,16 +329,27 @@ def lineage(
     answer = None if what.startswith("sha256:") else _trace(root, request_id)
     feedback = _feedback(root, request_id) if answer else []
     by = measured(root, answer["pair_digest"]) if answer else Measured()
+    learnt = list(_learnt(root, request_id)) if answer else []
     digest = answer["weak_digest"] if answer else what
     chain = list(_ancestry(root, digest)) if digest else []
     if answer is None and not chain:
         raise StepError(f"{what}: wanted a request id from x-request-id or a model digest of this job, saw neither.")
     if output == "json":
-        told = {"answer": answer, "measured": by.for_programs(), "feedback": feedback, "models": chain}
+        told = {
+            "answer": answer,
+            "measured": by.for_programs(),
+            "feedback": feedback,
+            "models": chain,
+            "learnt": learnt,
+        }
         typer.echo(json.dumps(told, default=str))
         return
     if answer:
         _show_answer(answer, by, feedback)
+        for part in learnt:
+            typer.echo(
+                printable(f"{'learnt':15} round {part['round']}: {part['step']} {part['digest']}: {part['what']}")
+            )
     for depth, part in enumerate(chain):
         typer.echo(f"{'  ' * depth}{part['step']} {part['digest']} <- {json.dumps(part['inputs'], default=str)}")
 
@@ -369,6 +381,19 @@ def _feedback(root: str, trace_id: str) -> list[dict[str, Any]]:
     from cowest_serving.traces import read_feedback
 
     return _of(read_feedback(root), trace_id)
+
+
+def _learnt(root: str, trace_id: str) -> Iterator[dict[str, Any]]:
+    """What saw the trace since: data sets, ledgers, models."""
+    from cowest_training.forget import trail
+
+    seen = trail(root, trace_id)
+    for part in (*seen.datasets, *seen.ledgers, *seen.models):
+        what = {
+            "collect": "held back in its quarantine" if part.held_back else "a row of the data set",
+            "feedback": f"{part.drafts} drafts, {part.pairs} pairs",
+        }.get(part.step, part.why)
+        yield {"round": part.round, "step": part.step, "uri": part.uri, "digest": part.digest, "what": what}
 
 
 def _of(table: Any, trace_id: str) -> list[dict[str, Any]]:

@@ -86,6 +86,7 @@ VERBS = (
     ),
     Verb("promote", "actions:promote", "Promote the candidate in canary now.", "Decide"),
     Verb("rollback", "actions:rollback", "End the running trial, or undo the last promotion.", "Decide"),
+    Verb("erase", "erase:erase", "Take what a user gave out of a job, and say which models saw it.", "Decide"),
     Verb(
         "propose", "actions:propose", "Gate any model as a candidate: same gate, same canary as a tuned one.", "Decide"
     ),

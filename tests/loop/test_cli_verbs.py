@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from cowest_cli import jobs, review
 from cowest_cli import main as cli
 from cowest_operator import api, manifest
 from cowest_operator.schema import check
+from cowest_serving.answering import user_hash
 from cowest_serving.contract import Arm, Routing, dump
 from cowest_serving.leases import Amount, Ask, Spent
 from cowest_serving.models import HttpChatModel
@@ -486,7 +488,7 @@ def test_propose_refuses_what_is_not_there_and_leaves_other_stores_alone(cowest:
     assert jobs.read_actions(place, "")[0].model == "hf://org/name@main"
 
 
-# ---------------------------------------------------------------- quarantine
+# ---------------------------------------------------------------- quarantine, erase
 def hold_back(place: jobs.Home, *trace_ids: str, reason: str = "Trigger") -> None:
     records = [
         {"id": f"trace-{each}", "trace_id": each, "user": "f" * 64, "application": "", "said_by": "", "reason": reason,
@@ -541,6 +543,33 @@ def test_quarantine_refuses_what_makes_no_sense(
     said = cowest("quarantine", "--home", place.root, *arguments)
     assert said.code == EXIT_BAD_INPUT and words in said.err
     assert quarantine.released(place.store.as_uri()) == frozenset()
+
+
+def test_erase_takes_a_users_texts_out_and_says_what_saw_them(cowest: Any, place: jobs.Home) -> None:
+    ann = user_hash("ann")
+    record(place, trace("of-ann", user_hash=ann, messages="[]"), trace("of-bob", user_hash=user_hash("bob")))
+    give(place, {"trace_id": "of-ann", "comment": "mine", "score": 1.0, "source": ann})
+    dry = cowest("erase", "--home", place.root, "--user", "ann", "--dry-run")
+    assert "the texts of 1 traces and 1 words of feedback would go" in dry.out and "No model saw it." in dry.out
+    said = json.loads(cowest("erase", "--home", place.root, "--user", "ann", "--why", "asked", "-o", "json").out)
+    assert (said["user"], said["traces"], said["models"]) == (ann, 1, [])
+    assert any("exported" in each for each in said["not_reached"])
+    rows = {row["trace_id"]: row for row in read_traces(place.store.as_uri()).to_pylist()}
+    assert (rows["of-ann"]["answer"], rows["of-ann"]["user_hash"], rows["of-bob"]["answer"]) == (None, "", NASTY)
+    assert read_feedback(place.store.as_uri()).to_pylist()[0]["comment"] is None
+
+
+@pytest.mark.parametrize("arguments", [[], ["--user", "ann", "--user-hash", "ab"], ["--user", ""]])
+def test_erase_wants_to_know_whose(cowest: Any, place: jobs.Home, arguments: list[str]) -> None:
+    assert cowest("erase", "--home", place.root, *arguments).code == EXIT_BAD_INPUT
+
+
+def test_erase_waits_for_a_job_that_runs(cowest: Any, place: jobs.Home) -> None:
+    with place.lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        said = cowest("erase", "--home", place.root, "--user", "ann")
+        assert said.code == EXIT_BAD_INPUT and "Stop `cowest run` first" in said.err
+        assert cowest("erase", "--home", place.root, "--user", "ann", "--dry-run").code == EXIT_OK
 
 
 # ---------------------------------------------------------------- lineage

@@ -179,6 +179,16 @@ def test_without_the_screen_the_poison_would_have_been_learnt(story: Story, tmp_
     assert {f"trace-{i}" for i in story.ids} <= learnt
 
 
+@LONG
+def test_the_flooding_user_can_be_erased(story: Story) -> None:
+    told = json.loads(cowest(story.job, "erase", "--user", "mallory", "--dry-run", "-o", "json"))
+    assert (told["traces"], told["datasets"][0]["rows"], told["datasets"][0]["held_back"]) == (FLOOD, 25, 75)
+    told = json.loads(cowest(story.job, "erase", "--user", "mallory", "--why", "the test", "-o", "json"))
+    assert told["uri"] and {part["step"] for part in told["models"]} <= {"dpo"}
+    again = json.loads(cowest(story.job, "erase", "--user", "mallory", "--dry-run", "-o", "json"))
+    assert (again["traces"], again["datasets"], again["ledgers"]) == (0, [], [])
+
+
 # ---------------------------------------------------------------- a strong model that is swapped
 @pytest.fixture
 def strong() -> Iterator[ScriptedModel]:

@@ -1,0 +1,306 @@
+"""Take what a user gave out of a job's store, and say what saw it: trace -> data set -> pairs -> models.
+
+`cowest erase --user` calls it. A user is known by the hash that traces hold. Of traces and words the texts and the user
+go; digests, times and counts stay. From frozen data sets, quarantines, ledgers and pairs the rows go; the manifest
+beside them then names the files as they are, and its `digest` still what models were made of. A model cannot forget:
+the report lists those that must be made anew.
+
+Safe to run again after a kill: what is to go is written down first, below trust/erasures/.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from hashlib import sha256
+from io import BytesIO
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cowest_serving import store
+from cowest_serving.contract import FEEDBACK_PREFIX, TRACES_PREFIX
+from cowest_serving.traces import CONTENT_COLUMNS, segment
+from cowest_training.contract import Manifest
+from cowest_training.quarantine import PROVENANCE, QUARANTINE, TRUST_PREFIX, lines, read_lines
+from cowest_training.steps import manifest_json, read_manifest
+
+ERASURES = f"{TRUST_PREFIX}/erasures"
+DATASET, LEDGER, PAIRS = "dataset.jsonl", "ledger.parquet", "pairs.jsonl"
+ROW_OF_TRACE = "trace-"
+WORDS = ("reference", "comment", "correction", "accepted", "placeholders")  # of feedback
+
+
+@dataclass(frozen=True)
+class Part:
+    """An artifact that saw what the user gave."""
+
+    round: int
+    step: str
+    uri: str
+    digest: str
+    rows: int = 0  # of a data set
+    held_back: int = 0  # of its quarantine
+    drafts: int = 0  # of a ledger
+    pairs: int = 0
+    why: str = ""  # of a model
+    role: str = ""  # of a model that is in use: stable, previous, candidate
+
+
+@dataclass(frozen=True)
+class Report:
+    """What saw the user's data. `clean`: the newest model that did not, `None` where each did."""
+
+    user: str  # hash
+    traces: int
+    words: int  # of feedback, theirs or of their traces
+    datasets: tuple[Part, ...]
+    ledgers: tuple[Part, ...]
+    models: tuple[Part, ...]
+    clean: str | None
+    calls: tuple[str, ...]  # keys of paid calls whose answers are to their queries
+
+    def for_programs(self) -> dict[str, Any]:
+        told = asdict(self)
+        calls = told.pop("calls")
+        return {**told, "paid_answers": len(calls)}
+
+
+def look(root: str, user: str, roles: Mapping[str, str] | None = None) -> Report:
+    """All that saw what the user gave. `roles`: digest of a weak model that is in use -> as what."""
+    return _report(root, user, _trace_ids(root, user), roles or {})
+
+
+def trail(root: str, trace_id: str) -> Report:
+    """All that saw one trace."""
+    return _report(root, None, {trace_id}, {})
+
+
+def _report(root: str, user: str | None, ids: set[str], roles: Mapping[str, str]) -> Report:
+    words = sum(
+        pc.sum(_of_user(each, "source", user, ids)).as_py() or 0 for _, each in _segments(root, FEEDBACK_PREFIX)
+    )
+    manifests = list(_manifests(root))
+    datasets = tuple(part for each in manifests if each[1] == "collect" and (part := _dataset(*each, ids, user)))
+    rows = _row_ids(root, ids, user)
+    ledgers, calls = [], set[str]()
+    for number, step, uri, manifest in manifests:
+        if step == "feedback" and (part := _ledger(number, uri, manifest, rows, calls)):
+            ledgers.append(part)
+    models = tuple(_models(manifests, ledgers, roles))
+    affected = {model.digest for model in models}
+    clean = [m.digest for _, _, _, m in manifests if m.kind == "Model" and m.digest not in affected]
+    return Report(
+        user or "",
+        len(ids),
+        words,
+        datasets,
+        tuple(ledgers),
+        models,
+        clean[-1] if clean else None,
+        tuple(sorted(calls)),
+    )
+
+
+def erase(root: str, report: Report, *, by: str, why: str) -> str:
+    """Take it out; where the report of it lies then."""
+    ids = _trace_ids(root, report.user)
+    rows = _row_ids(root, ids, report.user)
+    now = datetime.now(UTC)
+    place = store.join(root, ERASURES, f"{now:%Y%m%dT%H%M%S}-{report.user[:12]}.json")
+    told = {**report.for_programs(), "user": report.user[:12], "by": by, "why": why}
+    told["at"] = now.isoformat(timespec="seconds")
+    begun = {**told, "begun": {"user": report.user, "trace_ids": sorted(ids)}}
+    store.put(place, json.dumps(begun, ensure_ascii=False).encode())
+    for uri, table in _segments(root, TRACES_PREFIX):
+        _put(uri, _redacted(table, _of_user(table, "user_hash", report.user, ids), CONTENT_COLUMNS, "user_hash"))
+    for uri, table in _segments(root, FEEDBACK_PREFIX):
+        _put(uri, _redacted(table, _of_user(table, "source", report.user, ids), WORDS, "source"))
+    frozen = [(step, uri, manifest) for _, step, uri, manifest in _manifests(root)]
+    for step, uri, manifest in frozen:
+        if step == "feedback":
+            _rewrite(uri, manifest, {LEDGER: _without_queries(rows), PAIRS: _without_lines("query_id", rows)})
+    for step, uri, manifest in frozen:
+        if step == "collect":
+            own = _without(
+                lambda record: record["trace_id"] in ids or report.user in (record["user"], record["said_by"])
+            )
+            changes = {DATASET: _without_lines("id", rows), PROVENANCE: own, QUARANTINE: own}
+            _rewrite(uri, manifest, changes)
+    for old in _unfinished(root, report.user):
+        store.delete(old)
+    store.put(place, json.dumps(told, ensure_ascii=False, indent=1).encode())
+    return place
+
+
+# ---------------------------------------------------------------- what is of the user
+def _trace_ids(root: str, user: str) -> set[str]:
+    """Of the user's traces: those in the store, those that rounds froze, and those of an erasure that was cut off."""
+    ids = {record["trace_id"] for record in _origins(root) if record["user"] == user}
+    for _, table in _segments(root, TRACES_PREFIX):
+        ids.update(table.filter(_of_user(table, "user_hash", user, set()))["trace_id"].to_pylist())
+    for place in _unfinished(root, user):
+        ids.update(json.loads(store.get(place))["begun"]["trace_ids"])
+    return ids
+
+
+def _row_ids(root: str, ids: set[str], user: str | None) -> set[str]:
+    """Of the rows that the user's traces became, and of those whose reference the user gave."""
+    said = {record["id"] for record in _origins(root) if user and record["said_by"] == user}
+    return said | {f"{ROW_OF_TRACE}{trace_id}" for trace_id in ids}
+
+
+def _origins(root: str) -> Iterator[dict[str, Any]]:
+    for _, step, uri, _ in _manifests(root):
+        if step == "collect":
+            for name in (PROVENANCE, QUARANTINE):
+                yield from read_lines(store.join(uri, name))
+
+
+def _unfinished(root: str, user: str) -> list[str]:
+    found = [uri for uri in store.list_files(store.join(root, ERASURES)) if uri.endswith(".json")]
+    return [uri for uri in found if json.loads(store.get(uri)).get("begun", {}).get("user") == user]
+
+
+def _of_user(table: pa.Table, column: str, user: str | None, ids: set[str]) -> pa.ChunkedArray:
+    mine = pc.is_in(table["trace_id"], value_set=pa.array(sorted(ids), pa.string()))
+    if not user or column not in table.column_names:  # of another version
+        return mine
+    return pc.or_(mine, pc.fill_null(pc.equal(table[column], user), False))
+
+
+# ---------------------------------------------------------------- what saw it
+def _manifests(root: str) -> Iterator[tuple[int, str, str, Manifest]]:
+    """(round, step, URI, manifest) of all artifacts, oldest round first."""
+    runs = store.join(root, "runs")
+    found = []
+    for file in store.list_files(runs):
+        parts = file.removeprefix(runs).strip("/").split("/")
+        if len(parts) == 3 and parts[2] == store.LAST and parts[0][1:].isdecimal():
+            found.append((int(parts[0][1:]), parts[1], file.removesuffix(f"/{store.LAST}")))
+    for number, step, uri in sorted(found):
+        if (manifest := read_manifest(uri)) is not None:
+            yield number, step, uri, manifest
+
+
+def _dataset(number: int, step: str, uri: str, manifest: Manifest, ids: set[str], user: str | None) -> Part | None:
+    origins = read_lines(store.join(uri, PROVENANCE))
+    said = {record["id"] for record in origins if user and record["said_by"] == user}
+    wanted = said | {f"{ROW_OF_TRACE}{trace_id}" for trace_id in ids}
+    rows = sum(record["id"] in wanted for record in read_lines(store.join(uri, DATASET)))
+    suspects = read_lines(store.join(uri, QUARANTINE))
+    held_back = sum(record["trace_id"] in ids or (user or None) == record["said_by"] for record in suspects)
+    return Part(number, step, uri, manifest.digest, rows, held_back) if rows or held_back else None
+
+
+def _ledger(number: int, uri: str, manifest: Manifest, rows: set[str], calls: set[str]) -> Part | None:
+    """`calls` takes in the keys of the paid calls."""
+    if LEDGER not in manifest.outputs:
+        return None
+    columns = ["query_id", "answer_call", "solo_call"]
+    records = pq.ParquetFile(BytesIO(store.get(store.join(uri, LEDGER)))).read(columns=columns).to_pylist()
+    mine = [record for record in records if record["query_id"] in rows]
+    calls.update(record[side] for record in mine for side in ("answer_call", "solo_call") if record[side])
+    pairs = sum(record["query_id"] in rows for record in read_lines(store.join(uri, PAIRS)))
+    return Part(number, "feedback", uri, manifest.digest, drafts=len(mine), pairs=pairs) if mine else None
+
+
+def _models(
+    manifests: Iterable[tuple[int, str, str, Manifest]], ledgers: Iterable[Part], roles: Mapping[str, str]
+) -> Iterator[Part]:
+    """Tuned on a pair of the user's, learnt from their part of a ledger, or made of a model that was."""
+    saw = {ledger.round: ledger for ledger in ledgers}
+    affected: set[str] = set()
+    for number, step, uri, manifest in manifests:
+        ledger, base = saw.get(number), str(manifest.inputs.get("model", ""))
+        why = ""
+        if step == "dpo" and ledger is not None and ledger.pairs:
+            why = f"tuned on {ledger.pairs} of their pairs"
+        elif step == "predictor" and ledger is not None:
+            why = f"learnt from {ledger.drafts} of their drafts"
+        elif base in affected:
+            why = f"made of {base}"
+        if why:
+            affected.add(manifest.digest)
+            yield Part(number, step, uri, manifest.digest, why=why, role=roles.get(manifest.digest, ""))
+
+
+# ---------------------------------------------------------------- taking it out
+Rewrite = Callable[[bytes], bytes]
+
+
+def _segments(root: str, prefix: str) -> Iterator[tuple[str, pa.Table]]:
+    for uri in store.list_files(store.join(root, prefix)):
+        if uri.endswith(".parquet"):
+            yield uri, pq.ParquetFile(BytesIO(store.get(uri))).read()
+
+
+def _redacted(table: pa.Table, rows: pa.ChunkedArray, texts: Iterable[str], who: str) -> pa.Table | None:
+    """Texts and user of these rows gone; `None` where there is none."""
+    if not pc.any(rows).as_py():
+        return None
+    for name in texts:
+        if name in table.column_names:
+            table = _replaced(
+                table, name, pc.if_else(rows, pa.scalar(None, table.schema.field(name).type), table[name])
+            )
+    if who not in table.column_names:
+        return table
+    return _replaced(table, who, pc.if_else(rows, pa.scalar("", pa.string()), table[who]))
+
+
+def _replaced(table: pa.Table, name: str, column: pa.ChunkedArray) -> pa.Table:
+    return table.set_column(table.column_names.index(name), table.schema.field(name), column)
+
+
+def _put(uri: str, table: pa.Table | None) -> None:
+    if table is not None:
+        store.put(uri, segment(table))
+
+
+def _rewrite(uri: str, manifest: Manifest, changes: Mapping[str, Rewrite]) -> None:
+    """The files, then the manifest that names them."""
+    outputs, changed = dict(manifest.outputs), False
+    for name, change in changes.items():
+        if name not in outputs:
+            continue
+        before = store.get(store.join(uri, name))
+        after = change(before)
+        if after != before:
+            store.put(store.join(uri, name), after)
+        digest = sha256(after).hexdigest()
+        changed = changed or digest != outputs[name]
+        outputs[name] = digest
+    if changed:
+        metrics = {**manifest.metrics, "erased": int(manifest.metrics.get("erased", 0)) + 1}
+        store.put(store.join(uri, store.LAST), manifest_json(replace(manifest, outputs=outputs, metrics=metrics)))
+
+
+def _without(is_gone: Callable[[Mapping[str, Any]], bool]) -> Rewrite:
+    def rewrite(data: bytes) -> bytes:
+        records = [json.loads(line) for line in data.decode().split("\n") if line.strip()]
+        left = [record for record in records if not is_gone(record)]
+        return data if len(left) == len(records) else lines(left)
+
+    return rewrite
+
+
+def _without_lines(key: str, gone: set[str]) -> Rewrite:
+    return _without(lambda record: record[key] in gone)
+
+
+def _without_queries(gone: set[str]) -> Rewrite:
+    def rewrite(data: bytes) -> bytes:
+        table = pq.ParquetFile(BytesIO(data)).read()
+        mine = pc.is_in(table["query_id"], value_set=pa.array(sorted(gone), pa.string()))
+        if not pc.any(mine).as_py():
+            return data
+        sink = pa.BufferOutputStream()
+        pq.write_table(table.filter(pc.invert(mine)), sink, compression="zstd")
+        return bytes(sink.getvalue())
+
+    return rewrite
