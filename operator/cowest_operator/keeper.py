@@ -25,6 +25,7 @@ log = logging.getLogger("cowest.keeper")
 AT_ONCE = 16  # looks side by side, those that wait for a slow answer among them
 SWIFT, SLOW = 2, 0.5  # looks that do not wait; seconds after which one does, and another may begin
 BUSY, LIVE, IDLE = 15.0, 2.0, 60.0  # seconds until a look that nothing has asked for
+UNTIL_IDLE = 4  # looks in a row that find nothing new, before the next ones may wait longer
 OVERTAKEN = 0.5  # seconds until a look at what somebody wrote meanwhile
 LONGEST_BACKOFF = 60.0
 LIST_AGAIN = 600.0  # seconds between two looks for what is gone without a word
@@ -291,10 +292,11 @@ def _round(status: api.Status) -> int:
 
 
 def _pace(plan: api.Plan, quiet: int) -> float:
-    """`quiet`: looks in a row that nothing had asked for and that found nothing new, as of a job without traffic."""
+    """`quiet`: looks in a row that nothing had asked for and that found nothing new, as of a job without traffic. Not
+    the first ones: where the strong endpoint fails all users, no trace comes either."""
     if plan.again_after == 0.0:
         return 0.0
     trial = plan.status.candidate
     if trial is None:
-        return IDLE if plan.finished else min(IDLE, BUSY * 2.0 ** min(quiet, 10))
+        return IDLE if quiet > UNTIL_IDLE else BUSY
     return LIVE if trial.stage != "Preparing" else BUSY

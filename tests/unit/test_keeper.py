@@ -244,11 +244,11 @@ async def test_a_job_without_traffic_is_looked_at_less_often_until_something_is_
             paces.append(await keeper.turn(KEY, memory))
         return paces
 
-    assert await unasked(5) == [15.0, 30.0, 60.0, 60.0, 60.0]
+    assert await unasked(7) == [15.0] * 5 + [60.0] * 2
     seen.world_now = at_rest(replace(seen.world_now, traces=api.TraceCounts(8, 6)))
-    assert await unasked(2) == [15.0, 30.0]
+    assert await unasked(6) == [15.0] * 5 + [60.0]
     seen.world_now = replace(seen.world_now, troubles=(api.Trouble("StoreAway", "the store is away."),))
-    assert await unasked(3) == [15.0, 15.0, 15.0], "what is wrong may be mended where no watch sees it"
+    assert await unasked(7) == [15.0] * 7, "what is wrong may be mended where no watch sees it"
 
 
 def test_what_the_watches_show_ends_the_long_wait() -> None:
