@@ -542,6 +542,21 @@ def test_on_ray_only_pods_that_answer_are_in_the_service() -> None:
     assert named == [{"name": "http", "containerPort": common.PORT}]
 
 
+def test_on_ray_each_port_is_one_things_alone() -> None:
+    """KubeRay makes a Service of the head's ports, with 8080 for `metrics` where none is named. One with two 8080 is
+    refused, and no head is made; one without a dashboard is asked in vain."""
+    cluster = {common.key_of(c): c for c in everything(on_ray())}["RayService", "claims-ray"]["spec"][
+        "rayClusterConfig"
+    ]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        node = group["template"]["spec"]["containers"][0]
+        ports = {each["name"]: each["containerPort"] for each in node["ports"]}
+        assert {"serve", "metrics"} <= set(ports) and len(set(ports.values())) == len(ports)
+        assert group["rayStartParams"]["metrics-export-port"] == str(ports["metrics"]), "Ray itself listens there"
+    head = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert {"dashboard", "gcs-server", "client"} <= {each["name"] for each in head["ports"]}
+
+
 def test_on_ray_the_rules_of_a_gateways_pod_are_kept() -> None:
     seen = on_ray()
     found = {name: pod for name, pod in pods(everything(seen)) if name.startswith("RayService")}

@@ -9,6 +9,7 @@ it, and each pod that is ready gets requests. KubeRay's own `-serve-svc` is made
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from cowest_operator.objects import common
@@ -16,7 +17,11 @@ from cowest_operator.objects.common import Child, Context
 
 HEAD = "gateway-head"  # app.kubernetes.io/component of its pod
 OBJECT_STORE_BYTES = 100 * 1024 * 1024  # near Ray's least: nothing is kept there
-AGENT, DASHBOARD = 52365, 8265  # ports of Ray
+AGENT, DASHBOARD, METRICS = 52365, 8265, 8090  # ports of Ray; KubeRay's own choice for the last is 8080, which is ours
+# By name. KubeRay makes a Service of those of the head; where one is named at all it adds none, but `metrics` at 8080.
+NODE_PORTS = {"serve": common.PORT, "metrics": METRICS}
+HEAD_PORTS = {**NODE_PORTS, "gcs-server": 6379, "dashboard": DASHBOARD, "client": 10001}
+STARTED_WITH = {"object-store-memory": str(OBJECT_STORE_BYTES), "metrics-export-port": str(METRICS)}
 
 
 def is_wanted(context: Context) -> bool:
@@ -43,16 +48,12 @@ def gateway(context: Context, pod: dict[str, Any], drain_seconds: int) -> Child:
         "replicas": replicas,
         "minReplicas": replicas,
         "maxReplicas": replicas,
-        "rayStartParams": {"num-cpus": "1", "object-store-memory": str(OBJECT_STORE_BYTES)},
-        "template": common.template(context, "gateway", _node(pod, drain_seconds + finish, _answers())),
+        "rayStartParams": {**STARTED_WITH, "num-cpus": "1"},
+        "template": common.template(context, "gateway", _node(pod, drain_seconds + finish, NODE_PORTS, _answers())),
     }
     head = {
-        "rayStartParams": {
-            "num-cpus": "0",
-            "object-store-memory": str(OBJECT_STORE_BYTES),
-            "dashboard-host": "0.0.0.0",
-        },
-        "template": common.template(context, HEAD, _node(pod, drain_seconds + finish, _leads())),
+        "rayStartParams": {**STARTED_WITH, "num-cpus": "0", "dashboard-host": "0.0.0.0"},
+        "template": common.template(context, HEAD, _node(pod, drain_seconds + finish, HEAD_PORTS, _leads())),
     }
     spec = {
         "serveConfigV2": common.canonical(_serve(context, replicas + 1, finish)),
@@ -89,14 +90,14 @@ def _serve(context: Context, nodes: int, finish_seconds: int) -> dict[str, Any]:
     }
 
 
-def _node(pod: dict[str, Any], drain_seconds: int, probes: dict[str, Any]) -> dict[str, Any]:
+def _node(pod: dict[str, Any], drain_seconds: int, ports: Mapping[str, int], probes: dict[str, Any]) -> dict[str, Any]:
     """KubeRay writes the command. Ray ends at SIGTERM, so answers under way are waited for before it."""
     answering, *others = pod["containers"]
     kept = {key: value for key, value in answering.items() if key not in ("command", "args") and "Probe" not in key}
     ray = {
         **kept,
-        # The name that KubeRay looks for. One port has one name, so `http`, the Service's, stands at the sidecar.
-        "ports": [{"name": "serve", "containerPort": common.PORT}],
+        # The names that KubeRay looks for. One port has one name, so `http`, the Service's, stands at the sidecar.
+        "ports": [{"name": name, "containerPort": port} for name, port in ports.items()],
         "env": [*answering["env"], common.env("HOME", "/tmp"), common.env("RAY_USAGE_STATS_ENABLED", "0")],
         "lifecycle": {"preStop": {"exec": {"command": ["python", "-c", f"import time; time.sleep({drain_seconds})"]}}},
         **probes,
