@@ -27,7 +27,7 @@ from cowest_operator.manifest import local_path
 from cowest_operator.objects.desired import followed, waiting
 from cowest_operator.objects.weak import NO_THOUGHTS
 from cowest_operator.promotion import answers_of_look, step_of
-from cowest_serving.contract import Routing, dump
+from cowest_serving.contract import Routing, dump, is_evaluator_key
 from cowest_serving.cores import THREADS, Cores, look
 from cowest_training.contract import (
     EXIT_BAD_INPUT,
@@ -55,18 +55,12 @@ CLIENT_KEYS = "COWEST_CLIENT_API_KEYS"  # who may ask the gateway: for no other 
 CLIENT_NAMES = "COWEST_CLIENT_APPLICATIONS"  # whose keys those are
 FALLBACK_KEYS = "COWEST_STRONG_FALLBACK_API_KEYS"  # of the strong model's fallbacks: for the gateway only
 STRONG_KEYS = "COWEST_STRONG_API_KEYS"  # one a line
-EVALUATOR_KEY = "COWEST_EVALUATOR_API_KEY"  # for the steps that score: the gateway never does
-JURY_KEYS = "COWEST_JURY_API_KEY_"  # and a number: the same of further judges
 MAX_RESTARTS = 4  # of a gateway that never became ready
 LONGEST_WAIT = 60.0  # seconds before a server that ended is started again
 FIRST_HOLD, LONGEST_HOLD = 30.0, 600.0  # seconds before what failed for good is tried again, with --serve
 STEADY = 60.0  # seconds that a server has to run for its earlier ends to be forgotten
 
 Start = Callable[..., Child]
-
-
-def is_of_evaluator(variable: str) -> bool:
-    return variable == EVALUATOR_KEY or variable.startswith(JURY_KEYS)
 
 
 @dataclass
@@ -489,7 +483,7 @@ class Engine:
         keys = self._order.client_keys or os.environ.get(CLIENT_KEYS)
         names = self._order.client_names or os.environ.get(CLIENT_NAMES)
         more = {CLIENT_KEYS: keys, CLIENT_NAMES: names, FALLBACK_KEYS: self._order.fallback_keys}
-        of_strong = {name: key for name, key in self._order.keys.items() if not is_of_evaluator(name)}
+        of_strong = {name: key for name, key in self._order.keys.items() if not is_evaluator_key(name)}
         environment = {**self._environment(), **of_strong, **{name: value for name, value in more.items() if value}}
         return self._start("gateway", command, environment, self.home.logs / "gateway.log")
 
@@ -658,7 +652,7 @@ class Engine:
 
     def _environment(self, threads: int = 1) -> dict[str, str]:
         """Of the person's own environment all but the keys: each child is given those that it needs."""
-        kept = (k for k in os.environ if not k.startswith("COWEST_SECRET_") and not is_of_evaluator(k))
+        kept = (k for k in os.environ if not k.startswith("COWEST_SECRET_") and not is_evaluator_key(k))
         own = {name: os.environ[name] for name in kept}
         for key in (STRONG_KEYS, CLIENT_KEYS, FALLBACK_KEYS):
             own.pop(key, None)

@@ -17,9 +17,9 @@ import yaml
 
 from cowest_operator import api, manifest, people, story
 from cowest_serving.collaborate import DEFAULT_PROMPTS
-from cowest_serving.contract import Routing, dump, parse
+from cowest_serving.contract import Routing, dump, evaluator_key, parse
 from cowest_serving.cores import Cores
-from cowest_training.contract import EXIT_BAD_INPUT, StepError, jury_key
+from cowest_training.contract import EXIT_BAD_INPUT, StepError
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def keys_environment(job: api.Job, folder: Path | None) -> dict[str, str]:
     evaluator = job.spec.feedback.evaluator
     for number, each in enumerate(evaluator.judges or (evaluator,)):
         if reference := each.api_key_secret_ref:
-            environment[jury_key(number)] = secret(reference.name, reference.key, folder)
+            environment[evaluator_key(number)] = secret(reference.name, reference.key, folder)
     return environment
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
-from cowest_serving.contract import Strong
-from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Row, StepError, jury_key
+from cowest_serving.contract import Strong, evaluator_key
+from cowest_training.contract import EXIT_BAD_INPUT, EXIT_RETRY, Evaluator, Row, StepError
 
 PATIENCE_SECONDS = 30.0
 RETRIES = 2
@@ -29,9 +29,7 @@ def strong_answers(strong: Strong, keys: str) -> None:
     )
 
 
-def evaluator_answers(
-    settings: Evaluator, key: str | None, row: Row | None, jury_keys: Mapping[str, str] | None = None
-) -> str:
+def evaluator_answers(settings: Evaluator, keys: Mapping[str, str], row: Row | None) -> str:
     """Each judge costs one token; a scorer scores the reference of `row` as if it were an answer.
 
     Says so where that scores 0, else "". Raises `StepError`.
@@ -43,13 +41,13 @@ def evaluator_answers(
             f"{field}.apiKeySecretRef",
             judge.endpoint or "",
             judge.model or "",
-            [(jury_keys or {}).get(jury_key(number), "") if number else key or ""],
+            [keys.get(evaluator_key(number), "")],
             timeout_seconds=judge.timeout_seconds,
             retries=RETRIES,
         )
     if settings.type == "HTTP" and row is not None:
         try:
-            score = asyncio.run(_score_once(settings, key, row))
+            score = asyncio.run(_score_once(settings, keys.get(evaluator_key()), row))
         except StepError as error:
             raise StepError(
                 f"spec.feedback.evaluator was asked for one score before anything is started. {error}", error.code

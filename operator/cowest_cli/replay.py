@@ -23,7 +23,7 @@ from cowest_cli import jobs
 from cowest_cli.options import FileOrNone, HomeFolder, Output
 from cowest_cli.view import printable
 from cowest_operator import api, promotion, rounds
-from cowest_serving.contract import dump, parse
+from cowest_serving.contract import dump, is_evaluator_key, parse
 from cowest_training.contract import LiveReport, StepError, load_live_report
 
 MEASURED = ("answers", "scored", "errors", "refused", "p_refused", "arms", "comparison", "differences")  # of a report
@@ -157,9 +157,8 @@ def score_again(place: jobs.Home, kept: Mapping[str, Any]) -> LiveReport:
 
 
 def _run(flags: list[str]) -> None:
-    secret = ("COWEST_STRONG_API_KEYS", "COWEST_EVALUATOR_API_KEY")
-    of_many = ("COWEST_SECRET_", "COWEST_JURY_API_KEY_")
-    environment = {k: v for k, v in os.environ.items() if k not in secret and not k.startswith(of_many)}
+    secret = ("COWEST_STRONG_API_KEYS", "COWEST_SECRET_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(secret) and not is_evaluator_key(k)}
     command = [sys.executable, "-m", "cowest_training.score_live", *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -182,8 +182,7 @@ def _before_it_pays(order: engines.Order, place: jobs.Home, yes: bool, console: 
     if not jobs.read_status(place).rounds:
         spec = order.declared.job.spec
         probes.strong_answers(spec.strong, order.keys.get(engines.STRONG_KEYS, ""))
-        key = order.keys.get(engines.EVALUATOR_KEY)
-        if note := probes.evaluator_answers(spec.feedback.evaluator, key, order.facts.first, order.keys):
+        if note := probes.evaluator_answers(spec.feedback.evaluator, order.keys, order.facts.first):
             console.print(f"note: {note}", soft_wrap=True)
 
 

@@ -555,36 +555,27 @@ def read_spent(path: str | Path, *, round_number: int | None = None, day: str | 
 
 def read_scores(path: str | Path, keys: Iterable[str]) -> dict[str, float]:
     """Scores that are remembered, by key. One that the book does not know is left out."""
-    if not Path(path).exists():
-        return {}
-    wanted, found, db = sorted(set(keys)), dict[str, float](), _open(path)
-    try:
-        for start in range(0, len(wanted), KEYS_AT_ONCE):
-            part = wanted[start : start + KEYS_AT_ONCE]
-            marks = ", ".join("?" * len(part))
-            found.update(db.execute(f"SELECT key, score FROM scores WHERE key IN ({marks})", part))
-        return found
-    finally:
-        db.close()
+    return dict(_rows(path, "SELECT key, score FROM scores", keys))
 
 
 def read_prices(path: str | Path, keys: Iterable[str]) -> dict[str, Spent]:
     """What each of these calls cost when it was paid, by key. A call that the book does not know is left out."""
+    rows = _rows(path, "SELECT key, input_tokens, output_tokens, money FROM calls", keys)
+    return {key: Spent(1, taken, given, money) for key, taken, given, money in rows}
+
+
+def _rows(path: str | Path, select: str, keys: Iterable[str]) -> list[tuple[Any, ...]]:
+    """Those of these keys that the book knows. None where there is no book yet."""
     if not Path(path).exists():
-        return {}
-    wanted, found, db = sorted(set(keys)), {}, _open(path)
+        return []
+    wanted, found, db = sorted(set(keys)), list[tuple[Any, ...]](), _open(path)
     try:
         for start in range(0, len(wanted), KEYS_AT_ONCE):
             part = wanted[start : start + KEYS_AT_ONCE]
-            rows = db.execute(
-                "SELECT key, input_tokens, output_tokens, money FROM calls"
-                f" WHERE key IN ({', '.join('?' * len(part))})",
-                part,
-            )
-            found.update({key: Spent(1, taken, given, money) for key, taken, given, money in rows})
+            found += db.execute(f"{select} WHERE key IN ({', '.join('?' * len(part))})", part)
+        return found
     finally:
         db.close()
-    return found
 
 
 def read_live_spent(path: str | Path) -> tuple[str, Spent]:

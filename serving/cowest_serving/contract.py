@@ -31,6 +31,8 @@ HEADER_TRACE = "x-cowest-trace"  # "durable": the record of this answer survives
 HEADER_SESSION = "x-session-id"  # sticky routing when the body has no `user`
 HEADER_IDEMPOTENCY = "idempotency-key"
 JUDGE_PATH = "/judge/v1"  # of the proxy: the judge of spec.feedback.evaluator, as /v1 is the strong model
+EVALUATOR_KEY = "COWEST_EVALUATOR_API_KEY"  # environment variable: of a scorer, or of the first judge
+JURY_KEYS = "COWEST_JURY_API_KEY_"  # and a number: of further judges
 UNKNOWN_OUTPUT_TOKENS = 1024  # of an answer that nothing bounds, when none has been seen
 KEEP_ALIVE_SECONDS = 75  # longer than clients and ingresses keep an idle connection: none is sent into as it closes
 
@@ -38,6 +40,16 @@ Mode = Literal["Pair", "StrongAlone", "WeakAlone"]
 DraftForm = Literal["Explanation", "Knowledge", "Answer"]
 Message = Mapping[str, Any]  # one OpenAI chat message
 Messages = Sequence[Message]
+
+
+# ---------------------------------------------------------------- keys of evaluators
+def evaluator_key(number: int = 0) -> str:
+    """The environment variable with the key of a judge: 0 is the first, and no juror's."""
+    return f"{JURY_KEYS}{number}" if number else EVALUATOR_KEY
+
+
+def is_evaluator_key(variable: str) -> bool:
+    return variable == EVALUATOR_KEY or variable.startswith(JURY_KEYS)
 
 
 # ---------------------------------------------------------------- parsing

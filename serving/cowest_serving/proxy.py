@@ -64,6 +64,7 @@ from cowest_serving.contract import (
     Strong,
     digest_of,
     dump,
+    evaluator_key,
     parse,
 )
 from cowest_serving.error_bodies import OutspokenModel, body_of
@@ -89,8 +90,7 @@ from cowest_serving.wire import WireError
 log = logging.getLogger(__name__)
 MAX_BODY = 16 * 1024 * 1024
 DEADLINE_OVER_TIMEOUT = 3  # no user waits here: a rate limit may be waited out for longer than in the gateway
-STRONG_KEYS, JUDGES_KEY = "COWEST_STRONG_API_KEYS", "COWEST_EVALUATOR_API_KEY"
-JURY_KEY = "COWEST_JURY_API_KEY"  # and a number: of further judges
+STRONG_KEYS = "COWEST_STRONG_API_KEYS"
 MODELS_SECONDS = 5.0  # how long the upstream may take to list its models
 
 PAID = "cowest_proxy_calls_paid_total"
@@ -743,8 +743,7 @@ async def _serve(settings: ProxySettings, path: Path, listener: socket.socket) -
 
 def _app_of(strong: Strong, judges: Sequence[Strong], book: PaidCalls) -> Starlette:
     read_keys = keys_of(os.environ, STRONG_KEYS, below=True).read
-    names = [f"{JURY_KEY}_{number}" if number else JUDGES_KEY for number in range(len(judges))]
-    read = [keys_of(os.environ, name, below=True).read for name in names]
+    read = [keys_of(os.environ, evaluator_key(number), below=True).read for number in range(len(judges))]
     return build_app(strong, book, read_keys, list(zip(judges, read, strict=True)), keys_of(os.environ, CLIENT_KEYS))
 
 

@@ -900,8 +900,8 @@ def test_the_proxy_has_the_key_of_a_judge_as_a_file_and_of_a_scorer_none(kind: s
     told = {each["name"]: each.get("value") for each in proxy["env"]}
     mounted = {each["mountPath"] for each in proxy["volumeMounts"]}
     asks = kind == "Judge"
-    assert (told.get("COWEST_EVALUATOR_API_KEY_FOLDER") == common.EVALUATOR_KEY) is asks
-    assert (common.EVALUATOR_KEY in mounted) is asks
+    assert (told.get("COWEST_EVALUATOR_API_KEY_FOLDER") == "/etc/cowest/evaluator") is asks
+    assert ("/etc/cowest/evaluator" in mounted) is asks
     assert ("COWEST_MORE_CA" in told, "SSL_CERT_FILE" in told) == (asks, not asks), "a judge may have another authority"
     assert mounted >= {common.STRONG_KEYS, "/etc/cowest/strong-ca"}
 

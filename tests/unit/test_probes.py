@@ -38,9 +38,9 @@ def scorer(status: int, text: str) -> Iterator[str]:
         server.server_close()
 
 
-def refusal(settings: Evaluator, key: str | None = None) -> StepError:
+def refusal(settings: Evaluator, **keys: str) -> StepError:
     with pytest.raises(StepError) as raised:
-        probes.evaluator_answers(settings, key, ROW)
+        probes.evaluator_answers(settings, keys, ROW)
     assert "before anything is started" in str(raised.value)
     return raised.value
 
@@ -59,16 +59,16 @@ def test_a_scorer_that_is_overloaded_is_worth_another_try() -> None:
 @pytest.mark.parametrize(("score", "says"), [("0", "gives 0 to the reference of train.jsonl:1"), ("0.5", "")])
 def test_a_scorer_that_thinks_nothing_of_the_right_answer_is_told(score: str, says: str) -> None:
     with scorer(200, f'{{"score": {score}}}') as url:
-        said = probes.evaluator_answers(Evaluator("HTTP", endpoint=url), None, ROW)
+        said = probes.evaluator_answers(Evaluator("HTTP", endpoint=url), {}, ROW)
     assert says in said and bool(said) == bool(says)
 
 
 def test_a_judge_is_asked_for_one_token_by_its_key() -> None:
     with ScriptedModel("ACCEPT", keys=("right",)).in_thread() as judge:
         settings = Evaluator("Judge", endpoint=judge.url, model="scripted", api_key_secret_ref=SecretRef("s", "k"))
-        assert probes.evaluator_answers(settings, "right", ROW) == ""
+        assert probes.evaluator_answers(settings, {"COWEST_EVALUATOR_API_KEY": "right"}, ROW) == ""
         assert [call.body["max_tokens"] for call in judge.paid] == [1]
-        wrong = refusal(settings, "wrong")
+        wrong = refusal(settings, COWEST_EVALUATOR_API_KEY="wrong")
         assert wrong.code == EXIT_BAD_INPUT and "Check that the API key given" in str(wrong)
         missing = str(refusal(Evaluator("Judge", endpoint=judge.url, model="scripted")))
         assert "No API key was sent. Declare feedback.evaluator.apiKeySecretRef." in missing
@@ -79,7 +79,7 @@ def test_each_juror_is_asked_by_its_own_key_and_named_where_it_fails() -> None:
     with ScriptedModel("ACCEPT").in_thread() as judge, ScriptedModel("ACCEPT", keys=("right",)).in_thread() as other:
         jury = (Juror(other.url, "other"),)
         settings = Evaluator("Judge", endpoint=judge.url, model="scripted", jury=jury)
-        assert probes.evaluator_answers(settings, None, ROW, {"COWEST_JURY_API_KEY_1": "right"}) == ""
+        assert probes.evaluator_answers(settings, {"COWEST_JURY_API_KEY_1": "right"}, ROW) == ""
         assert (len(judge.paid), len(other.paid)) == (1, 1)
         missing = str(refusal(settings))
         assert "spec.feedback.evaluator.jury[0] was asked" in missing
@@ -103,4 +103,4 @@ def test_what_is_no_chat_endpoint_is_not_worth_a_retry(body: str, code: int, say
 
 @pytest.mark.parametrize("kind", ["ExactMatch", "TokenF1", "Numeric"])
 def test_rules_ask_nobody(kind: str) -> None:
-    assert probes.evaluator_answers(Evaluator(kind), None, ROW) == ""  # type: ignore[arg-type]
+    assert probes.evaluator_answers(Evaluator(kind), {}, ROW) == ""  # type: ignore[arg-type]

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from cowest_serving.book import CODE_BUDGET_SPENT, HEADER_PURPOSE, HEADER_ROUND
 from cowest_serving.collaborate import draft_messages, is_draftable, refine_messages, solo_messages
-from cowest_serving.contract import JUDGE_PATH, Messages, Pair, Redaction, Strong, digest_of, parse
+from cowest_serving.contract import JUDGE_PATH, Messages, Pair, Redaction, Strong, digest_of, evaluator_key, parse
 from cowest_serving.error_bodies import ErrorBody, OutspokenModel, body_of
 from cowest_serving.key_files import PROXY_KEYS, keys_of
 from cowest_serving.models import BadRequest, ChatModel, ChatResult, HttpChatModel, is_clients_fault, is_same_origin
 from cowest_serving.redaction import Redacted, Redactor
 
-from .contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_RETRY, Evaluator, Row, StepError, jury_key
+from .contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_RETRY, Evaluator, Row, StepError
 from .evaluator import (
     DEFAULT_TIMEOUT_SECONDS,
     TIE,
@@ -637,7 +637,7 @@ def _scorer(
     check_settings(settings)
     judges: list[ChatModel] = []
     for number, each in enumerate(settings.judges):
-        model = judge_model(each, os.environ.get(jury_key(number)) or None)
+        model = judge_model(each, os.environ.get(evaluator_key(number)) or None)
         models.push_async_callback(model.aclose)
         by_proxy = None
         if proxy.url:
@@ -645,7 +645,7 @@ def _scorer(
             by_proxy = proxy.judge(model.model, f"{purpose}:{JUDGE}", seconds)
             models.push_async_callback(by_proxy.aclose)
         judges.append(PaidJudge(model, calls, f"{purpose}:{JUDGE}", by_proxy, redactor))
-    scorer = build_evaluator(settings, api_key=os.environ.get(jury_key(0)) or None, judges=judges or None)
+    scorer = build_evaluator(settings, api_key=os.environ.get(evaluator_key()) or None, judges=judges or None)
     models.push_async_callback(scorer.aclose)
     return scorer
 

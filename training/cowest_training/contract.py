@@ -112,11 +112,6 @@ class Evaluator:
         return (alone, *more)
 
 
-def jury_key(number: int) -> str:
-    """The environment variable with the key of a judge: 0 is the first, and no juror's."""
-    return f"COWEST_JURY_API_KEY_{number}" if number else "COWEST_EVALUATOR_API_KEY"
-
-
 def evaluator_digest(settings: Evaluator) -> str:
     """Of what decides the score. Keys, time-outs, the judge's address and people's labels do not."""
     address = settings.endpoint if settings.type == "HTTP" else None

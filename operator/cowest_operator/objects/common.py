@@ -20,7 +20,7 @@ PORT = 8080  # every server of ours listens there
 ROUTING_FILE = "/run/cowest/routing.json"  # of the gateway and its sidecar
 SPOOL = "/var/lib/cowest/spool"  # of the gateway's records
 JOB_FOLDER, STEP_FOLDER = "/etc/cowest/job", "/etc/cowest/step"
-STRONG_KEYS, CLIENT_KEYS, EVALUATOR_KEY = "/etc/cowest/strong-keys", "/etc/cowest/client-keys", "/etc/cowest/evaluator"
+STRONG_KEYS, CLIENT_KEYS = "/etc/cowest/strong-keys", "/etc/cowest/client-keys"
 PROXY_KEYS, STORE_KEYS = "/etc/cowest/proxy-keys", "/etc/cowest/s3-keys"
 STORE_KEY_NAMES: Mapping[str, Mapping[str, bool]] = {
     "AWS_ACCESS_KEY_ID": {},
@@ -31,9 +31,10 @@ FALLBACK_KEYS = "/etc/cowest/fallback-keys"
 LOG_FORMAT = "COWEST_LOG_FORMAT"  # as `cowest_serving.logs` reads it
 
 
-def juror_key(number: int) -> tuple[str, str]:
-    """Of a further judge's key, from 1: the volume, and where it is mounted."""
-    return f"jury-{number}", f"/etc/cowest/jury-{number}"
+def judge_key(number: int) -> tuple[str, str]:
+    """Of a judge's key, the first one's by 0: the volume, and where it is mounted."""
+    name = f"jury-{number}" if number else "evaluator"
+    return name, f"/etc/cowest/{name}"
 
 
 @dataclass(frozen=True)

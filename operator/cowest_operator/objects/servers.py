@@ -13,8 +13,8 @@ from cowest_operator import api
 from cowest_operator.objects import common, ray
 from cowest_operator.objects.common import Child, Context
 from cowest_operator.objects.steps import ASKED, MAIN, step_map, step_name, without_executor
-from cowest_serving.contract import digest_of
-from cowest_training.contract import StepSettings, jury_key
+from cowest_serving.contract import digest_of, evaluator_key
+from cowest_training.contract import StepSettings
 
 BOOK = "/var/lib/cowest/book.sqlite"
 SPOOL_ABOVE = (
@@ -328,12 +328,12 @@ def _with_judge(
         environment = [*kept, common.env("COWEST_MORE_CA", file)]
     for number, judge in enumerate(evaluator.judges):
         if reference := judge.api_key_secret_ref:
-            name, folder = ("evaluator", common.EVALUATOR_KEY) if not number else common.juror_key(number)
+            name, folder = common.judge_key(number)
             item = {"key": reference.key, "path": "key"}
             secret = {"secretName": reference.name, "items": [item], "defaultMode": 0o440}
             volumes = [*volumes, {"name": name, "secret": secret}]
             mounts = [*mounts, {"name": name, "mountPath": folder, "readOnly": True}]
-            environment = [*environment, common.env(f"{jury_key(number)}_FOLDER", folder)]
+            environment = [*environment, common.env(f"{evaluator_key(number)}_FOLDER", folder)]
     return volumes, mounts, environment
 
 
@@ -411,7 +411,7 @@ def asking_access(context: Context) -> tuple[list[dict[str, Any]], list[dict[str
     for number, each in enumerate(evaluator.judges or (evaluator,)):
         if reference := each.api_key_secret_ref:
             source = {"secretKeyRef": {"name": reference.name, "key": reference.key}}
-            environment.append({"name": jury_key(number), "valueFrom": source})
+            environment.append({"name": evaluator_key(number), "valueFrom": source})
     return volumes, mounts, environment
 
 
