@@ -46,6 +46,7 @@ ANSWERS_KEPT = 600.0  # seconds, longer than any of the above
 PATIENCE = 20.0  # seconds before a pod that is not there yet is called a trouble
 LONGEST_RETRY = 600.0
 MISSING_RETRY = 120.0  # what is not there yet is often brought within minutes, and a look for it costs seconds
+NO_FAULT = (EXIT_RETRY, EXIT_BUDGET, EXIT_MISSING)  # of the step that ends so
 FAILURES = 3  # of a step by faults of its own, before it waits for a person
 BAD_INPUT_RETRY = 3600.0  # what a step refuses costs seconds, and a key or a file may be mended where nobody sees it
 BY_A_PERSON = "It is begun again by `kubectl cowest resume` once that is mended, or by an edit of the manifest."
@@ -343,9 +344,11 @@ class _Look:
             return await self._succeeded(trial, name)
         code, words = _code(seen), _words(seen)
         words, reason = (self._overran(seen), api.REASON_STEP_DEADLINE) if facts["overran"] else (words, "")
-        if code == EXIT_MISSING:
-            return self._missing(name, seen, words)
         asked_for = facts["generation"] != self.context.job.generation or self._resumed_since(seen)
+        if code == EXIT_MISSING and not asked_for:  # nobody has to say so once it is there
+            if self.now >= facts["finished"] + retry_after(facts["attempt"], MISSING_RETRY):
+                self.submit[name] = facts["attempt"] + 1
+            return api.StepState("Failed", EXIT_RETRY, 1, words, reason=api.REASON_DATA_MISSING)
         for_good = not asked_for and self._failed_for_good(trial, seen)
         if for_good and (code != EXIT_BAD_INPUT or self.now < facts["finished"] + BAD_INPUT_RETRY):
             return api.StepState("Failed", code, 1, words, again=BY_A_PERSON, reason=reason)
@@ -369,16 +372,6 @@ class _Look:
             return api.StepState("Running", message=workflow.facts["message"])
         return api.StepState("Running", message=_words(before), reason=api.REASON_DATA_MISSING)
 
-    def _missing(self, name: str, seen: Seen, words: str) -> api.StepState | None:
-        """Nobody has to say so once it is there: a look for it costs a pod for seconds."""
-        facts = seen.facts
-        asked_for = facts["generation"] != self.context.job.generation or self._resumed_since(seen)
-        if asked_for or self.now >= facts["finished"] + retry_after(facts["attempt"], MISSING_RETRY):
-            self.submit[name] = facts["attempt"] + 1
-        if asked_for:
-            return None
-        return api.StepState("Failed", EXIT_RETRY, 1, words, reason=api.REASON_DATA_MISSING)
-
     def _overran(self, workflow: Seen) -> str:
         pod = next((pod for pod in self._pods_of(workflow) if pod.facts["overran"]), None)
         allowed = api.parse_pods(self.context.document["spec"].get("training", {})).step_deadline_seconds or 0
@@ -389,14 +382,14 @@ class _Look:
     def _failed_for_good(self, trial: api.Trial, seen: Seen) -> bool:
         """Another attempt would cost hours of a GPU, or money, and end alike. Not so where traces come in meanwhile."""
         code, facts = _code(seen), seen.facts
-        if code in (EXIT_RETRY, EXIT_BUDGET) or facts["step"] == f"r{trial.number}-collect":
+        if code in NO_FAULT or facts["step"] == f"r{trial.number}-collect":
             return False
         alike = (
             each
             for each in self.family.of("Workflow")
             if (each.facts["step"], each.facts["generation"]) == (facts["step"], facts["generation"])
             and each.facts["phase"] not in (*ACTIVE, "Succeeded")
-            and _code(each) not in (EXIT_RETRY, EXIT_BUDGET)
+            and _code(each) not in NO_FAULT
             and not self._resumed_since(each)
         )
         return code == EXIT_BAD_INPUT or sum(1 for _ in alike) >= FAILURES

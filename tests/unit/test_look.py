@@ -569,6 +569,14 @@ def test_what_is_not_there_yet_is_looked_for_by_itself_at_most_each_two_minutes(
         assert [step.name for step in reconcile.plan(due.world).steps] == ["r1-dpo"]
 
 
+def test_looks_for_what_is_missing_are_no_faults_of_the_step() -> None:
+    desk = tuning()
+    for attempt in (1, 2):
+        failed(desk, NOT_THERE, attempt=attempt)
+    failed(desk, FAILED, attempt=3)
+    assert desk.look(NOW + 700).submit == {"r1-dpo": 4}
+
+
 def test_what_is_not_there_yet_is_said_in_the_same_words_while_it_is_looked_for_again() -> None:
     desk, said = tuning(), ("True", api.REASON_DATA_MISSING, "step r1-dpo: no good.")
     failed(desk, NOT_THERE)
