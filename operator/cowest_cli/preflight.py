@@ -81,10 +81,8 @@ def check_data(
     from cowest_training.evaluator import family_notes
     from cowest_training.round_trip import check_tokenizer
 
-    unread: Mapping[str, Counter[str]] = {spec["data"][name]: Counter() for name in DATA}
-    train, held_out = (
-        read_rows(uri, keys) if name in names else [] for name, (uri, keys) in zip(DATA, unread.items(), strict=True)
-    )
+    unread = [(spec["data"][name], Counter[str]()) for name in DATA]
+    train, held_out = (read_rows(*each) if name in names else [] for name, each in zip(DATA, unread, strict=True))
     evaluator = parse(Evaluator, spec["feedback"]["evaluator"])
     check_rows(train, held_out, evaluator)
     if "heldOut" in names:

@@ -187,6 +187,13 @@ def test_validate_refuses_held_out_rows_that_are_trained_on(cowest: Any, desk: P
     assert said.code == EXIT_BAD_INPUT and "held_out.jsonl:1" in said.err
 
 
+def test_validate_refuses_one_file_as_both_under_two_names(cowest: Any, desk: Path) -> None:
+    manifest = desk / "job.yaml"
+    manifest.write_text(manifest.read_text().replace("file://train.jsonl", "file://./held_out.jsonl"))
+    said = cowest("validate", "-f", str(manifest))
+    assert said.code == EXIT_BAD_INPUT and "train and held-out data are the same" in said.err
+
+
 def test_validate_refuses_fewer_held_out_rows_than_the_gate_wants(cowest: Any, desk: Path) -> None:
     write_rows(desk / "held_out.jsonl", "held", 99)
     said = cowest("validate", "-f", str(desk / "job.yaml"))

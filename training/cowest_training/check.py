@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     progress = Progress(args.progress, "check")
     progress.update(0, 2, "checks", "reading rows")
-    unread: Mapping[str, Counter[str]] = {uri: Counter() for uri in (data.train, data.held_out)}
-    train, held_out = (read_rows(uri, keys) for uri, keys in unread.items())
+    unread = [(uri, Counter[str]()) for uri in (data.train, data.held_out)]
+    train, held_out = (read_rows(uri, keys) for uri, keys in unread)
     check_rows(train, held_out, evaluator)
     if lacks := [*lacks_of_held_out(spec, len(held_out)), *lacks_of_train(spec, train)]:
         raise StepError("\n".join(map(str, lacks)))
@@ -113,13 +113,13 @@ def check_rows(train: Sequence[Row], held_out: Sequence[Row], evaluator: Evaluat
 def notes_of_rows(
     train: Sequence[Row],
     held_out: Sequence[Row],
-    unread: Mapping[str, Mapping[str, int]],
+    unread: Sequence[tuple[str, Mapping[str, int]]],
     evaluator: Evaluator,
     draft: DraftForm,
 ) -> list[str]:
     """What is no fault, and a person should look at. `unread`: by file the keys that nothing reads, as counted."""
     notes = (
-        *(unread_note(uri, keys) for uri, keys in unread.items()),
+        *(unread_note(uri, keys) for uri, keys in unread),
         extract_note(evaluator, train, draft),
         decimal_note(evaluator, [*train, *held_out]),
         case_note(train),
