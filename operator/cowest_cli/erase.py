@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -59,29 +59,37 @@ def erase(
     """
     user = _hash_of(whose)
     job = in_cluster(where)
-    if job:
-        seen = job.known()
-        root, status, book = job.open_store(seen), seen.status, None
-    else:
-        place = known(where)
-        if jobs.runs(place) and not dry_run:
-            raise StepError(
-                f"{place.root}: wanted a job that does not run, saw one that does. Stop `cowest run` first."
-            )
-        root, status, book = place.store.as_uri(), jobs.read_status(place), place.calls
-    report = forget.look(root, user, _roles(status))
-    uri = ""
-    if not dry_run:
-        if book is not None:
-            blank(book, report.calls)
-        uri = forget.erase(root, report, by=jobs.who(by), why=why)
+    with ExitStack() as held:
+        if job:
+            seen = job.known()
+            root, status, book = job.open_store(seen), seen.status, None
+        else:
+            place = known(where)
+            if not dry_run:
+                held.enter_context(_at_rest(place))
+            root, status, book = place.store.as_uri(), jobs.read_status(place), place.calls
+        report = forget.look(root, user, _roles(status))
+        uri = ""
+        if not dry_run:
+            if book is not None:
+                blank(book, report.calls)
+            uri = forget.erase(root, report, by=jobs.who(by), why=why)
+    left = [*NOT_REACHED, *([IN_CLUSTER] if job else [])]
     if output == "json":
-        left = [*NOT_REACHED, *([IN_CLUSTER] if job else [])]
         typer.echo(json.dumps({**report.for_programs(), "uri": uri or None, "not_reached": left}))
         return
     for line in _lines(report, dry_run, uri):
         typer.echo(printable(line))
-    typer.echo(f"Not reached: {'; '.join((*NOT_REACHED, *([IN_CLUSTER] if job else [])))}.")
+    typer.echo(f"Not reached: {'; '.join(left)}.")
+
+
+@contextmanager
+def _at_rest(place: jobs.Home) -> Iterator[None]:
+    """No `cowest run` of the job is alive, and none begins meanwhile. Raises `StepError`."""
+    if jobs.runs(place):
+        raise StepError(f"{place.root}: wanted a job that does not run, saw one that does. Stop `cowest run` first.")
+    with jobs.locked(place):
+        yield
 
 
 def _hash_of(whose: User) -> str:

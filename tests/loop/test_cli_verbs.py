@@ -32,7 +32,7 @@ from cowest_serving.contract import Arm, Routing, dump
 from cowest_serving.leases import Amount, Ask, Spent
 from cowest_serving.models import HttpChatModel
 from cowest_serving.traces import TraceWriter, read_feedback, read_traces
-from cowest_training import quarantine
+from cowest_training import forget, quarantine
 from cowest_training.asking import score_key
 from cowest_training.calibration import read_labels
 from cowest_training.contract import (
@@ -570,6 +570,20 @@ def test_erase_waits_for_a_job_that_runs(cowest: Any, place: jobs.Home) -> None:
         said = cowest("erase", "--home", place.root, "--user", "ann")
         assert said.code == EXIT_BAD_INPUT and "Stop `cowest run` first" in said.err
         assert cowest("erase", "--home", place.root, "--user", "ann", "--dry-run").code == EXIT_OK
+
+
+def test_no_run_begins_while_a_users_data_are_erased(
+    cowest: Any, place: jobs.Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, really = list[bool](), forget.erase
+
+    def erase(*told: Any, **named: Any) -> str:
+        seen.append(jobs.runs(place))
+        return really(*told, **named)
+
+    monkeypatch.setattr(forget, "erase", erase)
+    assert cowest("erase", "--home", place.root, "--user", "ann").code == EXIT_OK
+    assert seen == [True] and not jobs.runs(place)
 
 
 # ---------------------------------------------------------------- lineage
