@@ -293,8 +293,7 @@ def keys_environment(job: api.Job, folder: Path | None) -> dict[str, str]:
     """What only the gateway and the steps that ask the strong model get."""
     keys = [secret(ref.name, ref.key, folder) for ref in job.spec.strong.api_key_secret_refs]
     environment = {"COWEST_STRONG_API_KEYS": "\n".join(keys)} if keys else {}
-    evaluator = job.spec.feedback.evaluator
-    for number, each in enumerate(evaluator.judges or (evaluator,)):
+    for number, each in enumerate(job.spec.feedback.evaluator.asked):
         if reference := each.api_key_secret_ref:
             environment[evaluator_key(number)] = secret(reference.name, reference.key, folder)
     return environment

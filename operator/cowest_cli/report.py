@@ -260,7 +260,7 @@ def build_page(story: Story, figures: Mapping[str, Any]) -> str:
         *(f"<p>{_text(sentence)}</p>" for sentence in other_scales(story)),
         _bars(arms),
         _arms_table(arms),
-        *_calibrations(story),
+        *_calibrations(figures.get("calibration", ())),
         *_slices(story),
         "<h2>Rounds</h2>",
         _rounds_table(story.status.rounds),
@@ -330,8 +330,8 @@ def _arms_table(arms: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(head, rows, frozenset(range(1, len(head))))
 
 
-def _calibrations(story: Story) -> Iterator[str]:
-    if not (found := calibrations(story)):
+def _calibrations(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if not found:
         return
     yield "<h2>The evaluator beside people</h2>"
     yield (

@@ -11,6 +11,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import typer
 
@@ -133,8 +135,10 @@ def _of_users(source: Source) -> Iterator[Question]:
     if source.calls is None or not (said := scores_of(read_feedback(source.root).to_pylist())):
         return
     evaluator = source.evaluator
-    digests = [evaluator_digest(each) for each in evaluator.judges or (evaluator,)]
-    traces = [trace for trace in read_traces(source.root).to_pylist() if trace["trace_id"] in said and trace["answer"]]
+    digests = [evaluator_digest(each) for each in evaluator.asked]
+    table = read_traces(source.root)
+    told = table.filter(pc.is_in(table["trace_id"], value_set=pa.array(sorted(said), pa.string())))
+    traces = [trace for trace in told.to_pylist() if trace["answer"]]
     answers = {trace["trace_id"]: live_answer(trace, "candidate") for trace in traces}
     keys = {id_: [score_key(by, each.row, each.answer or "") for by in digests] for id_, each in answers.items()}
     known = read_scores(source.calls, (key for found in keys.values() for key in found))

@@ -398,5 +398,5 @@ def live_answers(canary: api.Canary) -> tuple[int, int]:
 def needed_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a step's metrics that later decisions and the status need."""
     wanted = ("pairs", "rows", "from_traces", "traces_usable", "strong_calls", "money", "has_explanations", "alarms",
-              "quarantined", "strong")  # fmt: skip
+              "strong")  # fmt: skip
     return {name: metrics[name] for name in wanted if name in metrics}

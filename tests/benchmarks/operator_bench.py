@@ -494,6 +494,7 @@ class Run:
         self.cluster, self.stage, self.person, self.audit, self.options = cluster, stage, person, audit, options
         self.seen, self.namespace = stage.seen, stage.namespace
         self.stuck: list[str] = []  # jobs that never came to rest
+        self.edits: Counter[str] = Counter()  # of each job
         self.refused = 0  # edits that the API server had no time for, asked again
 
     async def load(self, process: Process, jobs: int, at_rest: Callable[[Mapping[str, Any]], bool]) -> Counter[str]:
@@ -541,7 +542,7 @@ class Run:
         say(f"{process.user}: {dict(found)} written in {seconds:.0f} s at rest; {100 * used:.0f} % of a core")
         return found
 
-    async def change(self, seconds: float, rate: float, field_name: str, first: int) -> list[float]:
+    async def change(self, seconds: float, rate: float, field_name: str) -> list[float]:
         """Edits at an even pace, job after job; seconds from the answer to each until its child is another."""
         kind, suffix = CHANGES[field_name]
         section, name = field_name.split(".")
@@ -549,8 +550,9 @@ class Run:
         begun, tasks = time.monotonic(), []
         for number in range(int(seconds * rate)):
             await asyncio.sleep(max(0.0, begun + number / rate - time.monotonic()))
-            job, turn = jobs[number % len(jobs)], first + number // len(jobs)
-            spec = {section: {name: value + 1 - turn % 2}}
+            job = jobs[number % len(jobs)]
+            self.edits[job] += 1
+            spec = {section: {name: value + self.edits[job] % 2}}  # another value than it has
             children = [key for key in self.seen.at if key[0] == kind and key[1].startswith(f"{job}-")
                         and key[1].endswith(suffix)]  # fmt: skip
             tasks.append(asyncio.create_task(self._changed(job, spec, children[0])))
@@ -630,12 +632,12 @@ async def measure_ours(run: Run, address: str, work: Path) -> dict[str, Any]:
         rest = await run.rest(process, options.rest_seconds)
         rss, peak = process.memory()
         seconds = options.change_seconds or min(20.0, options.jobs / options.rate)
-        fast = await edits_seen(run, process, seconds, options.rate, 0)
+        fast = await edits_seen(run, process, seconds, options.rate)
         say(
             f"{OPERATOR}: {rss:.0f} MB at rest, {process.memory()[0]:.0f} MB after the edits, "
             f"peak {process.memory()[1]:.0f} MB"
         )
-        slow = await edits_seen(run, process, min(20.0, options.jobs / options.slow_rate), options.slow_rate, 1)
+        slow = await edits_seen(run, process, min(20.0, options.jobs / options.slow_rate), options.slow_rate)
     return {
         "jobs": options.jobs,
         "jobs_stuck": len(run.stuck),
@@ -652,14 +654,14 @@ async def measure_ours(run: Run, address: str, work: Path) -> dict[str, Any]:
     }
 
 
-async def edits_seen(run: Run, process: Process, seconds: float, rate: float, turn: int) -> dict[str, float]:
-    """So many edits a second, until what they lead to is over. Another `turn` declares another value."""
+async def edits_seen(run: Run, process: Process, seconds: float, rate: float) -> dict[str, float]:
+    """So many edits a second, until what they lead to is over."""
     run.writes(OPERATOR)
     run.refused = 0
     before, children = await asyncio.to_thread(process.buckets), run.seen.children.copy()
     cpu, server, begun = process.seconds_of_cpu(), run.cluster.seconds_of_cpu(), time.monotonic()
-    late = await run.change(seconds, rate, run.options.change, turn)
-    took = time.monotonic() - begun
+    late = await run.change(seconds, rate, run.options.change)
+    until_done = time.monotonic() - begun
     used, servers = process.seconds_of_cpu() - cpu, run.cluster.seconds_of_cpu() - server
     await asyncio.sleep(10.0)  # the last looks
     after = await asyncio.to_thread(process.buckets)
@@ -667,7 +669,7 @@ async def edits_seen(run: Run, process: Process, seconds: float, rate: float, tu
     answers = [took for who, took in run.audit.took if who == OPERATOR]
     say(f"the API server had no time for {run.refused} requests of the person who edits")
     say(f"{OPERATOR}: {dict(changed)} written for {edits} edits, children changed: "
-        f"{dict(run.seen.children - children)}; until the last was done {took:.1f} s, an edit "
+        f"{dict(run.seen.children - children)}; until the last was done {until_done:.1f} s, an edit "
         f"{1000 * used / edits:.0f} ms of CPU, of the API server {1000 * servers / edits:.0f} ms")  # fmt: skip
     say(
         f"{OPERATOR}: a look took {quantile(before, after, 0.5):.0f} ms (p50), "

@@ -111,6 +111,11 @@ class Evaluator:
         )
         return (alone, *more)
 
+    @property
+    def asked(self) -> tuple[Evaluator, ...]:
+        """Each with an endpoint and a key of its own: the judges, else the evaluator itself."""
+        return self.judges or (self,)
+
 
 def evaluator_digest(settings: Evaluator) -> str:
     """Of what decides the score. Keys, time-outs, the judge's address and people's labels do not."""

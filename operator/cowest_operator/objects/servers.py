@@ -407,8 +407,7 @@ def asking_access(context: Context) -> tuple[list[dict[str, Any]], list[dict[str
     volumes, mounts = [*volumes, *proxy_volumes], [*mounts, *proxy_mounts]
     if file := strong_certificates_file(context):
         environment = [*environment, common.env("COWEST_MORE_CA", file)]
-    evaluator = context.job.spec.feedback.evaluator
-    for number, each in enumerate(evaluator.judges or (evaluator,)):
+    for number, each in enumerate(context.job.spec.feedback.evaluator.asked):
         if reference := each.api_key_secret_ref:
             source = {"secretKeyRef": {"name": reference.name, "key": reference.key}}
             environment.append({"name": evaluator_key(number), "valueFrom": source})
