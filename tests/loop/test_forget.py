@@ -208,6 +208,52 @@ def test_an_erasure_that_was_cut_off_goes_on(root: str, monkeypatch: pytest.Monk
     assert "trace-t1" not in everything(root) and ANN not in everything(root)
 
 
+@pytest.mark.parametrize("after", ["runs/r1/feedback/manifest.json", "runs/r1/collect/manifest.json"])
+def test_an_erasure_that_was_killed_names_the_models_when_it_goes_on(
+    root: str, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """Killed after the ledgers, or after the data sets too: no row leads to the models any more."""
+    whole = forget.look(root, ANN, {"sha256:m2": "stable"})
+    put = store.put
+
+    def put_and_die(uri: str, data: bytes) -> None:
+        put(uri, data)
+        if uri.endswith(after):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(store, "put", put_and_die)
+        forget.erase(root, whole, by="me", why="they asked")
+    finish(root, 4, "dpo", "Model", "sha256:m4", {"model": "sha256:m2"})
+
+    again = forget.look(root, ANN, {"sha256:m4": "stable"})
+    assert (again.datasets, again.ledgers) == (whole.datasets, whole.ledgers)
+    assert (again.traces, again.words, again.clean) == (whole.traces, whole.words, "sha256:m3")
+    assert [(model.digest, model.why, model.role) for model in again.models] == [
+        ("sha256:m1", "tuned on 2 of their pairs", ""),
+        ("sha256:m2", "made of sha256:m1", ""),
+        ("sha256:m4", "made of sha256:m2", "stable"),
+    ]
+    told = json.loads(store.get(forget.erase(root, again, by="me", why="they asked")))
+    assert [model["digest"] for model in told["models"]] == ["sha256:m1", "sha256:m2", "sha256:m4"]
+    assert ANN not in everything(root), "no unfinished report is left"
+    assert forget.look(root, ANN).models == ()
+
+
+def test_an_erasure_killed_at_its_very_end_has_told_what_it_found(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = {"begun": {"user": ANN, "trace_ids": ["t1", "t4"]}}
+    store.put(store.join(root, forget.ERASURES, "x.json"), json.dumps(begun).encode())
+
+    def die(uri: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(store, "delete", die)
+        forget.erase(root, forget.look(root, ANN), by="me", why="")
+    told = [json.loads(store.get(uri)) for uri in store.list_files(store.join(root, forget.ERASURES))]
+    assert ["sha256:m1", "sha256:m2"] in [[model["digest"] for model in each.get("models", ())] for each in told]
+
+
 def test_a_user_is_found_after_retention_took_the_traces(root: str) -> None:
     store.delete(store.join(root, "traces"))
     report = forget.look(root, ANN)

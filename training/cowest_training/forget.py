@@ -32,6 +32,7 @@ from cowest_training.steps import manifest_json, read_manifest
 ERASURES = f"{TRUST_PREFIX}/erasures"
 DATASET, LEDGER, PAIRS = "dataset.jsonl", "ledger.parquet", "pairs.jsonl"
 ROW_OF_TRACE = "trace-"
+COUNTS = ("rows", "held_back", "drafts", "pairs")  # of a part
 WORDS = ("reference", "comment", "correction", "accepted", "placeholders")  # of feedback
 
 
@@ -84,23 +85,25 @@ def _report(root: str, user: str | None, ids: set[str], roles: Mapping[str, str]
     words = sum(
         pc.sum(_of_user(each, "source", user, ids)).as_py() or 0 for _, each in _segments(root, FEEDBACK_PREFIX)
     )
+    before = list(_unfinished(root, user).values()) if user else []
     manifests = list(_manifests(root))
-    datasets = tuple(part for each in manifests if each[1] == "collect" and (part := _dataset(*each, ids, user)))
+    datasets = [part for each in manifests if each[1] == "collect" and (part := _dataset(*each, ids, user))]
     rows = _row_ids(root, ids, user)
     ledgers, calls = [], set[str]()
     for number, step, uri, manifest in manifests:
         if step == "feedback" and (part := _ledger(number, uri, manifest, rows, calls)):
             ledgers.append(part)
-    models = tuple(_models(manifests, ledgers, roles))
+    ledgers = _joined(ledgers, _parts(before, "ledgers"))
+    models = _joined(_models(manifests, ledgers, roles), _parts(before, "models"))
     affected = {model.digest for model in models}
     clean = [m.digest for _, _, _, m in manifests if m.kind == "Model" and m.digest not in affected]
     return Report(
         user or "",
         len(ids),
-        words,
-        datasets,
+        max(words, *(each.get("words", 0) for each in before), 0),
+        tuple(_joined(datasets, _parts(before, "datasets"))),
         tuple(ledgers),
-        models,
+        tuple(models),
         clean[-1] if clean else None,
         tuple(sorted(calls)),
     )
@@ -131,9 +134,9 @@ def erase(root: str, report: Report, *, by: str, why: str) -> str:
             )
             changes = {DATASET: _without_lines("id", rows), PROVENANCE: own, QUARANTINE: own}
             _rewrite(uri, manifest, changes)
+    store.put(place, json.dumps(told, ensure_ascii=False, indent=1).encode())
     for old in _unfinished(root, report.user):
         store.delete(old)
-    store.put(place, json.dumps(told, ensure_ascii=False, indent=1).encode())
     return place
 
 
@@ -143,8 +146,8 @@ def _trace_ids(root: str, user: str) -> set[str]:
     ids = {record["trace_id"] for record in _origins(root) if record["user"] == user}
     for _, table in _segments(root, TRACES_PREFIX):
         ids.update(table.filter(_of_user(table, "user_hash", user, set()))["trace_id"].to_pylist())
-    for place in _unfinished(root, user):
-        ids.update(json.loads(store.get(place))["begun"]["trace_ids"])
+    for before in _unfinished(root, user).values():
+        ids.update(before["begun"]["trace_ids"])
     return ids
 
 
@@ -161,9 +164,11 @@ def _origins(root: str) -> Iterator[dict[str, Any]]:
                 yield from read_lines(store.join(uri, name))
 
 
-def _unfinished(root: str, user: str) -> list[str]:
+def _unfinished(root: str, user: str) -> dict[str, dict[str, Any]]:
+    """URI -> report of each erasure of theirs that was cut off: what it took out is seen nowhere else any more."""
     found = [uri for uri in store.list_files(store.join(root, ERASURES)) if uri.endswith(".json")]
-    return [uri for uri in found if json.loads(store.get(uri)).get("begun", {}).get("user") == user]
+    reports = {uri: json.loads(store.get(uri)) for uri in found}
+    return {uri: report for uri, report in reports.items() if report.get("begun", {}).get("user") == user}
 
 
 def _of_user(table: pa.Table, column: str, user: str | None, ids: set[str]) -> pa.ChunkedArray:
@@ -185,6 +190,20 @@ def _manifests(root: str) -> Iterator[tuple[int, str, str, Manifest]]:
     for number, step, uri in sorted(found):
         if (manifest := read_manifest(uri)) is not None:
             yield number, step, uri, manifest
+
+
+def _parts(reports: Iterable[Mapping[str, Any]], name: str) -> Iterator[Part]:
+    return (Part(**part) for report in reports for part in report.get(name, ()))
+
+
+def _joined(seen: Iterable[Part], before: Iterable[Part]) -> list[Part]:
+    """What is seen now and what was seen before a part of it was taken out: the larger counts."""
+    found = {(part.round, part.step): part for part in seen}
+    for old in before:
+        new = found.setdefault((old.round, old.step), old)
+        counts = {name: max(getattr(old, name), getattr(new, name)) for name in COUNTS}
+        found[old.round, old.step] = replace(new, **counts)
+    return [found[key] for key in sorted(found)]
 
 
 def _dataset(number: int, step: str, uri: str, manifest: Manifest, ids: set[str], user: str | None) -> Part | None:
