@@ -331,6 +331,7 @@ def live_score(world: api.World, trial: api.Trial, control: Pair | None) -> api.
             *((("--watched", repr(trial.step_since)),) if goes_on else ()),
             *((("--beyond", "first-of-user"),) if looks_at_every_user(canary, trial) else ()),
             *(() if control else (("--control", SOLO),)),
+            *_generation(world),
         ),
         files=(
             ("--candidate", dump(at_declared_address(world, candidate))),

@@ -263,6 +263,16 @@ def test_shadow_replay_compares_both_arms_on_each_live_query(tmp_path: Path, str
     assert (again.comparison, len(strong.calls)) == (report.comparison, paid)
 
 
+def test_a_strong_model_that_became_another_one_answers_both_arms_anew(tmp_path: Path, strong: ScriptedModel) -> None:
+    live, candidate = replayed_queries(tmp_path, strong)
+    before = live.once(candidate, control=None)
+    strong.answers = neither
+    score_live.main([*live.flags(candidate, None), "--once", "--generation", "0"])
+    assert live.report().comparison == before.comparison, "the book answers"
+    score_live.main([*live.flags(candidate, None), "--once", "--generation", "1"])
+    assert {arm.name: arm.score for arm in live.report().arms} == {"candidate": 0.0, "control": 0.0}
+
+
 def test_a_disk_that_takes_no_draft_is_named_and_scoring_goes_on_when_it_does(
     tmp_path: Path, strong: ScriptedModel
 ) -> None:

@@ -88,3 +88,10 @@ def test_the_watcher_is_told_how_many_answers_the_gate_looks_at(stage, step, can
     args = dict(rounds.live_score(w.world(job=w.job(canary=canary)), trial, None).args)
     assert {flag: args[flag] for flag in ("--most", "--watched", "--beyond") if flag in args} == flags
     assert args["--since"] == ("1000.5" if stage == "Watch" else "2000.5")
+
+
+@pytest.mark.parametrize(("generation", "flags"), [(0, {}), (2, {"--generation": "2"})])
+def test_the_watcher_takes_no_answer_of_what_the_strong_model_was_before(generation, flags):
+    status = replace(w.SERVED, strong_generation=generation)
+    args = dict(rounds.live_score(w.world(status=status, job=w.job(canary={})), w.trial("Canary"), None).args)
+    assert {flag: value for flag, value in args.items() if flag == "--generation"} == flags

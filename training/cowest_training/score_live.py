@@ -103,6 +103,7 @@ def _flags(argv: Sequence[str] | None) -> Any:
     )
     flags.add_argument("--once", action="store_true", help="one pass over what is recorded, then end")
     flags.add_argument("--until", metavar="EPOCH|REPORT", help="count only what was recorded by then (with --once)")
+    steps.add_generation(flags)
     args = flags.parse_args(argv)
     if args.until and not args.once:
         flags.error("--until looks back: it needs --once")
@@ -625,7 +626,7 @@ async def _watch(canary: Canary, args: Any, progress: steps.Progress) -> None:
     strong = canary.settings.strong
     async with open_asking(
         strong, canary.evaluator, args.calls, purpose=purpose, round_number=args.round,
-        redaction=canary.settings.collaboration.redaction,
+        redaction=canary.settings.collaboration.redaction, generation=args.generation,
     ) as asking:  # fmt: skip
         scorer = Scorer(canary, asking, drafts_folder(args.calls), begun)
         try:
