@@ -106,16 +106,23 @@ def one_strong_version(case: Offline) -> Refusal | None:
     """Arms that asked different versions of the strong model cannot be compared.
 
     Endpoints rotate between several versions and leave the name out now and then: arms that share one are compared.
+    A control that was asked of another model, as what is served is when strong.model is edited, shares none with it.
     """
     versions = case.judged.strong_versions
     if not versions and case.judged.strong_version.startswith("mixed"):
         return _another_version(case.judged.strong_version)
     named = {arm: {version for version in seen if version} for arm, seen in versions.items()}
     mine = named.get("candidate", set())
-    for arm in ("control", SOLO):
+    for arm in (SOLO,) if _asks_another_model(case) else ("control", SOLO):
         if mine and named.get(arm) and not mine & named[arm]:
             return _another_version(f"candidate: {', '.join(sorted(mine))}; {arm}: {', '.join(sorted(named[arm]))}")
     return None
+
+
+def _asks_another_model(case: Offline) -> bool:
+    """The control. Where the strong model alone is the control, it is the candidate's."""
+    served = case.status.stable if case.judged.control != SOLO else None
+    return served is not None and served.strong_model != case.judged.strong_model
 
 
 def strong_change(trial: api.Trial) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cowest_serving.contract import Budget, Prices, Strong
+from cowest_serving.contract import Budget, Pair, Prices, Prompts, Strong
 from cowest_serving.models import BadRequest, ChatResult, HttpChatModel, ServerFault
 from cowest_training.asking import Asking, open_asking
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_RETRY, Evaluator, Row, StepError
@@ -265,6 +265,24 @@ async def test_a_judge_that_refused_is_asked_again_once_it_is_mended(tmp_path: P
         asked = len(judge.calls)
         assert await score_until_refused(tmp_path / "calls", judge) == [1.0] * 10
         assert len(judge.calls) == asked + 3, "what it refused, and nothing else"
+
+
+async def test_two_models_that_are_asked_at_once_are_no_strong_model_that_became_another(tmp_path: Path) -> None:
+    async with ScriptedModel("ACCEPT") as server, judged_by(server, tmp_path / "calls") as asking:
+
+        async def asked(model: str, version: str, questions: range) -> dict[str, Any]:
+            server.version = version
+            pair = Pair(
+                "sha256:w", "file:///w", Prompts("{query}", "{draft}", "{query}"), "Explanation", server.url, model
+            )
+            for n in questions:
+                await asking.solo(Row(f"r{n}", f"q{n}", ({"role": "user", "content": f"q{n}"},), "1"), pair)
+            return asking.strong_seen
+
+        assert await asked("old", "fp_1", range(12)) == {"first": ["fp_1"], "last": ["fp_1"], "change": ""}
+        assert await asked("new", "fp_2", range(14)) == {"first": ["fp_2"], "last": ["fp_2"], "change": ""}
+        changed = await asked("old", "fp_3", range(20, 32))
+        assert changed == {"first": ["fp_1"], "last": ["fp_3"], "change": "fp_1 for 12 answers, then fp_3"}
 
 
 async def test_one_text_that_was_refused_is_a_tie_for_all_who_wait_for_it(tmp_path: Path) -> None:

@@ -158,6 +158,20 @@ def test_arms_that_share_no_version_of_the_strong_model_are_not_compared(other):
     assert f"candidate: a; {other}: b" in refusal.message
 
 
+def test_an_edit_of_the_strong_model_is_not_refused_for_the_versions_of_the_one_before():
+    served = replace(w.SERVED, stable=replace(w.STABLE, strong_model="strong-0"))
+    of_edit = {"control": served.stable.digest}
+    seen = w.report(strong_versions={"candidate": {"a": 1000}, "control": {"b": 1000}, "solo": {"a": 1000}}, **of_edit)
+    assert promotion.first_refusal(case(seen, served)) is None
+    alone = w.report(strong_versions={"candidate": {"a": 1000}, "solo": {"b": 1000}}, **of_edit)
+    refusal = promotion.first_refusal(case(alone, served))
+    assert refusal is not None and refusal.reason == api.REASON_STRONG_CHANGED
+    revoked = replace(served, serving="StrongAlone")
+    seen = w.report(strong_versions={"candidate": {"a": 1000}, "control": {"b": 1000}}, control="solo")
+    refusal = promotion.first_refusal(case(seen, revoked))
+    assert refusal is not None and "control: b" in refusal.message, "the control is the same model alone"
+
+
 def test_several_versions_are_mentioned_where_the_candidate_passes():
     assert promotion.versions_note(w.report(strong_versions={"candidate": {"a": 1, "b": 2}})).endswith(
         "2 versions: a, b"

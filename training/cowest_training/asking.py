@@ -391,7 +391,8 @@ class Asking:
         self._models: dict[tuple[str, str, str], HttpChatModel] = {}
         self.generation = 0  # of the strong model, see `open_asking`
         self.replies = 0  # answers that came back, paid now or before
-        self.named: list[Named] = []  # what each answer that was paid now says it is of, in order
+        # By the model that was asked: what each answer that was paid now says it is of, in order.
+        self.named: dict[str, list[Named]] = {}
         self._first_error = ""
         self._unusual: Counter[str] = Counter()
 
@@ -402,9 +403,11 @@ class Asking:
 
     @property
     def strong_seen(self) -> dict[str, Any]:
-        """Who answered: the first and the last names, and the change between them where there was one."""
-        changed = change(self.named, self._strong.max_concurrency)
-        return {**edges(self.named), "change": str(changed) if changed else ""}
+        """Who answered: the first and the last names of the model that was asked most, and the change between the names
+        of any where there was one. Two models that are asked by turns (an edit of strong.model) are no change."""
+        most = max(self.named.values(), key=len, default=[])
+        changes = (change(names, self._strong.max_concurrency) for names in self.named.values())
+        return {**edges(most), "change": next((str(changed) for changed in changes if changed), "")}
 
     @property
     def unusual(self) -> dict[str, int]:
@@ -500,7 +503,7 @@ class Asking:
             return Reply("", "", "", error=str(error))
         self.replies += 1
         if not is_free:
-            self.named.append(Named(result.model, result.version))
+            self.named.setdefault(pair.strong_model, []).append(Named(result.model, result.version))
         if kind := unusual_kind(result.text, result.finish_reason):
             self._unusual[kind] += 1
         return Reply(redacted.restored(result.text), key, result.version, result.model, paid=self._paid(result))
