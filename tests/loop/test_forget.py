@@ -150,6 +150,15 @@ def test_looking_changes_nothing(root: str) -> None:
     assert everything(root) == before
 
 
+def test_a_trace_is_followed_without_reading_what_everybody_said(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("read")
+
+    for name in ("_segments", "_origins", "_unfinished"):
+        monkeypatch.setattr(forget, name, refuse)
+    assert [part.round for part in forget.trail(root, "t2").models] == [1, 2]
+
+
 # ---------------------------------------------------------------- erasing
 def test_nothing_of_the_user_is_left_and_all_of_others_is(root: str) -> None:
     report = forget.look(root, ANN)
@@ -208,22 +217,54 @@ def test_an_erasure_that_was_cut_off_goes_on(root: str, monkeypatch: pytest.Monk
     assert "trace-t1" not in everything(root) and ANN not in everything(root)
 
 
+def test_a_row_that_the_user_answered_in_one_round_goes_from_all_and_the_report_says_so(root: str) -> None:
+    """The reference of t3 was Ann's in round 1; Bob gave another one since."""
+    finish(root, 4, "collect", "Dataset", "sha256:d4", {}, files_of([BOBS, seen(3, BOB, said_by=BOB)], []))
+    finish(root, 5, "collect", "Dataset", "sha256:d5", {}, files_of([BOBS], [seen(3, BOB, said_by=BOB)]))
+    report = forget.look(root, ANN)
+    assert [(part.round, part.rows, part.held_back) for part in report.datasets] == [(1, 2, 1), (4, 1, 0), (5, 0, 1)]
+    forget.erase(root, report, by="me", why="")
+    left = {
+        (number, name): [record["id"] for record in read_lines(f"{root}/runs/r{number}/collect/{name}")]
+        for number in (4, 5)
+        for name in ("dataset.jsonl", PROVENANCE, QUARANTINE)
+    }
+    assert left == {
+        (4, "dataset.jsonl"): ["q0", "trace-t2"], (4, PROVENANCE): ["trace-t2"], (4, QUARANTINE): [],
+        (5, "dataset.jsonl"): ["q0", "trace-t2"], (5, PROVENANCE): ["trace-t2"], (5, QUARANTINE): [],
+    }  # fmt: skip
+
+
+def erase_until(root: str, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ann's data, killed once that file is written."""
+    put = store.put
+
+    def put_and_die(uri: str, data: bytes) -> None:
+        put(uri, data)
+        if uri.endswith(written):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(store, "put", put_and_die)
+        forget.erase(root, forget.look(root, ANN), by="me", why="they asked")
+
+
+def test_such_a_row_goes_from_later_rounds_too_when_a_killed_erasure_goes_on(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(root, 4, "collect", "Dataset", "sha256:d4", {}, files_of([seen(3, BOB, said_by=BOB)], []))
+    erase_until(root, "runs/r1/collect/manifest.json", monkeypatch)
+    forget.erase(root, forget.look(root, ANN), by="me", why="")
+    assert [record["id"] for record in read_lines(f"{root}/runs/r4/collect/dataset.jsonl")] == ["q0"]
+
+
 @pytest.mark.parametrize("after", ["runs/r1/feedback/manifest.json", "runs/r1/collect/manifest.json"])
 def test_an_erasure_that_was_killed_names_the_models_when_it_goes_on(
     root: str, monkeypatch: pytest.MonkeyPatch, after: str
 ) -> None:
     """Killed after the ledgers, or after the data sets too: no row leads to the models any more."""
     whole = forget.look(root, ANN, {"sha256:m2": "stable"})
-    put = store.put
-
-    def put_and_die(uri: str, data: bytes) -> None:
-        put(uri, data)
-        if uri.endswith(after):
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(store, "put", put_and_die)
-        forget.erase(root, whole, by="me", why="they asked")
+    erase_until(root, after, monkeypatch)
     finish(root, 4, "dpo", "Model", "sha256:m4", {"model": "sha256:m2"})
 
     again = forget.look(root, ANN, {"sha256:m4": "stable"})

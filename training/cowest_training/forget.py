@@ -82,13 +82,14 @@ def trail(root: str, trace_id: str) -> Report:
 
 
 def _report(root: str, user: str | None, ids: set[str], roles: Mapping[str, str]) -> Report:
-    words = sum(
-        pc.sum(_of_user(each, "source", user, ids)).as_py() or 0 for _, each in _segments(root, FEEDBACK_PREFIX)
-    )
     before = list(_unfinished(root, user).values()) if user else []
+    words = [each.get("words", 0) for each in before]
+    if user:
+        said = (_of_user(each, "source", user, ids) for _, each in _segments(root, FEEDBACK_PREFIX))
+        words.append(sum(pc.sum(mine).as_py() or 0 for mine in said))
     manifests = list(_manifests(root))
-    datasets = [part for each in manifests if each[1] == "collect" and (part := _dataset(*each, ids, user))]
     rows = _row_ids(root, ids, user)
+    datasets = [part for each in manifests if each[1] == "collect" and (part := _dataset(*each, rows))]
     ledgers, calls = [], set[str]()
     for number, step, uri, manifest in manifests:
         if step == "feedback" and (part := _ledger(number, uri, manifest, rows, calls)):
@@ -100,7 +101,7 @@ def _report(root: str, user: str | None, ids: set[str], roles: Mapping[str, str]
     return Report(
         user or "",
         len(ids),
-        max(words, *(each.get("words", 0) for each in before), 0),
+        max(words, default=0),
         tuple(_joined(datasets, _parts(before, "datasets"))),
         tuple(ledgers),
         tuple(models),
@@ -117,7 +118,7 @@ def erase(root: str, report: Report, *, by: str, why: str) -> str:
     place = store.join(root, ERASURES, f"{now:%Y%m%dT%H%M%S}-{report.user[:12]}.json")
     told = {**report.for_programs(), "user": report.user[:12], "by": by, "why": why}
     told["at"] = now.isoformat(timespec="seconds")
-    begun = {**told, "begun": {"user": report.user, "trace_ids": sorted(ids)}}
+    begun = {**told, "begun": {"user": report.user, "trace_ids": sorted(ids), "rows": sorted(rows)}}
     store.put(place, json.dumps(begun, ensure_ascii=False).encode())
     for uri, table in _segments(root, TRACES_PREFIX):
         _put(uri, _redacted(table, _of_user(table, "user_hash", report.user, ids), CONTENT_COLUMNS, "user_hash"))
@@ -129,11 +130,7 @@ def erase(root: str, report: Report, *, by: str, why: str) -> str:
             _rewrite(uri, manifest, {LEDGER: _without_queries(rows), PAIRS: _without_lines("query_id", rows)})
     for step, uri, manifest in frozen:
         if step == "collect":
-            own = _without(
-                lambda record: record["trace_id"] in ids or report.user in (record["user"], record["said_by"])
-            )
-            changes = {DATASET: _without_lines("id", rows), PROVENANCE: own, QUARANTINE: own}
-            _rewrite(uri, manifest, changes)
+            _rewrite(uri, manifest, dict.fromkeys((DATASET, PROVENANCE, QUARANTINE), _without_lines("id", rows)))
     store.put(place, json.dumps(told, ensure_ascii=False, indent=1).encode())
     for old in _unfinished(root, report.user):
         store.delete(old)
@@ -152,9 +149,13 @@ def _trace_ids(root: str, user: str) -> set[str]:
 
 
 def _row_ids(root: str, ids: set[str], user: str | None) -> set[str]:
-    """Of the rows that the user's traces became, and of those whose reference the user gave."""
-    said = {record["id"] for record in _origins(root) if user and record["said_by"] == user}
-    return said | {f"{ROW_OF_TRACE}{trace_id}" for trace_id in ids}
+    """Of the rows that these traces became, and of those whose reference the user gave in any round."""
+    rows = {f"{ROW_OF_TRACE}{trace_id}" for trace_id in ids}
+    if user:
+        rows.update(record["id"] for record in _origins(root) if record["said_by"] == user)
+        for before in _unfinished(root, user).values():
+            rows.update(before["begun"].get("rows", ()))
+    return rows
 
 
 def _origins(root: str) -> Iterator[dict[str, Any]]:
@@ -206,14 +207,11 @@ def _joined(seen: Iterable[Part], before: Iterable[Part]) -> list[Part]:
     return [found[key] for key in sorted(found)]
 
 
-def _dataset(number: int, step: str, uri: str, manifest: Manifest, ids: set[str], user: str | None) -> Part | None:
-    origins = read_lines(store.join(uri, PROVENANCE))
-    said = {record["id"] for record in origins if user and record["said_by"] == user}
-    wanted = said | {f"{ROW_OF_TRACE}{trace_id}" for trace_id in ids}
-    rows = sum(record["id"] in wanted for record in read_lines(store.join(uri, DATASET)))
-    suspects = read_lines(store.join(uri, QUARANTINE))
-    held_back = sum(record["trace_id"] in ids or (user or None) == record["said_by"] for record in suspects)
-    return Part(number, step, uri, manifest.digest, rows, held_back) if rows or held_back else None
+def _dataset(number: int, step: str, uri: str, manifest: Manifest, rows: set[str]) -> Part | None:
+    kept, held_back = (
+        sum(record["id"] in rows for record in read_lines(store.join(uri, name))) for name in (DATASET, QUARANTINE)
+    )
+    return Part(number, step, uri, manifest.digest, kept, held_back) if kept or held_back else None
 
 
 def _ledger(number: int, uri: str, manifest: Manifest, rows: set[str], calls: set[str]) -> Part | None:
