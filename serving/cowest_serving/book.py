@@ -294,14 +294,17 @@ class PaidCalls:
 
     async def remember_score(self, key: str, score: Callable[[], Awaitable[float | None]]) -> float | None:
         """A score that costs money or time (a judge's), looked up by `key` first; kept once it is there, None never."""
-        row = self._reader.execute("SELECT score FROM scores WHERE key = ?", (key,)).fetchone()
-        if row is not None:
-            return float(row[0])
+        if (known := self.known_score(key)) is not None:
+            return known
         # Answers of several arms are often the same text: they wait for one verdict.
         if (judging := self._judging.get(key)) is None:
             judging = self._judging[key] = asyncio.ensure_future(self._judge(key, score))
             judging.add_done_callback(_looked_at)
         return await asyncio.shield(judging)
+
+    def known_score(self, key: str) -> float | None:
+        row = self._reader.execute("SELECT score FROM scores WHERE key = ?", (key,)).fetchone()
+        return None if row is None else float(row[0])
 
     async def _judge(self, key: str, score: Callable[[], Awaitable[float | None]]) -> float | None:
         try:

@@ -13,7 +13,7 @@ import pytest
 
 from cowest_serving.contract import Budget, Pair, Prices, Prompts, Strong
 from cowest_serving.models import BadRequest, ChatResult, HttpChatModel, ServerFault
-from cowest_training.asking import Asking, open_asking
+from cowest_training.asking import Asking, open_asking, score_key
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_RETRY, Evaluator, Row, StepError
 from cowest_training.evaluator import TRIES
 from cowest_training.paid_calls import PaidCalls, read_spent
@@ -265,6 +265,14 @@ async def test_a_judge_that_refused_is_asked_again_once_it_is_mended(tmp_path: P
         asked = len(judge.calls)
         assert await score_until_refused(tmp_path / "calls", judge) == [1.0] * 10
         assert len(judge.calls) == asked + 3, "what it refused, and nothing else"
+
+
+async def test_asking_for_a_doubt_keeps_nobody_from_the_judge(tmp_path: Path) -> None:
+    async with ScriptedModel("ACCEPT") as judge, judged_by(judge, tmp_path / "calls") as asking:
+        row = Row("r", "q", ({"role": "user", "content": "q"},), "1")
+        key = score_key(asking.evaluator.digest, row, "an answer")
+        assert (asking.doubt(row, "an answer"), asking.calls.known_score(key), asking.calls._judging) == ("", None, {})
+        assert await asking.score_text(row, "an answer") == asking.calls.known_score(key) == 1.0
 
 
 async def test_two_models_that_are_asked_at_once_are_no_strong_model_that_became_another(tmp_path: Path) -> None:

@@ -863,7 +863,7 @@ async def test_each_judge_of_a_jury_is_asked_by_the_proxy_with_its_own_key_and_r
                 path = str(tmp_path / "a.sqlite")
                 async with open_asking(strong, evaluator, path, purpose="evaluate:f00d", round_number=3) as asking:
                     assert await asking.score_text(row("q"), "an answer") == score
-                    doubt = await asking.doubt(row("q"), "an answer")
+                    doubt = asking.doubt(row("q"), "an answer")
             calls = (await door.get("/v1/spent?round=3")).body["round"]["calls"]
     assert doubt == "jurorsSplit" and calls == len(judge.calls) + len(other.calls) == 4, "each in both orders, once"
     keys = [{call.headers["authorization"] for call in server.calls} for server in (judge, other)]

@@ -339,10 +339,6 @@ async def _yes() -> float | None:
     return 1.0
 
 
-async def _unknown() -> float | None:
-    return None
-
-
 # ---------------------------------------------------------------- answers
 @dataclass(frozen=True)
 class Paid:
@@ -460,13 +456,12 @@ class Asking:
             judge.remember()
         return score
 
-    async def doubt(self, row: Row, answer: str) -> str:
+    def doubt(self, row: Row, answer: str) -> str:
         """Why what a judge said of an answer is worth a person's look; "" where it is not, or where nobody judged."""
         keys = [score_key(judge.digest, row, answer) for judge in judges_of(self.evaluator)]
-        if len({await self.calls.remember_score(key, _unknown) for key in keys} - {None}) > 1:
+        if len({self.calls.known_score(key) for key in keys} - {None}) > 1:
             return JURORS_SPLIT
-        differ = [await self.calls.remember_score(doubt_key(key), _unknown) for key in keys]
-        return ORDERS_DIFFER if any(differ) else ""
+        return ORDERS_DIFFER if any(self.calls.known_score(doubt_key(key)) for key in keys) else ""
 
     def refuse_nothing_but_errors(self, errors: int, asked: int, refused: Mapping[str, str] | None = None) -> None:
         """Models that find every query wrong are set up wrongly; that is no measurement.

@@ -302,12 +302,13 @@ async def _answer(asking: Asking, row: Row, draft: str | None, pair: Pair, arm: 
 
 
 async def _weak_alone(asking: Asking, row: Row, draft: str) -> Item:
-    return await _item(asking, row, draft, Reply(draft, "", ""))
+    reply = Reply(draft, "", "")
+    return Item(draft, reply, await asking.score(row, reply))
 
 
 async def _item(asking: Asking, row: Row, draft: str | None, reply: Reply) -> Item:
     score = await asking.score(row, reply)
-    return Item(draft, reply, score, "" if reply.error else await asking.doubt(row, reply.text))
+    return Item(draft, reply, score, "" if reply.error else asking.doubt(row, reply.text))
 
 
 # ---------------------------------------------------------------- the report
@@ -443,7 +444,7 @@ def write_items(path: Path, rows: Sequence[Row], arms: Mapping[str, Sequence[Ite
         columns[f"{name}_answer"] = pa.array([item.reply.text for item in items], text)
         columns[f"{name}_error"] = pa.array([item.reply.error for item in items], text)
         columns[f"{name}_score"] = pa.array([item.score for item in items], pa.float64())
-        if is_judged:
+        if is_judged and name != "weak":
             columns[f"{name}_doubt"] = pa.array([item.doubt for item in items], text)
     pq.write_table(pa.table(columns), path, compression="zstd")
 
