@@ -532,7 +532,7 @@ class Known:
         messages = self._compared(messages)
         if (row := self._equal.get(folded_key(messages))) is not None:
             return Hit(row, equal=conversation_key(row.messages) == conversation_key(messages))
-        words = _words(query_text(messages))
+        words = folded_words(query_text(messages))
         near = self._moved_phrase(words) or self._long_overlap(words)
         return Hit(near, equal=False) if near else None
 
@@ -556,21 +556,21 @@ class Known:
         found: dict[tuple[str, ...], list[Row]] = {}
         for row in self._rows:
             if _turns(row.messages) == 1:
-                found.setdefault(tuple(sorted(_words(row.query))), []).append(row)
+                found.setdefault(tuple(sorted(folded_words(row.query))), []).append(row)
         return found
 
     def _moved_phrase(self, words: tuple[str, ...]) -> Row | None:
         if sum(not _is_sign(word) for word in words) < MIN_MOVED_WORDS:
             return None
         candidates = self._by_words.get(tuple(sorted(words)), [])
-        return next((row for row in candidates if _is_one_phrase_moved(words, _words(row.query))), None)
+        return next((row for row in candidates if _is_one_phrase_moved(words, folded_words(row.query))), None)
 
     @cached_property
     def _own(self) -> list[frozenset[tuple[str, ...]]]:
         """Per row the shingles that at most one other row has: the query without its template."""
-        shingles = [_shingles(_words(row.query)) for row in self._rows]
-        counts = Counter(shingle for of_row in shingles for shingle in of_row)
-        return [frozenset(s for s in of_row if counts[s] <= 2) for of_row in shingles]
+        of_rows = [shingles(folded_words(row.query)) for row in self._rows]
+        counts = Counter(shingle for of_row in of_rows for shingle in of_row)
+        return [frozenset(s for s in of_row if counts[s] <= 2) for of_row in of_rows]
 
     @cached_property
     def _rows_of_shingle(self) -> dict[tuple[str, ...], list[int]]:
@@ -582,10 +582,10 @@ class Known:
         return found
 
     def _long_overlap(self, words: tuple[str, ...]) -> Row | None:
-        shared = Counter(number for shingle in _shingles(words) for number in self._rows_of_shingle.get(shingle, ()))
+        shared = Counter(number for shingle in shingles(words) for number in self._rows_of_shingle.get(shingle, ()))
         for number, count in shared.most_common(3):
             row = self._rows[number]
-            if count >= MIN_SHARED * len(self._own[number]) and _codes(words) == _codes(_words(row.query)):
+            if count >= MIN_SHARED * len(self._own[number]) and codes_of(words) == codes_of(folded_words(row.query)):
                 return row
         return None
 
@@ -594,11 +594,15 @@ def _turns(messages: Messages) -> int:
     return sum(message.get("role") in ("user", "assistant") for message in messages)
 
 
-def _shingles(words: Sequence[str]) -> frozenset[tuple[str, ...]]:
-    return frozenset(tuple(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1))
+def shingles(words: Sequence[str]) -> frozenset[tuple[str, ...]]:
+    return phrases_of(words, SHINGLE)
 
 
-def _words(text: str) -> tuple[str, ...]:
+def phrases_of(words: Sequence[str], length: int) -> frozenset[tuple[str, ...]]:
+    return frozenset(tuple(words[start : start + length]) for start in range(len(words) - length + 1))
+
+
+def folded_words(text: str) -> tuple[str, ...]:
     """The tokens without their case."""
     return tuple(map(folded, tokens(text)))
 
@@ -615,5 +619,6 @@ def _is_one_phrase_moved(one: Sequence[str], other: Sequence[str]) -> bool:
     return not any(_is_sign(word) for pair in (here - there) + (there - here) for word in pair)
 
 
-def _codes(words: Sequence[str]) -> Counter[str]:
+def codes_of(words: Sequence[str]) -> Counter[str]:
+    """The words with a digit: numbers, codes, names of substances."""
     return Counter(word for word in words if any(c.isdigit() for c in word))

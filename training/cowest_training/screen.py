@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from statistics import median
 
 from cowest_serving.contract import Messages, query_text
 from cowest_training.contract import Row, Trust
-from cowest_training.data import folded, tokens
+from cowest_training.data import MIN_OWN_SHINGLES, codes_of, folded, folded_words, phrases_of, shingles
 
 TRIGGER, NEAR_COPIES, USER_SHARE, SOURCE_SHARE = "Trigger", "NearCopies", "UserShare", "SourceShare"
 MEANING: Mapping[str, str] = {
@@ -46,8 +45,6 @@ CHANCE_OF_ANSWERS = 0.01  # that so few of the answers agree with the references
 ABOVE = 0.1  # of the answers agree beyond what that very answer would do by being given often
 
 # Copies.
-SHINGLE = 3  # words
-MIN_SHINGLES = 20  # a text with fewer has too little of its own
 ALIKE = 0.9  # of the shingles of both
 
 FEW = 20  # traces of a user or a source that are never too many
@@ -223,7 +220,7 @@ def _frequent(texts: Mapping[int, Sequence[str]]) -> dict[tuple[str, ...], list[
     for length in range(1, LONGEST + 1):
         rows: dict[tuple[str, ...], list[int]] = defaultdict(list)
         for number, words in texts.items():
-            for gram in _grams(words, length):
+            for gram in phrases_of(words, length):
                 if length == 1 or (gram[:-1] in result and gram[1:] in result):
                     rows[gram].append(number)
         result |= {gram: numbers for gram, numbers in rows.items() if len(numbers) >= LEAST}
@@ -232,15 +229,13 @@ def _frequent(texts: Mapping[int, Sequence[str]]) -> dict[tuple[str, ...], list[
 
 def _counted(texts: Iterable[Sequence[str]], wanted: Mapping[tuple[str, ...], object]) -> Counter[tuple[str, ...]]:
     lengths = range(1, LONGEST + 1)
-    return Counter(gram for words in texts for length in lengths for gram in _grams(words, length) if gram in wanted)
-
-
-def _grams(words: Sequence[str], length: int) -> set[tuple[str, ...]]:
-    return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
+    return Counter(
+        gram for words in texts for length in lengths for gram in phrases_of(words, length) if gram in wanted
+    )
 
 
 def _plain(answer: str) -> str:
-    return " ".join(folded(unicodedata.normalize("NFC", answer)).split())
+    return " ".join(folded(answer).split())
 
 
 def _cut(text: str) -> str:
@@ -251,19 +246,19 @@ def _cut(text: str) -> str:
 def near_copies(traces: Sequence[Seen], most: int) -> Iterator[Suspect]:
     """Of texts that are nearly one, with the same numbers and codes and the same reference, those after the first
     `most`."""
-    words = [[folded(word) for word in tokens(seen.row.query)] for seen in traces]
-    shingles = [_grams(each, SHINGLE) for each in words]
-    rarity = Counter(shingle for each in shingles for shingle in each)
+    words = [folded_words(seen.row.query) for seen in traces]
+    parts = [shingles(each) for each in words]
+    rarity = Counter(shingle for each in parts for shingle in each)
     leaders: dict[tuple[str, ...], list[int]] = defaultdict(list)  # by their rarest shingles
     copies: Counter[int] = Counter()
-    for number, own in enumerate(shingles):
-        if len(own) < MIN_SHINGLES:
+    for number, own in enumerate(parts):
+        if len(own) < MIN_OWN_SHINGLES:
             continue
         ordered = sorted(own, key=lambda shingle: (rarity[shingle], shingle))
         # Two sets that share nine tenths share one of the first tenth of each, in an order that is one for all.
         rarest = ordered[: len(ordered) - math.ceil(ALIKE * len(ordered)) + 1]
         candidates = dict.fromkeys(leader for shingle in rarest for leader in leaders[shingle])
-        leader = next((each for each in candidates if _is_copy(traces, words, shingles, number, each)), None)
+        leader = next((each for each in candidates if _is_copy(traces, words, parts, number, each)), None)
         if leader is None:
             for shingle in rarest:
                 leaders[shingle].append(number)
@@ -275,18 +270,18 @@ def near_copies(traces: Sequence[Seen], most: int) -> Iterator[Suspect]:
 
 
 def _is_copy(
-    traces: Sequence[Seen], words: Sequence[list[str]], shingles: Sequence[set[tuple[str, ...]]], one: int, other: int
+    traces: Sequence[Seen],
+    words: Sequence[Sequence[str]],
+    parts: Sequence[frozenset[tuple[str, ...]]],
+    one: int,
+    other: int,
 ) -> bool:
-    shared = len(shingles[one] & shingles[other])
+    shared = len(parts[one] & parts[other])
     return (
-        shared >= ALIKE * len(shingles[one] | shingles[other])
-        and _codes(words[one]) == _codes(words[other])
+        shared >= ALIKE * len(parts[one] | parts[other])
+        and codes_of(words[one]) == codes_of(words[other])
         and _plain(traces[one].row.reference) == _plain(traces[other].row.reference)
     )
-
-
-def _codes(words: Sequence[str]) -> Counter[str]:
-    return Counter(word for word in words if any(character.isdigit() for character in word))
 
 
 # ---------------------------------------------------------------- shares
