@@ -185,6 +185,12 @@ def test_clusters_of_one_query_each_leave_the_exact_test() -> None:
     assert (result.test, result.p_better) == ("McNemar", pytest.approx(8 / 128))
 
 
+@pytest.mark.parametrize("values", [[1.0, 0.0, 1.0, 1.0], [0.2, 0.9, 0.4, 1.0]])
+def test_clusters_of_one_score_each_leave_the_interval(values: list[float]) -> None:
+    assert st.mean_interval(values, list("abcd")) == st.mean_interval(values)
+    assert st.mean_interval(values, list("aabb")) != st.mean_interval(values)
+
+
 def test_conversations_are_flipped_whole_also_where_scores_are_0_or_1() -> None:
     """Three conversations, of 4, 2 and 1 queries, all won: one of the eight flips of their signs is as good."""
     result = st.compare_paired([1] * 7, [0] * 7, clusters=["a"] * 4 + ["b"] * 2 + ["c"])

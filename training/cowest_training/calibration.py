@@ -147,8 +147,7 @@ def make_report(labels: Sequence[Label], said: Sequence[int], seed: int) -> Cali
     picked = [float(label.label == verdict) for label, verdict in pairs if not label.is_sample]
     together = [query_of(label.row.messages) for label, _ in sample]
     agreed = [float(label.label == verdict) for label, verdict in sample]
-    clusters = together if len(set(together)) < len(together) else None
-    agreement, low, high = mean_interval(agreed, clusters, seed)
+    agreement, low, high = mean_interval(agreed, together, seed)
     kappa, kappa_low, kappa_high = kappa_interval(_tables(sample, together), seed)
     return CalibrationReport(
         labels=len(sample),

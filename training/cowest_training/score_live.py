@@ -585,8 +585,7 @@ def _compare(paired: bool, candidate: Sample, control: Sample, seed: int) -> Com
 def _arm_report(arm: str, sample: Sample, alone: Sample | None, seed: int) -> ArmReport:
     """`alone`: what the strong model alone scored on the same queries, where that is known."""
     scores, users = sample
-    clusters = users if len(set(users)) < len(users) else None
-    mean, low, high = mean_interval(scores, clusters, seed)
+    mean, low, high = mean_interval(scores, users, seed)
     hurt = sum(a > s for a, s in zip((alone or sample)[0], scores, strict=True)) / len(scores)
     return ArmReport(name=arm, n=len(scores), score=mean, low=low, high=high, hurt_rate=hurt)
 

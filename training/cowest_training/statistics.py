@@ -33,12 +33,14 @@ TINY = 1e-9  # sums of scores closer than this are equal: float addition is not 
 def mean_interval(
     scores: Sequence[float], clusters: Sequence[Hashable] | None = None, seed: int = 0
 ) -> tuple[float, float, float]:
-    """(mean, low, high) at 95 %: Wilson for 0/1 scores, bootstrap otherwise. No score: (0, 0, 1)."""
+    """(mean, low, high) at 95 %: Wilson for 0/1 scores none of which belong together, bootstrap otherwise. No score:
+    (0, 0, 1)."""
     if not len(scores):
         return 0.0, 0.0, 1.0
     values = np.asarray(scores, dtype=np.float64)
     mean = float(values.mean())
-    if clusters is None and is_binary(values):
+    sums, _ = _by_cluster(values, clusters)
+    if len(sums) == len(values) and is_binary(values):
         return (mean, *wilson(int(values.sum()), len(values)))
     low, high = _percentiles(_resampled_means(values, clusters, np.random.default_rng(seed)), (0.0, 1.0))
     return mean, low, high
