@@ -16,8 +16,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from cowest_serving.contract import Messages, digest_of
-from cowest_training.calibration import ONE, SAMPLE, SKIP, TWO, said_by
+from cowest_serving.contract import Messages
+from cowest_training.calibration import ONE, SAMPLE, SKIP, TWO, question_id, said_by
 from cowest_training.contract import StepError
 
 USER_DISAGREES = "userDisagrees"
@@ -53,11 +53,6 @@ class Question:
         answers = {"answers": list(self.answers)} if two else {"answer": self.answers[0]}
         reference = {"reference": self.reference} if self.reference else {}
         return {**asked, **reference, **answers, "label": said if two else _OF_ONE[said], "by": by, "why": self.why}
-
-
-def question_id(messages: Messages, answers: Sequence[str]) -> str:
-    """In whatever order the answers stand."""
-    return digest_of([list(messages), sorted(answers)])
 
 
 def text_of(content: Any) -> str:

@@ -52,8 +52,13 @@ class Label:
 
     @property
     def what(self) -> tuple[str, str]:
-        """Of what it is, in whatever order two answers were shown, and whose it is."""
-        return digest_of([list(self.row.messages), sorted(self.answers)]), self.by
+        """Of what it is, and whose it is."""
+        return question_id(self.row.messages, self.answers), self.by
+
+
+def question_id(messages: Messages, answers: Sequence[str]) -> str:
+    """In whatever order the answers stand."""
+    return digest_of([list(messages), sorted(answers)])
 
 
 def read_labels(uri: str, settings: Evaluator) -> list[Label]:
