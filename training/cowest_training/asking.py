@@ -704,6 +704,12 @@ async def each_batch(drafts: Drafts, then: Callable[[Row, list[Draft]], None]) -
             then(row, found[row.id])
 
 
+def change_note(strong: Mapping[str, Any]) -> list[str]:
+    """Said where `strong_seen` tells of a change."""
+    changed = strong.get("change")
+    return [f"Note: the strong model became another one while it was asked ({changed})."] if changed else []
+
+
 def version_counts(replies: Sequence[Reply]) -> Counter[str]:
     """Answers by version of the strong model; "" where it named none."""
     return Counter(reply.version for reply in replies if not reply.error)

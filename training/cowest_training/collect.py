@@ -31,6 +31,8 @@ from cowest_training import quarantine, screen
 from cowest_training.cards import DatasetCard, dataset_card
 from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row, evaluator_digest
 from cowest_training.data import (
+    DATASET,
+    TRACE_ID,
     Known,
     check_split,
     conversation_key,
@@ -49,8 +51,6 @@ from cowest_training.evaluator import (
 )
 from cowest_training.steps import Output, Progress, code_version, load_settings, open_output, parser, run, say
 
-DATASET = "dataset.jsonl"
-TRACE_ID = "trace-"  # before the request's id in the id of a row that was a trace
 AGREES = 0.5  # score from which an answer agrees with a reference
 
 # Why a trace is left out.

@@ -41,6 +41,7 @@ from .asking import (
     Drafts,
     Recipe,
     Reply,
+    change_note,
     check_pair,
     drafts_folder,
     each_batch,
@@ -476,9 +477,7 @@ def measured(report: EvaluationReport, run: Run) -> dict[str, Any]:
 
 def notes(report: EvaluationReport, run: Run) -> list[str]:
     """What a person should look at, a sentence each."""
-    found = unusual_words(run.unusual)
-    if changed := run.strong.get("change"):
-        found.append(f"Note: the strong model became another one while it was asked ({changed}).")
+    found = [*unusual_words(run.unusual), *change_note(run.strong)]
     for name, refused in run.refused.items():
         found += refused_words(refused, report.arms[0].n, f"the weak model of the {name}")
     if not any(arm.score for arm in report.arms):

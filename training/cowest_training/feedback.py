@@ -47,6 +47,7 @@ from .asking import (
     Paid,
     Recipe,
     Reply,
+    change_note,
     drafts_folder,
     each_batch,
     open_asking,
@@ -56,7 +57,7 @@ from .asking import (
 )
 from .cards import DatasetCard, dataset_card
 from .contract import EXIT_OK, LEDGER_COLUMNS, Feedback, Manifest, Row, StepError, StepSettings, evaluator_digest
-from .data import read_rows, rows_digest
+from .data import DATASET, read_rows, rows_digest
 from .evaluator import check_references
 from .paid_calls import Spent
 
@@ -163,7 +164,7 @@ class Shard:
 
 def dataset_file(uri: str) -> str:
     """The rows of a collected data set; any other URI is read as the file that it names."""
-    return join(uri, "dataset.jsonl") if steps.read_manifest(uri) else uri
+    return join(uri, DATASET) if steps.read_manifest(uri) else uri
 
 
 def _inputs(settings: StepSettings, pair: Pair, rows: Sequence[Row], round_number: int) -> dict[str, Any]:
@@ -539,9 +540,7 @@ def measured(asked: Asked, pairs: Sequence[Preference], queries: int, min_margin
 
 def notes(metrics: Mapping[str, Any]) -> list[str]:
     """What a person should look at, a sentence each."""
-    found = unusual_words(metrics)
-    if changed := metrics.get("strong", {}).get("change"):
-        found.append(f"Note: the strong model became another one while it was asked ({changed}).")
+    found = [*unusual_words(metrics), *change_note(metrics.get("strong", {}))]
     if cut := metrics["cut_drafts"]:
         found.append(f"Note: {cut} of {metrics['drafts']} drafts were cut off: raise collaboration.draftMaxTokens.")
     if metrics["queries"] and metrics["answer_score"] == metrics["solo_score"] == 0:

@@ -26,12 +26,12 @@ from cowest_serving import store
 from cowest_serving.contract import FEEDBACK_PREFIX, TRACES_PREFIX
 from cowest_serving.traces import CONTENT_COLUMNS, segment
 from cowest_training.contract import Manifest
-from cowest_training.quarantine import PROVENANCE, QUARANTINE, TRUST_PREFIX, lines, read_lines
+from cowest_training.data import DATASET, TRACE_ID
+from cowest_training.quarantine import PROVENANCE, QUARANTINE, TRUST_PREFIX, lines, parse_lines, read_lines
 from cowest_training.steps import manifest_json, read_manifest
 
 ERASURES = f"{TRUST_PREFIX}/erasures"
-DATASET, LEDGER, PAIRS = "dataset.jsonl", "ledger.parquet", "pairs.jsonl"
-ROW_OF_TRACE = "trace-"
+LEDGER, PAIRS = "ledger.parquet", "pairs.jsonl"
 COUNTS = ("rows", "held_back", "drafts", "pairs")  # of a part
 WORDS = ("reference", "comment", "correction", "accepted", "placeholders")  # of feedback
 
@@ -150,7 +150,7 @@ def _trace_ids(root: str, user: str) -> set[str]:
 
 def _row_ids(root: str, ids: set[str], user: str | None) -> set[str]:
     """Of the rows that these traces became, and of those whose reference the user gave in any round."""
-    rows = {f"{ROW_OF_TRACE}{trace_id}" for trace_id in ids}
+    rows = {f"{TRACE_ID}{trace_id}" for trace_id in ids}
     if user:
         rows.update(record["id"] for record in _origins(root) if record["said_by"] == user)
         for before in _unfinished(root, user).values():
@@ -299,7 +299,7 @@ def _rewrite(uri: str, manifest: Manifest, changes: Mapping[str, Rewrite]) -> No
 
 def _without(is_gone: Callable[[Mapping[str, Any]], bool]) -> Rewrite:
     def rewrite(data: bytes) -> bytes:
-        records = [json.loads(line) for line in data.decode().split("\n") if line.strip()]
+        records = parse_lines(data)
         left = [record for record in records if not is_gone(record)]
         return data if len(left) == len(records) else lines(left)
 

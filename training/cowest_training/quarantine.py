@@ -47,9 +47,11 @@ def lines(records: Iterable[Mapping[str, Any]]) -> bytes:
 
 def read_lines(uri: str) -> list[dict[str, Any]]:
     """None where there is no such file."""
-    if not store.exists(uri):
-        return []
-    return [json.loads(line) for line in store.get(uri).decode().split("\n") if line.strip()]
+    return parse_lines(store.get(uri)) if store.exists(uri) else []
+
+
+def parse_lines(data: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in data.decode().split("\n") if line.strip()]
 
 
 def collected(root: str) -> dict[int, str]:

@@ -24,7 +24,7 @@ from cowest_serving.model_files import model_digest
 from cowest_serving.store import join
 from cowest_training import tuning
 from cowest_training.contract import EXIT_OK, Manifest, Row, Training
-from cowest_training.data import read_rows, rows_digest
+from cowest_training.data import DATASET, read_rows, rows_digest
 from cowest_training.round_trip import refuse_lost_text
 from cowest_training.steps import Progress, load_settings, open_output, parser, read_manifest, run
 from cowest_training.weak_folders import weak_folder
@@ -61,7 +61,7 @@ def _parse(argv: Sequence[str] | None) -> Any:
 
 def dataset_file(uri: str) -> str:
     """The rows of a collected data set; any other URI is read as the file that it names."""
-    return join(uri, "dataset.jsonl") if read_manifest(uri) else uri
+    return join(uri, DATASET) if read_manifest(uri) else uri
 
 
 def _inputs(training: Training, prompts: Prompts, rows: Sequence[Row], model: str) -> dict[str, Any]:
