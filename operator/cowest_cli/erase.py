@@ -23,7 +23,10 @@ from cowest_training.contract import StepError
 
 NOT_REACHED = (
     "copies that people exported (`cowest ledger --dataset`), backups, and what endpoints kept of their calls",
-    "rows of data.train and data.heldOut, which are yours",
+    "rows of data.train and data.heldOut, which are yours, and the file of labels that `cowest review` writes",
+    "answers that canary.signal: ShadowReplay got to live queries, in the book, and drafts beside it (<calls>.drafts/)",
+    "shards of a round that was given up before they were merged",
+    "records of a killed run that are still in the spool: erase again once a run has shipped them",
 )
 IN_CLUSTER = "the book of the job's strong-model proxy, which keeps answers without their questions, until the job goes"
 
