@@ -74,6 +74,15 @@ class KubeInMemory:
         self.keep(child)
         return True
 
+    async def patch(self, kind: str, namespace: str, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Of annotations alone."""
+        self.writes.append(("patch", kind, name))
+        self._asked("patch", kind, namespace)
+        if (found := self.objects.get((kind, namespace, name))) is None:
+            raise KubeError(404, f"{name} not found")
+        notes = {**found["metadata"].get("annotations", {}), **body["metadata"]["annotations"]}
+        return self.keep({**found, "metadata": {**found["metadata"], "annotations": notes}})
+
     async def delete(self, kind: str, namespace: str, name: str, uid: str | None = None) -> None:
         self.writes.append(("delete", kind, name))
         self._asked("delete", kind, namespace)

@@ -76,6 +76,9 @@ class Memory:
     version: int = 0  # resourceVersion of the job
     said: set[str] = field(default_factory=set)  # notes that were made known
     failing: dict[str, strong.Failing] = field(default_factory=dict)  # the strong endpoint, by who asks it
+    hastened: dict[str, float] = field(
+        default_factory=dict
+    )  # uid of a Workflow -> when the pods that Argo was told of ended
     asking: dict[str, asyncio.Task[bool]] = field(default_factory=dict)  # questions under way
     quiet: int = 0  # looks in a row that nothing had asked for and that found nothing new
     traces: api.TraceCounts | None = None  # of the last look
@@ -373,7 +376,7 @@ class _Look:
         return api.StepState("Running", message=_words(before), reason=api.REASON_DATA_MISSING)
 
     def _overran(self, workflow: Seen) -> str:
-        pod = next((pod for pod in self._pods_of(workflow) if pod.facts["overran"]), None)
+        pod = next((pod for pod in self.family.pods_of(workflow) if pod.facts["overran"]), None)
         allowed = api.parse_pods(self.context.document["spec"].get("training", {})).step_deadline_seconds or 0
         which = f"{pod.name} -c {steps.MAIN}" if pod else f"-l {WORKFLOW_LABEL}={workflow.name} -c {steps.MAIN}"
         look = f"`kubectl logs -n {self.context.namespace} {which}`"
@@ -405,7 +408,7 @@ class _Look:
     def _waits_for_what_was_edited(self, seen: Seen) -> bool:
         """A pod that wants a node, an image or a Secret in vain waits for ever, and one that gets too little memory
         dies again and again: no edit reaches its Workflow."""
-        facts, pods = seen.facts, self._pods_of(seen)
+        facts, pods = seen.facts, self.family.pods_of(seen)
         if facts["generation"] == self.context.job.generation:
             return False
         if not facts["waits"] and not any(pod.facts["died"] for pod in pods):
@@ -419,13 +422,8 @@ class _Look:
         is_late = self.now - workflow.created > PATIENCE
         if workflow.facts["phase"] not in ACTIVE or not is_late or not workflow.facts["pending"]:
             return ""
-        lives = any(not pod.facts["ended"] for pod in self._pods_of(workflow))
+        lives = any(not pod.facts["ended"] for pod in self.family.pods_of(workflow))
         return "" if lives else f"its pod is not made: {workflow.facts['pending']}"
-
-    def _pods_of(self, workflow: Seen) -> list[Seen]:
-        """Not those of a Workflow of this name that was deleted: they go a little later."""
-        pods = (pod for pod in self.family.of("Pod") if pod.facts["workflow"] == workflow.name)
-        return [pod for pod in pods if pod.created >= workflow.created]
 
     async def _left(self, trial: api.Trial, name: str, workflow: Seen) -> api.StepState | None:
         """Done is a step whose manifest is there, which it writes last, also where Argo does not end its Workflow.
@@ -613,7 +611,7 @@ class _Look:
         for workflow in self.family.of("Workflow"):
             if words := self._not_made(workflow):
                 self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(f"Workflow {workflow.name}: {words}")))
-            pods = self._pods_of(workflow) if workflow.facts["phase"] == "Running" else []
+            pods = self.family.pods_of(workflow) if workflow.facts["phase"] == "Running" else []
             died = [pod for pod in pods if pod.facts["died"]]
             if died and (len(died) > 1 or not any(pod.facts["phase"] == "Running" for pod in pods)):
                 pod = max(died, key=lambda each: each.created)
@@ -681,10 +679,8 @@ class _Look:
 
     def _ended(self, workflow: Seen) -> float:
         """When its last pod ended, if that is so long ago that Argo must have noticed; else 0."""
-        pods = self._pods_of(workflow)
-        if not pods or not all(pod.facts["ended"] for pod in pods):
+        if (last := self.family.last_of(workflow)) is None:
             return 0.0
-        last = max(pods, key=lambda pod: pod.facts["ended"])
         patience = ARGO_SLOW if last.facts["phase"] == "Succeeded" else ARGO_RETRIES
         return float(last.facts["ended"]) if self.now - last.facts["ended"] > patience else 0.0
 

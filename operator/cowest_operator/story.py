@@ -102,7 +102,7 @@ def _condition(condition: api.Condition) -> dict[str, Any]:
         "reason": condition.reason,
         "message": condition.message,
         "observedGeneration": condition.observed_generation,
-        "lastTransitionTime": _time(condition.last_transition),
+        "lastTransitionTime": rfc3339(condition.last_transition),
     }
 
 
@@ -162,8 +162,8 @@ def _round(outcome: api.Outcome) -> dict[str, Any]:
         "by": outcome.by,
         "proposedBy": outcome.proposed_by,
         "proposedWhy": outcome.proposed_why or None,
-        "startedAt": _time(outcome.started_at),
-        "endedAt": _time(outcome.ended_at),
+        "startedAt": rfc3339(outcome.started_at),
+        "endedAt": rfc3339(outcome.ended_at),
     }
     return _present(shown)
 
@@ -183,7 +183,7 @@ def _decimal(value: float | None) -> str | None:
     return None if value is None else f"{value:.4g}"
 
 
-def _time(seconds: float) -> str:
+def rfc3339(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

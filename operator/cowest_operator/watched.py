@@ -49,6 +49,18 @@ class Family:
         """As they are now: whoever walks through them may wait in between, and watches go on."""
         return iter([seen for seen in self.children.values() if seen.kind == kind])
 
+    def pods_of(self, workflow: Seen) -> list[Seen]:
+        """Not those of a Workflow of this name that was deleted: they go a little later."""
+        pods = (pod for pod in self.of("Pod") if pod.facts["workflow"] == workflow.name)
+        return [pod for pod in pods if pod.created >= workflow.created]
+
+    def last_of(self, workflow: Seen) -> Seen | None:
+        """Its pod that ended last, once all of them are over."""
+        pods = self.pods_of(workflow)
+        if not pods or not all(pod.facts["ended"] for pod in pods):
+            return None
+        return max(pods, key=lambda pod: pod.facts["ended"])
+
 
 class Watched:
     """All families. Filled by watch events only."""

@@ -330,6 +330,19 @@ class Playground:
     def _patch_status(self, path: str, status: Mapping[str, Any]) -> None:
         self.server.request("PATCH", f"{path}/status", {"status": dict(status)})
 
+    def end_pod_of(self, workflow: str, seconds_ago: float) -> None:
+        """A pod of the Workflow that did its work and ended so long ago."""
+        finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - seconds_ago))
+        metadata = {"name": "over", "labels": {"workflows.argoproj.io/workflow": workflow, "cowest.dev/job": "claims",
+                                               "app.kubernetes.io/component": "step"}}  # fmt: skip
+        body = {"metadata": metadata, "spec": {"containers": [{"name": "main", "image": "x"}]}}
+        assert self.server.request("POST", PODS, body)[0] == 201
+        state = {"terminated": {"exitCode": 0, "reason": "Completed", "finishedAt": finished}}
+        main = {"name": "main", "state": state, "image": "x", "imageID": "x", "ready": False, "restartCount": 0}
+        told = {"status": {"phase": "Succeeded", "containerStatuses": [main]}}
+        status, answer = self.server.request("PATCH", f"{PODS}/over/status", told)
+        assert status == 200, answer
+
     # ------------------------------------------------------------ the job's pods
     def answer(self, service: str, path: str, query: Mapping[str, list[str]]) -> tuple[int, Any]:
         """What observer, proxy and weak-model servers say."""

@@ -380,20 +380,6 @@ def test_a_step_that_ran_for_too_long_is_said_also_while_it_runs_again(playgroun
         playground.wait(lambda: reason(playground, "claims", api.DEGRADED) == api.REASON_AS_EXPECTED, "rest")
 
 
-def over_since(playground: Playground, workflow: str, seconds: float) -> None:
-    """A pod of the Workflow that did its work and ended so long ago."""
-    finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - seconds))
-    metadata = {"name": "over", "labels": {"workflows.argoproj.io/workflow": workflow, "cowest.dev/job": "claims",
-                                           "app.kubernetes.io/component": "step"}}  # fmt: skip
-    body = {"metadata": metadata, "spec": {"containers": [{"name": "main", "image": "x"}]}}
-    assert playground.server.request("POST", PODS, body)[0] == 201
-    state = {"terminated": {"exitCode": 0, "reason": "Completed", "finishedAt": finished}}
-    main = {"name": "main", "state": state, "image": "x", "imageID": "x", "ready": False, "restartCount": 0}
-    told = {"status": {"phase": "Succeeded", "containerStatuses": [main]}}
-    status, answer = playground.server.request("PATCH", f"{PODS}/over/status", told)
-    assert status == 200, answer
-
-
 def says(playground: Playground, verb: str, **more: Any) -> None:
     said = {"verb": verb, "by": "ann", "why": "", "at": time.time(), **more}
     note = {f"cowest.dev/action.{time.time_ns():020d}-{verb}": json.dumps(said)}
@@ -409,7 +395,7 @@ def test_a_workflow_that_argo_does_not_end_is_said_and_heals(playground: Playgro
         apply(playground, manifest_of("claims", **ONLY_BASELINE))
         playground.wait(lambda: attempts(playground, "r0-check") == ["claims-r0-check"], "the first step")
         (before,) = playground.items(WORKFLOWS)
-        over_since(playground, "claims-r0-check", 90)
+        playground.end_pod_of("claims-r0-check", 90)
         wait_for_reason(playground, "claims", api.DEGRADED, api.REASON_WORKFLOW_STUCK)
         message = playground.condition("claims", api.DEGRADED)["message"]
         assert "`kubectl cowest pause claims -n default --now`, then `resume`" in message

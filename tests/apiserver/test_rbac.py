@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from cowest_operator.objects.steps import ENDED_ANNOTATION
 from tests.apiserver.conftest import JOBS
 from tests.apiserver.playground import (
     CHILDREN,
@@ -112,14 +113,20 @@ def live(playground: Playground) -> None:
     playground.wait(lambda: len(decisions(playground, "claims")) == 1, "the baseline", 120)
     (old,) = (each["metadata"]["name"] for each in playground.items(SERVING))
     playground.script.argo_works = False
-    playground.wait(lambda: playground.get(f"{WORKFLOWS}/claims-r1-collect") is not None, "the round")
+    step = f"{WORKFLOWS}/claims-r1-collect"
+    playground.wait(lambda: playground.get(step) is not None, "the round")
+    playground.server.request("PATCH", step, {"status": {"phase": "Running"}})
+    playground.end_pod_of("claims-r1-collect", 0)
+    playground.wait(
+        lambda: ENDED_ANNOTATION in annotations_of(playground.get(step)), "Argo to be told of its pods' end"
+    )
     edit = {
         "strong": {"model": "stronger"},
         "training": {"resources": {"requests": {"cpu": "1"}}},
         "gateway": {"replicas": 1, "maxReplicas": None, "ingress": None},
     }
     playground.server.request("PATCH", f"{JOBS}/claims", {"spec": edit})
-    playground.wait(lambda: playground.get(f"{WORKFLOWS}/claims-r1-collect") is None, "the round's step to be ended")
+    playground.wait(lambda: playground.get(step) is None, "the round's step to be ended")
     playground.script.argo_works = True
     playground.wait(lambda: len(decisions(playground, "claims")) == 4, "the edit and a tuned round", 120)
     for path in leftovers(playground):
@@ -128,6 +135,10 @@ def live(playground: Playground) -> None:
     go_by_ray(playground)
     playground.server.request("DELETE", f"{JOBS}/claims")
     playground.wait(lambda: playground.get(f"{JOBS}/claims") is None, "the farewell", 60)
+
+
+def annotations_of(found: Mapping[str, Any] | None) -> Mapping[str, str]:
+    return (found or {"metadata": {}})["metadata"].get("annotations") or {}
 
 
 @needs_helm

@@ -200,6 +200,58 @@ def test_of_a_step_that_failed_the_last_attempts_are_kept_and_argo_is_not_to_for
     assert template["spec"]["ttlStrategy"] == {"secondsAfterSuccess": 86400}
 
 
+# ---------------------------------------------------------------- Argo looks at once
+def running(desk: Desk, server: KubeInMemory) -> str:
+    """The Workflow of a step under way."""
+    name = ended(desk, server, "r4-collect", 1, "Running")
+    server.objects["Workflow", "desks", name]["status"].pop("finishedAt")
+    return name
+
+
+def its_pod(desk: Desk, server: KubeInMemory, workflow: str, name: str, finished: str) -> None:
+    """A pod of it, over at `finished`, or still at work."""
+    state = {"terminated": {"finishedAt": finished}} if finished else {"running": {}}
+    labels = {"cowest.dev/job": "claims", "workflows.argoproj.io/workflow": workflow}
+    status = {"phase": "Succeeded" if finished else "Running", "containerStatuses": [{"state": state}]}
+    body = {"kind": "Pod", "metadata": {"name": name, "namespace": "desks", "labels": labels}, "status": status}
+    desk.family.children["Pod", name] = see("Pod", server.keep(body))
+
+
+def notes(server: KubeInMemory, workflow: str) -> list[str]:
+    return list(server.objects["Workflow", "desks", workflow]["metadata"].get("annotations", {}).values())
+
+
+def test_argo_is_told_once_that_the_pods_of_a_step_are_over_and_again_after_a_retry() -> None:
+    desk = Desk(replace(w.on_trial(number=4), trials=5))
+    server = server_of(desk)
+    step = running(desk, server)
+    its_pod(desk, server, step, "shard-0", "2026-01-01T00:00:05Z")
+    its_pod(desk, server, step, "shard-1", "")
+    applied(desk, server)
+    assert notes(server, step) == []
+    its_pod(desk, server, step, "shard-1", "2026-01-01T00:00:09Z")
+    for _ in range(3):
+        applied(desk, server)
+    assert notes(server, step) == ["2026-01-01T00:00:09Z"]
+    assert server.writes.count(("patch", "Workflow", step)) == 1
+    its_pod(desk, server, step, "shard-1, again", "")
+    applied(desk, server)
+    its_pod(desk, server, step, "shard-1, again", "2026-01-01T00:00:30Z")
+    applied(desk, server)
+    assert notes(server, step) == ["2026-01-01T00:00:30Z"]
+    assert server.writes.count(("patch", "Workflow", step)) == 2
+
+
+def test_a_workflow_that_may_not_be_patched_is_left_to_argo() -> None:
+    desk = Desk(replace(w.on_trial(number=4), trials=5))
+    server = server_of(desk)
+    step = running(desk, server)
+    its_pod(desk, server, step, "pod", "2026-01-01T00:00:05Z")
+    server.refuses["patch", "Workflow", ""] = KubeError(403, "workflows is forbidden")
+    applied(desk, server)
+    assert desk.memory.apply_troubles == () and notes(server, step) == []
+
+
 # ---------------------------------------------------------------- refused in the middle of a trial
 @pytest.mark.parametrize("kind", ["Workflow", "ConfigMap"])
 def test_a_webhook_that_is_away_for_what_a_step_needs_is_said_and_nothing_is_written_twice(kind: str) -> None:

@@ -42,10 +42,10 @@
 - apiGroups: [argoproj.io]
   resources: [workflowtemplates]
   verbs: {{ $children }}
-# A step is submitted once and never changed.
+# A step is submitted once; patch is for the note that its pods are over, which makes Argo look at once.
 - apiGroups: [argoproj.io]
   resources: [workflows]
-  verbs: [get, list, watch, create, delete]
+  verbs: [get, list, watch, create, patch, delete]
 {{- if .Values.rayservice.enabled }}
 - apiGroups: [ray.io]
   resources: [rayservices]

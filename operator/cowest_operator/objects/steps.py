@@ -16,6 +16,7 @@ from cowest_operator.objects.common import Child, Context
 
 ARGO = "argoproj.io/v1alpha1"
 ATTEMPT_LABEL, STEP_LABEL, GENERATION_LABEL = "cowest.dev/attempt", "cowest.dev/step", "cowest.dev/generation"
+ENDED_ANNOTATION = "cowest.dev/pods-ended"  # on a Workflow: a word to Argo that there is something to see
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"  # on pods, by training.podTemplate: Kueue holds them until there is room
 CALLS = "/tmp/cowest/calls.sqlite"  # of one pod; what counts is the proxy's book
 RETRY_CODES = ("75", "130", "137", "143", "-1", "64")  # of EXIT_RETRY, of an ended or evicted pod, of Argo's executor
