@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cowest_serving.model_files import model_digest
-from cowest_training import dpo, tuning
+from cowest_training import dpo, methods, tuning
 from cowest_training.contract import EXIT_OK, Manifest, StepError
 from cowest_training.steps import manifest_json
 from tests.loop import tuning_world as world
@@ -52,7 +52,7 @@ def trainer_at(start: Path, folder: Path, **preference: Any) -> Any:
     settings = world.training(preference=preference)
     weak = tuning.load_weak(start, tuning=settings.preference.tuning, max_length=48, seed=settings.seed)
     examples, _ = dpo.encode(weak, PAIRS)
-    return dpo.build_trainer(weak, examples, settings, world.work(folder))
+    return methods.build_trainer(weak, examples, settings, world.work(folder))
 
 
 @pytest.mark.parametrize("kind", ["Full", "LoRA"])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cowest_serving.contract import Prompts
 from cowest_serving.generate import Generator
-from cowest_training import dpo, sft, tuning
+from cowest_training import dpo, methods, sft, tuning
 from tests.loop import tuning_world as world
 from tests.loop.test_shared_prompt import Ours, Theirs, qwen2, trainer_of
 from tests.loop.test_weak_server import wait_ready
@@ -119,7 +119,7 @@ def test_the_reference_is_the_model_of_the_rounds_start(
     settings = world.training(preference={"tuning": kind})
     weak = tuning.load_weak(start, tuning=kind, max_length=48, seed=settings.seed)
     pairs, _ = dpo.encode(weak, world.PAIRS)
-    rows = dpo.build_trainer(weak, pairs, settings, world.work(tmp_path)).train_dataset.with_format(None)
+    rows = methods.build_trainer(weak, pairs, settings, world.work(tmp_path)).train_dataset.with_format(None)
     model = world.load(start)
     expected = [world.logp(model, row["prompt_ids"], row["chosen_ids"]) for row in rows]
     assert rows["ref_chosen_logps"] == pytest.approx(expected, rel=0.02), "but for the roundings of bfloat16"

@@ -13,7 +13,7 @@ UNKNOWN_LICENSE = "unknown"
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 _STEPS = {
     "sft": "supervised fine-tuning on the domain's explanations",
-    "dpo": "direct preference optimization on drafts that helped or hurt the strong model's answer",
+    "dpo": "preference optimization on drafts that helped or hurt the strong model's answer",
     "publish": "imported as it is",
 }
 

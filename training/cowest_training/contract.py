@@ -156,7 +156,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Stage:
-    """Hyper-parameters of one kind of tuning. `beta` and `nll_weight` mean DPO only."""
+    """Hyper-parameters of one kind of tuning. Those with a default are of preferences (`cowest_training.methods`)."""
 
     tuning: Literal["LoRA", "Full"]
     epochs: int
@@ -164,12 +164,14 @@ class Stage:
     batch_size: int
     beta: float | None = None
     nll_weight: float | None = None
+    gamma: float | None = None
+    label_flip_rate: float | None = None
 
 
 @dataclass(frozen=True)
 class Training:
     sft: Literal["Auto", "Always", "Never"]
-    method: Literal["DPO"]
+    method: Literal["DPO", "IPO", "SimPO"]
     seed: int
     max_length: int  # tokens of prompt + draft
     lora: Lora

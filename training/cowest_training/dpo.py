@@ -2,8 +2,9 @@
 
     loss = -log sigmoid(beta * (log pi(y+|x)/ref(y+|x) - log pi(y-|x)/ref(y-|x))) - nllWeight * log pi(y+|x) per token
 
-The reference is the model that the round started from: its log-probabilities are computed before the first step, from
-the very weights that are then tuned (with LoRA: with the fresh adapters off).
+or that of another method (`training.method`, see `methods`): the step has the name of the paper's. The reference is the
+model that the round started from: its log-probabilities are computed before the first step, from the very weights that
+are then tuned (with LoRA: with the fresh adapters off).
 
 Differs from the paper: the NLL term, which keeps the chosen drafts likely (nllWeight: "0" turns it off). Dropout is off
 (so lora.dropout acts in `sft` alone): otherwise policy and reference differ by chance.
@@ -21,21 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from trl import DPOConfig, DPOTrainer
 
 from cowest_serving import store
 from cowest_serving.contract import digest_of
 from cowest_serving.generate import PromptError, prompt_ids, render_prompt
 from cowest_serving.model_files import model_digest
-from cowest_training import tuning
+from cowest_training import methods, tuning
 from cowest_training.contract import EXIT_OK, Manifest, StepError, Training
-from cowest_training.shared_prompt import SharedPromptDPOTrainer
 from cowest_training.steps import Progress, load_settings, need_manifest, open_output, parser, run, say
 from cowest_training.weak_folders import weak_folder
 
-WARMUP = 0.1
-MEASURED_PAIRS = 256  # the chosen drafts' log-probabilities are measured again at the end on so many
+MEASURED_PAIRS = 64  # whose log-probabilities are measured before and after
 CHOSEN_DROP_ALARM = 0.2
 LENGTH_RATIO_ALARM = (0.8, 1.25)
 TOO_LONG = "longer than maxLength"
@@ -79,11 +76,13 @@ def made_by(uri: str) -> dict[str, str]:
 
 
 def _inputs(training: Training, pairs: Sequence[Pair], model: str) -> dict[str, Any]:
+    stage = methods.hyper_parameters(training)
     return {
         "model": model,
         "pairs": digest_of([pair.record() for pair in pairs]),
         "training": {
-            **dataclasses.asdict(training.preference),
+            "method": training.method,
+            **{name: value for name, value in dataclasses.asdict(stage).items() if value is not None},
             "lora": dataclasses.asdict(training.lora),
             "max_length": training.max_length,
             "seed": training.seed,
@@ -153,14 +152,6 @@ def encode(weak: tuning.Weak, pairs: Iterable[Pair]) -> tuple[list[dict[str, lis
 
 
 # ---------------------------------------------------------------- tuning
-class TokenisedDPOTrainer(SharedPromptDPOTrainer):
-    """DPOTrainer on token ids. TRL 1.16 tokenises texts itself, which may double the beginning-of-sequence token and
-    move the border of the prompt; here both are as the server sees them."""
-
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-        return dataset
-
-
 def align(
     folder: Path,
     pairs: Sequence[Pair],
@@ -178,24 +169,24 @@ def align(
         "pairs of different drafts that fit into training.maxLength",
         "raise feedback.draftsPerQuery or maxQueries, lower minMargin, or raise training.maxLength",
     )
-    trainer = build_trainer(weak, examples, training, work)
-    reference = trainer.train_dataset.with_format(None)
+    sides = [[(e["prompt_ids"], e[ids]) for e in examples[:MEASURED_PAIRS]] for ids in ("chosen_ids", "rejected_ids")]
+    before = [[completion_logp(weak.model.to(weak.device), *draft) for draft in side] for side in sides]
+    trainer = methods.build_trainer(weak, examples, training, work)
     log = tuning.train(trainer, work)
     model = tuning.plain(trainer)
-    after = [
-        completion_logp(model, example["prompt_ids"], example["chosen_ids"]) for example in examples[:MEASURED_PAIRS]
-    ]
+    after = [[completion_logp(model, *draft) for draft in side] for side in sides]
     tuning.save_whole(model, weak, work.target)
+    margins = [now - then for now, then in zip(_margins(after), _margins(before), strict=True)]
     measured = {
         "pairs": len(examples),
         "dropped": dict(dropped),
         "steps": trainer.state.global_step,
         "loss_first": log[0]["loss"],
         "loss_last": log[-1]["loss"],
-        "accuracy_last": log[-1]["rewards/accuracies"],
-        "margin_last": log[-1]["rewards/margins"],
-        "logp_chosen_before": _mean(reference["ref_chosen_logps"][:MEASURED_PAIRS]),
-        "logp_chosen_after": _mean(after),
+        "accuracy_last": _mean(margin > 0 for margin in margins),
+        "margin_last": _mean(margins),
+        "logp_chosen_before": _mean(before[0]),
+        "logp_chosen_after": _mean(after[0]),
         "length_ratio": _mean(len(e["chosen_ids"]) for e in examples) / _mean(len(e["rejected_ids"]) for e in examples),
     }
     found = alarms(measured)
@@ -203,41 +194,6 @@ def align(
     for sentence in found:
         say(f"Note: {sentence}")
     return {**measured, "alarms": found}
-
-
-def build_trainer(
-    weak: tuning.Weak, examples: Sequence[Mapping[str, Any]], training: Training, work: tuning.Work
-) -> DPOTrainer:
-    """The trainer with the reference's log-probabilities already in its `train_dataset`."""
-    stage = training.preference
-    nll_weight = stage.nll_weight or 0.0
-    arguments = tuning.common_arguments(
-        stage,
-        work,
-        rows=len(examples),
-        longest=max(len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples),
-        sequences=2,
-        warmup=WARMUP,
-        seed=training.seed,
-        device=weak.device,
-    )
-    config = DPOConfig(
-        **arguments,
-        beta=0.1 if stage.beta is None else stage.beta,
-        loss_type=["sigmoid", "sft"] if nll_weight else ["sigmoid"],
-        loss_weights=[1.0, nll_weight] if nll_weight else [1.0],
-        # The live model before its first step is the reference. Without this TRL loads one again from wherever the
-        # model's configuration says that it once came from.
-        precompute_ref_log_probs=True,
-    )
-    return TokenisedDPOTrainer(
-        model=weak.model,
-        args=config,
-        train_dataset=Dataset.from_list(list(examples)),
-        processing_class=weak.tokenizer,
-        peft_config=tuning.lora_config(training.lora, stage.tuning),
-        callbacks=[tuning.Watch(work)],
-    )
 
 
 @torch.no_grad()
@@ -248,6 +204,11 @@ def completion_logp(model: Any, prompt_ids: Sequence[int], completion_ids: Seque
     logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     start = len(prompt_ids) - 1
     return float(logps[start:].gather(-1, ids[0, start + 1 :, None]).sum())
+
+
+def _margins(logps: Sequence[Sequence[float]]) -> list[float]:
+    """By how much each chosen draft is likelier than its rejected one (nats)."""
+    return [chosen - rejected for chosen, rejected in zip(*logps, strict=True)]
 
 
 def alarms(metrics: Mapping[str, Any]) -> list[str]:
