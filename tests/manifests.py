@@ -373,6 +373,8 @@ BROKEN = (
            "spec.training.preference.gamma", "for method SimPO only"),
     Broken("a margin above all", {"training.method": "SimPO", "training.preference.gamma": "101"},
            "spec.training.preference.gamma", "from 0 to 100"),
+    Broken("one draft alone for KTO", {"training.method": "KTO", "training.preference.batchSize": 1},
+           "spec.training.preference.batchSize", "at least 2 for method KTO"),
     Broken("an effect above all", {"gate.minimumEffectPoints": "101"}, "spec.gate.minimumEffectPoints",
            "from 0 to 100"),
     Broken("a loss of a slice above all", {"gate.maxSliceLossPoints": "101"}, "spec.gate.maxSliceLossPoints",

@@ -144,7 +144,7 @@ def test_pairs_that_teach_nothing_or_do_not_fit_are_left_out_and_counted(base: P
     others = [("one", "one"), ("one ", "one"), ("one", "two " * 60)]
     pairs = [PAIRS[0], *(dpo.Pair(asked, chosen, rejected) for chosen, rejected in others)]
     examples, dropped = dpo.encode(weak, pairs)
-    assert (len(examples), dropped) == (1, {dpo.SAME: 2, dpo.TOO_LONG: 1})
+    assert (len(examples), dropped) == (1, {dpo.SAME: 2, tuning.TOO_LONG: 1})
 
 
 def test_a_draft_that_was_cut_off_is_taught_no_end(base: Path) -> None:

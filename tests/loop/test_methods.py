@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from trl.experimental.cpo import CPOTrainer
 
-from cowest_training import dpo, methods, tuning
+from cowest_training import dpo, methods, rated, tuning
+from cowest_training.contract import Manifest, StepError
+from cowest_training.steps import manifest_json
 from tests.loop import tuning_world as world
 from tests.loop.tiny_models import make_model
 
 PAIRS = world.PAIRS
-METHODS = ("IPO", "SimPO")
+METHODS = ("IPO", "SimPO", "KTO", "GRPO")
+GROUPS = [
+    rated.Group(
+        pair.prompt, tuple(rated.Rated(text, gain) for text, gain in zip(texts, (0.9, 0.2, 0.9, 0.4), strict=True))
+    )
+    for pair, number in zip(PAIRS, world.NUMBERS, strict=True)
+    if (texts := (pair.chosen, pair.rejected, pair.chosen, f"maybe {number}"))
+]
 SIDES = ("chosen", "rejected")
 
 
@@ -29,7 +42,8 @@ def moved(start: Path, folder: Path, method: str, **preference: Any) -> Any:
     """A trainer whose policy has left the reference behind."""
     settings = world.training(method=method, preference=preference)
     weak = tuning.load_weak(start, tuning="Full", max_length=48, seed=settings.seed)
-    examples, _ = dpo.encode(weak, PAIRS)
+    encode: Any = rated.encode if method in methods.OF_DRAFTS else dpo.encode
+    examples, _ = encode(weak, learnt(method))
     trainer = methods.build_trainer(weak, examples, settings, world.work(folder))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -41,6 +55,10 @@ def moved(start: Path, folder: Path, method: str, **preference: Any) -> Any:
 def loss_of(trainer: Any) -> float:
     rows = list(trainer.train_dataset.with_format(None))
     return float(trainer.compute_loss(trainer.model.train(), trainer.data_collator(rows)))
+
+
+def learnt(method: str) -> Any:
+    return GROUPS if method in methods.OF_DRAFTS else PAIRS
 
 
 def logps(model: Any, trainer: Any) -> list[tuple[float, float]]:
@@ -97,10 +115,103 @@ def test_simpo_is_the_loss_of_trls_own_trainer_for_it(start: Path, tmp_path: Pat
     assert loss_of(trainer) == pytest.approx(float(theirs.cpo_loss(*means)[0].mean()) + weight * likelihood, abs=1e-4)
 
 
+def test_kto_lifts_what_is_above_its_query_and_sinks_what_is_below(start: Path, tmp_path: Path) -> None:
+    beta = 0.3
+    trainer = moved(start, tmp_path, "KTO", beta=str(beta), batchSize=len(GROUPS) * 3)
+    rows = list(trainer.train_dataset.with_format(None))
+    policy, reference = tuning.plain(trainer).eval(), world.load(start)
+
+    def gain(row: Any, ids: str) -> float:
+        return world.logp(policy, row["prompt_ids"], row[ids]) - world.logp(reference, row["prompt_ids"], row[ids])
+
+    kl = max(0.0, mean([gain(row, "KL_completion_ids") for row in rows]))
+    signs = [1 if row["label"] else -1 for row in rows]
+    terms = [
+        1 - 1 / (1 + math.exp(-beta * sign * (gain(row, "completion_ids") - kl)))
+        for row, sign in zip(rows, signs, strict=True)
+    ]
+    # One draft above and two below: the rarer kind counts twice.
+    weighed = [term * (2 if sign > 0 else 1) for term, sign in zip(terms, signs, strict=True)]
+    assert (signs.count(1), signs.count(-1)) == (len(GROUPS), 2 * len(GROUPS))
+    assert loss_of(trainer) == pytest.approx(mean(weighed), abs=1e-4)
+
+
+def test_grpo_weighs_each_draft_by_its_gain_against_its_query(start: Path, tmp_path: Path) -> None:
+    beta = 0.3
+    trainer = moved(start, tmp_path, "GRPO", beta=str(beta))
+    policy, reference = tuning.plain(trainer).eval(), world.load(start)
+    spread, losses, clipped = statistics.stdev((0.9, 0.2, 0.9, 0.4)) + 1e-4, [], 0
+    for row, worth in zip(trainer.train_dataset.with_format(None), (0.9, 0.2, 0.9, 0.4) * len(GROUPS), strict=True):
+        advantage, terms = (worth - 0.6) / spread, []
+        ids = row["completion_ids"]
+        for end in range(1, len(ids) + 1):
+            now, then = (
+                world.logp(model, [*row["prompt_ids"], *ids[: end - 1]], ids[end - 1 : end])
+                for model in (policy, reference)
+            )
+            ratio, kl = math.exp(now - then), math.exp(then - now) - (then - now) - 1
+            terms.append(-min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage) + beta * ratio * kl)
+            clipped += not 0.8 <= ratio <= 1.2
+        losses.append(mean(terms))
+    assert clipped, "the policy must have left the region that counts"
+    trainer.current_gradient_accumulation_steps = 1
+    assert loss_of(trainer) == pytest.approx(mean(losses), abs=1e-4)
+
+
+def test_a_draft_with_a_gain_may_still_be_below_its_query(start: Path) -> None:
+    """The sign of the gain is a poor label: where the strong model fails alone, nearly every draft has one."""
+    weak = tuning.load_weak(start, tuning="Full", max_length=48, seed=0)
+    texts = {"fact alpha is one": 1.0, "maybe alpha was never": 0.1, "one": 0.4, "two": 0.5}
+    group = rated.Group(PAIRS[0].prompt, tuple(rated.Rated(*item) for item in texts.items()))
+    examples, dropped = rated.encode(weak, [group])
+    labels = {weak.tokenizer.decode(r["completion_ids"][:-1]): r["label"] for r in methods.labelled(examples, 0)}
+    assert labels == {"fact alpha is one": True, "maybe alpha was never": False, "one": False}, "two is at the mean"
+    assert not dropped
+
+
+def test_drafts_that_do_not_fit_are_left_out_and_a_query_with_them(start: Path) -> None:
+    weak = tuning.load_weak(start, tuning="Full", max_length=48, seed=0)
+    long = rated.Rated("two " * 60, 0.0)
+    one, other = GROUPS[0], rated.Group(GROUPS[1].prompt, (rated.Rated("one", 1.0), long))
+    examples, dropped = rated.encode(weak, [replace(one, drafts=(*one.drafts, long)), other])
+    assert (len(examples), len(examples[0]["drafts"]), dropped) == (1, 4, {tuning.TOO_LONG: 1})
+
+
+def test_no_query_meets_itself_in_the_term_for_the_kl() -> None:
+    drafts = [{"ids": [n], "above": above} for n, above in enumerate((1.0, -1.0, 0.5, -0.5))]
+    examples = [
+        {"prompt_ids": [query], "drafts": [{**d, "ids": [query, *d["ids"]]} for d in drafts]} for query in range(9)
+    ]
+    rows = methods.with_neighbours(methods.labelled(examples, 3), 6)
+    assert len(rows) == 36
+    assert all(row["KL_completion_ids"][0] != row["prompt_ids"][0] for row in rows)
+    for start in range(0, 36, 6):
+        batch = rows[start : start + 6]
+        assert sorted(r["KL_completion_ids"] for r in batch) == sorted(r["completion_ids"] for r in batch)
+
+
+def test_every_draft_is_read_from_the_ledger_of_the_queries_that_gave_a_pair(tmp_path: Path) -> None:
+    ledger = [
+        {"query_id": query, "draft": f"{query}{n}", "gain": float(n), "draft_finish_reason": "length" if n else "stop"}
+        for query in ("a", "b")
+        for n in range(2)
+    ]
+    pq.write_table(pa.Table.from_pylist(ledger), tmp_path / "ledger.parquet")
+    prompt = [{"role": "user", "content": "q"}]
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"query_id": "b", "prompt": prompt}) + "\n")
+    made = Manifest("Feedback", "sha256:f", "sha256:i", {}, {}, {}, "feedback", "0", "2026-01-01", 1.0)
+    (tmp_path / "manifest.json").write_bytes(manifest_json(made))
+    assert rated.read_groups(str(tmp_path)) == [
+        rated.Group(tuple(prompt), (rated.Rated("b0", 0.0), rated.Rated("b1", 1.0, ends=False)))
+    ]
+    with pytest.raises(StepError, match="learns from every draft"):
+        rated.read_groups(str(tmp_path / "pairs.jsonl"))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_drafts_that_helped_get_likelier(start: Path, tmp_path: Path, method: str) -> None:
     settings = world.training(method=method, preference={"epochs": 6})
-    metrics = dpo.align(start, PAIRS, settings, world.work(tmp_path))
+    metrics = dpo.align(start, learnt(method), settings, world.work(tmp_path))
     assert metrics["accuracy_last"] == 1.0 and metrics["margin_last"] > 0
     world.assert_chosen_got_likelier(start, tmp_path / "model")
 
@@ -109,11 +220,11 @@ def test_the_drafts_that_helped_get_likelier(start: Path, tmp_path: Path, method
 def test_an_interrupted_tuning_goes_on_to_the_same_weights(start: Path, tmp_path: Path, method: str) -> None:
     settings = world.training(method=method, preference={"epochs": 3})
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    dpo.align(start, PAIRS, settings, world.work(whole))
+    dpo.align(start, learnt(method), settings, world.work(whole))
     with pytest.raises(KeyboardInterrupt):
-        dpo.align(start, PAIRS, settings, world.work(broken, world.Interrupting(4), checkpoint_seconds=0))
+        dpo.align(start, learnt(method), settings, world.work(broken, world.Interrupting(4), checkpoint_seconds=0))
     resumed = world.Recording()
-    dpo.align(start, PAIRS, settings, world.work(broken, resumed))
+    dpo.align(start, learnt(method), settings, world.work(broken, resumed))
     assert resumed.steps[0] == 4, "it goes on, and does not start again"
     assert world.equal(world.weights(whole / "model"), world.weights(broken / "model"))
 

@@ -93,7 +93,7 @@ def test_another_seed_gives_other_weights_and_the_same_seed_the_same(base: Path,
 def test_rows_without_explanation_or_too_long_are_left_out_and_counted(base: Path) -> None:
     data = rows((*world.GOOD[:4], None, "one " * 60))
     examples, dropped = sft.encode(weak(base), data, PROMPTS)
-    assert (len(examples), dropped) == (4, {sft.NO_EXPLANATION: 1, sft.TOO_LONG: 1})
+    assert (len(examples), dropped) == (4, {sft.NO_EXPLANATION: 1, tuning.TOO_LONG: 1})
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ class Stage:
 @dataclass(frozen=True)
 class Training:
     sft: Literal["Auto", "Always", "Never"]
-    method: Literal["DPO", "IPO", "SimPO"]
+    method: Literal["DPO", "IPO", "SimPO", "KTO", "GRPO"]
     seed: int
     max_length: int  # tokens of prompt + draft
     lora: Lora

@@ -27,7 +27,7 @@ from cowest_serving import store
 from cowest_serving.contract import digest_of
 from cowest_serving.generate import PromptError, prompt_ids, render_prompt
 from cowest_serving.model_files import model_digest
-from cowest_training import methods, tuning
+from cowest_training import methods, rated, tuning
 from cowest_training.contract import EXIT_OK, Manifest, StepError, Training
 from cowest_training.steps import Progress, load_settings, need_manifest, open_output, parser, run, say
 from cowest_training.weak_folders import weak_folder
@@ -35,15 +35,14 @@ from cowest_training.weak_folders import weak_folder
 MEASURED_PAIRS = 64  # whose log-probabilities are measured before and after
 CHOSEN_DROP_ALARM = 0.2
 LENGTH_RATIO_ALARM = (0.8, 1.25)
-TOO_LONG = "longer than maxLength"
 SAME = "with two equal drafts"
-REFUSED = "refused by the chat template"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     settings = load_settings(args.job)
-    pairs = read_pairs(pairs_file(args.feedback))
+    learns_from_all = settings.training.method in methods.OF_DRAFTS
+    pairs = rated.read_groups(args.feedback) if learns_from_all else read_pairs(pairs_file(args.feedback))
     folder = weak_folder(args.model)
     inputs = {**_inputs(settings.training, pairs, model_digest(folder)), **made_by(args.feedback)}
     output = open_output(args.out, step="dpo", inputs=inputs)
@@ -75,7 +74,7 @@ def made_by(uri: str) -> dict[str, str]:
     return {} if uri.endswith(".jsonl") else {"feedback": need_manifest(uri, what="--feedback").digest}
 
 
-def _inputs(training: Training, pairs: Sequence[Pair], model: str) -> dict[str, Any]:
+def _inputs(training: Training, pairs: Sequence[Pair | rated.Group], model: str) -> dict[str, Any]:
     stage = methods.hyper_parameters(training)
     return {
         "model": model,
@@ -138,14 +137,14 @@ def encode(weak: tuning.Weak, pairs: Iterable[Pair]) -> tuple[list[dict[str, lis
             text = render_prompt(weak.tokenizer, pair.prompt)
             prompt = prompt_ids(weak.tokenizer, text)
         except PromptError:
-            dropped[REFUSED] += 1
+            dropped[tuning.REFUSED] += 1
             continue
         chosen = tuning.completion_ids(weak.tokenizer, text, pair.chosen, ends=pair.chosen_ends)
         rejected = tuning.completion_ids(weak.tokenizer, text, pair.rejected, ends=pair.rejected_ends)
         if chosen == rejected:
             dropped[SAME] += 1
         elif len(prompt) + max(len(chosen), len(rejected)) > weak.limit:
-            dropped[TOO_LONG] += 1
+            dropped[tuning.TOO_LONG] += 1
         else:
             examples.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
     return examples, dropped
@@ -154,14 +153,18 @@ def encode(weak: tuning.Weak, pairs: Iterable[Pair]) -> tuple[list[dict[str, lis
 # ---------------------------------------------------------------- tuning
 def align(
     folder: Path,
-    pairs: Sequence[Pair],
+    pairs: Sequence[Pair] | Sequence[rated.Group],
     training: Training,
     work: tuning.Work,
 ) -> dict[str, Any]:
-    """Tune the model in `folder` and write it whole. Returns metrics."""
+    """Tune the model in `folder` and write it whole. Returns metrics.
+
+    Of a group the best and the worst draft are measured, as the pair that it is for the other methods.
+    """
     stage = training.preference
     weak = tuning.load_weak(folder, tuning=stage.tuning, max_length=training.max_length, seed=training.seed)
-    examples, dropped = encode(weak, pairs)
+    encoded = rated.encode if training.method in methods.OF_DRAFTS else encode
+    examples, dropped = encoded(weak, pairs)  # type: ignore[arg-type]  # each its own
     tuning.require_rows(
         len(examples),
         len(pairs),

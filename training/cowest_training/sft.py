@@ -31,8 +31,6 @@ from cowest_training.weak_folders import weak_folder
 
 WARMUP = 0.03
 NO_EXPLANATION = "without explanation"
-TOO_LONG = "longer than maxLength"
-REFUSED = "refused by the chat template"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,8 +98,7 @@ def fine_tune(
     arguments = tuning.common_arguments(
         stage,
         work,
-        rows=len(examples),
-        longest=max(len(example["input_ids"]) for example in examples),
+        lengths=[len(example["input_ids"]) for example in examples],
         sequences=1,
         warmup=WARMUP,
         seed=training.seed,
@@ -143,11 +140,11 @@ def encode(weak: tuning.Weak, rows: Sequence[Row], prompts: Prompts) -> tuple[li
             text = render_prompt(weak.tokenizer, draft_messages(row.messages, prompts))
             prompt = prompt_ids(weak.tokenizer, text)
         except PromptError:
-            dropped[REFUSED] += 1
+            dropped[tuning.REFUSED] += 1
             continue
         draft = tuning.completion_ids(weak.tokenizer, text, row.explanation)
         if len(prompt) + len(draft) > weak.limit:
-            dropped[TOO_LONG] += 1
+            dropped[tuning.TOO_LONG] += 1
             continue
         examples.append({"input_ids": [*prompt, *draft], "labels": [-100] * len(prompt) + draft})
     return examples, dropped

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,9 @@ from cowest_training.weak_folders import copy_tokenizer, inherited_license, toke
 
 GENERATION = "generation_config.json"
 CHECKPOINT_SECONDS = 60.0
+# Why a row is left out.
+TOO_LONG = "longer than maxLength"
+REFUSED = "refused by the chat template"
 # Tokens of one forward and backward pass; a batch of more is split (gradient accumulation): memory stays bounded.
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}
 
@@ -153,13 +156,15 @@ def round_trip(tokenizer: Any) -> RoundTrip:
     return lambda text: str(tokenizer.decode(_bare_ids(tokenizer, text), skip_special_tokens=True))
 
 
-def split_batch(batch_size: int, longest: int, device: str, sequences: int = 1) -> tuple[int, int]:
+def split_batch(batch_size: int, longest: int, device: str, sequences: int = 1, least: int = 1) -> tuple[int, int]:
     """(rows at once, accumulation steps) with rows * steps = batch_size and a bounded number of tokens at once.
 
     `sequences` a row: 1 for SFT, 2 for DPO. Only divisors, so that every optimizer step sees exactly `batch_size` rows.
+    `least` rows at once there are in any case.
     """
-    most = max(1, TOKENS_AT_ONCE[device] // max(1, longest * sequences))
-    rows = max(n for n in range(1, batch_size + 1) if batch_size % n == 0 and n <= max(most, 1))
+    most = TOKENS_AT_ONCE[device] // max(1, longest * sequences)
+    divisors = [n for n in range(least, batch_size + 1) if batch_size % n == 0]
+    rows = max((n for n in divisors if n <= most), default=divisors[0])
     return rows, batch_size // rows
 
 
@@ -191,19 +196,20 @@ def common_arguments(
     stage: Stage,
     work: Work,
     *,
-    rows: int,
-    longest: int,
+    lengths: Sequence[int],
     sequences: int,
     warmup: float,
     seed: int,
     device: str,
+    least: int = 1,
 ) -> dict[str, Any]:
-    """Arguments of both trainers. Everything that depends on chance has the one seed.
+    """Arguments of all trainers. Everything that depends on chance has the one seed.
 
+    `lengths`: tokens of each row, prompt and draft.
     `warmup` is a share of the steps, rounded down: the first step of a warm-up has a learning rate of 0 and is lost,
     which is much for a round of a few steps.
     """
-    at_once, accumulation = split_batch(stage.batch_size, longest, device, sequences)
+    at_once, accumulation = split_batch(stage.batch_size, max(lengths), device, sequences, least)
     cpu = device == "cpu"
     return {
         "output_dir": str(work.checkpoints),
@@ -212,7 +218,7 @@ def common_arguments(
         "per_device_train_batch_size": at_once,
         "gradient_accumulation_steps": accumulation,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": int(warmup * stage.epochs * math.ceil(rows / stage.batch_size)),
+        "warmup_steps": int(warmup * stage.epochs * math.ceil(len(lengths) / stage.batch_size)),
         "max_grad_norm": 1.0,
         "seed": seed,
         "data_seed": seed,
