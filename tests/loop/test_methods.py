@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import TrainerCallback
 from trl.experimental.cpo import CPOTrainer
 
 from cowest_training import dpo, methods, rated, tuning
@@ -76,6 +77,14 @@ def gains(start: Path, trainer: Any) -> list[tuple[float, float]]:
     """Log-ratios of policy to reference."""
     found = zip(logps(tuning.plain(trainer).eval(), trainer), logps(world.load(start), trainer), strict=True)
     return [(now[0] - then[0], now[1] - then[1]) for now, then in found]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
 
 
 def mean(values: list[float]) -> float:
@@ -245,3 +254,50 @@ def test_what_the_manifest_leaves_open_is_the_methods_own(
         replace(training, preference=replace(training.preference, **{"beta": None, **said}))
     )
     assert (stage.beta, stage.gamma) == (beta, gamma)
+
+
+# ---------------------------------------------------------------- the early stop
+EAGER = {"validationPercent": 40, "epochs": 20, "batchSize": 2, "learningRate": "0.01", "beta": "1"}
+
+
+def test_whole_queries_are_looked_at_and_not_learnt_from() -> None:
+    examples = [{"prompt_ids": [n // 2], "chosen_ids": [n]} for n in range(20)]
+    learnt, seen = methods.apart(examples, 30, seed=1)
+    assert (len(learnt), len(seen)) == (14, 6) and sorted([*learnt, *seen], key=str) == sorted(examples, key=str)
+    assert not {e["prompt_ids"][0] for e in learnt} & {e["prompt_ids"][0] for e in seen}
+    assert methods.apart(examples, 30, seed=1)[1] == seen != methods.apart(examples, 30, seed=2)[1]
+    assert methods.apart(examples, 0, seed=1) == (examples, [])
+    assert methods.apart(examples[:2], 30, seed=1) == (examples[:2], []), "one query alone is learnt from"
+
+
+@pytest.mark.parametrize("method", ["DPO", "SimPO", "KTO", "GRPO"])
+def test_tuning_ends_when_what_is_not_learnt_from_gets_worse(start: Path, tmp_path: Path, method: str) -> None:
+    settings = world.training(method=method, preference=EAGER)
+    progress = world.Recording()
+    metrics = dpo.align(start, learnt(method), settings, world.work(tmp_path, progress))
+    assert metrics["looked_at"] == 2 and metrics["pairs"] == len(PAIRS)
+    assert metrics["best_step"] < metrics["steps"] == progress.steps[-1]
+    assert metrics["steps"] < progress.total or method == "GRPO", "whose clipped loss rises little and falls again"
+    # What was written is the model of the best step: a tuning of the same rows that is cut off there has its weights.
+    weak = tuning.load_weak(start, tuning="Full", max_length=48, seed=settings.seed)
+    encode: Any = rated.encode if method in methods.OF_DRAFTS else dpo.encode
+    examples, _ = encode(weak, learnt(method))
+    rows, _ = methods.apart(examples, 40, settings.seed)
+    other = methods.build_trainer(weak, rows, settings, world.work(tmp_path / "other"))
+    other.add_callback(StopAt(metrics["best_step"]))
+    tuning.train(other, world.work(tmp_path / "other"))
+    written = world.weights(tmp_path / "model")
+    for name, weight in tuning.plain(other).state_dict().items():
+        assert torch.allclose(weight, written[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("kind", ["Full", "LoRA"])
+def test_a_kill_does_not_forget_how_often_the_loss_has_not_fallen(start: Path, tmp_path: Path, kind: str) -> None:
+    settings = world.training(preference={**EAGER, "tuning": kind})
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    first = dpo.align(start, PAIRS, settings, world.work(whole))
+    with pytest.raises(KeyboardInterrupt):
+        dpo.align(start, PAIRS, settings, world.work(broken, world.Interrupting(first["steps"]), checkpoint_seconds=0))
+    second = dpo.align(start, PAIRS, settings, world.work(broken))
+    assert (second["steps"], second["best_step"]) == (first["steps"], first["best_step"])
+    assert world.equal(world.weights(whole / "model"), world.weights(broken / "model"))

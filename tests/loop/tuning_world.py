@@ -117,9 +117,11 @@ class Recording(Progress):
     def __init__(self) -> None:
         super().__init__(None, "test")
         self.steps: list[float] = []
+        self.total = 0.0
 
     def update(self, done: float, total: float | None, unit: str, message: str = "") -> None:
         self.steps.append(done)
+        self.total = total or 0.0
 
 
 def work(folder: Path, progress: Progress | None = None, *, checkpoint_seconds: float = 1e9) -> tuning.Work:

@@ -166,6 +166,7 @@ class Stage:
     nll_weight: float | None = None
     gamma: float | None = None
     label_flip_rate: float | None = None
+    validation_percent: int | None = None
 
 
 @dataclass(frozen=True)

@@ -172,9 +172,10 @@ def align(
         "pairs of different drafts that fit into training.maxLength",
         "raise feedback.draftsPerQuery or maxQueries, lower minMargin, or raise training.maxLength",
     )
-    sides = [[(e["prompt_ids"], e[ids]) for e in examples[:MEASURED_PAIRS]] for ids in ("chosen_ids", "rejected_ids")]
+    learnt, looked_at = methods.apart(examples, stage.validation_percent or 0, training.seed)
+    sides = [[(e["prompt_ids"], e[ids]) for e in learnt[:MEASURED_PAIRS]] for ids in ("chosen_ids", "rejected_ids")]
     before = [[completion_logp(weak.model.to(weak.device), *draft) for draft in side] for side in sides]
-    trainer = methods.build_trainer(weak, examples, training, work)
+    trainer = methods.build_trainer(weak, learnt, training, work, looked_at)
     log = tuning.train(trainer, work)
     model = tuning.plain(trainer)
     after = [[completion_logp(model, *draft) for draft in side] for side in sides]
@@ -184,6 +185,7 @@ def align(
         "pairs": len(examples),
         "dropped": dict(dropped),
         "steps": trainer.state.global_step,
+        **_seen(trainer, looked_at),
         "loss_first": log[0]["loss"],
         "loss_last": log[-1]["loss"],
         "accuracy_last": _mean(margin > 0 for margin in margins),
@@ -207,6 +209,14 @@ def completion_logp(model: Any, prompt_ids: Sequence[int], completion_ids: Seque
     logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     start = len(prompt_ids) - 1
     return float(logps[start:].gather(-1, ids[0, start + 1 :, None]).sum())
+
+
+def _seen(trainer: Any, looked_at: Sequence[Any]) -> dict[str, Any]:
+    """What the rows said that were looked at on the way; nothing where there are none."""
+    if not looked_at:
+        return {}
+    state = trainer.state
+    return {"looked_at": len(looked_at), "validation_loss": state.best_metric, "best_step": state.best_global_step}
 
 
 def _margins(logps: Sequence[Sequence[float]]) -> list[float]:

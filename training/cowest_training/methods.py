@@ -16,6 +16,8 @@ Used by `dpo`.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
@@ -49,13 +51,31 @@ def hyper_parameters(training: Training) -> Stage:
         beta=BETA[method] if stage.beta is None else stage.beta,
         nll_weight=None if method in OF_DRAFTS else stage.nll_weight or 0.0,
         gamma=(GAMMA if stage.gamma is None else stage.gamma) if method == "SimPO" else None,
+        validation_percent=stage.validation_percent or None,
     )
 
 
-def build_trainer(weak: tuning.Weak, examples: Sequence[Example], training: Training, work: tuning.Work) -> Any:
+def apart(examples: Sequence[Example], percent: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """(to learn from, to look at on the way), whole queries by chance."""
+
+    def place(example: Example) -> bytes:
+        return hashlib.sha256(f"{seed}/{example['prompt_ids']}".encode()).digest()
+
+    places = sorted({place(example) for example in examples})
+    seen = set(places[: max(1, len(places) * percent // 100)]) if percent and len(places) > 1 else set()
+    return [e for e in examples if place(e) not in seen], [e for e in examples if place(e) in seen]
+
+
+def build_trainer(
+    weak: tuning.Weak,
+    examples: Sequence[Example],
+    training: Training,
+    work: tuning.Work,
+    looked_at: Sequence[Example] = (),
+) -> Any:
     """A trainer of the method, with what it wants of the reference already in its `train_dataset`."""
     build = {"KTO": _kto, "GRPO": _grpo}.get(training.method, _pairs)
-    return build(_Setting(weak, training, work), examples)
+    return build(_Setting(weak, training, work), examples, looked_at)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +88,9 @@ class _Setting:
     def stage(self) -> Stage:
         return hyper_parameters(self.training)
 
-    def arguments(self, lengths: Sequence[int], *, sequences: int, least: int = 1) -> dict[str, Any]:
+    def arguments(self, lengths: Sequence[int], *, looks: bool, sequences: int, least: int = 1) -> dict[str, Any]:
         """What every trainer is told. `lengths`: tokens of prompt and draft of each row."""
-        return tuning.common_arguments(
+        arguments = tuning.common_arguments(
             self.stage,
             self.work,
             lengths=lengths,
@@ -80,24 +100,31 @@ class _Setting:
             seed=self.training.seed,
             device=self.weak.device,
         )
+        steps = self.stage.epochs * math.ceil(len(lengths) / self.stage.batch_size)
+        return arguments | (tuning.early_stop_arguments(arguments, steps) if looks else {})
 
-    def shared(self, rows: Iterable[Example]) -> dict[str, Any]:
+    def shared(self, rows: Iterable[Example], looked_at: Sequence[Example]) -> dict[str, Any]:
         return {
             "model": self.weak.model,
             "processing_class": self.weak.tokenizer,
             "train_dataset": Dataset.from_list(list(rows)),
+            "eval_dataset": Dataset.from_list(list(looked_at)) if looked_at else None,
             "peft_config": tuning.lora_config(self.training.lora, self.stage.tuning),
-            "callbacks": [tuning.Watch(self.work)],
+            "callbacks": [tuning.Watch(self.work), *(tuning.early_stop() if looked_at else ())],
         }
 
 
+def _lengths(rows: Iterable[Example]) -> list[int]:
+    return [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows]
+
+
 # ---------------------------------------------------------------- pairs
-def _pairs(setting: _Setting, examples: Sequence[Example]) -> DPOTrainer:
+def _pairs(setting: _Setting, examples: Sequence[Example], looked_at: Sequence[Example]) -> DPOTrainer:
     method, stage = setting.training.method, setting.stage
     lengths = [len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples]
     loss, nll_weight = "robust" if stage.label_flip_rate else LOSS[method], stage.nll_weight
     config = DPOConfig(
-        **setting.arguments(lengths, sequences=2),
+        **setting.arguments(lengths, looks=bool(looked_at), sequences=2),
         beta=stage.beta,
         label_smoothing=stage.label_flip_rate or 0.0,
         loss_type=[loss, "sft"] if nll_weight else [loss],
@@ -107,8 +134,8 @@ def _pairs(setting: _Setting, examples: Sequence[Example]) -> DPOTrainer:
         precompute_ref_log_probs=True,
     )
     if method == "SimPO":
-        return SimPOTrainer(gamma=stage.gamma or 0.0, args=config, **setting.shared(examples))
-    return TokenisedDPOTrainer(args=config, **setting.shared(examples))
+        return SimPOTrainer(gamma=stage.gamma or 0.0, args=config, **setting.shared(examples, looked_at))
+    return TokenisedDPOTrainer(args=config, **setting.shared(examples, looked_at))
 
 
 class TokenisedDPOTrainer(SharedPromptDPOTrainer):
@@ -133,9 +160,10 @@ class SimPOTrainer(TokenisedDPOTrainer):
 
 
 # ---------------------------------------------------------------- KTO
-def _kto(setting: _Setting, examples: Sequence[Example]) -> KTOTrainer:
-    stage, rows = setting.stage, labelled(examples, setting.training.seed)
-    arguments = setting.arguments([len(e["prompt_ids"]) + len(e["completion_ids"]) for e in rows], sequences=2, least=2)
+def _kto(setting: _Setting, examples: Sequence[Example], looked_at: Sequence[Example]) -> KTOTrainer:
+    stage, seed = setting.stage, setting.training.seed
+    rows, seen = labelled(examples, seed), labelled(looked_at, seed)
+    arguments = setting.arguments(_lengths(rows), looks=bool(seen), sequences=2, least=2)
     good = sum(row["label"] for row in rows)
     bad = len(rows) - good
     config = KTOConfig(
@@ -145,8 +173,8 @@ def _kto(setting: _Setting, examples: Sequence[Example]) -> KTOTrainer:
         undesirable_weight=max(1.0, good / bad),
         precompute_ref_log_probs=True,  # as for pairs
     )
-    mismatched = with_neighbours(rows, arguments["per_device_train_batch_size"])
-    return TokenisedKTOTrainer(args=config, **setting.shared(mismatched))
+    mismatched = (with_neighbours(each, arguments["per_device_train_batch_size"]) for each in (rows, seen))
+    return TokenisedKTOTrainer(args=config, **setting.shared(*mismatched))
 
 
 class TokenisedKTOTrainer(KTOTrainer):  # type: ignore[misc]
@@ -187,13 +215,16 @@ def with_neighbours(rows: Sequence[Mapping[str, Any]], at_once: int) -> list[dic
 
 
 # ---------------------------------------------------------------- GRPO
-def _grpo(setting: _Setting, examples: Sequence[Example]) -> GRPOTrainer:
-    rows = [
-        {"prompt_ids": e["prompt_ids"], "completion_ids": draft["ids"], "advantage": draft["advantage"]}
-        for e in examples
-        for draft in e["drafts"]
-    ]
-    arguments = setting.arguments([len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows], sequences=1)
+def _grpo(setting: _Setting, examples: Sequence[Example], looked_at: Sequence[Example]) -> GRPOTrainer:
+    rows, seen = (
+        [
+            {"prompt_ids": e["prompt_ids"], "completion_ids": draft["ids"], "advantage": draft["advantage"]}
+            for e in each
+            for draft in e["drafts"]
+        ]
+        for each in (examples, looked_at)
+    )
+    arguments = setting.arguments(_lengths(rows), looks=bool(seen), sequences=1)
     del arguments["max_length"]
     config = GRPOConfig(
         **arguments,
@@ -204,7 +235,7 @@ def _grpo(setting: _Setting, examples: Sequence[Example]) -> GRPOTrainer:
         num_generations_eval=1,
         generation_batch_size=2 * arguments["per_device_train_batch_size"],
     )
-    return LedgerGRPOTrainer(beta=setting.stage.beta, args=config, **setting.shared(rows))
+    return LedgerGRPOTrainer(beta=setting.stage.beta, args=config, **setting.shared(rows, seen))
 
 
 class LedgerGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -213,11 +244,14 @@ class LedgerGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     That model is what the ratio and the KL term are against: its log-probabilities are computed once.
     """
 
-    def __init__(self, *, beta: float | None, train_dataset: Dataset, **rest: Any) -> None:
-        super().__init__(reward_funcs=_no_reward, train_dataset=train_dataset, **rest)
+    def __init__(
+        self, *, beta: float | None, train_dataset: Dataset, eval_dataset: Dataset | None, **rest: Any
+    ) -> None:
+        super().__init__(reward_funcs=_no_reward, train_dataset=train_dataset, eval_dataset=eval_dataset, **rest)
         self.beta = beta
         self.data_collator = self._collate
         self.train_dataset = self._with_logps(train_dataset)
+        self.eval_dataset = eval_dataset and self._with_logps(eval_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "completion_ids", "advantage", "logps"]

@@ -22,7 +22,7 @@ import huggingface_hub.constants
 import torch
 import transformers
 from peft import LoraConfig, PeftModel
-from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, GenerationConfig, PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_serving.contract import Collaboration, Prompts, digest_of
@@ -37,6 +37,7 @@ from cowest_training.weak_folders import copy_tokenizer, inherited_license, toke
 
 GENERATION = "generation_config.json"
 CHECKPOINT_SECONDS = 60.0
+LOOKS, PATIENCE = 10, 3  # at rows that are not learnt from; how often their loss may fail to fall
 # Why a row is left out.
 TOO_LONG = "longer than maxLength"
 REFUSED = "refused by the chat template"
@@ -236,6 +237,26 @@ def common_arguments(
     }
 
 
+def early_stop_arguments(arguments: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Of a trainer that looks at rows it does not learn from, and ends with the weights that had the least loss there.
+
+    `steps`: of the whole tuning.
+    """
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": max(1, steps // LOOKS),
+        "per_device_eval_batch_size": arguments["per_device_train_batch_size"],
+        "prediction_loss_only": True,
+        "save_strategy": "best",  # beside the checkpoints that `Watch` asks for
+        "load_best_model_at_end": True,
+        "restore_callback_states_from_checkpoint": True,  # how often the loss has not fallen
+    }
+
+
+def early_stop() -> list[TrainerCallback]:
+    return [EarlyStoppingCallback(PATIENCE)]
+
+
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Shows progress, asks for a checkpoint now and then, and ends the step when the loss is not a number."""
 
@@ -255,7 +276,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.saved = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "eval_loss"):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
                 raise not_finite(name, f"step {state.global_step}")
