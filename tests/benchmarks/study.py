@@ -3,8 +3,8 @@
     python tests/benchmarks/study.py --out docs/study.md [--seeds 0,1,2] [--domains freight,icd10] [--jobs 2]
 
 Every figure comes from the step commands that a round runs, in a work folder that is kept: an interrupted study goes on
-where it stopped. `--write-only` writes the table from what is there; `--page-only` writes the page anew from its
-JSON and its notes.
+where it stopped. `--arm NAME` runs one arm alone. `--write-only` writes the table from what is there; `--page-only`
+writes the page anew from its JSON and its notes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +34,46 @@ from cowest_training.contract import EvaluationReport, load_report
 ROOT = Path(__file__).resolve().parents[2]
 TASTES = ("standard", "sceptic", "terse")
 ROUNDS = 2
-# arm -> (taste of the strong stand-in, how pairs are made, rounds)
-ARMS: Mapping[str, tuple[str, str, int]] = {
-    "best versus worst": ("standard", "BestVersusWorst", ROUNDS),
-    "paper's rule (sign of gain)": ("standard", "SignOfGain", ROUNDS),
-    "paper's rule, as many pairs": ("standard", "SameNumber", 1),
-    "shuffled pairs": ("standard", "Shuffled", 1),
-    "SFT on positives only": ("standard", "Positives", 1),
-    "sceptic": ("sceptic", "BestVersusWorst", 1),
-    "terse": ("terse", "BestVersusWorst", ROUNDS),
+
+
+@dataclass(frozen=True)
+class Arm:
+    taste: str = "standard"  # of the strong stand-in
+    rule: str = "BestVersusWorst"  # how pairs are made
+    rounds: int = ROUNDS
+    method: str = "DPO"
+    preference: Mapping[str, Any] = field(default_factory=dict)  # changes; None: what the method has of its own
+    flipped: float = 0.0  # share of the pairs that stand the wrong way round
+
+
+ARMS: Mapping[str, Arm] = {
+    "best versus worst": Arm(),
+    "paper's rule (sign of gain)": Arm(rule="SignOfGain"),
+    "paper's rule, as many pairs": Arm(rule="SameNumber", rounds=1),
+    "shuffled pairs": Arm(rule="Shuffled", rounds=1),
+    "SFT on positives only": Arm(rule="Positives", rounds=1),
+    "sceptic": Arm(taste="sceptic", rounds=1),
+    "terse": Arm(taste="terse"),
+    **{method: Arm(method=method, preference={"beta": None}) for method in ("IPO", "SimPO", "KTO", "GRPO")},
+    "early stop": Arm(preference={"validationPercent": 10}),
+    "10 % of labels flipped": Arm(rounds=1, flipped=0.1),
+    "10 % of labels flipped, robust": Arm(rounds=1, flipped=0.1, preference={"labelFlipRate": "0.1"}),
+    "20 % of labels flipped": Arm(rounds=1, flipped=0.2),
+    "20 % of labels flipped, robust": Arm(rounds=1, flipped=0.2, preference={"labelFlipRate": "0.2"}),
 }
 
 
 def name_of(arm: str) -> str:
     """Of its files."""
-    return arm.replace(" ", "-").translate(str.maketrans("", "", "()',"))
+    return arm.replace(" ", "-").translate(str.maketrans("", "", "()',%"))
 
 
 class Study:
     """One domain and one seed."""
 
-    def __init__(self, domain: str, seed: int, work: Path) -> None:
+    def __init__(self, domain: str, seed: int, work: Path, arms: Sequence[str] = tuple(ARMS)) -> None:
         self.example = ROOT / "crds" / "examples" / domain
-        self.domain, self.seed = domain, seed
+        self.domain, self.seed, self.arms = domain, seed, arms
         self.work = work / domain / f"seed{seed}"
         self.work.mkdir(parents=True, exist_ok=True)
         self.endpoints: dict[str, str] = {}
@@ -80,31 +97,32 @@ class Study:
             self._evaluate(f"sft-{taste}", self._job(taste, "BestVersusWorst"), start[taste], None)
         dataset = self._step("collect", "collect", base, **{"train": spec["data"]["train"],
                              "held-out": spec["data"]["heldOut"], "round": 1})  # fmt: skip
-        for arm, (taste, rule, rounds) in ARMS.items():
-            self._arm(arm, taste, rule, rounds, start[taste], dataset)
+        for name in self.arms:
+            self._arm(name_of(name), ARMS[name], start[ARMS[name].taste], dataset)
 
-    def _arm(self, arm: str, taste: str, rule: str, rounds: int, start: Pair, dataset: str) -> None:
-        name = name_of(arm)
-        pair, job = start, self._job(taste, "SignOfGain" if rule in ("SignOfGain", "SameNumber") else "BestVersusWorst")
-        for number in range(1, rounds + 1):
+    def _arm(self, name: str, arm: Arm, start: Pair, dataset: str) -> None:
+        pair, job = start, self.job_of(arm)
+        for number in range(1, arm.rounds + 1):
             feedback = self._step(
-                f"{taste}-{job['spec']['feedback']['rule']}-{pair.weak_digest[7:15]}-feedback", "feedback", job,
+                f"{arm.taste}-{job['spec']['feedback']['rule']}-{pair.weak_digest[7:15]}-feedback", "feedback", job,
                 files={"pair": dump(pair)}, dataset=dataset, calls=self.work / "calls.sqlite", round=number,
             )  # fmt: skip
-            tuned = self._tune(name, rule, number, job, pair, feedback)
+            tuned = self._tune(name, arm, number, job, pair, feedback)
             candidate = replace(pair, weak_digest=self._digest(tuned), weak_uri=tuned)
             self._evaluate(f"{name}-r{number}", job, candidate, pair)
             pair = candidate
 
-    def _tune(self, name: str, rule: str, number: int, job: Mapping[str, Any], pair: Pair, feedback: str) -> str:
-        if rule == "Positives":
+    def _tune(self, name: str, arm: Arm, number: int, job: Mapping[str, Any], pair: Pair, feedback: str) -> str:
+        if arm.rule == "Positives":
             return self._step(
                 f"{name}-r{number}", "sft", job, data=self._positives(feedback, name), model=pair.weak_uri
             )
-        if rule == "Shuffled":
+        if arm.rule == "Shuffled":
             feedback = self._shuffled(feedback, name)
-        if rule == "SameNumber":
+        if arm.rule == "SameNumber":
             feedback = self._fewer(feedback, name)
+        if arm.flipped:
+            feedback = self._flipped(feedback, name, arm.flipped)
         return self._step(f"{name}-r{number}", "dpo", job, model=pair.weak_uri, feedback=feedback)
 
     def _positives(self, feedback: str, name: str) -> str:
@@ -129,6 +147,13 @@ class Study:
                 pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
             pairs.append(pair)
         return self._with_pairs(feedback, name, "shuffled", pairs)
+
+    def _flipped(self, feedback: str, name: str, share: float) -> str:
+        """The same pairs with a share of them turned round, by the seed: an evaluator that errs."""
+        pairs = list(_jsonl(Path(feedback.removeprefix("file://")) / "pairs.jsonl"))
+        for pair in random.Random(self.seed).sample(pairs, round(share * len(pairs))):
+            pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
+        return self._with_pairs(feedback, name, f"flipped-{share}", pairs)
 
     def _fewer(self, feedback: str, name: str) -> str:
         """As many of the pairs as best-versus-worst made of the same drafts, in their order: is it rule or number?"""
@@ -159,6 +184,14 @@ class Study:
         spec["feedback"]["rule"] = rule
         spec["training"]["seed"] = self.seed
         return document
+
+    def job_of(self, arm: Arm) -> dict[str, Any]:
+        job = self._job(arm.taste, "SignOfGain" if arm.rule in ("SignOfGain", "SameNumber") else "BestVersusWorst")
+        training = job["spec"]["training"]
+        training["method"] = arm.method
+        changed = {**training["preference"], **arm.preference}
+        training["preference"] = {key: value for key, value in changed.items() if value is not None}
+        return job
 
     def _pair(self, job: Mapping[str, Any], model: str) -> Pair:
         parsed = api.parse_job(job)
@@ -260,10 +293,10 @@ def rows_of(domain: str, seed: int, work: Path) -> Iterator[dict[str, Any]]:
         yield {**common, "arm": name, "round": 0, "score": seen.score, "low": seen.low, "high": seen.high,
                "hurt_rate": seen.hurt_rate}  # fmt: skip
     gate = parse(api.Gate, json.loads((work / "files" / "sft-job.json").read_text("utf-8"))["spec"]["gate"])
-    for arm, (taste, _, rounds) in ARMS.items():
+    for arm, declared in ARMS.items():
         name = name_of(arm)
-        base = reports.get(f"sft-{taste}")
-        for number in range(1, rounds + 1):
+        base = reports.get(f"sft-{declared.taste}")
+        for number in range(1, declared.rounds + 1):
             report = reports.get(f"{name}-r{number}")
             if report is None or base is None:
                 continue
@@ -332,6 +365,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / ".study")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--domains", default="freight,icd10")
+    parser.add_argument(
+        "--arm", action="append", choices=ARMS, metavar="ARM", help="only this one; may be said several times"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="domains and seeds at a time, one thread each")
     parser.add_argument("--write-only", action="store_true")
     parser.add_argument("--page-only", action="store_true")
@@ -345,7 +381,7 @@ def main() -> int:
     work = options.work.resolve()
     if not options.write_only:
         with ThreadPoolExecutor(options.jobs) as pool:
-            for done in [pool.submit(Study(domain, seed, work).run) for domain, seed in cases]:
+            for done in [pool.submit(Study(d, s, work, options.arm or tuple(ARMS)).run) for d, s in cases]:
                 done.result()
     rows = [row for d, s in sorted(cases) for row in rows_of(d, s, work / d / f"seed{s}")]
     write(options.out, rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cowest_operator import manifest
 from tests.benchmarks import study
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -52,6 +53,22 @@ def test_a_coin_turns_about_half_of_the_pairs_and_loses_none(case: study.Study) 
     assert len(pairs) == 40 and 10 <= len(turned) <= 30
     assert all({pair["chosen"], pair["rejected"]} == {f"good {i}", f"bad {i}"} for i, pair in enumerate(pairs))
     assert digest == "sha256:shuffled-SignOfGain"
+
+
+def test_a_share_of_the_pairs_is_turned_and_the_same_ones_for_each_loss(case: study.Study) -> None:
+    source = (case.work / "standard-SignOfGain-abc-feedback").as_uri()
+    digest, pairs = pairs_of(case._flipped(source, "flipped", 0.2))
+    assert [pair["chosen"].startswith("bad") for pair in pairs].count(True) == 8 and len(pairs) == 40
+    assert digest == "sha256:flipped-0.2-SignOfGain"
+    assert pairs_of(case._flipped(source, "robust", 0.2))[1] == pairs
+
+
+def test_every_arm_is_a_manifest_that_is_valid_and_has_files_of_its_own(case: study.Study) -> None:
+    case.endpoints = dict.fromkeys(study.TASTES, "http://127.0.0.1:9/v1")
+    (case.work / "job.yaml").write_text((case.example / "job.yaml").read_text("utf-8"), "utf-8")
+    for arm in study.ARMS.values():
+        assert manifest.validate(case.job_of(arm)) == []
+    assert len({study.name_of(arm) for arm in study.ARMS}) == len(study.ARMS)
 
 
 @pytest.mark.parametrize(("arm", "name"), [("paper's rule (sign of gain)", "papers-rule-sign-of-gain"),
