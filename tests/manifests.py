@@ -373,6 +373,8 @@ BROKEN = (
            "spec.training.preference.gamma", "for method SimPO only"),
     Broken("a margin above all", {"training.method": "SimPO", "training.preference.gamma": "101"},
            "spec.training.preference.gamma", "from 0 to 100"),
+    Broken("drafts of another model for GRPO", {"training.method": "GRPO", "training.preference.replayPercent": 20},
+           "spec.training.preference.replayPercent", "must be 0 for method GRPO"),
     Broken("one draft alone for KTO", {"training.method": "KTO", "training.preference.batchSize": 1},
            "spec.training.preference.batchSize", "at least 2 for method KTO"),
     Broken("an effect above all", {"gate.minimumEffectPoints": "101"}, "spec.gate.minimumEffectPoints",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -258,8 +258,16 @@ def _tune(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
             calls_strong=True,
         ),
         *predictor,
-        _step(world, trial, "dpo", ("--model", stable.weak_uri), ("--feedback", feedback)),
+        _step(world, trial, "dpo", ("--model", stable.weak_uri), ("--feedback", feedback), *_replay(world)),
     )
+
+
+def _replay(world: api.World) -> Iterator[tuple[str, str]]:
+    """What earlier rounds learnt from; the step takes of it what was judged as this round's."""
+    if world.trial_job.spec.training.preference.replay_percent:
+        for outcome in world.status.rounds:
+            if outcome.origin == "Round":
+                yield "--replay", f"{world.store}/runs/r{outcome.number}/feedback"
 
 
 def _has_routes(world: api.World) -> bool:

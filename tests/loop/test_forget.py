@@ -126,6 +126,14 @@ def test_the_report_follows_a_user_from_traces_to_the_models(root: str) -> None:
     assert report.clean == "sha256:m3"
 
 
+def test_a_model_that_learnt_from_an_earlier_rounds_pairs_again_is_named(root: str) -> None:
+    manifest = read_manifest(f"{root}/runs/r1/feedback")
+    assert manifest is not None
+    finish(root, 4, "dpo", "Model", "sha256:m4", {"model": "sha256:m0", "replayed": [manifest.digest]})
+    last = forget.look(root, ANN).models[-1]
+    assert (last.digest, last.why) == ("sha256:m4", "tuned on 2 of their pairs")
+
+
 def test_who_gave_nothing_is_in_nothing(root: str) -> None:
     report = forget.look(root, "c" * 64)
     assert (report.traces, report.words, report.datasets, report.ledgers, report.models) == (0, 0, (), (), ())

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import TrainerCallback
 from trl.experimental.cpo import CPOTrainer
 
 from cowest_training import dpo, methods, rated, tuning
-from cowest_training.contract import Manifest, StepError
-from cowest_training.steps import manifest_json
+from cowest_training.contract import StepError
+from cowest_training.steps import read_manifest
+from tests.loop import ledger_world
 from tests.loop import tuning_world as world
 from tests.loop.tiny_models import make_model
 
@@ -200,21 +199,31 @@ def test_no_query_meets_itself_in_the_term_for_the_kl() -> None:
 
 
 def test_every_draft_is_read_from_the_ledger_of_the_queries_that_gave_a_pair(tmp_path: Path) -> None:
-    ledger = [
-        {"query_id": query, "draft": f"{query}{n}", "gain": float(n), "draft_finish_reason": "length" if n else "stop"}
-        for query in ("a", "b")
-        for n in range(2)
-    ]
-    pq.write_table(pa.Table.from_pylist(ledger), tmp_path / "ledger.parquet")
-    prompt = [{"role": "user", "content": "q"}]
-    (tmp_path / "pairs.jsonl").write_text(json.dumps({"query_id": "b", "prompt": prompt}) + "\n")
-    made = Manifest("Feedback", "sha256:f", "sha256:i", {}, {}, {}, "feedback", "0", "2026-01-01", 1.0)
-    (tmp_path / "manifest.json").write_bytes(manifest_json(made))
-    assert rated.read_groups(str(tmp_path)) == [
-        rated.Group(tuple(prompt), (rated.Rated("b0", 0.0), rated.Rated("b1", 1.0, ends=False)))
-    ]
+    made = [*ledger_world.entries("a", 0.5, 0.5, 0.5), *ledger_world.entries("b", 0.5, 0.0, 1.0)]
+    ledger_world.write_round(str(tmp_path), 1, made)
+    (group,) = rated.read_groups(f"{tmp_path}/runs/r1/feedback")
+    assert [draft.gain for draft in group.drafts] == [-0.5, 0.5]
+    assert [draft.text for draft in group.drafts] == [entry.draft.text for entry in made[2:]]
     with pytest.raises(StepError, match="learns from every draft"):
         rated.read_groups(str(tmp_path / "pairs.jsonl"))
+
+
+@pytest.mark.parametrize("method", ["DPO", "KTO"])
+def test_pairs_of_earlier_rounds_are_learnt_again_where_they_were_judged_alike(tmp_path: Path, method: str) -> None:
+    for number, count in ((1, 9), (2, 9), (3, 10)):
+        made = [entry for i in range(count) for entry in ledger_world.entries(f"r{number}q{i}", 0.5, 0.0, 1.0)]
+        judged = [replace(e, answer=replace(e.answer, version="another")) for e in made] if number == 2 else made
+        ledger_world.write_round(str(tmp_path), number, judged)
+    uris = [f"{tmp_path}/runs/r{number}/feedback" for number in (1, 2, 3, 4)]
+    args = argparse.Namespace(feedback=uris[2], replay=[uris[0], uris[1], uris[3]])
+    training = world.training(method=method, preference={"replayPercent": 40})
+    found, sources = dpo.replayed(args, training, 10)
+    old = dpo.read_learnt(uris[0], training)
+    assert len(found) == 4 and all(each in old for each in found), "none of round 2, whose answers are another model's"
+    first = read_manifest(uris[0])
+    assert first is not None and sources == {"replayed": [first.digest]}
+    assert dpo.replayed(args, training, 10)[0] == found, "by the seed"
+    assert dpo.replayed(args, world.training(method=method), 10) == ([], {})
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -164,6 +164,17 @@ def test_the_reference_of_a_round_is_the_model_at_its_start():
     assert ("--model", w.STABLE.weak_uri) in dpo.args
 
 
+@pytest.mark.parametrize(("percent", "given"), [(20, ["runs/r2/feedback"]), (0, [])])
+def test_what_earlier_rounds_learnt_from_is_given_where_it_is_to_be_learnt_again(percent: int, given: list[str]):
+    origins = enumerate(("Baseline", "Edit", "Round"))
+    past = tuple(api.Outcome(n, origin, "Refused", "", "", "sha256:x", 0.0, 1.0) for n, origin in origins)
+    status = replace(w.on_trial(pair=None, done={"collect": {}, "feedback": {"pairs": 99}}), rounds=past)
+    job = w.job(training={"preference": replace(w.SPEC.training.preference, replay_percent=percent)})
+    world = w.world(job=job, status=status)
+    dpo = settle(world).steps[0]
+    assert [uri for flag, uri in dpo.args if flag == "--replay"] == [f"{world.store}/{path}" for path in given]
+
+
 def test_too_few_pairs_end_the_round():
     world = w.world(
         status=w.on_trial(pair=None, done={"collect": {"digest": "d"}}), steps={"r1-feedback": done({"pairs": 49})}

@@ -167,6 +167,7 @@ class Stage:
     gamma: float | None = None
     label_flip_rate: float | None = None
     validation_percent: int | None = None
+    replay_percent: int | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,16 @@ from cowest_serving.generate import PromptError, prompt_ids, render_prompt
 from cowest_serving.model_files import model_digest
 from cowest_training import methods, rated, tuning
 from cowest_training.contract import EXIT_OK, Manifest, StepError, Training
-from cowest_training.steps import Progress, load_settings, need_manifest, open_output, parser, run, say
+from cowest_training.steps import (
+    Progress,
+    load_settings,
+    need_manifest,
+    open_output,
+    parser,
+    read_manifest,
+    run,
+    say,
+)
 from cowest_training.weak_folders import weak_folder
 
 MEASURED_PAIRS = 64  # whose log-probabilities are measured before and after
@@ -41,10 +51,11 @@ SAME = "with two equal drafts"
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     settings = load_settings(args.job)
-    learns_from_all = settings.training.method in methods.OF_DRAFTS
-    pairs = rated.read_groups(args.feedback) if learns_from_all else read_pairs(pairs_file(args.feedback))
+    pairs = read_learnt(args.feedback, settings.training)
     folder = weak_folder(args.model)
-    inputs = {**_inputs(settings.training, pairs, model_digest(folder)), **made_by(args.feedback)}
+    again, rounds = replayed(args, settings.training, len(pairs))
+    pairs = [*pairs, *again]
+    inputs = {**_inputs(settings.training, pairs, model_digest(folder)), **made_by(args.feedback), **rounds}
     output = open_output(args.out, step="dpo", inputs=inputs)
     if isinstance(output, Manifest):
         return EXIT_OK
@@ -59,7 +70,27 @@ def _parse(argv: Sequence[str] | None) -> Any:
     flags = parser(__doc__)
     flags.add_argument("--model", required=True, metavar="URI", help="the model of the round's start: the reference")
     flags.add_argument("--feedback", required=True, metavar="URI", help="output of `feedback`, or a pairs.jsonl")
+    again = "output of an earlier round's `feedback`, for training.preference.replayPercent"
+    flags.add_argument("--replay", action="append", default=[], metavar="URI", help=again)
     return flags.parse_args(argv)
+
+
+def read_learnt(uri: str, training: Training) -> Sequence[Pair | rated.Group]:
+    return rated.read_groups(uri) if training.method in methods.OF_DRAFTS else read_pairs(pairs_file(uri))
+
+
+def replayed(args: Any, training: Training, count: int) -> tuple[Sequence[Pair | rated.Group], dict[str, list[str]]]:
+    """What is learnt from again beside `count` new pairs, by chance, and the digests of the feedback it is from."""
+    most = count * (training.preference.replay_percent or 0) // 100
+    found: list[Pair | rated.Group] = []
+    digests = []
+    for uri in args.replay if most else ():
+        manifest = read_manifest(uri)
+        if manifest and rated.judged_by(uri) == rated.judged_by(args.feedback):
+            found.extend(read_learnt(uri, training))
+            digests.append(manifest.digest)
+    chosen = random.Random(training.seed).sample(found, min(most, len(found)))
+    return chosen, {"replayed": digests} if chosen else {}
 
 
 def pairs_file(uri: str) -> str:
@@ -153,7 +184,7 @@ def encode(weak: tuning.Weak, pairs: Iterable[Pair]) -> tuple[list[dict[str, lis
 # ---------------------------------------------------------------- tuning
 def align(
     folder: Path,
-    pairs: Sequence[Pair] | Sequence[rated.Group],
+    pairs: Sequence[Pair | rated.Group],
     training: Training,
     work: tuning.Work,
 ) -> dict[str, Any]:

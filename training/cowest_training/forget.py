@@ -234,9 +234,10 @@ def _models(
     affected: set[str] = set()
     for number, step, uri, manifest in manifests:
         ledger, base = saw.get(number), str(manifest.inputs.get("model", ""))
-        why = ""
-        if step == "dpo" and ledger is not None and ledger.pairs:
-            why = f"tuned on {ledger.pairs} of their pairs"
+        why, again = "", manifest.inputs.get("replayed", ())
+        pairs = sum(each.pairs for each in saw.values() if each is ledger or each.digest in again)
+        if step == "dpo" and pairs:
+            why = f"tuned on {pairs} of their pairs"
         elif step == "predictor" and ledger is not None:
             why = f"learnt from {ledger.drafts} of their drafts"
         elif base in affected:

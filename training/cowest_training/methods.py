@@ -52,6 +52,7 @@ def hyper_parameters(training: Training) -> Stage:
         nll_weight=None if method in OF_DRAFTS else stage.nll_weight or 0.0,
         gamma=(GAMMA if stage.gamma is None else stage.gamma) if method == "SimPO" else None,
         validation_percent=stage.validation_percent or None,
+        replay_percent=stage.replay_percent or None,
     )
 
 

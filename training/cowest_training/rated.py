@@ -62,6 +62,13 @@ def read_groups(uri: str) -> list[Group]:
     return [Group(prompts[query], tuple(found)) for query, found in drafts.items()]
 
 
+def judged_by(uri: str) -> set[tuple[str, ...]]:
+    """Under which prompts, by which strong model and evaluator a feedback step's drafts were worth what they were."""
+    columns = ["prompts_digest", "strong_model", "strong_version", "evaluator_digest"]
+    rows = pq.ParquetFile(BytesIO(store.get(store.join(uri, "ledger.parquet")))).read(columns=columns).to_pylist()
+    return {tuple(row.values()) for row in rows}
+
+
 def encode(weak: tuning.Weak, groups: Iterable[Group]) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Token ids of each query's best and worst draft and of all that fit, and which queries were dropped by reason.
 
