@@ -185,6 +185,12 @@ def test_names_and_earlier_turns_stay_as_they_are(world: OpenAIWorld, client: op
     assert sent[:2] == turns and sent[2]["name"] == "bob"
 
 
+def test_a_thousand_turns_stay_as_they_are(world: OpenAIWorld, client: openai.OpenAI) -> None:
+    turns = [{"role": "assistant" if n % 2 else "user", "content": f"turn {n}"} for n in range(1000)]
+    ask(client, messages=[*turns, *ASKED])
+    assert world.strong.bodies()[0]["messages"][:-1] == turns
+
+
 def test_text_in_parts_is_drafted_for(world: OpenAIWorld, client: openai.OpenAI) -> None:
     parts = [{"type": "text", "text": "why"}, {"type": "text", "text": "is it blue?"}]
     assert text_of(ask(client, messages=[{"role": "user", "content": parts}])).startswith("echo: why\nis it blue?")
@@ -428,6 +434,13 @@ def test_parse_tells_that_an_answer_was_too_long(client: openai.OpenAI) -> None:
         client.chat.completions.parse(model="pair", messages=ASKED, response_format=Plan, metadata={"finish": "length"})
 
 
+def test_parse_tells_that_an_answer_was_filtered(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.ContentFilterFinishReasonError):
+        client.chat.completions.parse(
+            model="pair", messages=ASKED, response_format=Plan, metadata={"finish": "content_filter"}
+        )
+
+
 def test_a_structured_answer_is_parsed_from_a_stream(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(model="pair", messages=ASKED, response_format=Plan) as stream:
         final = stream.get_final_completion()
@@ -561,6 +574,38 @@ def test_a_fault_of_the_strong_model_is_an_internal_server_error(client: openai.
 
 
 @pytest.mark.parametrize(
+    ("fails", "kind", "status", "code"),
+    [
+        (401, openai.InternalServerError, 502, "strong_failed"),
+        (403, openai.InternalServerError, 502, "strong_failed"),
+        (404, openai.InternalServerError, 502, "strong_failed"),
+        (408, openai.InternalServerError, 502, "strong_failed"),
+        (409, openai.InternalServerError, 502, "strong_failed"),
+        (413, openai.APIStatusError, 413, "refused_by_model"),
+        (422, openai.UnprocessableEntityError, 422, "refused_by_model"),
+        (429, openai.RateLimitError, 429, "rate_limited"),
+        (500, openai.InternalServerError, 502, "strong_failed"),
+        (503, openai.InternalServerError, 503, "strong_failed"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_status_of_the_strong_model_is_an_error_of_the_sdks_own_kind_with_its_request_id(
+    client: openai.OpenAI, fails: int, kind: type[openai.APIStatusError], status: int, code: str, stream: bool
+) -> None:
+    with pytest.raises(kind) as caught:
+        ask(client, stream=stream, metadata={"fail": str(fails), "id": f"kind-{fails}-{stream}"})
+    assert (caught.value.status_code, caught.value.code) == (status, code)
+    assert caught.value.request_id and caught.value.type
+    assert ask(client).choices
+
+
+def test_a_body_that_is_too_large_is_told_so(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(client, messages=[{"role": "user", "content": "x" * 5 * 1024 * 1024}])
+    assert (caught.value.status_code, caught.value.code) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize(
     "call",
     [
         pytest.param(lambda client: client.completions.create(model="pair", prompt="x"), id="completions"),
@@ -612,6 +657,22 @@ def test_the_sdk_does_not_ask_again_where_the_gateway_knows_it_to_be_in_vain(
     with pytest.raises(openai.InternalServerError) as caught:
         ask(client.with_options(max_retries=3), metadata={"fail": "401", "id": "vain", "times": "9"})
     assert (caught.value.status_code, len(world.strong.calls())) == (502, 1)
+
+
+def test_the_sdk_does_not_ask_again_an_account_without_quota(world: OpenAIWorld, client: openai.OpenAI) -> None:
+    error = json.dumps({"message": "no quota", "type": "insufficient_quota", "code": "insufficient_quota"})
+    with pytest.raises(openai.RateLimitError):
+        ask(client.with_options(max_retries=3), metadata={"fail": "429", "id": "quota", "times": "9", "error": error})
+    assert len(world.strong.calls()) == 1
+
+
+def test_the_sdk_gives_up_after_its_retries_and_raises_the_last_error(
+    world: OpenAIWorld, client: openai.OpenAI
+) -> None:
+    script = {"fail": "500", "id": "gives up", "times": "9", "headers": '{"retry-after-ms": "20"}'}
+    with pytest.raises(openai.InternalServerError):
+        ask(client.with_options(max_retries=2), metadata=script)
+    assert len(world.strong.calls()) == 3
 
 
 def test_a_client_that_waits_no_longer_raises_a_timeout(world: OpenAIWorld, client: openai.OpenAI) -> None:
