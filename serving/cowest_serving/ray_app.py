@@ -7,7 +7,8 @@ The command starts a Ray of its own, of one node, in this pod. A RayService name
     applications: [{name: gateway, route_prefix: /, import_path: "cowest_serving.ray_app:app",
                     args: {routing: /routing/routing.json, job: /job/job.json, store: "s3://b/desk", replicas: 2}}]
 
-Ray itself takes replicas out of its traffic; /readyz is the word of one replica. Needs the extra cowest[ray].
+Ray itself takes replicas out of its traffic; /readyz is the word of one replica. Its proxy appends a request id of its
+own to ours unless it runs with PROXY in its environment. Needs the extra cowest[ray].
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from starlette.middleware import Middleware
+
 from cowest_serving import app as gateway
-from cowest_serving.contract import SettingsError
+from cowest_serving.app import Receive, Scope, Send
+from cowest_serving.contract import HEADER_REQUEST_ID, SettingsError
 from cowest_serving.logs import log_to_stderr
 
 OBJECT_STORE_BYTES = 100 * 1024 * 1024  # near Ray's least: nothing is kept there
 MAX_ONGOING = 1000  # answers of one replica: they wait for models. Ray's own 5 would make requests queue
+PROXY = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cowest_serving.ray_app:middlewares"}
 WANTED, NUMBERS = ("routing", "job", "store"), ("replicas", "finish_seconds")
 
 
@@ -64,6 +69,28 @@ def app(args: Mapping[str, Any]) -> Any:
         ray_actor_options={"num_cpus": 0},  # it waits for models: no CPU is to be reserved for that
     )
     return deployment.bind()
+
+
+def middlewares() -> list[Middleware]:
+    """For Ray's HTTP proxy."""
+    return [Middleware(OneRequestId)]
+
+
+class OneRequestId:
+    """Takes out the request id that Ray appends to ours: SDKs would join the two, and no record has such an id."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def once(event: gateway.Event) -> None:
+            if event["type"] == "http.response.start":
+                ids = [at for at, header in enumerate(event["headers"]) if header[0] == HEADER_REQUEST_ID.encode()]
+                kept = [header for at, header in enumerate(event["headers"]) if at not in ids[1:]]
+                event = {**event, "headers": kept}
+            await send(event)
+
+        await self._app(scope, receive, once)
 
 
 def ray_settings(args: Mapping[str, Any]) -> RaySettings:
@@ -117,7 +144,8 @@ def _more(options: argparse.Namespace) -> dict[str, Any]:
 
 def _run(options: argparse.Namespace, application: Any) -> None:
     """Until a signal; then for as long as the drain takes, and until the answers under way are finished."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", **PROXY}.items():
+        os.environ.setdefault(name, value)
     ray, serve = _module("ray"), _module("ray.serve")
     ray.init(
         include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, configure_logging=False, log_to_driver=True

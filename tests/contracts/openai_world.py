@@ -22,6 +22,7 @@ from tests.ports import free_port
 
 STUB = Path(__file__).with_name("openai_stub.py")
 KEYS = ("alpha-key", "beta-key")  # of the gateway's clients
+RUN = (sys.executable, "-m", "cowest_serving.app")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def openai_world(
     keys: Sequence[str] = KEYS,
     strong: Mapping[str, Any] | None = None,
     flags: Sequence[str] = (),
+    run: Sequence[str] = RUN,
     **collaboration: Any,
 ) -> Iterator[OpenAIWorld]:
     """`strong` changes single settings of the strong model; `keys`: none lets everybody in."""
@@ -97,7 +99,7 @@ def openai_world(
         (folder / "job.json").write_text(json.dumps(spec | {"traces": {"contentSamplePercent": 100}}))
         (folder / "routing.json").write_text(json.dumps(dump(Routing(1, "salt", (arm,)))))
         port = free_port()
-        process = stack.enter_context(started(folder, port, keys, flags))
+        process = stack.enter_context(started(folder, port, keys, flags, run))
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(url, process, folder / "gateway.log")
         yield OpenAIWorld(url, port, weak, big, folder / "store", folder / "gateway.log", process)
@@ -112,12 +114,12 @@ def stub_model() -> Iterator[StubModel]:
 
 @contextmanager
 def started(
-    folder: Path, port: int, keys: Sequence[str], flags: Sequence[str], **told: str
+    folder: Path, port: int, keys: Sequence[str], flags: Sequence[str], run: Sequence[str] = RUN, **told: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """`told`: more of its environment."""
     files = {"--routing": "routing.json", "--job": "job.json", "--store": "store", "--spool": "spool"}
     places = [word for flag, name in files.items() for word in (flag, str(folder / name))]
-    command = [sys.executable, "-m", "cowest_serving.app", *places, "--port", str(port), *flags]
+    command = [*run, *places, "--port", str(port), *flags]
     environment = (
         os.environ | {"COWEST_CLIENT_API_KEYS": "\n".join(keys), "COWEST_STRONG_API_KEYS": "strong-key"} | told
     )

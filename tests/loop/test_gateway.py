@@ -52,7 +52,7 @@ from cowest_serving.contract import (
     dump,
 )
 from cowest_serving.front_door import FrontDoor
-from cowest_serving.ray_app import ray_settings
+from cowest_serving.ray_app import OneRequestId, ray_settings
 from cowest_serving.routing import FileRouting
 from cowest_serving.spool import LogFile
 from cowest_serving.traces import SpooledTraces, TraceWriter, read_feedback, read_traces
@@ -1671,6 +1671,23 @@ async def test_without_ray_its_gateway_names_the_extra(tmp_path: Path) -> None:
     ended = await asyncio.to_thread(subprocess.run, on_ray, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 2
     assert "install the extra cowest[ray]" in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
+
+
+async def test_the_id_that_rays_proxy_appends_to_the_request_id_is_taken_out() -> None:
+    seen: list[Any] = []
+    ours, others = (b"x-request-id", b"ours"), [(b"content-type", b"text/plain"), (b"x-cowest-mode", b"Pair")]
+
+    async def proxy(_: Any, __: Any, send: Any) -> None:
+        headers = [others[0], ours, others[1], (b"x-request-id", b"its own")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"x"})
+
+    async def keep(event: Any) -> None:
+        seen.append(event)
+
+    await OneRequestId(proxy)({"type": "http"}, None, keep)
+    start, body = seen
+    assert (start["status"], start["headers"], body["body"]) == (200, [others[0], ours, others[1]], b"x")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from cowest_serving.app import MAX_BODY, GatewayLimits, GatewaySettings, WeakSet
 from cowest_serving.client_limits import ClientLimits
 from cowest_serving.contract import Budget, Fallback, SecretRef, parse
 from cowest_serving.proxy import ProxySettings
-from cowest_serving.ray_app import ray_settings
+from cowest_serving.ray_app import PROXY, ray_settings
 from cowest_training.contract import Evaluator, Feedback, Juror
 from cowest_training.observer import ObserverSettings
 from tests import world
@@ -569,6 +569,7 @@ def test_on_ray_the_rules_of_a_gateways_pod_are_kept() -> None:
         assert "token" in mounts["routing"] and "strong-keys" not in mounts["routing"], name
         assert "strong-keys" in mounts["gateway"] and "token" not in mounts["gateway"], name
         assert {"name": "HOME", "value": "/tmp"} in node["env"] and node["image"] == "serving:1-ray", name
+        assert all({"name": key, "value": value} in node["env"] for key, value in PROXY.items()), name
         assert "command" not in node and "args" not in node, "KubeRay writes them"
         waits = int("".join(filter(str.isdigit, node["lifecycle"]["preStop"]["exec"]["command"][-1])))
         answer = seen.job.spec.strong.timeout_seconds

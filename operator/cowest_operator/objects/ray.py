@@ -21,6 +21,11 @@ AGENT, DASHBOARD, METRICS = 52365, 8265, 8090  # ports of Ray; KubeRay's own cho
 # By name. KubeRay makes a Service of those of the head; where one is named at all it adds none, but `metrics` at 8080.
 NODE_PORTS = {"serve": common.PORT, "metrics": METRICS}
 HEAD_PORTS = {**NODE_PORTS, "gcs-server": 6379, "dashboard": DASHBOARD, "client": 10001}
+ENVIRONMENT = {
+    "HOME": "/tmp",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cowest_serving.ray_app:middlewares",  # its PROXY
+}
 STARTED_WITH = {"object-store-memory": str(OBJECT_STORE_BYTES), "metrics-export-port": str(METRICS)}
 
 
@@ -98,7 +103,7 @@ def _node(pod: dict[str, Any], drain_seconds: int, ports: Mapping[str, int], pro
         **kept,
         # The names that KubeRay looks for. One port has one name, so `http`, the Service's, stands at the sidecar.
         "ports": [{"name": name, "containerPort": port} for name, port in ports.items()],
-        "env": [*answering["env"], common.env("HOME", "/tmp"), common.env("RAY_USAGE_STATS_ENABLED", "0")],
+        "env": [*answering["env"], *(common.env(name, value) for name, value in ENVIRONMENT.items())],
         "lifecycle": {"preStop": {"exec": {"command": ["python", "-c", f"import time; time.sleep({drain_seconds})"]}}},
         **probes,
     }
