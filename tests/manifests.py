@@ -386,6 +386,7 @@ BROKEN = (
            "spec.gateway.maxReplicas", "must be at least replicas"),
     Broken("bodies larger than a record may be", {"gateway.maxBodyBytes": 33554433}, "spec.gateway.maxBodyBytes",
            "33554432"),
+    Broken("no request at once", {"gateway.maxConcurrency": 0}, "spec.gateway.maxConcurrency", "1"),
     Broken("no request a minute", {"gateway.limits.requestsPerMinute": 0},
            "spec.gateway.limits.requestsPerMinute", "1"),
     Broken("clients' keys in a Secret named in capitals", {"gateway.clientKeysSecretRef.name": "Clients"},

@@ -72,14 +72,14 @@ from cowest_serving.contract import (
 )
 from cowest_serving.description import description
 from cowest_serving.drafts import DraftCache
-from cowest_serving.front_door import WHEN_GONE, FrontDoor
+from cowest_serving.front_door import CROWDED, WHEN_GONE, FrontDoor
 from cowest_serving.health import METRICS as ENDPOINT_METRICS
 from cowest_serving.hedging import Hedging
 from cowest_serving.ids import new_id
 from cowest_serving.key_files import CLIENT_KEYS, Keys, keys_of
 from cowest_serving.logs import log_to_stderr, traced
 from cowest_serving.metrics import GEN_AI, Metrics
-from cowest_serving.open_files import allow_many_connections
+from cowest_serving.open_files import allow_many_connections, connections_within
 from cowest_serving.routes import Routes
 from cowest_serving.routing import FileRouting, RoutingSource, choose_arm
 from cowest_serving.shared_counts import SharedCounts
@@ -90,7 +90,8 @@ from cowest_serving.words import TEXTS, Repeats, feedback_row, word_key
 from cowest_serving.workers import OWN_METRICS, Place, Siblings, add_flags, listeners_beside, supervise
 
 log = logging.getLogger(__name__)
-MAX_BODY = 4 * 1024 * 1024  # bytes, where no manifest says it
+MAX_BODY, MAX_CONCURRENCY = 4 * 1024 * 1024, 2048  # bytes, and requests under way, where no manifest says them
+CONNECTIONS = 4  # of clients for each request that may be under way: many are idle
 KEYS_EVERY_SECONDS = 1.0
 DURABLE = "durable"
 DONE = b"data: [DONE]\n\n"
@@ -114,6 +115,7 @@ METRICS = {
     "cowest_client_requests_total": "Chats by the application whose key they came with.",
     "cowest_client_requests_limited_total": "Chats and feedback refused by spec.gateway.limits, by limit.",
     "cowest_refused_requests_total": "Requests refused before any model was asked, by status.",
+    "cowest_crowded_requests_total": "Requests refused as a process had as many of them, or of connections, as it may.",
     "cowest_trace_rows": "Records by what became of them.",
     "cowest_trace_spool_bytes": "Records on this machine's disk that the store has not taken yet.",
     "cowest_trace_spool_trouble": "1 while answers go out without a durable record: the spool is full or fails.",
@@ -138,6 +140,7 @@ class TraceSettings:
 class GatewayLimits:
     limits: ClientLimits | None = None  # of each client key
     max_body_bytes: int = MAX_BODY
+    max_concurrency: int = MAX_CONCURRENCY
 
 
 @dataclass(frozen=True)
@@ -257,13 +260,14 @@ class Gateway:
     ) -> None:
         self.routing, self.traces = routing, traces
         self.count = Metrics(METRICS)
-        self.in_flight = 0
+        self.in_flight = 0  # answers
+        self._under_way = 0  # requests, whose body may still be on its way
         self.siblings: Siblings | None = None  # where several workers share the port
         self._settings, self._stop, self._allowance = settings, stop, allowance
         self._keys, self._client_keys = keys, keys.clients
         limits = settings.gateway or GatewayLimits()
         self._gate = Gate(limits.limits) if limits.limits else None
-        self.max_body = limits.max_body_bytes
+        self.max_body, self.max_concurrency = limits.max_body_bytes, limits.max_concurrency
         self._sample_percent = settings.traces.content_sample_percent if settings.traces else 100
         self._refuses_when_full = settings.traces is not None and settings.traces.when_spool_full == "Refuse"
         shortcuts = settings.collaboration.shortcuts or Shortcuts()
@@ -318,6 +322,25 @@ class Gateway:
         if self._allowance is not None:
             await self._allowance.aclose()  # after all answers: what was not spent is given back
         await self.traces.aclose()  # last, after every answer has its record
+
+    def enter(self, scope: Scope) -> None:
+        """Take a request in, unless the process has as much to do as it may. Who has entered leaves."""
+        if self._under_way >= self.max_concurrency:
+            limit = "requests"
+        elif CROWDED in scope.get("extensions", ()):
+            limit = "connections"
+        else:
+            self._under_way += 1
+            return
+        self.count.count("cowest_crowded_requests_total", limit=limit)
+        message = (
+            f"This gateway has as many {limit} as it may, with spec.gateway.maxConcurrency {self.max_concurrency}. "
+            "Ask again in a second, or have that or spec.gateway.replicas raised."
+        )
+        raise Refusal(503, message, "api_error", code="too_busy", retry_after=1)
+
+    def leave(self) -> None:
+        self._under_way -= 1
 
     def check_key(self, authorization: str) -> str:
         """The client's key; "" where everybody may ask."""
@@ -421,6 +444,13 @@ class Gateway:
         An unknown id is no error: the answer's record may come later, or by another gateway. Nor is a reference that
         the evaluator cannot go by: the gateway knows none, and the counts of traces say so.
         """
+        self.enter(scope)
+        try:
+            return await self._heard(scope, receive)
+        finally:
+            self.leave()
+
+    async def _heard(self, scope: Scope, receive: Receive) -> Whole:
         client_key = self.check_key(_header(scope, b"authorization"))
         try:
             self._check_spool()
@@ -496,29 +526,38 @@ class Chat:
         self._gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = new_id()
+        request_id, gateway = new_id(), self._gateway
         try:
-            client_key = self._gateway.check_key(_header(scope, b"authorization"))
-            request = parse_chat(
-                await _body(scope, receive, self._gateway.max_body),
-                request_id,
-                session=_header(scope, _SESSION) or None,
-                idempotency_key=own_key(_header(scope, _IDEMPOTENCY), client_key),
-            )
-            record = self._gateway.begin(request)
-            ticket = self._gateway.admit(client_key, record)
+            gateway.enter(scope)
+            try:
+                record, ticket = await self._let_in(scope, receive, request_id)
+            except BaseException:
+                gateway.leave()
+                raise
         except Refusal as refusal:
-            self._gateway.count.count("cowest_refused_requests_total", status=str(refusal.status))
+            gateway.count.count("cowest_refused_requests_total", status=str(refusal.status))
             await _refusal(refusal, request_id).send(send)
             return
-        self._gateway.in_flight += 1
-        reply = Reply(send, record, self._gateway, _encoded(ticket.headers) if ticket else [])
+        gateway.in_flight += 1
+        reply = Reply(send, record, gateway, _encoded(ticket.headers) if ticket else [])
         try:
             await _unless_gone(self._respond(record, reply), reply, scope, receive)
         finally:
-            self._gateway.in_flight -= 1
+            gateway.in_flight -= 1
+            gateway.leave()
             if ticket is not None:
                 ticket.close(record.tokens)
+
+    async def _let_in(self, scope: Scope, receive: Receive, request_id: str) -> tuple[Record, Ticket | None]:
+        client_key = self._gateway.check_key(_header(scope, b"authorization"))
+        request = parse_chat(
+            await _body(scope, receive, self._gateway.max_body),
+            request_id,
+            session=_header(scope, _SESSION) or None,
+            idempotency_key=own_key(_header(scope, _IDEMPOTENCY), client_key),
+        )
+        record = self._gateway.begin(request)
+        return record, self._gateway.admit(client_key, record)
 
     async def _respond(self, record: Record, response: Reply) -> None:
         """Answer, and keep the record whatever happens."""
@@ -775,6 +814,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         proxy_headers=False,  # nobody here goes by a client's address
         ws="none",
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        limit_concurrency=connections_within(CONNECTIONS * app.gateway.max_concurrency),
         timeout_graceful_shutdown=options.finish_seconds,
     )
     server = DrainingServer(config, stop, options.drain_seconds)

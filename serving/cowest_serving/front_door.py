@@ -8,7 +8,9 @@ errors, and the connection is closed: what follows on it may be anything. A requ
 
 uvicorn keeps the listening socket, the signals, the life of the application and a shutdown that lets answers finish.
 The application is any of ASGI; the extension `cowest.when_gone` takes a function to call when its client leaves in
-the middle, which spares a task per request. See docs/decisions/0009-gateway-hot-path.md.
+the middle, which spares a task per request. `cowest.crowded` is there where uvicorn's `limit_concurrency`, of
+connections, is reached: such a request's connection is closed behind its answer. See
+docs/decisions/0009-gateway-hot-path.md.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import http
 import logging
+import sys
 import urllib.parse
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -37,7 +40,9 @@ MAX_HEAD = 32 * 1024  # bytes of address and headers together
 MAX_HEADERS = 100
 MAX_AHEAD = 64 * 1024  # bytes of a body that the application has not taken yet: then the connection is not read from
 HEAD_SECONDS, REQUEST_SECONDS, READ_SECONDS = 15.0, 60.0, 60.0
-WHEN_GONE = "cowest.when_gone"
+WHEN_GONE, CROWDED = "cowest.when_gone", "cowest.crowded"
+SURPLUS = 100  # connections above the limit whose requests still reach the application, which says so; more are closed
+SURPLUS_SECONDS = 5.0  # that one of these may wait with its request
 _OF_UPGRADES = (b"connection", b"upgrade", b"http2-settings")
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
@@ -60,6 +65,7 @@ class FrontDoor(asyncio.Protocol):
     """One connection of a client. Its requests are answered one after the other."""
 
     head_seconds, request_seconds, read_seconds = HEAD_SECONDS, REQUEST_SECONDS, READ_SECONDS
+    surplus, surplus_seconds = SURPLUS, SURPLUS_SECONDS
 
     def __init__(
         self,
@@ -74,6 +80,8 @@ class FrontDoor(asyncio.Protocol):
         self.can_write: asyncio.Future[None] | None = None  # while the client does not read
         self.transport: asyncio.Transport | None = None
         self._idle_seconds, self._app_state, self._root_path = config.timeout_keep_alive, app_state, config.root_path
+        self._most = config.limit_concurrency or sys.maxsize
+        self._is_surplus = False
         self._parser = httptools.HttpRequestParser(self)
         self._coming: _Request | None = None  # whose head or body is being read
         self._answered: _Request | None = None
@@ -92,7 +100,11 @@ class FrontDoor(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.state.connections.add(self)  # type: ignore[arg-type]  # uvicorn names its own protocols
-        self.expect(self._idle_seconds)
+        self._is_surplus = len(self.state.connections) > self._most
+        if len(self.state.connections) > self._most + self.surplus:
+            self.transport.abort()
+        else:
+            self.expect(self.surplus_seconds if self._is_surplus else self._idle_seconds)
 
     def data_received(self, data: bytes) -> None:
         if self.transport is None or self.transport.is_closing():
@@ -168,6 +180,9 @@ class FrontDoor(asyncio.Protocol):
         if self._parser.should_upgrade():
             return
         request = self._coming = _Request(self, self._scope(), self._parser.should_keep_alive())
+        if self._is_surplus and len(self.state.connections) > self._most:
+            request.may_stay = False
+            request.scope["extensions"][CROWDED] = {}
         self.expect(self._began + self.request_seconds - self.loop.time())
         if self._answered is None:
             self._start(request)

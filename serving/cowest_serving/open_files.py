@@ -6,6 +6,7 @@ import resource
 from contextlib import suppress
 
 MOST = 65_536
+OWN = 200  # that are no connection of a call: code, logs, the spool
 
 
 def allow_many_connections() -> None:
@@ -16,3 +17,10 @@ def allow_many_connections() -> None:
         return
     with suppress(ValueError, OSError):  # some systems allow less than they say
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def connections_within(most: int) -> int:
+    """How many clients may be connected: at most so many, and each call has two more connections, to its models."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = MOST if soft == resource.RLIM_INFINITY else soft
+    return max(1, min(most, (files - OWN) // 3))

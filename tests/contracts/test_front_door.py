@@ -9,8 +9,9 @@ import random
 import re
 import socket
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import uvicorn
 
 from cowest_serving.front_door import MAX_HEAD, FrontDoor
-from tests.contracts.openai_world import KEYS, OpenAIWorld, openai_world
+from tests.contracts.openai_world import KEYS, RUN, OpenAIWorld, get_json, openai_world
 
 BODY = b'{"messages": [{"role": "user", "content": "why?"}]}'
 KEY = b"Authorization: Bearer " + KEYS[0].encode() + b"\r\n"
@@ -389,6 +390,33 @@ def test_headers_of_ours_in_a_request_change_nothing_and_go_nowhere(world: OpenA
     assert b"\r\nx-cowest-mode: Pair\r\n" in seen and b"\r\nx-cowest-arm: stable\r\n" in seen
     for call in (*world.weak.calls(), *world.strong.calls()):
         assert "forged" not in json.dumps(call)
+
+
+# ---------------------------------------------------------------- a burst
+def test_more_connections_than_it_has_files_for_are_told_to_come_again_and_it_goes_on(tmp_path: Path) -> None:
+    few_files = ("sh", "-c", 'ulimit -n 290; exec "$0" "$@"', *RUN)
+    asked = POST + LENGTH + b"\r\n" + BODY
+    with openai_world(tmp_path, run=few_files) as world, ExitStack() as stack:
+        wires = [stack.enter_context(socket.create_connection(("127.0.0.1", world.port), 60)) for _ in range(60)]
+        answers = []
+        for wire in wires:
+            wire.sendall(asked)
+        for wire in wires:
+            answers.append(wire.recv(65536))
+        refused = [answer for answer in answers if answer.startswith(b"HTTP/1.1 503 ")]
+        assert statuses(b"".join(answers)).count(200) == 30 and len(refused) == 30
+        assert {error_of(answer)["code"] for answer in refused} == {"too_busy"}
+        assert all(b"\r\nretry-after: 1\r\n" in answer and b"\r\nconnection: close\r\n" in answer for answer in refused)
+        assert get_json(f"{world.url}/healthz") == {"status": "ok"}, "of whom the platform asks"
+        wires[0].sendall(asked)
+        assert statuses(wires[0].recv(65536)) == [200], "who was there before stays"
+        for wire in wires:
+            wire.close()
+        deadline = time.monotonic() + 10
+        while statuses(told(world.port, POST + LENGTH + b"Connection: close\r\n\r\n" + BODY)) != [200]:
+            assert time.monotonic() < deadline, "there is room again"
+        with urllib.request.urlopen(f"{world.url}/metrics", timeout=10) as response:
+            assert re.search(rb'cowest_crowded_requests_total{limit="connections"} 3\d', response.read())
 
 
 # ---------------------------------------------------------------- what the log never says

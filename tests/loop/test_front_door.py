@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from cowest_serving.front_door import MAX_HEAD, WHEN_GONE, FrontDoor
+from cowest_serving.front_door import CROWDED, MAX_HEAD, WHEN_GONE, FrontDoor
 from tests.patience import IN_TIME
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -350,3 +350,47 @@ async def test_told_to_stop_it_lets_an_answer_finish_and_closes() -> None:
 
 def connections(client: Client) -> list[Any]:
     return list(client.server.server_state.connections)
+
+
+# ---------------------------------------------------------------- more connections than may be
+async def crowded(scope: Any, receive: Any, send: Any) -> None:
+    said = b"crowded" if CROWDED in scope["extensions"] else b"room"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(said))]})
+    await send({"type": "http.response.body", "body": said})
+
+
+class Narrow(FrontDoor):
+    surplus, surplus_seconds = 1, 0.2
+
+
+@asynccontextmanager
+async def another(client: Client) -> AsyncIterator[Client]:
+    reader, writer = await asyncio.open_connection(*client.writer.get_extra_info("peername"))
+    try:
+        yield Client(reader, writer, client.server)
+    finally:
+        writer.close()
+
+
+async def test_a_connection_above_the_limit_is_told_so_to_the_application_and_closed_behind_its_answer() -> None:
+    async with served(crowded, limit_concurrency=1) as first, another(first) as second:
+        await second.say(POST)
+        head, body = await second.answer()
+        assert body == b"crowded" and b"\r\nconnection: close\r\n" in head and await second.rest() == b""
+        await first.say(POST)
+        assert (await first.answer())[1] == b"room", "who was there before stays"
+        async with another(first) as third:
+            first.writer.close()
+            while len(first.server.server_state.connections) > 1:
+                await asyncio.sleep(0.005)
+            await third.say(POST)
+            assert (await third.answer())[1] == b"room", "as others have left"
+
+
+async def test_a_connection_above_the_limit_that_asks_nothing_is_soon_closed_and_one_far_above_it_at_once() -> None:
+    async with served(crowded, Narrow, limit_concurrency=1) as first, another(first) as second:
+        async with another(first) as third:
+            assert await third.rest() == b"" and len(first.server.server_state.connections) == 2
+        assert await second.rest() == b""
+        await first.say(POST)
+        assert (await first.answer())[1] == b"room"

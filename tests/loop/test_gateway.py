@@ -79,12 +79,16 @@ def settings_of(strong: ScriptedModel, **changes: Any) -> GatewaySettings:
     collaboration = Collaboration("Explanation", "StrongAlone", "Fail", "StrongAlone", draft_max_tokens=99)
     of_strong = {name: changes.pop(name) for name in list(changes) if name in Strong.__dataclass_fields__}
     percent = changes.pop("content_sample_percent", 100)
-    when_full, most = changes.pop("when_spool_full", "Answer"), changes.pop("max_body_bytes", None)
+    when_full = changes.pop("when_spool_full", "Answer")
+    of_gateway = {
+        "max_body_bytes": changes.pop("max_body_bytes", None),
+        "max_concurrency": changes.pop("at_once", None),
+    }
     return GatewaySettings(
         strong_settings(strong.url, **of_strong),
         replace(collaboration, **changes),
         TraceSettings(percent, None, when_full),
-        GatewayLimits(max_body_bytes=most) if most else None,
+        GatewayLimits(**{name: value for name, value in of_gateway.items() if value}),
     )
 
 
@@ -916,6 +920,31 @@ async def test_a_body_as_large_as_a_raised_limit_is_answered(tmp_path: Path) -> 
         row = await door.row()
     sent, kept = strong.calls[0].body["messages"], json.loads(row["messages"])
     assert all(messages[0]["content"][1] == picture for messages in (sent, kept))
+
+
+async def test_more_requests_at_once_than_the_process_may_have_are_to_come_again_and_the_platform_is_still_answered(
+    tmp_path: Path,
+) -> None:
+    async with world(tmp_path, at_once=2) as (weak, strong, door):
+        strong.gate.clear()
+        asks = [asyncio.create_task(door.post("/v1/chat/completions", {"messages": ASKED})) for _ in range(2)]
+        async with asyncio.timeout(IN_TIME):
+            while len(strong.calls) < 2:
+                await asyncio.sleep(0.01)
+        for path in ("/v1/chat/completions", "/v1/feedback"):
+            status, body, headers = await door.post(path, {"messages": ASKED, "request_id": "r", "thumb": "up"})
+            assert (status, body["error"]["code"], body["error"]["type"]) == (503, "too_busy", "api_error")
+            assert headers["retry-after"] == "1" and headers["x-request-id"] and "x-should-retry" not in headers
+        async with door.http.get(door.url + "/healthz") as response:
+            assert response.status == 200
+        assert 'cowest_crowded_requests_total{limit="requests"} 2' in await door.metrics()
+        strong.gate.set()
+        assert [status for status, _, _ in await asyncio.gather(*asks)] == [200, 200]
+        for _ in range(3):
+            assert (await door.post("/v1/chat/completions", b"{}"))[0] == 400
+            assert (await door.post("/v1/feedback", b"{}"))[0] == 400
+        assert (await door.post("/v1/chat/completions", {"messages": ASKED}))[0] == 200, "each has left"
+    assert len(weak.calls) == len(strong.calls) == 3
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nope", 404), ("GET", "/v1/feedback", 405)])

@@ -424,11 +424,11 @@ def test_a_watcher_that_runs_begins_anew_where_an_edit_of_what_it_reads_acts_at_
 def test_servers_can_read_what_is_left_of_the_manifest() -> None:
     job = load(ROOT / "crds" / "examples" / "minimal.yaml").job
     job["spec"]["weak"]["maxConcurrency"] = 200
-    job["spec"]["gateway"] |= {"limits": {"requestsPerMinute": 7}, "maxBodyBytes": 9_999}
+    job["spec"]["gateway"] |= {"limits": {"requestsPerMinute": 7}, "maxBodyBytes": 9_999, "maxConcurrency": 99}
     spec = common.servers_manifest(replace(context(), document=resolve_prompts(job, {}, PROMPTS)))["spec"]
     settings = parse(GatewaySettings, spec)
     assert settings.traces is not None and settings.weak == WeakSettings(max_concurrency=200)
-    assert settings.gateway == GatewayLimits(ClientLimits(requests_per_minute=7), 9_999)
+    assert settings.gateway == GatewayLimits(ClientLimits(requests_per_minute=7), 9_999, 99)
     assert parse(ProxySettings, spec).strong.model == job["spec"]["strong"]["model"]
     assert parse(ObserverSettings, spec).data.held_out == job["spec"]["data"]["heldOut"]
 

@@ -297,7 +297,7 @@ SERVERS_READ: Mapping[str, tuple[str, ...]] = {  # section -> its fields; none n
     "collaboration": (),
     "data": ("heldOut",),
     "feedback": ("evaluator",),
-    "gateway": ("limits", "maxBodyBytes"),
+    "gateway": ("limits", "maxBodyBytes", "maxConcurrency"),
     "traces": (),
     "weak": ("maxConcurrency",),
 }
