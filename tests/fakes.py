@@ -12,6 +12,8 @@ A fault is used up by one call, in order; `None` is a call that goes well:
   "lost"          answered and counted, but the connection breaks before the answer is sent
   "garbage"       200 with HTML          "truncate"  (stream) breaks off after the first word
   "stall"         (stream) hangs after the first word; "comments": and goes on in comments
+  "mute"          (stream) says nothing after its head
+  "filters"       (stream) begins with events without choices, and never comes to an end of them
 """
 
 from __future__ import annotations
@@ -207,6 +209,12 @@ class ScriptedModel:
         response = web.StreamResponse(headers={"content-type": "text/event-stream", **self.headers})
         await response.prepare(request)
         head = self._head(call, "chat.completion.chunk")
+        if fault == "mute":
+            await self._closing.wait()
+            return _broken(request, response)
+        while fault == "filters":
+            await response.write(_event(head | {"choices": []}))
+            await asyncio.sleep(0.02)
         for i, delta in enumerate(_deltas(text)):
             if i == 2 and fault == "truncate":
                 return _broken(request, response)

@@ -150,6 +150,7 @@ class Bill:
     input_tokens: int  # likely; as the endpoint counts, once it has
     most_output: int
     take_again: Callable[[Bill], Awaitable[None]] | None = None
+    until: float | None = None  # when its call has to be over
     output_tokens: int | None = None
     has_begun: bool = False
     is_out: bool = False  # an attempt is sent, and maybe answered: it may be billed
@@ -228,23 +229,28 @@ class Allowance:
 
     # ------------------------------------------------------------ a call
     @asynccontextmanager
-    async def paid(self, messages: Messages, extra: Any = None, max_tokens: int | None = None) -> AsyncIterator[Bill]:
-        """Room for one call, taken before it and settled after it. Raises `NoBudget` before anything is sent."""
+    async def paid(
+        self, messages: Messages, extra: Any = None, max_tokens: int | None = None, until: float | None = None
+    ) -> AsyncIterator[Bill]:
+        """Room for one call, taken before it and settled after it. Raises `NoBudget` before anything is sent.
+
+        `until`: when the call has to be over, by the monotonic clock.
+        """
         taken_in = likely_input_tokens(messages, extra)
         most = most_output_tokens(max_tokens, extra) or self._largest_output or UNKNOWN_OUTPUT_TOKENS
         amount = Amount(taken_in + most, self._money(taken_in, most))
-        bill = Bill(await self._room(amount), amount, taken_in, most, self._take_again)
+        bill = Bill(await self._room(amount, until), amount, taken_in, most, self._take_again, until)
         try:
             yield bill
         finally:
             self._settle(bill)
 
-    async def _room(self, amount: Amount) -> Share:
-        return self._take(amount) or await self._wait_for(amount)
+    async def _room(self, amount: Amount, until: float | None) -> Share:
+        return self._take(amount) or await self._wait_for(amount, until)
 
     async def _take_again(self, bill: Bill) -> None:
         """Room for one more attempt. The one before may be billed, and keeps what was taken for it until then."""
-        share = await self._room(bill.taken)
+        share = await self._room(bill.taken, bill.until)
         self._settle(bill)
         bill.share = share
 
@@ -279,10 +285,10 @@ class Allowance:
         return self._prices.of(input_tokens, output_tokens) if self._prices else 0.0
 
     # ------------------------------------------------------------ the book
-    async def _wait_for(self, amount: Amount) -> Share:
+    async def _wait_for(self, amount: Amount, until: float | None) -> Share:
         self._waiting += 1
         try:
-            async with self._one:
+            async with asyncio.timeout(None if until is None else until - time.monotonic()), self._one:
                 for _ in range(ASKS_FOR_A_CALL):
                     if (share := self._take(amount)) is not None:
                         return share
@@ -293,10 +299,9 @@ class Allowance:
                     return share
                 raise self._note_refusal(amount, self._spent_error(amount))
         except BookError as error:
-            message = (
-                f"The day's budget of the strong model cannot be looked up, and what was set aside is used up. {error}"
-            )
-            raise self._note_refusal(Amount(), BudgetUnknown(message, retry_after=5)) from None
+            raise self._note_refusal(Amount(), _unknown(error)) from None
+        except TimeoutError:
+            raise _unknown("The book of paid calls gives no answer in the time of this call.") from None
         finally:
             self._waiting -= 1
 
@@ -448,6 +453,11 @@ class Allowance:
             "refused": self.refused,
             "trouble": self._trouble or None,
         }
+
+
+def _unknown(why: object) -> BudgetUnknown:
+    message = f"The day's budget of the strong model cannot be looked up, and what was set aside is used up. {why}"
+    return BudgetUnknown(message, retry_after=5)
 
 
 def allowance_of(strong: Strong, book: str | None) -> Allowance | None:

@@ -411,8 +411,8 @@ class WeakModel(Guarded):
 
 
 def draft_seconds(timeout_seconds: float, draft_max_tokens: int) -> float:
-    """How long a draft is waited for: a slow CPU writes some ten tokens a second."""
-    return min(timeout_seconds, max(15.0, draft_max_tokens / 10))
+    """How long a draft is waited for: a slow CPU writes some ten tokens a second. Half of the answer's time is left."""
+    return min(timeout_seconds / 2, max(15.0, draft_max_tokens / 10))
 
 
 class Models:
@@ -560,6 +560,7 @@ class Answering:
                 _strong_messages(record, draft),
                 idempotency_key=record.request.idempotency_key,
                 extra=self._parameters(record),
+                until=record.started + self._strong.timeout_seconds,
                 fell_back=partial(record.failed, FELL_BACK),
                 hedged=partial(record.shortcuts.append, HEDGE),
             )
@@ -591,6 +592,7 @@ class Answering:
                 idempotency_key=record.request.idempotency_key,
                 # The usage is always asked for, since the record needs it.
                 extra={**parameters, "stream_options": {"include_usage": True}},
+                until=record.started + self._strong.timeout_seconds,
                 fell_back=partial(record.failed, FELL_BACK),
                 hedged=partial(record.shortcuts.append, HEDGE),
             )
@@ -696,7 +698,8 @@ class Answering:
         asked = draft_messages(record.request.messages, pair.prompts)
 
         async def make() -> Draft:
-            result = await self._models.weak(record.arm)(asked, max_tokens=limit, temperature=0)
+            until = record.started + self._strong.timeout_seconds / 2
+            result = await self._models.weak(record.arm)(asked, max_tokens=limit, temperature=0, until=until)
             digest, reason = _served_digest(record.arm, result), result.finish_reason or "stop"
             return Draft(result.text, digest, result.input_tokens, result.output_tokens, reason)
 

@@ -7,12 +7,13 @@ neither gate nor training goes by it. Steps and the proxy ask the pair's own end
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from cowest_serving.allowance import Allowance
+from cowest_serving.allowance import Allowance, Bill
 from cowest_serving.contract import Messages
 from cowest_serving.health import Guarded
 from cowest_serving.hedging import Hedging
@@ -29,6 +30,8 @@ def _unheard() -> None:
 
 class StrongDoor:
     """Raises the error of the pair's own endpoint when no fallback answers either.
+
+    `until`, by the monotonic clock, is when all of them together have to be done, a stream has to have begun.
 
     `allowance`: what may be spent on live answers, whichever endpoint gives them; None where nothing limits a day.
     Its `NoBudget` is raised before any endpoint is asked.
@@ -51,7 +54,7 @@ class StrongDoor:
     ) -> ChatResult:
         if self._allowance is None:
             return await self._answer(messages, fell_back, hedged, options)
-        async with self._allowance.paid(messages, options.get("extra"), options.get("max_tokens")) as bill:
+        async with self._paid(self._allowance, messages, options) as bill:
             result = await self._answer(messages, fell_back, hedged, {**options, "payer": bill})
             bill.read_result(result)
             return result
@@ -59,15 +62,17 @@ class StrongDoor:
     async def _answer(
         self, messages: Messages, fell_back: FellBack, hedged: Hedged, options: Mapping[str, Any]
     ) -> ChatResult:
+        others = len(self._fallbacks)
         try:
+            given = _turn(options, others)
             if self._hedging is None:
-                return await self.own(messages, **options)
-            return await self._hedging.first(self.own, partial(self._one, messages, hedged, options))
+                return await self.own(messages, **given)
+            return await self._hedging.first(self.own, partial(self._one, messages, hedged, given))
         except ModelError as error:
             why = self._why(error)
-        for model in self._fallbacks:
+        for number, model in enumerate(self._fallbacks, 1):
             try:
-                result = await model(messages, **options)
+                result = await model(messages, **_turn(options, others - number))
             except ModelError as error:
                 _note(model, error)
                 continue
@@ -87,7 +92,7 @@ class StrongDoor:
         self, allowance: Allowance, messages: Messages, fell_back: FellBack, hedged: Hedged, options: Mapping[str, Any]
     ) -> AsyncGenerator[bytes, None]:
         async with (
-            allowance.paid(messages, options.get("extra"), options.get("max_tokens")) as bill,
+            self._paid(allowance, messages, options) as bill,
             aclosing(self._chunks(messages, fell_back, hedged, {**options, "payer": bill})) as chunks,
         ):
             async for chunk in chunks:
@@ -98,10 +103,12 @@ class StrongDoor:
         self, messages: Messages, fell_back: FellBack, hedged: Hedged, options: Mapping[str, Any]
     ) -> AsyncGenerator[bytes, None]:
         why: ModelError | None = None
-        for model in (self.own, *self._fallbacks):
+        others = len(self._fallbacks)
+        for number, model in enumerate((self.own, *self._fallbacks)):
             has_begun = False
             try:
-                async with aclosing(self._streamed(model, messages, hedged, options)) as chunks:
+                given = _turn(options, others - number)
+                async with aclosing(self._streamed(model, messages, hedged, given)) as chunks:
                     async for chunk in chunks:
                         if not has_begun and why is not None:
                             fell_back(why)
@@ -144,11 +151,15 @@ class StrongDoor:
         self, messages: Messages, hedged: Hedged, options: Mapping[str, Any]
     ) -> AsyncIterator[Mapping[str, Any]]:
         """Room for it, as for a call of which nothing is known: what the answer cost stands on the first one's bill."""
-        none, extra = nullcontext(), options.get("extra")
-        room = self._allowance.paid(messages, extra, options.get("max_tokens")) if self._allowance else none
+        room = self._paid(self._allowance, messages, options) if self._allowance else nullcontext()
         async with room as bill:
             hedged()
             yield {**options, **({"payer": bill} if bill else {}), "idempotency_key": new_key()}
+
+    def _paid(
+        self, allowance: Allowance, messages: Messages, options: Mapping[str, Any]
+    ) -> AbstractAsyncContextManager[Bill]:
+        return allowance.paid(messages, options.get("extra"), options.get("max_tokens"), options.get("until"))
 
     def _why(self, error: ModelError) -> ModelError:
         """The fault of this endpoint, passing or not, that another one may not have; any other one is raised."""
@@ -165,6 +176,14 @@ class StrongDoor:
     async def aclose(self) -> None:
         for model in (self.own, *self._fallbacks):
             await model.aclose()
+
+
+def _turn(options: Mapping[str, Any], others: int) -> Mapping[str, Any]:
+    """For the next endpoint: half of the time that is left stays for the others behind it."""
+    until = options.get("until")
+    if until is None or not others:
+        return options
+    return {**options, "until": until - (until - time.monotonic()) / 2}
 
 
 def _note(model: Guarded, error: ModelError) -> None:

@@ -177,11 +177,6 @@ class Guarded(HttpChatModel):
         """It can do with a call that need not be: its last attempt was answered, and calls have places to spare."""
         return not self.health.failures and self._places.are_at_ease
 
-    @property
-    def _patience(self) -> float | None:
-        """Users wait for a place no longer than for an answer: a line without an end would only grow."""
-        return self._timeout
-
     def gauges(self) -> dict[str, float]:
         """Of this endpoint, by the metric's name."""
         return {

@@ -131,7 +131,7 @@ class ServerFault(ModelError):
 
 
 class Crowded(ModelError):
-    """All places were taken for as long as a call may take: it was not sent."""
+    """All places were taken for as long as a call may wait for one: it was not sent."""
 
     default_retryable = True
     max_retries = 0
@@ -165,8 +165,9 @@ class HttpChatModel:
     """`POST <endpoint>/chat/completions`. Safe for concurrent calls; at most `max_concurrency` at a time.
 
     `timeout_seconds` limits a call as a whole, its retries and the waits between them included (not the wait
-    for a free place); `deadline_seconds` lifts that limit above the time of one attempt. Retries carry the
-    same Idempotency-Key.
+    for a free place); `deadline_seconds` lifts that limit above the time of one attempt. `until`, by the monotonic
+    clock, is when a call has to be over with all that (a stream: its answer has begun), however long it waited.
+    Retries carry the same Idempotency-Key.
     """
 
     when_crowded: ClassVar[str] = "Raise strong.maxConcurrency where the endpoint takes more."
@@ -190,9 +191,7 @@ class HttpChatModel:
         self._timeout = timeout_seconds
         self._deadline = max(timeout_seconds, deadline_seconds or 0)
         self._backoff = backoff_seconds
-        self._places = Places(
-            max_concurrency, self._patience, self._crowded
-        )  # how many calls may be under way: learned from 429s
+        self._places = Places(max_concurrency, self._crowded)  # how many calls may be under way: learned from 429s
         self._wire: Wire | None = None
         self._not_taken = NotTaken()
 
@@ -215,7 +214,7 @@ class HttpChatModel:
         with suppress(WireError):
             self._connected().warm()
 
-    async def __call__(
+    async def __call__(  # noqa: PLR0913  # those of `ChatModel`, who pays, and until when
         self,
         messages: Messages,
         *,
@@ -226,17 +225,21 @@ class HttpChatModel:
         idempotency_key: str | None = None,
         extra: Mapping[str, Any] | None = None,
         payer: Payer | None = None,
+        until: float | None = None,
     ) -> ChatResult:
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
         body = self._body(messages, options, extra)
         self._check()
-        async with self._places:
-            key, give_up_at = idempotency_key or new_key(), self._give_up_at()
+        await self._places.enter(until)
+        try:
+            key, give_up_at = idempotency_key or new_key(), self._give_up_at(until)
             response, payload = await self._with_retries(body, key, True, give_up_at, payer)
             self._places.answered()
             return _result(self.endpoint, response, payload)
+        finally:
+            self._places.leave()
 
-    async def stream(
+    async def stream(  # noqa: PLR0913  # as any call
         self,
         messages: Messages,
         *,
@@ -247,6 +250,7 @@ class HttpChatModel:
         idempotency_key: str | None = None,
         extra: Mapping[str, Any] | None = None,
         payer: Payer | None = None,
+        until: float | None = None,
     ) -> AsyncGenerator[bytes, None]:
         """The answer's chunks as the endpoint wrote them: the JSON of each `data:` event, without `[DONE]`.
 
@@ -256,8 +260,9 @@ class HttpChatModel:
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
         body = self._body(messages, options, extra) | {"stream": True}
         self._check()
-        async with self._places:
-            key, give_up_at = idempotency_key or new_key(), self._give_up_at()
+        await self._places.enter(until)
+        try:
+            key, give_up_at = idempotency_key or new_key(), self._give_up_at(until)
             response, (begun, rest) = await self._with_retries(body, key, False, give_up_at, payer)
             self._places.answered()
             broke: ModelError | None = None
@@ -273,6 +278,8 @@ class HttpChatModel:
             finally:
                 response.close()
                 self._streamed(broke)
+        finally:
+            self._places.leave()
 
     def _body(self, messages: Messages, options: Mapping[str, Any], extra: Mapping[str, Any] | None) -> dict[str, Any]:
         given = {name: value for name, value in options.items() if value is not None}
@@ -285,8 +292,11 @@ class HttpChatModel:
         """A stream that had begun is over: it broke off, or all came that somebody wanted."""
 
     # ------------------------------------------------------------ the one retry loop
-    def _give_up_at(self) -> float:
-        return time.monotonic() + self._deadline
+    def _give_up_at(self, until: float | None) -> float:
+        now = time.monotonic()
+        if until is not None and now >= until:
+            raise self._late(0.0)
+        return now + self._deadline if until is None else min(now + self._deadline, until)
 
     async def _with_retries(
         self, body: Mapping[str, Any], key: str, read: bool, give_up_at: float, payer: Payer | None
@@ -347,17 +357,12 @@ class HttpChatModel:
             self.keys.refused(used)
         return keys_left > 0 and self.keys.rest <= 0
 
-    def _crowded(self) -> Crowded:
+    def _crowded(self, seconds: float) -> Crowded:
         return Crowded(
-            f"{self.endpoint} was not asked: no place was free within {self._timeout:g} s, with "
+            f"{self.endpoint} was not asked: no place was free within {seconds:.1f} s, with "
             f"{self._places.limit:.0f} calls at once. {self.when_crowded}",
             retry_after=1,
         )
-
-    @property
-    def _patience(self) -> float | None:
-        """Seconds that a call waits for a place; None: without an end, as steps do, which make all their calls."""
-        return None
 
     def _do_without(self, name: str, body: Mapping[str, Any]) -> str:
         """Note that the endpoint does not take a parameter. Its other name, "" where it has none."""
@@ -375,10 +380,7 @@ class HttpChatModel:
             asked = self._connected().ask("POST", "/chat/completions", self._headers(key), data, left, is_whole=read)
             response = await asked
         except TimeoutError as error:
-            late = DeadlineExceeded(
-                f"{self.endpoint} gave no answer within {left:.1f} s. "
-                "Check that the model is not overloaded, or raise its timeout."
-            )
+            late = self._late(left)
             late.may_be_billed = not isinstance(error, Unconnected)
             raise late from None
         except WireError as error:
@@ -387,7 +389,15 @@ class HttpChatModel:
             raise self._refusal(response)
         if read:
             return response, _parsed(self.endpoint, response.body)
-        return response, await _begun(self.endpoint, response, self._timeout, has_several)
+        return response, await _begun(self.endpoint, response, self._timeout, give_up_at, has_several)
+
+    def _late(self, seconds: float) -> DeadlineExceeded:
+        late = DeadlineExceeded(
+            f"{self.endpoint} gave no answer within {seconds:.1f} s. "
+            "Check that the model is not overloaded, or raise its timeout."
+        )
+        late.may_be_billed = False
+        return late
 
     def _refusal(self, response: Response) -> ModelError:
         """What a status other than 2xx means."""
@@ -596,19 +606,26 @@ _MAX_UNREAD = 8 * 1024  # bytes of a body that is no event stream, kept to say w
 
 
 async def _begun(
-    endpoint: str, response: Response, timeout: float, has_several: bool
+    endpoint: str, response: Response, timeout: float, give_up_at: float, has_several: bool
 ) -> tuple[list[bytes], AsyncIterator[bytes]]:
     """A stream up to the answer's first chunk, and its rest: an error in that chunk's place is one of the call."""
     read: list[bytes] = []
+    left = min(timeout, give_up_at - time.monotonic())
     if response.headers.get("content-type", "").startswith("application/json"):  # it does not stream
-        payloads = _in_chunks(endpoint, response, timeout)
+        payloads = _in_chunks(endpoint, response, left)
     else:
-        payloads = _events(endpoint, response, timeout, has_several)
+        payloads = _events(endpoint, response, timeout, left, has_several)
     try:
-        async for payload in payloads:
-            read.append(payload)
-            if _is_of_the_answer(endpoint, payload):
-                break
+        read.append(await anext(payloads))
+        if not _is_of_the_answer(endpoint, read[0]):
+            async with asyncio.timeout(give_up_at - time.monotonic()):  # else each had a patience of its own
+                async for payload in payloads:
+                    read.append(payload)
+                    if _is_of_the_answer(endpoint, payload):
+                        break
+    except TimeoutError:
+        response.close()
+        raise _stopped(endpoint, left) from None
     except BaseException:
         response.close()
         raise
@@ -644,16 +661,19 @@ class _Ends:
         self.are_all_there = bool(self._ended) and self._begun <= self._ended
 
 
-async def _events(endpoint: str, response: Response, timeout: float, has_several: bool) -> AsyncIterator[bytes]:
+async def _events(
+    endpoint: str, response: Response, timeout: float, first: float, has_several: bool
+) -> AsyncIterator[bytes]:
     """Payloads of the `data:` lines of an event stream. Raises when it ends, by `[DONE]` or not, before each choice
-    does, and when none comes for `timeout` seconds: comments, by which proxies keep a connection open, are none."""
+    does, and when none comes for `timeout` seconds (the first: `first`): comments, by which proxies keep a connection
+    open, are none."""
     ends, seen, buffered, unread = _Ends(has_several), 0, b"", b""
     clock = asyncio.get_running_loop().time
-    renewed, until = 0, clock() + timeout
+    renewed, until = 0, clock() + first
     while True:
         if seen > renewed:
-            renewed, until = seen, clock() + timeout
-        data = await _some(endpoint, response, timeout, until)
+            renewed, first, until = seen, timeout, clock() + timeout
+        data = await _some(endpoint, response, first, until)
         if not seen and len(unread) < _MAX_UNREAD:
             unread += data
         payloads, buffered = _payloads(buffered + data, is_end=not data)
@@ -716,12 +736,16 @@ async def _some(endpoint: str, response: Response, timeout: float, until: float)
     try:
         return await response.some(until)
     except TimeoutError:
-        raise DeadlineExceeded(
-            f"{endpoint} stopped in the middle of an answer for {timeout:.1f} s. "
-            "Check that the model is not overloaded, or raise its timeout."
-        ) from None
+        raise _stopped(endpoint, timeout) from None
     except WireError as error:
         raise _unreachable(endpoint, error) from error
+
+
+def _stopped(endpoint: str, seconds: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"{endpoint} stopped in the middle of an answer for {seconds:.1f} s. "
+        "Check that the model is not overloaded, or raise its timeout."
+    )
 
 
 def _broken_off(endpoint: str) -> EndpointUnreachable:

@@ -8,35 +8,36 @@ answers gives back one.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 
 
 class Places:
     """A semaphore whose number is learned. First come, first served.
 
-    Who waits longer than `patience` for a place is sent away with what `crowded` makes; None: everybody waits.
+    Who waits for a place as long as may be is sent away with what `crowded` makes of the seconds.
     """
 
-    def __init__(
-        self, most: int, patience: float | None = None, crowded: Callable[[], Exception] = TimeoutError
-    ) -> None:
-        self.most, self._patience, self._crowded = most, patience, crowded
+    def __init__(self, most: int, crowded: Callable[[float], Exception] = TimeoutError) -> None:
+        self.most, self._crowded = most, crowded
         self.limit = float(most)
         self.taken = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._attempts = self._lowered_at = 0  # attempts that began before the last decrease met the old limit
 
-    async def __aenter__(self) -> None:
+    async def enter(self, until: float | None = None) -> None:
+        """`until`: when the call has to be over, by the monotonic clock. It waits for a place for half of that time at
+        most, for one that came with no time left would be paid in vain. None: without an end."""
         if self._waiting or self.taken >= self._whole:
+            patience = None if until is None else max(0.0, (until - time.monotonic()) / 2)
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
             try:
-                async with asyncio.timeout(self._patience):
+                async with asyncio.timeout(patience):
                     await self._wait(turn)
             except TimeoutError:
-                raise self._crowded() from None
+                raise self._crowded(patience or 0.0) from None
         else:
             self.taken += 1
 
@@ -45,15 +46,10 @@ class Places:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # it was given a place while it was cancelled
-                self._leave()
+                self.leave()
             elif turn in self._waiting:  # else one who left at that moment has struck it out
                 self._waiting.remove(turn)
             raise
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._leave()
 
     @property
     def are_at_ease(self) -> bool:
@@ -84,7 +80,7 @@ class Places:
     def _whole(self) -> int:
         return int(self.limit)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         self.taken -= 1
         self._admit()
 

@@ -71,8 +71,8 @@ async def test_a_stream_that_breaks_off_counts_for_the_circuit_and_one_that_goes
     [
         pytest.param(60, 64, 15, id="short drafts"),
         pytest.param(60, 256, 25.6, id="ten tokens a second"),
-        pytest.param(60, 4096, 60, id="no longer than an answer"),
-        pytest.param(5, 64, 5, id="nor than a quick one"),
+        pytest.param(60, 4096, 30, id="no longer than half of an answer"),
+        pytest.param(5, 64, 2.5, id="nor than half of a quick one"),
     ],
 )
 def test_a_draft_is_waited_for_as_long_as_it_is(timeout: float, tokens: int, seconds: float) -> None:

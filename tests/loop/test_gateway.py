@@ -789,7 +789,44 @@ async def test_a_request_waits_for_a_place_no_longer_than_for_an_answer(tmp_path
         found = await asyncio.gather(*asks)
         assert sorted({status for status, _, _ in found}) == [503, 504]
         told = next(body["error"]["message"] for status, body, _ in found if status == 503)
-    assert "no place was free within 1 s, with 1 calls at once" in told
+    assert "no place was free within 0.5 s, with 1 calls at once" in told
+
+
+@pytest.mark.parametrize(("stream", "fault"), [(False, "hang"), (True, "hang"), (True, "filters")])
+async def test_draft_place_call_and_fallbacks_together_take_no_longer_than_an_answer_may(
+    tmp_path: Path, stream: bool, fault: str
+) -> None:
+    """Each of them would hold the deadline by itself: all models hang, and each takes one call at a time."""
+    async with (
+        ScriptedModel(faults=["hang"] * 9) as weak,
+        ScriptedModel(faults=[fault] * 9) as strong,
+        ScriptedModel(faults=[fault] * 9) as second,
+        ScriptedModel(faults=[fault] * 9) as third,
+    ):
+        others = (Fallback(second.url, "b"), Fallback(third.url, "c"))
+        settings = settings_of(strong, fallbacks=others, timeout_seconds=2, max_retries=3, max_concurrency=1)
+        settings = replace(settings, weak=WeakSettings(max_concurrency=1))
+        async with gateway(tmp_path, settings, arm_of(weak, strong)) as door:
+            began = time.monotonic()
+            bodies = [{"messages": ASKED, "stream": stream}] * 3
+            found = await asyncio.gather(*(door.post("/v1/chat/completions", body) for body in bodies))
+            took = time.monotonic() - began
+            rows = await door.rows()
+    assert {status for status, _, _ in found} <= {503, 504}, "and none is a stream that has begun"
+    assert 1 < took < 3.5, "2 s, and not 2 s for each of the four"
+    assert all(row["draft_ms"] < 1900 for row in rows), "half of the time is left for the answer"
+    assert third.calls
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_strong_endpoint_that_hangs_leaves_half_of_the_time_to_its_fallback(
+    tmp_path: Path, stream: bool
+) -> None:
+    options: dict[str, Any] = {"strong": {"faults": ["hang"]}, "timeout_seconds": 2}
+    async with ScriptedModel("another answer") as other, with_fallbacks(tmp_path, other, **options) as (_, door):
+        began = time.monotonic()
+        said = (await streamed(door))[0] if stream else (await door.ask())[0].choices[0].message.content
+        assert said == "another answer" and 0.9 < time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize("as_files", [False, True], ids=["in the environment", "as files"])

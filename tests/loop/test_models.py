@@ -421,6 +421,22 @@ async def test_a_stream_that_stalls_ends_also_where_a_proxy_keeps_it_open_by_com
                 await chunks_of(model)
 
 
+@pytest.mark.parametrize("fault", ["hang", "mute", "filters"])
+async def test_a_stream_begins_by_the_moment_that_is_given_however_patient_the_model_is(fault: str) -> None:
+    async with ScriptedModel(faults=[fault] * 9) as server, model_of(server, timeout_seconds=30) as model:
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            await chunks_of(model, until=began + 0.5)
+        assert 0.4 < time.monotonic() - began < 5
+
+
+async def test_a_call_for_which_no_time_is_left_is_not_made() -> None:
+    async with ScriptedModel() as server, model_of(server) as model:
+        with pytest.raises(DeadlineExceeded) as late:
+            await model(ASKED, until=time.monotonic())
+    assert not server.calls and not late.value.may_be_billed
+
+
 async def test_the_time_that_a_reader_takes_for_a_chunk_is_none_of_the_endpoints() -> None:
     async with ScriptedModel("one two three") as server, model_of(server, timeout_seconds=2) as model:
         stream = model.stream(ASKED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sqlite3
+import time
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -280,6 +281,19 @@ async def test_a_book_that_is_slow_is_one_that_does_not_answer() -> None:
     book.slow.set()
     book.now += 1.5
     await call(door)
+
+
+async def test_a_call_waits_for_the_book_no_longer_than_it_may_take_itself_and_the_next_one_asks_again() -> None:
+    book = Book(Room(100_000, None), slow=asyncio.Event())
+    door, began = allowance(book), time.monotonic()
+    with pytest.raises(BudgetUnknown, match="in the time of this call"):
+        async with door.paid(ASKED, {}, 10, began + 0.1):
+            raise AssertionError("there is no room")
+    assert time.monotonic() - began < 2, "the book's own patience is 3 s"
+    assert book.slow is not None
+    book.slow.set()
+    await call(door)
+    assert len(book.asks) == 2
 
 
 @pytest.mark.parametrize("trouble", ["slow", "bug"])

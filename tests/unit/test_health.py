@@ -138,7 +138,8 @@ async def test_nobody_waits_for_a_place_at_an_endpoint_that_is_not_asked() -> No
         model.health.failures, model.health.since = 9, 0.0
         with suppress(ModelError), model._circuit.attempt(model.endpoint):
             raise AWAY
-        async with model._places, asyncio.timeout(IN_TIME):
+        await model._places.enter()
+        async with asyncio.timeout(IN_TIME):
             with pytest.raises(CircuitOpen):
                 await model([])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -13,8 +14,11 @@ async def enter(places: Places, calls: int) -> list[asyncio.Task[None]]:
     """Calls that want in; those that are let in stay until they are cancelled."""
 
     async def stay() -> None:
-        async with places:
+        await places.enter()
+        try:
             await asyncio.Event().wait()
+        finally:
+            places.leave()
 
     tasks = [asyncio.create_task(stay()) for _ in range(calls)]
     await asyncio.sleep(0)
@@ -105,16 +109,18 @@ async def test_a_place_that_was_given_to_one_who_left_at_that_moment_goes_on_to_
     assert places.taken == 0
 
 
-async def test_who_waits_longer_than_may_be_is_sent_away_and_leaves_the_line() -> None:
-    places = Places(1, 0.05, lambda: RuntimeError("crowded"))
-    tasks = await enter(places, 1)
-    with pytest.raises(RuntimeError, match="crowded"):
-        async with places:
-            pass
+async def test_who_waits_for_half_of_its_time_is_sent_away_and_leaves_the_line() -> None:
+    places = Places(1, lambda seconds: RuntimeError(f"crowded for {seconds:.1f} s"))
+    tasks, began = await enter(places, 1), time.monotonic()
+    with pytest.raises(RuntimeError, match=r"crowded for 0\.2 s"):
+        await places.enter(began + 0.4)
+    assert 0.19 < time.monotonic() - began < 0.4
     assert (places.taken, places.waiting) == (1, 0)
+    with pytest.raises(RuntimeError, match=r"crowded for 0\.0 s"):
+        await places.enter(began)
     await leave(*tasks)
-    async with places:
-        assert places.taken == 1
+    await places.enter(began)
+    assert places.taken == 1
 
 
 async def test_the_holder_and_all_who_wait_may_leave_at_one_moment() -> None:
