@@ -357,7 +357,7 @@ def lineage(
 def _show_answer(answer: Mapping[str, Any], by: Measured, feedback: Iterable[Mapping[str, Any]]) -> None:
     """What is empty is left out."""
     for name in ("trace_id", "time", "arm", "mode", "pair_digest", "weak_digest", "prompts_digest", "draft_form",
-                 "strong_model", "strong_version", "query", "draft", "answer"):  # fmt: skip
+                 "strong_model", "strong_version", "query", "draft", "answer", "tool_calls"):  # fmt: skip
         if answer[name] not in (None, ""):
             typer.echo(f"{name:15} {printable(answer[name])}")
         elif name == "draft" and answer["mode"] == "StrongAlone":

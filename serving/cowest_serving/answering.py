@@ -58,6 +58,7 @@ from cowest_serving.models import (
 )
 from cowest_serving.redaction import Redacted, Redactor, RestoredStream
 from cowest_serving.routes import MODES, USUAL, Routes, Way, is_for_a_draft
+from cowest_serving.tool_calls import ToolCalls
 
 log = logging.getLogger(__name__)
 WEAK_MODEL = "weak"  # the name that every weak server answers to
@@ -280,6 +281,7 @@ class Record:
     strong_version: str = ""
     draft: str = ""
     answer: str = ""
+    tool_calls: str | None = None  # JSON
     draft_ms: float | None = None
     answer_ms: float | None = None
     weak_tokens: tuple[int, int] = (0, 0)  # input, output
@@ -307,9 +309,10 @@ class Record:
     def tokens(self) -> int:
         """Of both models; where no usage came, as its client left a stream, say, as its text is long."""
         weak, strong = sum(self.weak_tokens), sum(self.strong_tokens)
-        if not strong and self.answer and self.mode != "WeakAlone":
+        said = len(self.answer) + len(self.tool_calls or "")
+        if not strong and said and self.mode != "WeakAlone":
             read = likely_input_tokens(self.request.messages, self.request.parameters)
-            strong = read + likely_tokens(len(self.answer))
+            strong = read + likely_tokens(said)
         return weak + strong
 
     def model_calls(self) -> Iterator[ModelCall]:
@@ -351,6 +354,7 @@ class Record:
             "messages": orjson.dumps(messages).decode(),
             "draft": hidden(self.draft),
             "answer": hidden(self.answer),
+            "tool_calls": hidden(self.tool_calls) if self.tool_calls else None,
             "placeholders": digests_text(self.redacted),  # last, when every text has its placeholders
         }
 
@@ -569,6 +573,8 @@ class Answering:
         finally:
             record.answer_ms = _ms_since(started)
         record.answer, record.strong_tokens = result.text, (result.input_tokens, result.output_tokens)
+        if calls := result.raw["choices"][0]["message"].get("tool_calls"):
+            record.tool_calls = orjson.dumps(calls).decode()
         record.strong_model, record.strong_version = result.model, result.version
         usage = of_both_models(record, result.raw.get("usage"))
         body = {**result.raw, "model": record.request.model or result.model, "usage": usage}
@@ -772,15 +778,17 @@ async def _passed_on(
     """The strong model's chunks as events for this client. The first is read before, since the headers tell of it; of
     the others those that can be nothing else go to the client first, and to the record then."""
     parts: list[str] = []  # of the answer's text
+    calls = ToolCalls()
+    take = partial(_take_with_calls, calls) if record.request.parameters.get("tools") else _take
     begun = False
     try:
         async with aclosing(chunks):
             async for payload in chunks:
                 if begun and restored is None and _is_plain(payload):
                     yield b"data: %b\n\n" % payload
-                    _take(record, payload, parts)
+                    take(record, payload, parts)
                     continue
-                has_choices, has_usage = _take(record, payload, parts)
+                has_choices, has_usage = take(record, payload, parts)
                 if has_usage:
                     if not record.request.wants_usage and not has_choices:
                         continue
@@ -791,11 +799,17 @@ async def _passed_on(
             yield b"data: %b\n\n" % rest
     finally:
         record.answer = whole_characters("".join(parts))
+        record.tool_calls = calls.text
 
 
 def _is_plain(payload: bytes) -> bool:
     """A chunk that goes to every client as it is: neither an error nor usage, as far as its bytes can tell."""
     return b'"error"' not in payload and (b'"usage"' not in payload or b'"usage":null' in payload)
+
+
+def _take_with_calls(calls: ToolCalls, record: Record, payload: bytes, parts: list[str]) -> tuple[bool, bool]:
+    calls.note(payload)
+    return _take(record, payload, parts)
 
 
 def _take(record: Record, payload: bytes, parts: list[str]) -> tuple[bool, bool]:

@@ -360,6 +360,9 @@ TRACE_COLUMNS: dict[str, str] = {
     "messages": "string",  # JSON of all messages
     "draft": "string",
     "answer": "string",
+    # JSON of the calls of tools that the answer consists of, alone or beside its text, as the strong model wrote them;
+    # null where it calls none, and in old segments
+    "tool_calls": "string",
     "draft_ms": "double",
     "answer_ms": "double",
     "weak_input_tokens": "int64",

@@ -35,7 +35,7 @@ from cowest_serving.spool import PATIENCE, File, Frames, LogFile, Pace, Spool
 
 log = logging.getLogger(__name__)
 Row = Mapping[str, Any]
-CONTENT_COLUMNS = ("query", "messages", "draft", "answer", "placeholders")
+CONTENT_COLUMNS = ("query", "messages", "draft", "answer", "tool_calls", "placeholders")
 UNIQUE_COLUMNS = {*CONTENT_COLUMNS, "trace_id", "feedback_id", "time", "draft_ms", "answer_ms", "reference", "comment"}
 
 _TYPES: Mapping[str, pa.DataType] = {

@@ -336,6 +336,7 @@ def test_tools_go_to_the_strong_model_alone_and_their_calls_come_back(
     assert answer.choices[0].finish_reason == "tool_calls"
     assert not world.weak.calls()
     assert world.strong.bodies()[0]["messages"] == ASKED and world.strong.bodies()[0]["tools"] == [WEATHER]
+    assert json.loads(world.trace_of(answer._request_id)["tool_calls"]) == [call.model_dump()]
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ async def test_an_answer_outside_the_sample_lacks_its_texts_and_nothing_else(tmp
     async with world(tmp_path / "all") as (_, _, door):
         await door.ask(user="u")
         full = await door.row()
-    texts = {*CONTENT_COLUMNS} - {"placeholders"}  # of what is redacted, which here nothing is
+    texts = {*CONTENT_COLUMNS} - {"placeholders", "tool_calls"}  # there is nothing to hide, and no tool
     assert {name for name in TRACE_COLUMNS if bare[name] is None and full[name] is not None} == texts
     assert all(bare[name] for name in ("trace_id", "pair_digest", "weak_digest", "prompts_digest", "user_hash"))
     assert (bare["weight_percent"], bare["strong_output_tokens"]) == (100, full["strong_output_tokens"])

@@ -251,6 +251,7 @@ async def test_the_record_of_an_answer_says_everything(tmp_path: Path) -> None:
         "messages": '[{"role":"user","content":"why?"}]',
         "draft": "a hint",
         "answer": "the answer",
+        "tool_calls": None,
         "weak_input_tokens": 2,
         "weak_output_tokens": 2,
         "strong_input_tokens": 4,
@@ -261,6 +262,38 @@ async def test_the_record_of_an_answer_says_everything(tmp_path: Path) -> None:
         "propensity": 1.0,
         "placeholders": None,
     }
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Bern"}'}}
+
+
+@pytest.mark.parametrize("said", [None, "I look it up."], ids=["calls alone", "beside text"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_record_of_an_answer_has_the_calls_of_tools_that_it_consists_of(
+    tmp_path: Path, stream: bool, said: str | None
+) -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "content": said, "tool_calls": [CALL]}}
+    body = json.dumps({"object": "chat.completion", "choices": [choice | {"finish_reason": "tool_calls"}]})
+    whole = Fault(200, {"content-type": "application/json"}, body)
+    async with world(tmp_path, strong={"faults": [whole]}) as (weak, _, door):
+        if stream:
+            assert (await streamed(door, tools=[WEATHER]))[0] == (said or "")
+        else:
+            completion, _ = await door.ask(tools=[WEATHER])
+            assert completion.choices[0].message.tool_calls[0].function.name == "weather"
+        row = await door.row()
+    assert json.loads(row["tool_calls"]) == [CALL]
+    assert (row["answer"], row["mode"], row["status"], weak.calls) == (said or "", "StrongAlone", "ok", [])
+
+
+async def test_outside_the_sample_a_record_has_no_calls_of_tools_either(tmp_path: Path) -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "tool_calls": [CALL]}, "finish_reason": "tool_calls"}
+    body = json.dumps({"object": "chat.completion", "choices": [choice]})
+    async with world(tmp_path, strong={"faults": [Fault(200, body=body)]}, content_sample_percent=0) as (_, _, door):
+        await door.ask(tools=[WEATHER])
+        row = await door.row()
+    assert row["tool_calls"] is None and row["status"] == "ok"
 
 
 async def test_the_strong_model_sees_its_own_key_and_never_the_clients_or_its_user(tmp_path: Path) -> None:

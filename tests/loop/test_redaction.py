@@ -18,7 +18,7 @@ from cowest_training.contract import Evaluator, Row
 from cowest_training.data import Known
 from cowest_training.observer import TraceCounter
 from cowest_training.score_live import live_answer, verdicts
-from tests.fakes import ScriptedModel
+from tests.fakes import Fault, ScriptedModel
 from tests.loop.test_gateway import arm_of, strong_settings, world
 
 HIDDEN = Redaction(("Email", "CreditCard"), (RedactionPattern("Policy", r"\bPL-\d{6}\b"),))
@@ -103,6 +103,24 @@ async def test_nothing_that_is_stored_has_a_value(tmp_path: Path) -> None:
     assert (told["reference"], told["comment"]) == ("paid by [CreditCard_1]", "ask [Email_1]")
     assert (told["correction"], told["accepted"]) == ("[Email_1] paid", "[Policy_1] is paid")
     assert all(secret.encode() not in file.read_bytes() for file in tmp_path.rglob("*.*") for secret in SECRETS)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_calls_of_tools_are_stored_without_a_value_and_are_json_all_the_same(
+    tmp_path: Path, stream: bool
+) -> None:
+    arguments = json.dumps({"to": ANN, "about": "žluťoučký"})  # which it made up
+    call = {"id": "c1", "type": "function", "function": {"name": "write", "arguments": arguments}}
+    choice = {"index": 0, "message": {"role": "assistant", "tool_calls": [call]}, "finish_reason": "tool_calls"}
+    body = json.dumps({"object": "chat.completion", "choices": [choice]})
+    asked = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function"}], "stream": stream}
+    whole = Fault(200, {"content-type": "application/json"}, body)
+    async with world(tmp_path, **pair(strong={"faults": [whole]})) as (_, _, door):
+        async with door.http.post(door.url + "/v1/chat/completions", json=asked) as response:
+            assert response.status == 200 and "c1" in await response.text()
+        row = await door.row()
+    (kept,) = json.loads(row["tool_calls"])
+    assert has_none(row) and json.loads(kept["function"]["arguments"]) == {"to": "[Email_1]", "about": "žluťoučký"}
 
 
 async def test_a_draft_that_stands_in_is_the_clients_and_not_stored(tmp_path: Path) -> None:
