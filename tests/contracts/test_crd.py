@@ -14,7 +14,7 @@ from cowest_cli.main import VERBS, load
 from cowest_operator import api, manifest
 from cowest_operator.docs import api_markdown
 from cowest_operator.manifest import crd_path
-from cowest_operator.schema import KEYWORDS, Schema, default
+from cowest_operator.schema import KEYWORDS, Schema, _holds, default
 from cowest_serving.contract import camel, parse
 from cowest_training.contract import StepSettings
 from tests.manifests import BROKEN, VALID, edited, smallest
@@ -75,6 +75,14 @@ def test_a_section_with_defaults_inside_has_a_default_itself() -> None:
         )
         if filled and path not in required and not optional_object:
             assert field.get("default") == {}, path
+
+
+def test_a_rule_takes_the_default_of_its_section_as_it_stands() -> None:
+    """The API server holds it against the rules before any default inside is filled in, and refuses the whole CRD."""
+    for path, field in ALL:
+        for rule in field.get("x-kubernetes-validations", ()):
+            if "default" in field and "oldSelf" not in rule["rule"]:
+                assert _holds(rule["rule"], field["default"], None), (path, rule["rule"])
 
 
 def test_every_rule_has_a_message_that_says_what_to_do() -> None:
