@@ -1,8 +1,9 @@
 """How many calls may be under way at an endpoint: at most what the manifest says, fewer while it answers 429.
 
-Additive increase, multiplicative decrease, as TCP does it: each 429 halves the number (once for all the calls that
-met the same limit), each answer while all places are taken gives back a part of one, so that a whole round of
-answers gives back one.
+Multiplicative decrease as TCP does it: each 429 halves the number, once for all the calls that met the same limit.
+Those of them that were not refused say how many are taken: so far each answer gives a place back at once. The next one
+is tried for only in `PROBE` rounds of answers, and each time in vain in twice as many, for it costs a refused call and
+the pause that the endpoint asks for; beyond that a whole round of answers gives one back.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+
+PROBE, LONGEST_PROBE = 8, 256
 
 
 class Places:
@@ -25,6 +28,8 @@ class Places:
         self.taken = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._attempts = self._lowered_at = 0  # attempts that began before the last decrease met the old limit
+        self._held = 0  # of the calls under way at the last decrease, those that were not refused
+        self._probe = PROBE
 
     async def enter(self, until: float | None = None) -> None:
         """`until`: when the call has to be over, by the monotonic clock. It waits for a place for half of that time at
@@ -64,13 +69,24 @@ class Places:
     def refused(self, attempt: int) -> None:
         """The endpoint has said to this attempt that there are too many."""
         if attempt > self._lowered_at:
+            was_in_vain = int(self.limit) == self._held + 1
+            self._probe = min(LONGEST_PROBE, 2 * self._probe) if was_in_vain else PROBE
+            self._held = self.taken
             self.limit = max(1.0, min(self.limit, self.taken) / 2)
             self._lowered_at = self._attempts
+        self._held -= 1
 
     def answered(self) -> None:
         if self.limit < self.most and self.taken >= self._whole:
-            self.limit = min(float(self.most), self.limit + 1 / self.limit)
+            self.limit = min(float(self.most), self.limit + self._step)
             self._admit()
+
+    @property
+    def _step(self) -> float:
+        """What one answer gives back."""
+        if self.limit + 1 <= self._held:
+            return 1.0
+        return 1 / self.limit / (self._probe if self.limit <= self._held + 1 else 1)
 
     @property
     def waiting(self) -> int:

@@ -54,19 +54,67 @@ async def test_it_never_falls_below_one() -> None:
     assert places.taken == 0
 
 
-async def test_a_round_of_answers_while_all_places_are_taken_gives_back_about_one() -> None:
-    places = Places(16)
-    tasks = await enter(places, 16)
-    places.refused(places.attempt())
+async def refused(places: Places, under_way: int, of_them: int) -> list[asyncio.Task[None]]:
+    """So many calls, of which some are refused: as many stay as there are places for then."""
+    tasks = await enter(places, under_way)
+    together = [places.attempt() for _ in range(under_way)]
+    for attempt in together[:of_them]:
+        places.refused(attempt)
+    return tasks
+
+
+async def test_answers_give_back_at_once_what_was_not_refused() -> None:
+    places = Places(32)
+    tasks = await refused(places, 16, 3)
     await leave(*tasks[8:])
+    waiting = await enter(places, 9)
     assert (places.limit, places.taken) == (8, 8)
-    waiting = await enter(places, 1)
+    for _ in range(5):
+        places.answered()
+    await asyncio.sleep(0)
+    assert (places.limit, places.taken) == (13, 13), "as many as were not refused"
+    await leave(*tasks, *waiting)
+
+
+async def test_one_more_than_was_taken_is_tried_for_in_eight_rounds_of_answers_and_then_one_in_each() -> None:
+    places = Places(32)
+    tasks = await refused(places, 16, 12)
+    assert places.limit == 8, "more than were taken: no place comes back at once"
+    await leave(*tasks[8:])
+    places = Places(32)
+    tasks = await refused(places, 8, 1)
+    waiting = await enter(places, 9)
+    await leave(*tasks[4:])
+    for _ in range(3):
+        places.answered()
+    rounds = 0
+    while places.limit < 8:
+        for _ in range(7):
+            places.answered()
+        rounds += 1
+    assert rounds in (8, 9)
     for _ in range(8):
         places.answered()
-    assert 8.9 < places.limit < 9
-    places.answered()
-    await asyncio.sleep(0)
-    assert places.taken == 9, "and the next in line is let in"
+    assert places.limit > 8.8, "the endpoint takes more than it did"
+    await leave(*tasks, *waiting)
+
+
+async def test_who_tried_in_vain_waits_twice_as_long_with_the_next_try() -> None:
+    places = Places(32)
+    tasks = await refused(places, 8, 1)
+    waiting = await enter(places, 9)
+    await leave(*tasks[4:])
+    answers = []
+    for _ in range(3):
+        count = 0
+        while places.limit < 8:
+            places.answered()
+            count += 1
+        answers.append(count)
+        await asyncio.sleep(0)
+        assert places.taken == 8
+        places.refused(places.attempt())
+    assert 1.7 < answers[1] / answers[0] < 2.3 and 1.7 < answers[2] / answers[1] < 2.3
     await leave(*tasks, *waiting)
 
 
