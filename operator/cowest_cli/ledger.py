@@ -111,7 +111,7 @@ def ledger(
     left = ledgers.chosen(everything, choice.filters)
     rounds = ledgers.summaries(everything, left)
     written = list(write(export, left))
-    ordered = sorted(left, key=lambda query: (query.round, -query.gain))
+    ordered = sorted(left, key=lambda query: (query.round, query.gain is None, -(query.gain or 0)))
     most = limit if limit is not None else 0 if output == "json" else SHOWN
     shown = ordered[:most] if most else ordered
     if output == "json":
@@ -191,7 +191,7 @@ def _round(source: Source, uri: str) -> list[Query]:
             f"{uri}: wanted a finished ledger, saw one that is being made anew. Look again later.", EXIT_RETRY
         )
     records, pairs = _records(uri, manifest), _pairs(uri, manifest)
-    keys = {record[side] for record in records for side in ("answer_call", "solo_call")}
+    keys = {key for record in records for side in ("answer_call", "solo_call") if (key := record[side]) is not None}
     return ledgers.rows_of(records, pairs, manifest, _prices(source.book, keys), source.currency)
 
 
@@ -297,11 +297,18 @@ def _in_words(seen: Summary, currency: str | None) -> str:
     head = f"Round {seen.round} ({seen.rule}): {_of(seen.queries, seen.of_queries)} queries"
     if not seen.queries:
         return f"{head}."
+    asked = "" if seen.asked == seen.drafts else f", {seen.asked} asked"
     return (
         f"{head}, {seen.usable} of them usable ({seen.pairs} pairs); {seen.drafts} drafts,"
-        f" {seen.distinct_drafts} distinct; mean gain {seen.mean_gain:+.3f}, {100 * (seen.hurt_rate or 0):.1f} % hurt;"
-        f" {_cost(seen.price, currency)}."
+        f" {seen.distinct_drafts} distinct{asked}; {_gains(seen)}; {_cost(seen.price, currency)}."
     )
+
+
+def _gains(seen: Summary) -> str:
+    if seen.mean_gain is None:
+        return "gains not asked for"
+    known = "" if seen.gains == seen.drafts else f" of the {seen.gains} that are known"
+    return f"mean gain{known} {seen.mean_gain:+.3f}, {100 * (seen.hurt_rate or 0):.1f} % hurt"
 
 
 def _of(part: int, whole: int) -> str:
@@ -328,8 +335,8 @@ def _table_of_queries(queries: Sequence[Query], currency: str | None) -> Table:
         table.add_row(
             *map(printable, (query.round, query.id, best["query"], best["draft"])),
             "" if len({row["draft"] for row in query.rows}) == 1 else printable(worst["draft"]),
-            *(f"{value:.2f}" for value in (best["answer_score"], worst["answer_score"], best["solo_score"])),
-            f"{query.gain:+.2f}",
+            *map(_score, (best["answer_score"], worst["answer_score"], best["solo_score"])),
+            _gain(query.gain),
             str(len(query.pairs)),
             "" if price.unknown else spent,
         )
@@ -343,12 +350,21 @@ def _table_of_drafts(queries: Sequence[Query]) -> Table:
     )  # fmt: skip
     for row in (row for query in queries for row in query.rows):
         table.add_row(
-            *(printable(row[name]) for name in ("round", "query_id", "draft_index", "draft", "answer", "solo")),
-            f"{row['answer_score']:.2f}",
-            f"{row['gain']:+.2f}",
+            *(printable(row[name]) for name in ("round", "query_id", "draft_index", "draft")),
+            *("" if row[name] is None else printable(row[name]) for name in ("answer", "solo")),
+            _score(row["answer_score"]),
+            _gain(row["gain"]),
             row["role"] or "",
         )
     return table
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _gain(value: float | None) -> str:
+    return "" if value is None else f"{value:+.2f}"
 
 
 _TEXTS = ("query id", "query", "best draft", "worst draft", "text", "answer", "solo answer", "role")

@@ -39,11 +39,11 @@ _MEANINGS = {
     "draft": "what the weak model wrote",
     "draft_tokens": "its length",
     "draft_finish_reason": "`stop`, or `length` where it was cut off; empty in ledgers of older versions",
-    "answer": "of the strong model with this draft",
+    "answer": "of the strong model with this draft; null where it was not asked (`feedback.calls`)",
     "answer_score": "of that answer by the evaluator, 0 to 1",
-    "solo": "answer of the strong model without a draft",
+    "solo": "answer of the strong model without a draft; null where it was not asked",
     "solo_score": "of that answer",
-    "gain": "`answer_score` - `solo_score`",
+    "gain": "`answer_score` - `solo_score`; null where one of them was not asked for",
     "answer_call": "key of the paid call; equal drafts share it",
     "solo_call": "key of the paid call; shared by all drafts of the query, and by rounds",
     "weak_digest": "of the weak model that drafted",
@@ -57,6 +57,7 @@ _MEANINGS = {
     "solo_input_tokens": "that the call of the solo answer took",
     "solo_output_tokens": "that it gave",
     "solo_money": "that it cost",
+    "propensity": "chance with which all of the query was asked; null where only what decides was",
 }
 _BESIDE = {
     "round": Column("int32", "number of the round"),
@@ -121,7 +122,7 @@ def _preferences(query: Query) -> Iterator[dict[str, Any]]:
             "prompt": [{"role": message["role"], "content": message_text(message)} for message in pair["prompt"]],
             **{side: [{"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")},
         }
-        yield {**{name: query.rows[0].get(name) for name in PAIR_COLUMNS}, **scores, **talk}
+        yield {**{name: query.best.get(name) for name in PAIR_COLUMNS}, **scores, **talk}
 
 
 # ---------------------------------------------------------------- one round
@@ -194,18 +195,23 @@ class Query:
         return int(self.rows[0]["round"])
 
     @property
+    def scored(self) -> tuple[Record, ...]:
+        """The drafts that were asked."""
+        return tuple(row for row in self.rows if row["answer_score"] is not None)
+
+    @property
     def best(self) -> Record:
-        """Of equal scores the earlier draft, as the rounds' rule has it."""
-        return min(self.rows, key=lambda row: (-row["answer_score"], row["draft_index"]))
+        """Of equal scores the earlier draft, as the rounds' rule has it; the first where none was asked."""
+        return min(self.scored or self.rows[:1], key=lambda row: (-(row["answer_score"] or 0), row["draft_index"]))
 
     @property
     def worst(self) -> Record:
-        return min(self.rows, key=lambda row: (row["answer_score"], row["draft_index"]))
+        return min(self.scored or self.rows[:1], key=lambda row: (row["answer_score"] or 0, row["draft_index"]))
 
     @property
-    def gain(self) -> float:
-        """Of the best draft."""
-        return float(self.best["gain"])
+    def gain(self) -> float | None:
+        """Of the best draft; None where it is not known."""
+        return None if self.best["gain"] is None else float(self.best["gain"])
 
     @property
     def is_usable(self) -> bool:
@@ -215,7 +221,7 @@ class Query:
     @property
     def is_hurt(self) -> bool:
         """Whether a draft made the answer worse than that of the strong model alone."""
-        return float(self.worst["gain"]) < 0
+        return (self.worst["gain"] or 0) < 0
 
 
 # ---------------------------------------------------------------- filters
@@ -235,7 +241,7 @@ class Filters:
             and (not self.groups or query.rows[0]["group"] in self.groups)
             and (query.is_usable or not self.usable)
             and (query.is_hurt or not self.hurt)
-            and (self.min_gain is None or query.gain >= self.min_gain - 1e-9)
+            and (self.min_gain is None or (query.gain is not None and query.gain >= self.min_gain - 1e-9))
         )
 
 
@@ -271,11 +277,8 @@ def price_of(queries: Iterable[Query]) -> Price:
     calls: dict[str, tuple[Any, Any, Any]] = {}
     for row in (row for query in queries for row in query.rows):
         for side in ("answer", "solo"):
-            calls[row[f"{side}_call"]] = (
-                row[f"{side}_input_tokens"],
-                row[f"{side}_output_tokens"],
-                row[f"{side}_money"],
-            )
+            if (call := row[f"{side}_call"]) is not None:
+                calls[call] = (row[f"{side}_input_tokens"], row[f"{side}_output_tokens"], row[f"{side}_money"])
     known = [paid for paid in calls.values() if None not in paid]
     taken, given, money = (sum(paid[i] for paid in known) for i in range(3))
     return Price(len(calls), taken, given, money, len(calls) - len(known))
@@ -283,7 +286,7 @@ def price_of(queries: Iterable[Query]) -> Price:
 
 @dataclass(frozen=True)
 class Summary:
-    """One round, over the queries that the filters leave. Means and rates are over drafts, as in the step's metrics."""
+    """One round, over the queries that the filters leave. Means and rates are over drafts."""
 
     round: int
     rule: str
@@ -293,7 +296,9 @@ class Summary:
     pairs: int
     drafts: int
     distinct_drafts: int
-    mean_gain: float | None
+    asked: int  # of the drafts
+    gains: int  # of the drafts, that are known
+    mean_gain: float | None  # of these, which are no sample of all where not all was asked
     hurt_rate: float | None
     weak_digest: str
     prompts_digest: str
@@ -313,6 +318,7 @@ def summaries(all_queries: Sequence[Query], left: Sequence[Query]) -> list[Summa
 
 def summary(queries: Sequence[Query], left: Sequence[Query]) -> Summary:
     rows = [row for query in left for row in query.rows]
+    gains = [row["gain"] for row in rows if row["gain"] is not None]
     first = queries[0].rows[0]
     return Summary(
         round=queries[0].round,
@@ -323,10 +329,12 @@ def summary(queries: Sequence[Query], left: Sequence[Query]) -> Summary:
         pairs=sum(len(query.pairs) for query in left),
         drafts=len(rows),
         distinct_drafts=sum(len({row["draft"] for row in query.rows}) for query in left),
-        mean_gain=sum(row["gain"] for row in rows) / len(rows) if rows else None,
-        hurt_rate=sum(row["gain"] < 0 for row in rows) / len(rows) if rows else None,
+        asked=sum(row["answer_score"] is not None for row in rows),
+        gains=len(gains),
+        mean_gain=sum(gains) / len(gains) if gains else None,
+        hurt_rate=sum(gain < 0 for gain in gains) / len(gains) if gains else None,
         **{name: str(first[name]) for name in ("weak_digest", "prompts_digest", "pair_digest", "evaluator_digest")},
-        strong_versions=dict(Counter(str(row["strong_version"]) for row in rows)),
+        strong_versions=dict(Counter(str(row["strong_version"]) for row in rows if row["answer_score"] is not None)),
         price=price_of(left),
     )
 

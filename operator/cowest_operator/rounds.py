@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from cowest_operator import api
 from cowest_operator.promotion import SOLO, at_the_last_look, control_of, last_least, looks_at_every_user, most_answers
 from cowest_operator.schedule import next_after
 from cowest_serving.contract import UNKNOWN_OUTPUT_TOKENS, Pair, dump
+from cowest_training.contract import calls_of
 
 STEPS = "cowest_training"
 
@@ -366,21 +368,29 @@ JUDGE_TOKENS = 200  # of what a judge is told and says around a request, its ref
 
 
 def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baseline: bool, labelled: int = 0) -> Estimate:
-    """Paid calls of the baseline or of one tuned round: all drafts distinct, no call cached but solo ones.
+    """Paid calls of the baseline or of one tuned round: all drafts distinct and asked, no call cached but solo ones.
 
     `rows`: of training; a round may learn from traces too, of which nobody knows how many will come. What its canary
     asks is in it. `labelled`: answers of people's labels, which a judge scores once.
     """
     spec = job.spec
     queries = 0 if baseline else min(rows, spec.feedback.max_queries)
-    with_draft = queries * spec.feedback.drafts_per_query + held_out
-    alone = queries + (held_out if baseline else 0)
+    explored = queries if is_whole(spec) else most_of(queries, spec.feedback.explore_percent / 100)
+    drafted = queries * spec.feedback.drafts_per_query
+    solo = queries if spec.feedback.rule == "SignOfGain" else explored
+    with_draft, alone = drafted + held_out, solo + (held_out if baseline else 0)
     # Each judge is asked in both orders, and of the weak model's own drafts on the held-out queries too; where a draft
-    # may be the answer, on all queries.
+    # may be the answer, on all queries. Listwise it is asked once of what came since it was asked last.
     shortcuts = spec.collaboration.shortcuts
     as_answers = held_out + (queries if shortcuts and shortcuts.weak_alone else 0)
-    verdicts = 2 * len(spec.feedback.evaluator.judges)  # of an answer
+    judges = len(spec.feedback.evaluator.judges)
+    verdicts = 2 * judges  # of an answer
     judged = verdicts * (with_draft + alone + as_answers + (labelled if baseline else 0))
+    graded = 0  # answers beyond the two that a verdict is of
+    if spec.feedback.judging == "Listwise":
+        graded = judges * (drafted + solo)
+        lists = 1 if is_whole(spec) else 2 if spec.feedback.rule == "SignOfGain" else spec.feedback.drafts_per_query - 1
+        judged += judges * queries * lists - verdicts * (drafted + solo)
     replayed, live = live_answers(spec.canary)
     with_draft += replayed
     judged += verdicts * live
@@ -388,6 +398,7 @@ def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baselin
     draft = spec.collaboration.draft_max_tokens
     answer = spec.strong.max_tokens or UNKNOWN_OUTPUT_TOKENS
     inputs = with_draft * (question + draft) + alone * question + judged * (question + 2 * answer + JUDGE_TOKENS)
+    inputs += graded * answer
     outputs = (with_draft + alone) * answer + judged * JUDGE_TOKENS
     prices = spec.strong.prices
     money = prices.of(inputs, outputs) if prices else None
@@ -395,6 +406,16 @@ def estimate(job: api.Job, rows: int, held_out: int, query_chars: float, baselin
     return Estimate(
         name, with_draft + alone + judged, int(inputs + outputs), money, prices.currency if prices else None
     )
+
+
+def most_of(n: int, share: float) -> int:
+    """Of so many that chance takes with this share each; hardly ever more."""
+    return min(n, math.ceil(n * share + 3 * math.sqrt(n * share * (1 - share))))
+
+
+def is_whole(spec: api.Spec) -> bool:
+    """Whether a round asks all of every query."""
+    return calls_of(spec) == "All"
 
 
 def live_answers(canary: api.Canary) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from cowest_serving.contract import Pair, Prompts
@@ -43,6 +44,21 @@ ROUND = (
     *entries("q1", 0.0, 0.0, 1.0, 0.2, query="what is a drum?"),
     *entries("q2", 1.0, 1.0, 0.0, query="what is a skid?", group="rare"),
     *entries("q3", 0.5, 0.75, 0.75, drafts=("same", "same"), group=None),
+)
+
+
+def spared(entries: Sequence[Entry], asked: int, *, solo: bool) -> list[Entry]:
+    """As a round leaves them that asks no more than these drafts, and solo or not."""
+    unasked: dict[str, Any] = {"answer": None, "answer_score": None}
+    alone: dict[str, Any] = {} if solo else {"solo": None, "solo_score": None}
+    return [replace(entry, **(unasked if i >= asked else {}), **alone) for i, entry in enumerate(entries)]
+
+
+# A query that was decided early, one whose answers are alike, and one whose drafts were.
+SPARED = (
+    *spared(entries("q1", 0.0, 0.0, 1.0, 0.0, 0.0), 2, solo=True),
+    *spared(entries("q2", 1.0, 1.0, 1.0), 2, solo=False),
+    *spared(entries("q3", 0.5, 0.75, 0.75, drafts=("same", "same")), 0, solo=False),
 )
 
 

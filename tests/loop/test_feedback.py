@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from cowest_serving.models import ModelError
 from cowest_training import feedback
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_BUDGET, LEDGER_COLUMNS, Manifest, StepError
 from cowest_training.steps import leaves, read_manifest
-from tests.fakes import Fault, ScriptedModel
+from tests.fakes import Call, Fault, ScriptedModel
 from tests.loop import asking_world as world
 
 
@@ -268,13 +269,226 @@ def test_the_papers_rule_is_a_setting(tmp_path: Path, strong: ScriptedModel) -> 
         assert gains[pair["query_id"], pair["chosen"]] > 0 >= gains[pair["query_id"], pair["rejected"]]
 
 
+# ---------------------------------------------------------------- only the calls that decide
+DECIDING = {"calls": "Deciding"}
+
+
+@pytest.mark.parametrize("rule", ["BestVersusWorst", "SignOfGain"])
+def test_the_pairs_of_the_calls_that_decide_are_those_of_all(tmp_path: Path, strong: ScriptedModel, rule: str) -> None:
+    step = Step(tmp_path, strong, feedback={"rule": rule})
+    paid_for_all = step.run("all").metrics["strong_calls"]
+    step.job = world.write_job(tmp_path / "job.json", strong.url, feedback={"rule": rule, **DECIDING})
+    seen = step.run("some", calls="other").metrics
+    told = {} if rule == "SignOfGain" else {"solo_score": None}
+    assert step.pairs("some") == [{**pair, **told} for pair in step.pairs("all")] != []
+    assert seen["strong_calls"] < paid_for_all
+    assert len(step.ledger("some")) == len(step.ledger("all")), "each draft has its row"
+
+
+def test_what_no_pair_hangs_on_is_not_asked_and_null_in_the_ledger(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong, feedback=DECIDING)
+    metrics = step.run().metrics
+    ledger = step.ledger()
+    assert {line["solo_call"] for line in ledger} == {line["gain"] for line in ledger} == {None}, "solo cancels"
+    for line in ledger:
+        answered = {line[name] is None for name in ("answer", "answer_score", "answer_call", "answer_money")}
+        assert len(answered) == 1, "all of it or nothing"
+    assert {pair["solo_score"] for pair in step.pairs()} == {None}
+    asked = {line["answer_call"] for line in ledger}
+    assert metrics["strong_calls"] == len(strong.paid) == len(asked - {None})
+    assert metrics["asked_drafts"] < metrics["distinct_drafts"]
+    for name in ("answer_score", "solo_score", "mean_gain", "hurt_rate"):
+        assert metrics[name] is None, "those that were asked are no sample"
+    (tmp_path / "out").rename(tmp_path / "first")
+    step.run()
+    assert len(strong.paid) == metrics["strong_calls"] and step.ledger() == ledger
+
+
+def test_a_query_whose_drafts_are_equal_costs_nothing(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong, feedback={**DECIDING, "temperature": "0.0001"})
+    metrics = step.run().metrics
+    assert (metrics["equal_drafts"], metrics["ties"], metrics["strong_calls"]) == (8, 8, 0)
+    assert {line["strong_model"] for line in step.ledger()} == {None}
+
+
+def test_by_the_papers_rule_no_draft_is_asked_where_the_strong_model_is_right_alone(
+    tmp_path: Path, strong: ScriptedModel
+) -> None:
+    step = Step(tmp_path, strong, feedback={**DECIDING, "rule": "SignOfGain"})
+    step.run()
+    for line in step.ledger():
+        assert (line["answer"] is None) == (line["solo_score"] == 1.0)
+
+
+def test_all_is_asked_where_shortcuts_are_learnt_from_it(tmp_path: Path, strong: ScriptedModel) -> None:
+    learnt = {"shortcuts": {"strongAlone": {"maxLoss": "0.05", "explorePercent": 10}}}
+    step = Step(tmp_path, strong, feedback=DECIDING, collaboration=learnt)
+    step.run()
+    assert None not in {line["gain"] for line in step.ledger()}
+
+
+def test_a_strong_model_that_refuses_all_that_it_is_asked_is_bad_input(tmp_path: Path, strong: ScriptedModel) -> None:
+    rows = [*world.rows(), {"id": "equal", "query": "what is beta ?", "reference": "2"}]
+    step = Step(tmp_path, strong, rows, feedback={**DECIDING, "draftsPerQuery": 2})
+    step.run("before", calls="before")
+    spared = {line["query_id"] for line in step.ledger("before") if line["answer"] is None}
+    strong.faults = [400] * 1000
+    with pytest.raises(StepError, match=rf"None of the {9 - len(spared)} queries.*400"):
+        step.run()
+
+
+def test_a_step_that_spares_calls_goes_on_where_it_was_cut_off(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong, feedback=DECIDING)
+    step.run(out="undisturbed", calls="other")
+    asked = len(strong.paid)
+    strong.faults = [None] * 7 + [500] * 1000
+    with pytest.raises(ExceptionGroup):
+        step.run()
+    strong.faults = []
+    step.run()
+    assert step.ledger() == step.ledger("undisturbed")
+    assert len(strong.paid) == asked, "each call once in both books together"
+
+
+# ---------------------------------------------------------------- judged in a list
+def judgement(call: Call) -> str:
+    """Of one answer or of several: right is what is the reference."""
+    reference = call.last.split("<reference>\n")[1].split("\n</reference>")[0]
+    answers = re.findall(r'<answer(?: number="(\d+)")?>\n(.*?)\n</answer>', call.last, re.DOTALL)
+    return "\n".join(f"{number}: {'ACCEPT' if text == reference else 'REJECT'}" for number, text in answers)
+
+
+@pytest.fixture
+def judge() -> Iterator[ScriptedModel]:
+    with ScriptedModel(judgement).in_thread() as server:
+        yield server
+
+
+def judged(judge: ScriptedModel, **more: Any) -> dict[str, Any]:
+    return {"evaluator": {"type": "Judge", "endpoint": judge.url, "model": "judge"}, **more}
+
+
+def test_a_judge_is_asked_once_of_answers_that_differ_and_never_of_those_alike(
+    tmp_path: Path, strong: ScriptedModel, judge: ScriptedModel
+) -> None:
+    step = Step(tmp_path, strong, feedback=judged(judge))
+    step.run("each", calls="each")
+    one_by_one = len(judge.paid)
+    step.job = world.write_job(
+        tmp_path / "job.json", strong.url, feedback=judged(judge, judging="Listwise", **DECIDING)
+    )
+    metrics = step.run().metrics
+    assert step.pairs() == [{**pair, "solo_score": None} for pair in step.pairs("each")] != []
+    lists = judge.paid[one_by_one:]
+    assert metrics["judge_calls"] == len(lists) < one_by_one / 3
+    assert all("You grade 2 answers" in call.last for call in lists), "a third answer is one of the two"
+    unscored = {line["query_id"] for line in step.ledger() if line["answer"] and line["answer_score"] is None}
+    assert unscored and not unscored & {pair["query_id"] for pair in step.pairs()}
+    step.run("again")
+    assert len(judge.paid) == one_by_one + len(lists), "a list is paid once"
+
+
+def test_where_all_is_asked_one_list_has_the_solo_answer_too(
+    tmp_path: Path, strong: ScriptedModel, judge: ScriptedModel
+) -> None:
+    step = Step(tmp_path, strong, feedback=judged(judge, judging="Listwise"))
+    assert step.run().metrics["judge_calls"] == len(judge.paid) == 8
+    for line in step.ledger():
+        assert line["answer_score"] == float(line["answer"] == line["reference"])
+        assert line["solo_score"] == float(line["solo"] == line["reference"])
+
+
+def test_answers_that_a_judge_does_not_grade_in_a_list_are_graded_by_themselves(
+    tmp_path: Path, strong: ScriptedModel, judge: ScriptedModel
+) -> None:
+    judge.answers = lambda call: "I cannot say" if "You grade one" not in call.last else judgement(call)
+    step = Step(tmp_path, strong, world.rows(2), feedback=judged(judge, judging="Listwise"))
+    step.run()
+    for line in step.ledger():
+        assert line["answer_score"] == float(line["answer"] == line["reference"])
+
+
+# ---------------------------------------------------------------- as few calls as there can be
+SAYS = r"^\s*(\S+)"  # what counts of answers and drafts: the first word
+
+
+def fewest(judge: ScriptedModel | None = None, **more: Any) -> dict[str, Any]:
+    of = judged(judge, judging="Listwise")["evaluator"] if judge else {"type": "ExactMatch"}
+    return {
+        "evaluator": {**of, "extract": SAYS},
+        "calls": "Fewest",
+        **({"judging": "Listwise"} if judge else {}),
+        **more,
+    }
+
+
+def test_of_drafts_that_say_the_same_one_is_asked(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong, feedback=fewest(draftsPerQuery=22, calls="All"))
+    step.run("all", calls="all")
+    wanted = {(line["query_id"], line["draft"]): line["answer_score"] for line in step.ledger("all")}
+    step.job = world.write_job(tmp_path / "job.json", strong.url, feedback=fewest(draftsPerQuery=22))
+    step.run()
+    said: dict[str, list[str]] = {}
+    for line in step.ledger():
+        if line["answer"]:
+            said.setdefault(line["query_id"], []).append(line["draft"])
+    words = {id_: [draft.split()[0] for draft in set(drafts) if draft.split()] for id_, drafts in said.items()}
+    assert all(len(found) == len(set(found)) for found in words.values())
+    assert sum(map(len, words.values())) > len(words)
+    pairs = step.pairs()
+    assert pairs
+    for pair in pairs:
+        assert wanted[pair["query_id"], pair["chosen"]] > wanted[pair["query_id"], pair["rejected"]]
+
+
+def test_a_judge_is_not_asked_of_an_answer_that_is_the_reference(
+    tmp_path: Path, strong: ScriptedModel, judge: ScriptedModel
+) -> None:
+    step = Step(tmp_path, strong, feedback=fewest(judge))
+    metrics = step.run().metrics
+    assert 0 < metrics["judge_calls"] == len(judge.paid) <= 8
+    for call in judge.paid:
+        reference = call.last.split("<reference>\n")[1].split("\n</reference>")[0]
+        assert f">\n{reference}\n</answer>" not in call.last
+    scores = {(pair["chosen_score"], pair["rejected_score"]) for pair in step.pairs()}
+    assert scores == {(1.0, 0.0)}
+    assert step.run("again").metrics["judge_calls"] == metrics["judge_calls"] == len(judge.paid)
+
+
+def test_without_a_part_that_counts_answers_are_judged_as_they_come(
+    tmp_path: Path, strong: ScriptedModel, judge: ScriptedModel
+) -> None:
+    evaluator = judged(judge)["evaluator"]
+    step = Step(tmp_path, strong, feedback=fewest(judge, evaluator=evaluator))
+    step.run()
+    asked = {(line["query_id"], line["answer"]) for line in step.ledger() if line["answer_score"] is not None}
+    assert judge.paid and len(asked) == 2 * len(judge.paid), "the first two that differ"
+
+
+# ---------------------------------------------------------------- a share is asked all the same
+def test_of_a_share_of_the_queries_all_is_asked_so_that_it_stands_for_the_rest(
+    tmp_path: Path, strong: ScriptedModel
+) -> None:
+    rows = [{**row, "id": f"{row['id']}-{n}"} for n in range(12) for row in world.rows()]
+    step = Step(tmp_path, strong, rows, feedback={**DECIDING, "explorePercent": 30})
+    metrics = step.run().metrics
+    explored = [line for line in step.ledger() if line["propensity"] is not None]
+    assert {line["propensity"] for line in explored} == {0.3}
+    assert 0.15 * 96 < metrics["explored"] == len(explored) / 4 < 0.45 * 96
+    gains = [line["gain"] for line in explored]
+    assert metrics["mean_gain"] == pytest.approx(sum(gains) / len(gains)), "those and no others"
+    assert any(line["gain"] is None for line in step.ledger())
+
+
 # ---------------------------------------------------------------- shards
 PAIRS_OF_QUERIES = {"draftsPerQuery": 22}  # few queries a batch: eight of them are four batches
 
 
-@pytest.mark.parametrize("of", [1, 3, 5])
-def test_merged_shards_are_the_very_output_of_one_run(tmp_path: Path, strong: ScriptedModel, of: int) -> None:
-    step = Step(tmp_path, strong, feedback=PAIRS_OF_QUERIES)
+@pytest.mark.parametrize(("of", "calls"), [(1, "All"), (3, "All"), (5, "All"), (3, "Deciding")])
+def test_merged_shards_are_the_very_output_of_one_run(
+    tmp_path: Path, strong: ScriptedModel, of: int, calls: str
+) -> None:
+    step = Step(tmp_path, strong, feedback={**PAIRS_OF_QUERIES, "calls": calls})
     whole = step.run("whole")
     parts = [step.shard(number, of) for number in reversed(range(of))]
     assert {part.kind for part in parts} == {"FeedbackShard"}

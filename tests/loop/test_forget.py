@@ -56,7 +56,8 @@ def root(tmp_path: Path) -> str:
     ledger_world.write_round(root, 1, ledger)
     finish(root, 1, "dpo", "Model", "sha256:m1", {"model": "sha256:m0"})
     finish(root, 2, "collect", "Dataset", "sha256:d2", {}, files_of([BOBS], []))
-    ledger_world.write_round(root, 2, ledger_world.entries(BOBS.row.id, 0.0, 0.0, 1.0))
+    bobs = ledger_world.entries(BOBS.row.id, 0.0, 0.0, 1.0, 0.0)
+    ledger_world.write_round(root, 2, ledger_world.spared(bobs, 2, solo=False))
     finish(root, 2, "dpo", "Model", "sha256:m2", {"model": "sha256:m1"})
     finish(root, 3, "dpo", "Model", "sha256:m3", {"model": "sha256:m0"})
     return root

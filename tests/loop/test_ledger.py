@@ -92,6 +92,22 @@ def test_the_filters_are_told_apart_as_json(cowest: Any, place: jobs.Home) -> No
     assert told(cowest, place, "--hurt", "--round", 2)["queries"][0]["query_id"] == "q2"
 
 
+def test_a_round_that_asked_only_what_decides_shows_what_it_knows(cowest: Any, tmp_path: Path) -> None:
+    home = jobs.Home(tmp_path / "home")
+    jobs.write_status(home, api.Status())
+    world.write_round(home.store.as_uri(), 1, world.SPARED)
+    head, _, *lines = cowest("ledger", "--home", home.root).out.splitlines()
+    assert "8 drafts, 7 distinct, 4 asked; mean gain of the 2 that are known +0.500, 0.0 % hurt; 5 calls" in head
+    assert [line.split()[1] for line in lines] == ["q1", "q2", "q3"], "a gain that is not known comes last"
+    drafts = cowest("ledger", "--home", home.root, "--query", "q3", "--drafts").out
+    assert drafts.count("same") == 2 and "None" not in drafts
+    seen = told(cowest, home, "--parquet", tmp_path / "all.parquet", "--dataset", tmp_path / "pairs")
+    assert [query["gain"] for query in seen["queries"]] == [1.0, None, None]
+    assert pq.read_table(tmp_path / "all.parquet")["answer_score"].null_count == 4
+    (pair,) = pq.read_table(tmp_path / "pairs" / "data").to_pylist()
+    assert (pair["solo_score"], pair["strong_model"]) == (0.0, "strong-1")
+
+
 def test_filters_that_leave_nothing_are_an_answer(cowest: Any, place: jobs.Home) -> None:
     said = cowest("ledger", "--home", place.root, "--group", "rare", "--min-gain", "1", "--round", 1)
     assert (said.code, said.out) == (EXIT_OK, "Round 1 (BestVersusWorst): 0 of 3 queries.\n")

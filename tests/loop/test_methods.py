@@ -208,6 +208,17 @@ def test_every_draft_is_read_from_the_ledger_of_the_queries_that_gave_a_pair(tmp
         rated.read_groups(str(tmp_path / "pairs.jsonl"))
 
 
+def test_what_was_not_asked_is_neither_learnt_from_nor_told_apart(tmp_path: Path) -> None:
+    asked = ledger_world.entries("a", 0.5, 0.0, 1.0)
+    ledger_world.write_round(str(tmp_path), 1, asked)
+    silent = ledger_world.spared(ledger_world.entries("c", 0.5, 0.0, 1.0), 0, solo=False)
+    no_gain = ledger_world.spared(ledger_world.entries("b", 0.5, 0.0, 1.0), 2, solo=False)
+    ledger_world.write_round(str(tmp_path), 2, [*asked, *no_gain, *silent])
+    one, two = (f"{tmp_path}/runs/r{number}/feedback" for number in (1, 2))
+    assert rated.read_groups(one) == rated.read_groups(two) != []
+    assert rated.judged_by(one) == rated.judged_by(two)
+
+
 @pytest.mark.parametrize("method", ["DPO", "KTO"])
 def test_pairs_of_earlier_rounds_are_learnt_again_where_they_were_judged_alike(tmp_path: Path, method: str) -> None:
     for number, count in ((1, 9), (2, 9), (3, 10)):

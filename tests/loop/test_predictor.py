@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from cowest_serving.contract import PREDICTOR_FILE, PredictorRef, RouteLimits, Shortcuts, digest_of
@@ -98,6 +99,16 @@ def test_the_same_work_is_not_done_again_and_gives_the_same_bytes(tmp_path: Path
     step = Step(tmp_path, strong)
     first, again, other = step.run(), step.run(), step.run(out="other")
     assert first.started == again.started and first.digest == other.digest
+
+
+def test_a_query_that_was_not_asked_whole_is_not_learnt_from(tmp_path: Path, strong: ScriptedModel) -> None:
+    step = Step(tmp_path, strong)
+    ledger = tmp_path / "feedback" / LEDGER
+    records = pq.read_table(ledger).to_pylist()
+    rows = {record["query_id"]: Row(record["query_id"], record["query"], (), "7") for record in records}
+    records[1] |= {"answer": None, "answer_score": None, "gain": None}
+    assert [query.row.id for query in predictor.by_query(records, rows)] == list(rows)[1:]
+    assert step.run().metrics["queries"] == len(rows)
 
 
 def test_only_what_is_declared_is_learnt(tmp_path: Path, strong: ScriptedModel) -> None:

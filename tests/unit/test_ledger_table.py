@@ -19,6 +19,12 @@ MADE = Manifest(
 )  # fmt: skip
 
 
+def unasked(query_id: str, index: int) -> dict[str, Any]:
+    """A draft that the round did not ask, and no solo either."""
+    mine = {"query_id": query_id, "query": f"What is {query_id}?", "draft_index": index, "draft": f"d{index}"}
+    return {**dict.fromkeys(LEDGER_COLUMNS), **mine}
+
+
 def record(query_id: str, index: int, score: float, solo: float = 0.0, **more: Any) -> dict[str, Any]:
     draft = more.pop("draft", f"d{index}")
     return {
@@ -100,6 +106,19 @@ def test_a_call_whose_price_is_not_at_hand_is_counted_as_unknown_and_not_as_free
     assert found[0].rows[0]["answer_money"] is None
     price = ledgers.price_of(found)
     assert (price.calls, price.unknown, price.money) == (2, 1, 0.125)
+
+
+def test_what_was_not_asked_is_neither_best_nor_worst_and_costs_nothing() -> None:
+    decided, silent = queries(unasked("a", 0), record("a", 1, 1.0), record("a", 2, 0.0), unasked("b", 0))
+    assert (decided.best["draft_index"], decided.worst["draft_index"], decided.gain) == (1, 2, 1.0)
+    assert (silent.gain, silent.is_hurt, ledgers.price_of([silent]).calls) == (None, False, 0)
+    assert ledgers.price_of([decided]).calls == 3
+    for least, left in ((0.0, ["a"]), (None, ["a", "b"])):
+        assert [query.id for query in ledgers.chosen([decided, silent], Filters(min_gain=least))] == left
+    (seen,) = ledgers.summaries([decided, silent], [decided, silent])
+    assert (seen.drafts, seen.asked, seen.gains, seen.mean_gain, seen.strong_versions) == (4, 2, 2, 0.5, {"v1": 2})
+    assert ledgers.table([decided, silent])["gain"].to_pylist() == [None, 1.0, 0.0, None]
+    assert ledgers.as_json(silent)["gain"] is None
 
 
 @pytest.mark.parametrize(

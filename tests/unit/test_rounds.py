@@ -54,6 +54,27 @@ def test_a_judge_is_paid_for_the_drafts_of_all_queries_where_they_may_be_answers
     assert rounds.estimate(routed, **sizes).calls == rounds.estimate(plain, **sizes).calls + 2 * 10
 
 
+def test_a_round_that_asks_what_decides_is_bound_to_fewer_solo_answers_and_a_list_to_fewer_verdicts():
+    sizes = {"rows": 10, "held_out": 5, "query_chars": 40.0, "baseline": False}
+
+    def calls(job, **feedback):
+        spec = replace(job.spec, feedback=replace(job.spec.feedback, **feedback))
+        return rounds.estimate(replace(job, spec=spec), **sizes)
+
+    by_rule = judged_by(Evaluator("ExactMatch"))
+    by_judge = judged_by(Evaluator("Judge", endpoint="http://judge/v1", model="m"))
+    all_of_it, listed = calls(by_rule).calls, {"judging": "Listwise"}
+    assert calls(by_rule, calls="Deciding").calls == all_of_it - 10
+    assert calls(by_rule, calls="Deciding", rule="SignOfGain").calls == all_of_it, "solo decides there"
+    assert calls(by_rule, calls="Deciding", explore_percent=50).calls == all_of_it, "up to ten of ten by chance"
+    assert calls(by_rule, **listed) == calls(by_rule), "nobody judges"
+    verdicts = 2 * (10 * 4 + 10)
+    assert calls(by_judge, **listed).calls == calls(by_judge).calls - verdicts + 10
+    few, some = calls(by_judge, calls="Deciding", **listed), calls(by_judge, calls="Deciding")
+    assert few.calls == some.calls - 2 * 10 * 4 + 10 * 3
+    assert few.tokens < some.tokens
+
+
 def test_a_canary_by_replays_asks_both_arms_at_every_look_and_in_the_watch():
     sizes = {"rows": 10, "held_out": 5, "query_chars": 40.0, "baseline": False}
     plain, steps = w.job(feedback={"max_queries": 10}), 2 * 4 * (50 + 100)

@@ -437,6 +437,16 @@ class Asking:
         score = await self.calls.remember_score(key, lambda: self.evaluator(row, answer))
         return TIE if score is None else score
 
+    async def grades(self, row: Row, answers: Sequence[str]) -> list[float]:
+        """As `score_text`, of several answers by one reply of each judge; one by one where a judge does not tell."""
+        told = [await judge.grades(row, answers) for judge in judges_of(self.evaluator)]
+        by_judge = [each for each in told if each is not None]
+        if not by_judge or len(by_judge) < len(told):
+            return await asyncio.gather(*(self.score_text(row, answer) for answer in answers))
+        if isinstance(self.evaluator, Jury):
+            return [self.evaluator.verdict(scores) for scores in zip(*by_judge, strict=True)]
+        return list(by_judge[0])
+
     async def _judged(self, judge: Judge, row: Row, answer: str) -> float:
         key, asked = score_key(judge.digest, row, answer), False
 

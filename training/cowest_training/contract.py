@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from cowest_serving.contract import Collaboration, Pair, SecretRef, Strong, digest_of
 
@@ -145,6 +145,11 @@ class Feedback:
     min_margin: float  # BestVersusWorst: best score - worst score must reach it
     max_queries: int  # per round
     min_pairs: int  # fewer: the round ends with TooFewPairs
+    calls: Literal["All", "Deciding", "Fewest"] = (
+        "All"  # that are paid; All in what was frozen before there was a choice
+    )
+    explore_percent: int = 0  # of the queries, of which all is paid whatever `calls` says
+    judging: Literal["Pointwise", "Listwise"] = "Pointwise"  # of a Judge's calls here
 
 
 @dataclass(frozen=True)
@@ -223,6 +228,27 @@ class StepSettings:
     trust: Trust | None = None  # None in what was frozen before there was one: nothing is screened
 
 
+FROM_PAIRS = frozenset[str](("DPO", "IPO", "SimPO"))  # methods of tuning
+
+
+class Asks(Protocol):
+    """A spec, or the part of it that steps read."""
+
+    @property
+    def collaboration(self) -> Collaboration: ...
+    @property
+    def feedback(self) -> Feedback: ...
+    @property
+    def training(self) -> Training: ...
+
+
+def calls_of(spec: Asks) -> str:
+    """`feedback.calls`, but All where the gains of all drafts are learnt from: by shortcuts, or by a method."""
+    shortcuts = spec.collaboration.shortcuts
+    learns_from_all = spec.training.method not in FROM_PAIRS or (shortcuts and shortcuts.routed)
+    return "All" if learns_from_all else spec.feedback.calls
+
+
 # ---------------------------------------------------------------- artifacts
 @dataclass(frozen=True)
 class Row:
@@ -238,7 +264,7 @@ class Row:
     where: str = field(default="", compare=False)  # file:line it was read from, for messages; no part of the data
 
 
-# ledger.parquet of the feedback step: one row a draft (the gain ledger).
+# ledger.parquet of the feedback step: one row a draft (the gain ledger). What was not asked is null (`feedback.calls`).
 LEDGER_COLUMNS: dict[str, str] = {
     "query_id": "string",
     "query": "string",
@@ -267,6 +293,7 @@ LEDGER_COLUMNS: dict[str, str] = {
     "solo_input_tokens": "int64",
     "solo_output_tokens": "int64",
     "solo_money": "double",
+    "propensity": "double",  # chance with which all of the query was asked; null where only what decides was
 }
 # pairs.jsonl of the feedback step: {"query_id", "prompt": [messages], "chosen": str, "rejected": str,
 #   "chosen_score", "rejected_score", "solo_score", "chosen_finish_reason", "rejected_finish_reason"}; `prompt` is what

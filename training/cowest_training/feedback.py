@@ -7,7 +7,7 @@ gain = E(y*, x) - E(z, x): the evaluator's score of the answer given the draft, 
 
 Writes ledger.parquet (one row a draft), pairs.jsonl and README.md (the card). Differs from the paper: K drafts per
 query; the evaluator need not be the strong model; solo answers are paid once per strong model, prompts and query, in
-whatever round.
+whatever round; with `calls: Deciding` only what the pairs hang on is asked, and the pairs are the same (decision 17).
 
     python -m cowest_training.feedback --job job.yaml --pair pair.json --dataset s3://b/j/r3/data \\
         --calls calls.sqlite --round 3 --out s3://b/j/r3/feedback
@@ -50,16 +50,28 @@ from .asking import (
     change_note,
     drafts_folder,
     each_batch,
+    judges_of,
     open_asking,
     read_pair,
     refused_words,
     unusual_words,
 )
 from .cards import DatasetCard, dataset_card
-from .contract import EXIT_OK, LEDGER_COLUMNS, Feedback, Manifest, Row, StepError, StepSettings, evaluator_digest
+from .contract import (
+    EXIT_OK,
+    LEDGER_COLUMNS,
+    Feedback,
+    Manifest,
+    Row,
+    StepError,
+    StepSettings,
+    calls_of,
+    evaluator_digest,
+)
 from .data import DATASET, read_rows, rows_digest
-from .evaluator import check_references
+from .evaluator import check_references, exact_match, extracted
 from .paid_calls import Spent
+from .sparing import AT_ONCE, NOISE, Sayings, is_decided, reaches
 
 STEP = "feedback"
 LEDGER, PAIRS, SHARDS = "ledger.parquet", "pairs.jsonl", "shard-*"
@@ -181,6 +193,8 @@ def _inputs(settings: StepSettings, pair: Pair, rows: Sequence[Row], round_numbe
             "rule": wanted.rule,
             "min_margin": wanted.min_margin,
             "max_queries": wanted.max_queries,
+            **({} if (calls := calls_of(settings)) == "All" else {"calls": calls, "explore": wanted.explore_percent}),
+            **({} if wanted.judging == "Pointwise" else {"judging": wanted.judging}),
         },
         "draft_max_tokens": settings.collaboration.draft_max_tokens,
         "strong_max_tokens": settings.strong.max_tokens,
@@ -200,13 +214,16 @@ class Entry:
 
     row: Row
     draft: Draft
-    answer: Reply
-    answer_score: float
-    solo: Reply
-    solo_score: float
+    answer: Reply | None  # None: not asked, since the pair did not hang on it
+    answer_score: float | None
+    solo: Reply | None
+    solo_score: float | None
+    propensity: float | None = 1.0  # chance with which all of the query was asked; None: only what decides was
 
     @property
-    def gain(self) -> float:
+    def gain(self) -> float | None:
+        if self.answer_score is None or self.solo_score is None:
+            return None
         return self.answer_score - self.solo_score
 
 
@@ -253,7 +270,8 @@ async def _ask_all(job: _Job, drafts: Drafts, progress: steps.Progress) -> Asked
         async with asyncio.TaskGroup() as group:
 
             def judge(row: Row, found: list[Draft]) -> None:
-                task = group.create_task(_judge_query(asking, row, found, pair))
+                query = _Query(asking, row, found, job, pair)
+                task = group.create_task(_judge_query(query, job.settings.feedback))
                 task.add_done_callback(tick)
                 tasks.append(task)
 
@@ -261,7 +279,8 @@ async def _ask_all(job: _Job, drafts: Drafts, progress: steps.Progress) -> Asked
         ledger = [task.result() for task in tasks]
         refusal = ""
         try:
-            asking.refuse_nothing_but_errors(len(ledger) - sum(map(bool, ledger)), len(ledger), drafts.refused)
+            silent = sum(bool(found) and not _is_asked(found) for found in ledger)
+            asking.refuse_nothing_but_errors(len(ledger) - sum(map(bool, ledger)), len(ledger) - silent, drafts.refused)
         except StepError as error:
             refusal = str(error)
         entries = [entry for found in ledger for entry in found]
@@ -272,29 +291,148 @@ async def _ask_all(job: _Job, drafts: Drafts, progress: steps.Progress) -> Asked
         )  # fmt: skip
 
 
-async def _judge_query(asking: Asking, row: Row, drafts: Sequence[Draft], pair: Pair) -> list[Entry]:
-    """Solo and the answer to each distinct draft, scored. Nothing where there is no draft or a call is refused."""
-    if not drafts:
-        return []
+class _Query:
+    """One query while it is asked: what came back so far. Its drafts are those of different text, the greedy first."""
 
-    async def scored(reply: Reply) -> tuple[Reply, float]:
-        return reply, await asking.score(row, reply)
+    def __init__(self, asking: Asking, row: Row, drafts: Sequence[Draft], job: _Job, pair: Pair) -> None:
+        self._asking, self._row, self._drawn, self._pair = asking, row, drafts, pair
+        wanted = job.settings.feedback
+        self.is_judged = bool(judges_of(asking.evaluator))
+        self._listwise, self._extract = wanted.judging == "Listwise" and self.is_judged, wanted.evaluator.extract
+        self.is_closed = self._extract is not None  # answers may be compared with the reference
+        self.propensity = chance_of_all(row.id, job.settings, job.round)
+        self.drafts = [draft.text for draft in drafts]
+        self.texts = list(dict.fromkeys(self.drafts))
+        self.answers: dict[str, Reply] = {}  # by draft
+        self.alone: Reply | None = None
+        self._scores: dict[str, float] = {}  # by what counts of an answer
 
-    async def alone() -> tuple[Reply, float]:
-        return await scored(await asking.solo(row, pair))
+    async def answer(self, texts: Sequence[str]) -> None:
+        async with asyncio.TaskGroup() as group:
+            tasks = {text: group.create_task(self._asking.answer(self._row, text, self._pair)) for text in texts}
+        self.answers |= {text: task.result() for text, task in tasks.items()}
 
-    async def answered(text: str) -> tuple[Reply, float]:
-        return await scored(await asking.answer(row, text, pair))
+    async def solo(self) -> None:
+        self.alone = await self._asking.solo(self._row, self._pair)
 
-    distinct = list(dict.fromkeys(draft.text for draft in drafts))
-    async with asyncio.TaskGroup() as group:
-        solo_task = group.create_task(alone())
-        tasks = {text: group.create_task(answered(text)) for text in distinct}
-    solo, solo_score = solo_task.result()
-    results = {text: task.result() for text, task in tasks.items()}
-    if solo.error or any(reply.error for reply, _ in results.values()):
-        return []
-    return [Entry(row, draft, *results[draft.text], solo, solo_score) for draft in drafts]
+    async def score(self) -> None:
+        """What was answered, each text once."""
+        new = {part: reply.text for reply in self._replies if (part := self._part(reply)) not in self._scores}
+        if new and self._listwise:
+            found = await self._asking.grades(self._row, list(new.values()))
+        else:
+            found = await asyncio.gather(*(self._asking.score_text(self._row, text) for text in new.values()))
+        self._scores |= zip(new, found, strict=True)
+
+    def accept(self) -> bool:
+        """An answer that is the reference needs no judge. Whether some are, and others are not graded."""
+        parts = {self._part(reply) for reply in self._replies}
+        self._scores |= {part: 1.0 for part in parts if self._row.reference and exact_match(part, self._row.reference)}
+        return 1.0 in self._scores.values() and not parts <= self._scores.keys()
+
+    def says(self, text: str) -> str:
+        """What counts of an answer or a draft."""
+        return extracted(self._extract, text)
+
+    def _part(self, reply: Reply) -> str:
+        return self.says(reply.text)
+
+    def _score(self, reply: Reply | None) -> float | None:
+        return self._scores.get(self._part(reply)) if reply else None
+
+    @property
+    def _replies(self) -> list[Reply]:
+        """Those that are answers."""
+        return [reply for reply in (*self.answers.values(), self.alone) if reply and not reply.error]
+
+    @property
+    def are_alike(self) -> bool:
+        """Whether all answers so far say the same."""
+        return len({self._part(reply) for reply in self.answers.values()}) == 1
+
+    @property
+    def scores(self) -> list[float]:
+        return [score for reply in self.answers.values() if (score := self._score(reply)) is not None]
+
+    @property
+    def solo_score(self) -> float | None:
+        return self._score(self.alone)
+
+    @property
+    def is_refused(self) -> bool:
+        return any(reply and reply.error for reply in (*self.answers.values(), self.alone))
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Nothing where a call was refused."""
+        return [self._entry(draft) for draft in ([] if self.is_refused else self._drawn)]
+
+    def _entry(self, draft: Draft) -> Entry:
+        answer = self.answers.get(draft.text)
+        return Entry(self._row, draft, answer, self._score(answer), self.alone, self.solo_score, self.propensity)
+
+
+def chance_of_all(query_id: str, settings: StepSettings, round_number: int) -> float | None:
+    """That of asking all of a query, where that fell to it: a share of them stands for the rest. None where not."""
+    if calls_of(settings) == "All":
+        return 1.0
+    share = settings.feedback.explore_percent / 100
+    seed = f"{settings.training.seed}/{round_number}/{query_id}/explored"
+    return share if int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") / 2**64 < share else None
+
+
+async def _judge_query(query: _Query, wanted: Feedback) -> list[Entry]:
+    """Its drafts with what was asked of them. Nothing where there is no draft or a call is refused."""
+    if query.propensity is not None:
+        if query.texts:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(query.solo())
+                group.create_task(query.answer(query.texts))
+            await query.score()
+    elif len(query.texts) > 1:  # of one text there is no pair
+        if wanted.rule == "SignOfGain":
+            await _ask_for_sign(query)
+        else:
+            await (_ask_for_any if wanted.calls == "Fewest" else _ask_for_extremes)(query, wanted.min_margin)
+    return query.entries
+
+
+async def _ask_for_sign(query: _Query) -> None:
+    """Nothing is better than a solo answer that scores 1."""
+    await query.solo()
+    await query.score()
+    if query.solo_score is not None and query.solo_score < 1:
+        await query.answer(query.texts)
+        await query.score()
+
+
+async def _ask_for_extremes(query: _Query, min_margin: float) -> None:
+    """In the order of the drafts until the pair is known; solo cancels in it. A judge is not asked of answers alike."""
+    left, at_once = query.texts, AT_ONCE
+    while left and not query.is_refused:
+        asked, left = left[:at_once], left[at_once:]
+        await query.answer(asked)
+        at_once = 1
+        if not (query.is_judged and query.are_alike):
+            await query.score()
+            if is_decided(query.scores, len(left), min_margin):
+                return
+
+
+async def _ask_for_any(query: _Query, min_margin: float) -> None:
+    """Until there is a pair, one draft of those that say the same: what most say until an answer is right, then what
+    few say. Where answers can be compared with the reference, a judge is asked once one is it and another is not, or of
+    all at the end."""
+    sayings = Sayings(query.drafts, query.says)
+    if sayings.left < AT_ONCE:
+        return
+    while sayings.left and not query.is_refused:
+        await query.answer([sayings.take(common=max(query.scores, default=0.0) < 1)])
+        waits = query.is_judged and query.is_closed and not query.accept() and bool(sayings.left)
+        if not waits and not (query.is_judged and query.are_alike):
+            await query.score()
+            if reaches(max(query.scores) - min(query.scores), min_margin):
+                return
 
 
 # ---------------------------------------------------------------- pairs (pure)
@@ -308,18 +446,19 @@ class Preference:
 
 def best_versus_worst(entries: Sequence[Entry], min_margin: float) -> list[Preference]:
     """The best draft of one query against its worst; none below the margin. Equal scores: the earlier draft."""
-    best = min(entries, key=lambda entry: (-entry.answer_score, entry.draft.index))
-    worst = min(entries, key=lambda entry: (entry.answer_score, entry.draft.index))
-    margin = best.answer_score - worst.answer_score
-    # 0.1 + 0.2 style noise must not decide; a margin of 0 still asks for a difference.
-    return [Preference(best, worst)] if margin > 0 and margin >= min_margin - 1e-9 else []
+    scored = [(entry.answer_score, entry) for entry in entries if entry.answer_score is not None]
+    if not scored:
+        return []
+    best_score, best = min(scored, key=lambda each: (-each[0], each[1].draft.index))
+    worst_score, worst = min(scored, key=lambda each: (each[0], each[1].draft.index))
+    return [Preference(best, worst)] if reaches(best_score - worst_score, min_margin) else []
 
 
 def sign_of_gain(entries: Sequence[Entry], min_margin: float = 0.0) -> list[Preference]:
     """The paper's rule within one query: gain > 0 against the rest, in order of index, each draft used once."""
     in_order = sorted(entries, key=lambda entry: entry.draft.index)
-    positive = [entry for entry in in_order if entry.gain > 0]
-    others = [entry for entry in in_order if entry.gain <= 0]
+    positive = [entry for entry in in_order if entry.gain is not None and entry.gain > 0]
+    others = [entry for entry in in_order if entry.gain is not None and entry.gain <= 0]
     return [Preference(chosen, rejected) for chosen, rejected in zip(positive, others, strict=False)]
 
 
@@ -333,6 +472,10 @@ def make_pairs(ledger: Sequence[Entry], settings: Feedback) -> list[Preference]:
     """All pairs of a ledger whose drafts stand query by query."""
     rule = RULES[settings.rule]
     return [pair for entries in _by_query(ledger) for pair in rule(entries, settings.min_margin)]
+
+
+def _is_asked(entries: Sequence[Entry]) -> bool:
+    return any(entry.answer or entry.solo for entry in entries)
 
 
 def _by_query(ledger: Iterable[Entry]) -> list[list[Entry]]:
@@ -356,7 +499,7 @@ def read_shards(output: steps.Output, of: int, chosen: Sequence[Row], progress: 
     )
     refusals = [part.refusal for part in parts if part.refusal]
     unusual = {name: sum(part.unusual[name] for part in parts) for name in UNUSUAL}
-    refusal = refusals[0] if refusals and not ledger else ""
+    refusal = refusals[0] if refusals and not _is_asked(ledger) else ""
     cached, judged = sum(part.cached for part in parts), sum(part.judge_calls for part in parts)
     return Asked(ledger, spent, cached, judged, unusual, refusal, _strong_of([part.strong for part in parts]))
 
@@ -384,7 +527,6 @@ def read_shard(shard: Shard, output: steps.Output, rows: Mapping[str, Row]) -> A
 
 def _entry(record: Mapping[str, Any], row: Row) -> Entry:
     """The inverse of `_record`."""
-    model, version = record["strong_model"], record["strong_version"]
     return Entry(
         row=row,
         draft=Draft(
@@ -395,11 +537,19 @@ def _entry(record: Mapping[str, Any], row: Row) -> Entry:
             record["draft_tokens"],
             record.get("draft_finish_reason") or "",
         ),
-        answer=Reply(record["answer"], record["answer_call"], version, model, paid=_paid(record, "answer")),
+        answer=_reply(record, "answer"),
         answer_score=record["answer_score"],
-        solo=Reply(record["solo"], record["solo_call"], version, model, paid=_paid(record, "solo")),
+        solo=_reply(record, "solo"),
         solo_score=record["solo_score"],
+        propensity=record.get("propensity", 1.0),
     )
+
+
+def _reply(record: Mapping[str, Any], side: str) -> Reply | None:
+    if record[f"{side}_call"] is None:
+        return None
+    version, model = record["strong_version"], record["strong_model"]
+    return Reply(record[side], record[f"{side}_call"], version, model, paid=_paid(record, side))
 
 
 def _paid(record: Mapping[str, Any], side: str) -> Paid | None:
@@ -416,7 +566,7 @@ def write_ledger(path: Path, ledger: Sequence[Entry], pair: Pair, evaluator: str
 
 
 def _record(entry: Entry, pair: Pair, evaluator: str) -> dict[str, Any]:
-    row, draft = entry.row, entry.draft
+    row, draft, named = entry.row, entry.draft, entry.answer or entry.solo
     return {
         "query_id": row.id,
         "query": row.query,
@@ -427,25 +577,27 @@ def _record(entry: Entry, pair: Pair, evaluator: str) -> dict[str, Any]:
         "draft": draft.text,
         "draft_tokens": draft.tokens,
         "draft_finish_reason": draft.finish_reason,
-        "answer": entry.answer.text,
+        "answer": entry.answer.text if entry.answer else None,
         "answer_score": entry.answer_score,
-        "solo": entry.solo.text,
+        "solo": entry.solo.text if entry.solo else None,
         "solo_score": entry.solo_score,
         "gain": entry.gain,
-        "answer_call": entry.answer.call,
-        "solo_call": entry.solo.call,
+        "answer_call": entry.answer.call if entry.answer else None,
+        "solo_call": entry.solo.call if entry.solo else None,
         "weak_digest": pair.weak_digest,
         "prompts_digest": pair.prompts.digest,
-        "strong_model": entry.answer.model or pair.strong_model,
-        "strong_version": entry.answer.version,
+        "strong_model": (named.model or pair.strong_model) if named else None,
+        "strong_version": named.version if named else None,
         "evaluator_digest": evaluator,
         **_price_columns("answer", entry.answer),
         **_price_columns("solo", entry.solo),
+        "propensity": entry.propensity,
     }
 
 
-def _price_columns(side: str, reply: Reply) -> dict[str, Any]:
-    return {f"{side}_{field.name}": getattr(reply.paid, field.name, None) for field in fields(Paid)}
+def _price_columns(side: str, reply: Reply | None) -> dict[str, Any]:
+    paid = reply.paid if reply else None
+    return {f"{side}_{field.name}": getattr(paid, field.name, None) for field in fields(Paid)}
 
 
 def write_pairs(path: Path, pairs: Sequence[Preference], pair: Pair) -> None:
@@ -500,7 +652,8 @@ def card_of(inputs: Mapping[str, Any], metrics: Mapping[str, Any], digest: str, 
 
 
 def measured(asked: Asked, pairs: Sequence[Preference], queries: int, min_margin: float) -> dict[str, Any]:
-    """The step's metrics. Rates are over drafts.
+    """The step's metrics. Rates are over drafts, and scores over queries of which all was asked: of others, which draft
+    was asked hangs on how those before it scored.
 
     Why queries yield no pair: `equal_drafts` (all drafts the same text), `ties` (their answers score alike, those of
     equal drafts included), `below_margin` (they differ, but by less than `minMargin`).
@@ -508,22 +661,27 @@ def measured(asked: Asked, pairs: Sequence[Preference], queries: int, min_margin
     ledger, spent = asked.ledger, asked.spent
     by_query = _by_query(ledger)
     n = max(1, len(ledger))
-    spreads = [max(scores) - min(scores) for e in by_query if (scores := [entry.answer_score for entry in e])]
+    spreads = [_spread(entries) for entries in by_query]
+    whole = [entries for entries in by_query if entries[0].propensity is not None]
+    each = [entry for entries in whole for entry in entries]
+    gains = [entry.gain for entry in each if entry.gain is not None]
     return {
         "queries": len(by_query),
         "skipped": queries - len(by_query),
         "drafts": len(ledger),
         "distinct_drafts": sum(len({entry.draft.text for entry in entries}) for entries in by_query),
+        "asked_drafts": sum(len({entry.draft.text for entry in e if entry.answer}) for e in by_query),
         "pairs": len(pairs),
         "queries_with_pairs": len({pair.chosen.row.id for pair in pairs}),
         "equal_drafts": sum(len({entry.draft.text for entry in entries}) == 1 for entries in by_query),
         "ties": sum(spread == 0 for spread in spreads),
-        "below_margin": sum(0 < spread < min_margin - 1e-9 for spread in spreads),
-        "answer_score": sum(entry.answer_score for entry in ledger) / n,
-        "greedy_score": _mean(entries[0].answer_score for entries in by_query),
-        "solo_score": _mean(entries[0].solo_score for entries in by_query),
-        "mean_gain": sum(entry.gain for entry in ledger) / n,
-        "hurt_rate": sum(entry.gain < 0 for entry in ledger) / n,
+        "below_margin": sum(0 < spread < min_margin - NOISE for spread in spreads),
+        "explored": len(whole),
+        "answer_score": _mean(entry.answer_score for entry in each),
+        "greedy_score": _mean(entries[0].answer_score for entries in whole),
+        "solo_score": _mean(entries[0].solo_score for entries in whole),
+        "mean_gain": _mean(gains),
+        "hurt_rate": _mean(float(gain < 0) for gain in gains),
         "draft_tokens": sum(entry.draft.tokens for entry in ledger) / n,
         "cut_drafts": sum(entry.draft.finish_reason == "length" for entry in ledger),
         "strong_calls": spent.calls,
@@ -532,10 +690,20 @@ def measured(asked: Asked, pairs: Sequence[Preference], queries: int, min_margin
         "input_tokens": spent.input_tokens,
         "output_tokens": spent.output_tokens,
         "money": spent.money,
-        "strong_versions": sorted({entry.answer.version for entry in ledger}),
+        "strong_versions": sorted({entry.answer.version for entry in ledger if entry.answer}),
         "strong": dict(asked.strong),
+        "best_score": max((score for entry in ledger for score in _scores(entry)), default=None),
         **asked.unusual,
     }
+
+
+def _spread(entries: Sequence[Entry]) -> float:
+    scores = [entry.answer_score for entry in entries if entry.answer_score is not None]
+    return max(scores) - min(scores) if scores else 0.0
+
+
+def _scores(entry: Entry) -> list[float]:
+    return [score for score in (entry.answer_score, entry.solo_score) if score is not None]
 
 
 def notes(metrics: Mapping[str, Any]) -> list[str]:
@@ -543,14 +711,15 @@ def notes(metrics: Mapping[str, Any]) -> list[str]:
     found = [*unusual_words(metrics), *change_note(metrics.get("strong", {}))]
     if cut := metrics["cut_drafts"]:
         found.append(f"Note: {cut} of {metrics['drafts']} drafts were cut off: raise collaboration.draftMaxTokens.")
-    if metrics["queries"] and metrics["answer_score"] == metrics["solo_score"] == 0:
+    if metrics["best_score"] == 0:
         found.append(ALL_ZERO)
     return found
 
 
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else 0.0
+def _mean(values: Iterable[float | None]) -> float | None:
+    """None where none is known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 if __name__ == "__main__":

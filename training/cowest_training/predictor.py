@@ -118,7 +118,9 @@ class Examples:
 
 
 def by_query(records: Sequence[Mapping[str, Any]], rows: Mapping[str, Row]) -> list[Query]:
-    groups = groupby(records, key=lambda record: record["query_id"])
+    """Those of which all was asked: which drafts were not hangs on the scores of those before."""
+    found = ((id_, list(drafts)) for id_, drafts in groupby(records, key=lambda record: record["query_id"]))
+    groups = ((id_, drafts) for id_, drafts in found if all(draft["gain"] is not None for draft in drafts))
     return [Query(rows[id_], sorted(drafts, key=lambda draft: draft["draft_index"])) for id_, drafts in groups]
 
 

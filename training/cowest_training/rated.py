@@ -47,7 +47,7 @@ class Group:
 
 
 def read_groups(uri: str) -> list[Group]:
-    """Of the queries that gave a pair: the pair has the prompt, the ledger all drafts."""
+    """Of the queries that gave a pair: the pair has the prompt, the ledger all drafts whose gain was asked for."""
     if uri.endswith(".jsonl"):
         raise StepError(
             f"--feedback: wanted the output of the feedback step, since training.method learns from every draft; saw"
@@ -57,16 +57,16 @@ def read_groups(uri: str) -> list[Group]:
     prompts = {pair["query_id"]: tuple(pair["prompt"]) for pair in read_lines(store.join(uri, "pairs.jsonl"))}
     drafts: dict[str, list[Rated]] = {query: [] for query in prompts}
     for row in pq.ParquetFile(BytesIO(store.get(store.join(uri, "ledger.parquet")))).read(columns=COLUMNS).to_pylist():
-        if row["query_id"] in drafts:
+        if row["query_id"] in drafts and row["gain"] is not None:
             drafts[row["query_id"]].append(Rated(row["draft"], row["gain"], row["draft_finish_reason"] != "length"))
-    return [Group(prompts[query], tuple(found)) for query, found in drafts.items()]
+    return [Group(prompts[query], tuple(found)) for query, found in drafts.items() if found]
 
 
 def judged_by(uri: str) -> set[tuple[str, ...]]:
     """Under which prompts, by which strong model and evaluator a feedback step's drafts were worth what they were."""
     columns = ["prompts_digest", "strong_model", "strong_version", "evaluator_digest"]
     rows = pq.ParquetFile(BytesIO(store.get(store.join(uri, "ledger.parquet")))).read(columns=columns).to_pylist()
-    return {tuple(row.values()) for row in rows}
+    return {tuple(row.values()) for row in rows if row["strong_model"] is not None}  # null where nobody was asked
 
 
 def encode(weak: tuning.Weak, groups: Iterable[Group]) -> tuple[list[dict[str, Any]], Counter[str]]:
