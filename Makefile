@@ -10,7 +10,7 @@ APISERVER_WORKERS ?= auto
 UV_VERSION = 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study paper test test-apiserver test-gpu check format docs lock bench bench-kill bench-gateway bench-flip bench-gate bench-dpo soak-gateway bench-spool torture-spool torture-gateway bench-operator bench-kill-operator e2e e2e-faults rbac clean \
+.PHONY: help setup demo study paper test test-apiserver test-gpu check format docs lock bench bench-kill bench-gateway bench-flip bench-gate bench-feedback bench-dpo soak-gateway bench-spool torture-spool torture-gateway bench-operator bench-kill-operator e2e e2e-faults rbac clean \
   images image-operator image-serving image-serving-ray image-training image-sizes lock-images helm-docs
 
 help:  ## say what there is
@@ -61,7 +61,7 @@ docs: setup  ## write docs/api.md and docs/cli.md anew
 	$(BIN)/python -m cowest_operator.docs
 	$(BIN)/python -m cowest_cli.docs
 
-bench: bench-kill bench-operator bench-gate bench-dpo bench-gateway bench-flip bench-spool  ## all benchmarks; hours
+bench: bench-kill bench-operator bench-gate bench-feedback bench-dpo bench-gateway bench-flip bench-spool  ## all benchmarks; hours
 
 bench-kill: setup  ## kill -9 the run at 20 random moments, then with an endpoint that ignores Idempotency-Key; half an hour
 	$(BIN)/python tests/benchmarks/kill.py --kills 20
@@ -72,6 +72,9 @@ bench-operator: setup  ## writes, reconcile time and memory of the operator with
 
 bench-gate: setup  ## 20,000 simulated canaries looked at as they come: who promotes what does not gain; 3 minutes
 	$(BIN)/python tests/benchmarks/gate_bench.py $(OPTIONS)
+
+bench-feedback: setup  ## strong calls a usable pair beside the full protocol, and 10,000 calls under 429s and a crash beside distilabel; 8 minutes
+	$(BIN)/python -m tests.benchmarks.feedback_bench $(OPTIONS)
 
 bench-dpo: setup  ## pairs a second and memory of DPO with shared prompts beside TRL's own; hours with all pairs, OPTIONS="--pairs 48" minutes
 	$(BIN)/python tests/benchmarks/dpo_bench.py --workload demo $(OPTIONS)
