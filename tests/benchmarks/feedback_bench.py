@@ -72,7 +72,7 @@ OF_ITS_TIME = (
     "setuptools<80",
 )
 AT_ONCE, DECLARED, SECONDS = 32, 48, 0.8
-STANDSTILL = 60  # seconds
+STANDSTILL = 150  # seconds, with the start of a peer that imports much
 DRAFTS = 4  # of a query of the makespan: with solo it makes five calls
 NOBODY = "sha256:" + "0" * 64  # digest of a weak model that never has to draw
 
