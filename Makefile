@@ -73,7 +73,7 @@ bench-operator: setup  ## writes, reconcile time and memory of the operator with
 bench-gate: setup  ## 20,000 simulated canaries looked at as they come: who promotes what does not gain; 3 minutes
 	$(BIN)/python tests/benchmarks/gate_bench.py $(OPTIONS)
 
-bench-feedback: setup  ## strong calls a usable pair beside the full protocol, and 10,000 calls under 429s and a crash beside distilabel; 8 minutes
+bench-feedback: setup  ## strong calls a usable pair beside the full protocol, and 10,000 calls under 429s and a crash beside distilabel; 10 minutes
 	$(BIN)/python -m tests.benchmarks.feedback_bench $(OPTIONS)
 
 bench-dpo: setup  ## pairs a second and memory of DPO with shared prompts beside TRL's own; hours with all pairs, OPTIONS="--pairs 48" minutes
