@@ -509,6 +509,7 @@ def main() -> int:
     flags.add_argument("--peer-calls", type=int, default=600, help="of distilabel; 0: none")
     flags.add_argument("--record", nargs=2, metavar=("DOMAIN", "FOLDER"), help="draw the drafts anew and end")
     args = flags.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends too
     if args.record:
         record(args.record[0], Path(args.record[1]))
         return 0
