@@ -34,7 +34,7 @@ from cowest_training.rated import LEAST
 from cowest_training.shared_prompt import SharedPromptDPOTrainer
 
 WARMUP = 0.1
-BETA = {"DPO": 0.1, "IPO": 0.1, "SimPO": 2.0, "KTO": 0.1, "GRPO": 0.04}
+BETA = {"DPO": 0.1, "IPO": 1.0, "SimPO": 2.0, "KTO": 0.1, "GRPO": 0.04}
 GAMMA = 1.0
 LOSS = {"DPO": "sigmoid", "IPO": "ipo", "SimPO": "sigmoid_norm"}
 OF_DRAFTS = ("KTO", "GRPO")
