@@ -5,6 +5,8 @@
 It alone holds the keys, the budget and the book of paid calls; where the budget limits a day, gateways take slices of
 it for live answers. A request with an `Idempotency-Key` is paid for once,
 whoever asks and however often; one without is passed on, streams included, and counts in the budget all the same.
+Beside the declared model it asks those of --other-model, at the same endpoint, by the same keys and prices: a pair that
+is served keeps its model while the manifest names another one already.
 Below /judge/v1 it asks the judges of spec.feedback.evaluator, each by its name: their answers cost money too.
 
 Keys come from the files below the folder COWEST_STRONG_API_KEYS_FOLDER (a mounted Secret; read for every call, so that
@@ -165,8 +167,9 @@ def build_app(
     read_keys: ReadKeys,
     judges: Sequence[tuple[Strong, ReadKeys]] = (),
     clients: Keys | None = None,
+    other_models: Sequence[str] = (),
 ) -> Starlette:
-    proxy = Proxy(strong, book, read_keys, judges, clients or Keys())
+    proxy = Proxy(strong, book, read_keys, judges, clients or Keys(), other_models)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -264,7 +267,7 @@ def parse_request(data: bytes, headers: Mapping[str, str], strong: Strong, secti
     body = parse_object(data)
     request = parse_chat(data, "")
     if request.model not in ("", strong.model):
-        message = f"model: wanted {strong.model} ({section}.model), saw {request.model}: this proxy serves no other."
+        message = f"model: wanted {strong.model} ({section}.model), saw {request.model}: this job asks no such model."
         raise Refusal(404, message, param="model", code="model_not_found")
     extra = {name: value for name, value in body.items() if name not in _DELIVERY}
     key = headers.get(HEADER_IDEMPOTENCY, "").strip()
@@ -318,18 +321,23 @@ class Proxy:
         read_keys: ReadKeys,
         judges: Sequence[tuple[Strong, ReadKeys]],
         clients: Keys,
+        other_models: Sequence[str],
     ) -> None:
         self._strong, self._book, self._read_keys, self._clients = strong, book, read_keys, clients
         self._count = Metrics(METRICS)
         self.upstream = Upstream(strong, read_keys, self._count)
+        others = [Upstream(replace(strong, model=name), read_keys, self._count) for name in other_models]
+        for each in others:
+            each.health = self.upstream.health  # of their one endpoint
+        self._upstreams = (self.upstream, *others)
         self._judges = {judge.model: Upstream(judge, read, self._count) for judge, read in judges}
 
     async def aclose(self) -> None:
-        for each in (self.upstream, *self._judges.values()):
+        for each in (*self._upstreams, *self._judges.values()):
             await each.aclose()
 
     async def chat(self, request: Request) -> Response:
-        return await self._answered(request, (self.upstream,), "spec.strong")
+        return await self._answered(request, self._upstreams, "spec.strong")
 
     async def judged(self, request: Request) -> Response:
         if not self._judges:
@@ -344,7 +352,7 @@ class Proxy:
             named = parse_object(body).get("model") if len(upstreams) > 1 else None
             upstream = next((each for each in upstreams if each.model == named), upstreams[0])
             asked = parse_request(body, request.headers, upstream.strong, section)
-            if upstream is self.upstream and (missing := self._missing_key()):
+            if upstream in self._upstreams and (missing := self._missing_key()):
                 raise _unavailable(503, missing)
             if asked.call.round is not None:
                 await self._book.see_round(asked.call.round)
@@ -425,8 +433,9 @@ class Proxy:
     # ------------------------------------------------------------ the small endpoints
     async def models(self, request: Request) -> Response:
         self._check_client(request)
-        declared = {"id": self._strong.model, "object": "model", "created": 0, "owned_by": "strong"}
-        return _json({"object": "list", "data": [await self.upstream.listed() or declared]})
+        by_us = {"object": "model", "created": 0, "owned_by": "strong"}
+        found = [await each.listed() or {"id": each.model, **by_us} for each in self._upstreams]
+        return _json({"object": "list", "data": found})
 
     async def spent(self, request: Request) -> Response:
         asked = _round(request.query_params.get("round", ""), "round")
@@ -709,14 +718,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     try:
-        asyncio.run(_serve(settings, options.book, listener))
+        asyncio.run(_serve(settings, options.other_model, options.book, listener))
     except (SettingsError, BookError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     return 0
 
 
-async def _serve(settings: ProxySettings, path: Path, listener: socket.socket) -> None:
+async def _serve(settings: ProxySettings, other_models: Sequence[str], path: Path, listener: socket.socket) -> None:
     strong, judges = settings.strong, settings.judges
     longest = DEADLINE_OVER_TIMEOUT * max(each.timeout_seconds for each in (strong, *judges))
     book = PaidCalls(
@@ -727,7 +736,7 @@ async def _serve(settings: ProxySettings, path: Path, listener: socket.socket) -
         drain_seconds=longest,
     )
     config = uvicorn.Config(
-        _app_of(strong, judges, book),
+        _app_of(strong, judges, book, other_models),
         lifespan="on",
         access_log=False,
         log_config=None,
@@ -741,10 +750,11 @@ async def _serve(settings: ProxySettings, path: Path, listener: socket.socket) -
     await server.serve(sockets=[listener])
 
 
-def _app_of(strong: Strong, judges: Sequence[Strong], book: PaidCalls) -> Starlette:
+def _app_of(strong: Strong, judges: Sequence[Strong], book: PaidCalls, other_models: Sequence[str] = ()) -> Starlette:
     read_keys = keys_of(os.environ, STRONG_KEYS, below=True).read
     read = [keys_of(os.environ, evaluator_key(number), below=True).read for number in range(len(judges))]
-    return build_app(strong, book, read_keys, list(zip(judges, read, strict=True)), keys_of(os.environ, CLIENT_KEYS))
+    asked = list(zip(judges, read, strict=True))
+    return build_app(strong, book, read_keys, asked, keys_of(os.environ, CLIENT_KEYS), other_models)
 
 
 def load_settings(path: Path) -> ProxySettings:
@@ -762,6 +772,13 @@ def load_settings(path: Path) -> ProxySettings:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cowest_serving.proxy", description="The strong-model proxy.")
     parser.add_argument("--job", type=Path, required=True, help="defaulted CollaborationJob, JSON or YAML")
+    parser.add_argument(
+        "--other-model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a strong model that a pair of the job has beside the declared one; as often as needed",
+    )
     parser.add_argument("--book", type=Path, required=True, help="the book of paid calls (SQLite, on a kept volume)")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--host", default="127.0.0.1")

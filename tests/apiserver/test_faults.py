@@ -718,11 +718,20 @@ def test_an_edit_of_the_pair_ends_the_canary_and_is_the_next_candidate(playgroun
         playground.wait(lambda: len(decisions(playground, "claims")) == 2, "the end of the canary")
         assert decisions(playground, "claims")[1] == (1, "RolledBack", api.REASON_SPEC_CHANGED)
         assert playground.status("claims")["stable"]["digest"] == stable
+        served = playground.status("claims")["stable"]["strongModel"]
+        assert other_models(playground) == [f"--other-model={served}"], "steps ask what is served through the proxy"
         playground.script.live_works = True
         playground.wait(lambda: len(decisions(playground, "claims")) >= 3, "the edit's trial", 120)
         third = playground.status("claims")["rounds"][2]
         assert (third["origin"], third["decision"]) == ("Edit", "Promoted")
         assert playground.status("claims")["stable"]["strongModel"] == "stronger"
+        assert other_models(playground) == [f"--other-model={served}"], "a rollback goes back to it"
+
+
+def other_models(playground: Playground) -> list[str]:
+    proxy = playground.get(f"{DEPLOYMENTS}/claims-proxy") or {}
+    arguments = proxy["spec"]["template"]["spec"]["containers"][0]["args"]
+    return [each for each in arguments if each.startswith("--other-model")]
 
 
 @pytest.mark.parametrize("restarted", [False, True], ids=["by a running operator", "while the operator is away"])

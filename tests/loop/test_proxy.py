@@ -97,12 +97,14 @@ async def proxy(
     keys: Callable[[], Sequence[str]] = tuple,
     judge: Strong | None = None,
     clients: Keys | None = None,
+    other_models: Sequence[str] = (),
 ) -> AsyncIterator[Door]:
     """A proxy in the test's loop, under uvicorn, on a port of its own. The judge's key is `j`."""
     book = PaidCalls(
         tmp_path / "book.sqlite", budget=strong.budget, prices=strong.prices, max_concurrency=strong.max_concurrency
     )
-    async with serving(build_app(strong, book, keys, [(judge, lambda: ["j"])] if judge else (), clients), book) as door:
+    judges = [(judge, lambda: ["j"])] if judge else []
+    async with serving(build_app(strong, book, keys, judges, clients, other_models), book) as door:
         yield door
 
 
@@ -523,6 +525,15 @@ async def test_the_declared_model_is_listed_as_upstream_lists_it_or_by_the_manif
         assert (entry["id"], entry["owned_by"]) == ("big", "strong")
 
 
+async def test_each_model_of_the_jobs_pairs_is_listed(tmp_path: Path) -> None:
+    async with (
+        ScriptedModel(name="big") as strong,
+        proxy(tmp_path, strong_settings(strong.url), other_models=("older",)) as door,
+    ):
+        listed = (await door.get("/v1/models")).body["data"]
+    assert [(entry["id"], entry.get("owned_by")) for entry in listed] == [("big", None), ("older", "strong")]
+
+
 async def test_metrics_tell_paid_from_replayed_calls_and_what_was_spent(tmp_path: Path) -> None:
     faults = [None, 500]
     async with (
@@ -558,17 +569,17 @@ async def test_a_book_that_cannot_be_written_makes_the_proxy_unready(tmp_path: P
 
 
 # ---------------------------------------------------------------- the process
-def command(tmp_path: Path, strong: Strong, port: int) -> list[str]:
+def command(tmp_path: Path, strong: Strong, port: int, *more: str) -> list[str]:
     (tmp_path / "job.json").write_text(json.dumps({"kind": "CollaborationJob", "spec": {"strong": dump(strong)}}))
     files = ["--job", str(tmp_path / "job.json"), "--book", str(tmp_path / "book.sqlite")]
-    return [sys.executable, "-m", "cowest_serving.proxy", *files, "--port", str(port)]
+    return [sys.executable, "-m", "cowest_serving.proxy", *files, "--port", str(port), *more]
 
 
 @asynccontextmanager
-async def process(tmp_path: Path, strong: Strong) -> AsyncIterator[tuple[Door, subprocess.Popen[Any]]]:
+async def process(tmp_path: Path, strong: Strong, *more: str) -> AsyncIterator[tuple[Door, subprocess.Popen[Any]]]:
     port = free_port()
     environment = os.environ | {"COWEST_STRONG_API_KEYS": "s3cret\n"}
-    running = subprocess.Popen(command(tmp_path, strong, port), env=environment, stderr=subprocess.PIPE)
+    running = subprocess.Popen(command(tmp_path, strong, port, *more), env=environment, stderr=subprocess.PIPE)
     try:
         async with aiohttp.ClientSession() as http:
             door = Door(f"http://127.0.0.1:{port}", http)
@@ -608,8 +619,9 @@ async def test_after_a_kill_what_was_answered_is_replayed_and_what_was_in_flight
             with pytest.raises(aiohttp.ClientError):
                 await in_flight
         strong.gate.set()
-        async with process(tmp_path, settings) as (door, _):
+        async with process(tmp_path, settings, "--other-model=older") as (door, _):
             assert (await door.ask("z", "k3")).status == 402  # the call in flight may have been paid
+            assert [each["id"] for each in (await door.get("/v1/models")).body["data"]] == ["big", "older"]
             replayed, resent = await door.ask("x", "k1"), await door.ask("y", "k2")
             spent = await door.get("/v1/spent")
     assert replayed.body == first.body
@@ -753,6 +765,39 @@ async def test_a_model_that_the_proxy_does_not_serve_ends_a_step_rather_than_sco
                 with pytest.raises(StepError, match=r"wanted big .*, saw older") as refusal:
                     await asking.solo(row("q"), pair(strong, strong_model="older"))
     assert refusal.value.code == EXIT_BAD_INPUT
+
+
+async def test_an_edited_model_is_measured_against_the_one_that_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is asked and paid for by its own name, at one endpoint, by one key and from one budget."""
+    async with ScriptedModel() as model:
+        budget = Budget(calls_per_round=2)
+        declared = (SecretRef("s", "k"),)
+        strong = strong_settings(model.url, budget=budget, prices=PRICES, api_key_secret_refs=declared)
+        async with proxy(tmp_path, strong, lambda: ["key"], other_models=("older",)) as door:
+            monkeypatch.setenv("COWEST_STRONG_URL", door.url + "/v1")
+            async with step(strong, tmp_path / "a.sqlite") as asking:
+                for name in ("big", "older", "big", "older"):
+                    await asking.solo(row("q"), pair(strong, strong_model=name))
+                with pytest.raises(StepError, match="at most 2 calls in round 3, saw 2 used"):
+                    await asking.solo(row("other"), pair(strong, strong_model="older"))
+                with pytest.raises(StepError, match="saw oldest: this job asks no such model"):
+                    await asking.solo(row("q"), pair(strong, strong_model="oldest"))
+            spent = (await door.get("/v1/spent?round=3")).body
+    assert [call.body["model"] for call in model.calls] == ["big", "older"]
+    assert {call.headers["authorization"] for call in model.calls} == {"Bearer key"}
+    assert (spent["round"]["calls"], float(spent["round"]["money"]) > 0) == (2, True)
+
+
+async def test_how_the_endpoint_does_is_told_whichever_model_of_it_is_asked(tmp_path: Path) -> None:
+    async with (
+        ScriptedModel(faults=[500]) as model,
+        proxy(tmp_path, strong_settings(model.url), other_models=("older",)) as door,
+    ):
+        assert (await door.ask("x", "k", model="older")).status == 502
+        word = (await door.get("/v1/spent")).body["strong"]
+    assert (word["failures"], word["error"]) == (1, "ServerFault")
 
 
 async def test_a_request_that_the_strong_model_refuses_is_an_answer_worth_nothing_behind_the_proxy_too(

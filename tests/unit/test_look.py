@@ -823,7 +823,11 @@ HELD_UP = {
 
 def specs(seen: Observed) -> dict[str, Any]:
     """Of the pods of the job's parts."""
-    children = [*servers.gateway(seen.context), *servers.proxy(seen.context), *servers.observer(seen.context)]
+    children = [
+        *servers.gateway(seen.context),
+        *servers.proxy(seen.context, api.Status()),
+        *servers.observer(seen.context),
+    ]
     found = {
         child["metadata"]["name"].removeprefix("claims-"): child["spec"]["template"]["spec"]
         for child in children

@@ -22,7 +22,7 @@ from cowest_operator.watched import see
 from cowest_serving.app import MAX_BODY, GatewayLimits, GatewaySettings, WeakSettings
 from cowest_serving.client_limits import ClientLimits
 from cowest_serving.contract import Budget, Fallback, SecretRef, parse
-from cowest_serving.proxy import ProxySettings
+from cowest_serving.proxy import ProxySettings, _parser
 from cowest_serving.ray_app import PROXY, ray_settings
 from cowest_training.contract import Evaluator, Feedback, Juror
 from cowest_training.observer import ObserverSettings
@@ -99,6 +99,29 @@ def test_every_container_passes_the_restricted_profile_with_a_read_only_root() -
 def test_strong_keys_are_mounted_in_gateway_and_proxy_alone() -> None:
     with_keys = {name for name, pod in pods(everything(context())) if '"strong"' in json.dumps(pod["volumes"])}
     assert with_keys == {"Deployment claims-gateway", "Deployment claims-proxy"}
+
+
+OLDER = replace(STABLE, strong_model="older")
+SERVED_ELSEWHERE = replace(STABLE, strong_model="older", strong_endpoint="http://elsewhere/v1")
+
+
+@pytest.mark.parametrize(
+    ("status", "others"),
+    [
+        pytest.param(world.SERVED, [], id="what is served is what is declared"),
+        pytest.param(replace(world.SERVED, stable=OLDER), ["older"], id="an edit, or an edit that was refused"),
+        pytest.param(replace(world.SERVED, previous=OLDER), ["older"], id="the edit was promoted, and may be undone"),
+        pytest.param(replace(on_trial(stage="Watch"), candidate=world.trial("Watch", pair=OLDER)), ["older"],
+                     id="the manifest was edited in the watch"),
+        pytest.param(replace(world.SERVED, stable=SERVED_ELSEWHERE), [], id="at another endpoint: asked there"),
+    ],
+)  # fmt: skip
+def test_the_proxy_is_told_of_the_strong_models_of_the_jobs_pairs(status: api.Status, others: list[str]) -> None:
+    seen = context()
+    children = {common.key_of(c): c for c in desired(seen, replace(plan(seen), status=status))}
+    (container,) = children["Deployment", "claims-proxy"]["spec"]["template"]["spec"]["containers"]
+    options = _parser().parse_args(container["args"])
+    assert options.other_model == others
 
 
 @pytest.mark.parametrize("kuberay", [False, True], ids=["a Deployment", "KubeRay"])

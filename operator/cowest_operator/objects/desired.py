@@ -19,7 +19,7 @@ def desired(context: Context, plan: api.Plan, frozen: Mapping[str, Any] | None =
     return (
         common.job_map(context),
         *servers.observer(context),
-        *servers.proxy(context),
+        *servers.proxy(context, plan.status),
         *servers.gateway(context),
         *(weak.inference_service(context, server) for server in plan.servers),
         *steps.accounts(context),

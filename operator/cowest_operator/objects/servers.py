@@ -13,7 +13,7 @@ from cowest_operator import api
 from cowest_operator.objects import common, ray
 from cowest_operator.objects.common import Child, Context
 from cowest_operator.objects.steps import ASKED, MAIN, step_map, step_name, without_executor
-from cowest_serving.contract import digest_of, evaluator_key
+from cowest_serving.contract import Strong, digest_of, evaluator_key
 from cowest_training.contract import StepSettings
 
 BOOK = "/var/lib/cowest/book.sqlite"
@@ -274,7 +274,7 @@ def _ingress(context: Context, spec: api.Gateway) -> tuple[Child, ...]:
     return (built,)
 
 
-def proxy(context: Context) -> tuple[Child, ...]:
+def proxy(context: Context, status: api.Status) -> tuple[Child, ...]:
     """One replica: its book of paid calls is a file. While it is replaced, steps wait and gateways do not notice."""
     job_volume, job_mount = common.job_volume(context)
     tmp_volume, tmp_mount = common.tmp()
@@ -283,7 +283,8 @@ def proxy(context: Context) -> tuple[Child, ...]:
     client_volumes, client_mounts, client_env = _clients(clients["name"] if clients else None)
     container = common.container(
         context, "proxy", context.images.serving, "cowest_serving.proxy",
-        ["--job", f"{common.JOB_FOLDER}/job.json", "--book", BOOK, "--port", str(common.PORT), "--host", "0.0.0.0"],
+        ["--job", f"{common.JOB_FOLDER}/job.json", "--book", BOOK, "--port", str(common.PORT), "--host", "0.0.0.0",
+         *(f"--other-model={name}" for name in _other_models(context.job.spec.strong, status))],
         ports=[{"name": "http", "containerPort": common.PORT}],
         env=[*environment, *client_env],
         resources={"requests": {"cpu": "50m", "memory": "128Mi"}},
@@ -311,6 +312,18 @@ def proxy(context: Context) -> tuple[Child, ...]:
         _deployment(context, "proxy", pod, strategy={"type": "Recreate"}),
         common.service(context, "proxy"),
     )
+
+
+def _other_models(strong: Strong, status: api.Status) -> list[str]:
+    """Beside the declared one those of pairs that steps ask by: an edited model is measured against what is served.
+
+    That of `previous` too, so that neither a promotion nor a rollback replaces the proxy in the middle of a round.
+    """
+    trial = status.candidate
+    pairs = (status.stable, status.previous, trial.pair if trial else None)
+    here = strong.endpoint.rstrip("/")
+    names = {pair.strong_model for pair in pairs if pair and pair.strong_endpoint.rstrip("/") == here}
+    return sorted(names - {strong.model})
 
 
 Access = tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]  # volumes, mounts, environment
