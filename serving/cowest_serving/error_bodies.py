@@ -9,8 +9,10 @@ from typing import Any
 
 from cowest_serving.key_files import ReadKeys
 from cowest_serving.key_pool import Key
-from cowest_serving.models import HttpChatModel, ModelError, error_object
+from cowest_serving.models import HttpChatModel, ModelError, Unauthorized, error_object
 from cowest_serving.wire import Response
+
+CODE_KEY_REFUSED = "strong_key_refused"  # the proxy's word that its own key was refused, and not its client's
 
 
 class ErrorBody(Exception):
@@ -59,7 +61,10 @@ class OutspokenModel(HttpChatModel):
     def _refusal(self, response: Response) -> ModelError:
         refusal = super()._refusal(response)
         if response.status >= 400:
-            refusal.__cause__ = ErrorBody(response.status, error_object(response.body))
+            error = error_object(response.body)
+            if error.get("code") == CODE_KEY_REFUSED:
+                refusal = Unauthorized(str(error["message"]), status=response.status)
+            refusal.__cause__ = ErrorBody(response.status, error)
         return refusal
 
 

@@ -69,7 +69,7 @@ from cowest_serving.contract import (
     evaluator_key,
     parse,
 )
-from cowest_serving.error_bodies import OutspokenModel, body_of
+from cowest_serving.error_bodies import CODE_KEY_REFUSED, OutspokenModel, body_of
 from cowest_serving.foreign_json import read_part
 from cowest_serving.health import Watched
 from cowest_serving.key_files import CLIENT_KEYS, Keys, ReadKeys, keys_of
@@ -81,6 +81,7 @@ from cowest_serving.models import (
     DeadlineExceeded,
     ModelError,
     RateLimited,
+    Unauthorized,
     as_chunks,
     content_text,
     count,
@@ -577,6 +578,9 @@ def _refusal_of(error: Exception) -> Refusal | None:
         return Refusal(503, str(error), "api_error", code="book_unavailable", retry_after=5)
     if not isinstance(error, ModelError):
         return None
+    if isinstance(error, Unauthorized):
+        message = f"{error} A mended Secret reaches the proxy within two minutes: wait for it before you try again."
+        return Refusal(502, message, "api_error", code=CODE_KEY_REFUSED, is_in_vain=True)
     said = body_of(error)
     if said is not None and said.status < 500:
         return Declined(said.status, said.error, error.retry_after, is_in_vain=not error.retryable)

@@ -451,7 +451,7 @@ async def test_a_rotated_key_arrives_without_a_restart(tmp_path: Path) -> None:
         refused = await door.ask("y", "y")
         mount(folder, "2", {"00": "new\n"})
         answered = await door.ask("y", "y")
-    assert (refused.status, answered.status) == (401, 200)
+    assert (refused.status, answered.status) == (502, 200)
 
 
 def test_keys_are_read_in_order_of_their_files_once_each_and_from_folders_below(tmp_path: Path) -> None:
@@ -765,6 +765,30 @@ async def test_a_model_that_the_proxy_does_not_serve_ends_a_step_rather_than_sco
                 with pytest.raises(StepError, match=r"wanted big .*, saw older") as refusal:
                     await asking.solo(row("q"), pair(strong, strong_model="older"))
     assert refusal.value.code == EXIT_BAD_INPUT
+
+
+@pytest.mark.parametrize("of", ["the strong model", "a judge"])
+async def test_a_key_that_the_endpoint_refuses_is_not_said_of_the_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str
+) -> None:
+    async with ScriptedModel(keys=["valid"]) as model:
+        strong = strong_settings(model.url, max_retries=2)
+        async with proxy(tmp_path, strong, lambda: ["wrong"], judge=strong_settings(model.url, model="judge")) as door:
+            monkeypatch.setenv("COWEST_STRONG_URL", door.url + "/v1")
+            asked = await door.ask("x", "k")
+            before = len(model.calls)
+            async with judging(strong, model.url, tmp_path / "a.sqlite") as asking:
+                with pytest.raises(Unauthorized) as refusal:
+                    if of == "a judge":
+                        await asking.score_text(row("q"), "an answer")
+                    else:
+                        await asking.solo(row("q"), pair(strong))
+    assert (asked.status, asked.headers["x-should-retry"]) == (502, "false"), "a client's own key was not refused"
+    assert str(refusal.value).startswith(f"{model.url} answered 401"), "the endpoint, not the proxy"
+    assert "No API key was sent" not in str(refusal.value)
+    assert "two minutes" in str(refusal.value)
+    assert not refusal.value.retryable
+    assert len(model.calls) - before <= 2, "a judge is asked in both orders, and nobody again"
 
 
 async def test_an_edited_model_is_measured_against_the_one_that_is_served(
