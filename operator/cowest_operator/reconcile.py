@@ -833,7 +833,11 @@ def _ready(world: World) -> tuple[str, str, str]:
     if status.stable is None:
         return "True", api.REASON_STRONG_ALONE, "the strong model answers alone until there is a weak model."
     if status.serving == "StrongAlone":
-        return "True", api.REASON_STRONG_ALONE, f"the strong model answers alone: {_not_served(status, status.stable)}"
+        return (
+            "True",
+            api.REASON_STRONG_ALONE,
+            f"the strong model answers alone: {_not_served(status, status.stable)[1]}",
+        )
     if status.going_back:
         waits = f"the server of round {status.previous_round}, to which {status.going_back.by} rolled back, starts."
         return "True", api.REASON_STRONG_ALONE, f"the strong model answers alone while {waits}"
@@ -871,13 +875,18 @@ def _no_answers(world: World) -> api.Trouble | None:
 
 
 def _drafts_help(status: Status) -> tuple[str, str, str]:
+    trial = status.candidate
+    if status.stable is None and trial and trial.stage != "Preparing" and trial.difference is not None:
+        gain = f"{100 * trial.difference:+.1f} points against the strong model alone"
+        message = f"the pair of round {trial.number} passed the gate with {gain}; its {trial.stage.lower()} decides."
+        return "Unknown", api.REASON_PROGRESSING, message
     if status.stable is None:
         return "Unknown", api.REASON_NOT_MEASURED, "no pair was measured yet."
     if status.serving == "StrongAlone":
-        return "False", api.REASON_NOT_BETTER_THAN_SOLO, _not_served(status, status.stable)
+        return "False", *_not_served(status, status.stable)
     if status.standing == "NotPassed":
-        message = "the stable pair has not passed the gate; it is served as collaboration.whenDraftsHurt says."
-        return "False", api.REASON_NOT_BETTER_THAN_SOLO, message
+        reason, why = _not_served(status, status.stable)
+        return "False", reason, f"{why} It is served as collaboration.whenDraftsHurt says."
     if status.standing == "Chosen":
         return "Unknown", api.REASON_PROMOTED_BY_PERSON, "a person promoted the stable pair."
     return "True", api.REASON_MEASURED_BETTER, "the stable pair passed the gate."
@@ -890,7 +899,13 @@ def _with_note(status: Status, value: str, reason: str, message: str) -> tuple[s
     return value, reason, f"{message} {note}".rstrip()
 
 
-def _not_served(status: Status, stable: Pair) -> str:
+def _not_served(status: Status, stable: Pair) -> tuple[str, str]:
+    """Why the stable pair does not answer, or would not by itself."""
     if stable.digest in status.vetoed:
-        return "a person rolled the stable pair back."
-    return "the stable pair has not passed the gate against the strong model alone."
+        return api.REASON_ROLLED_BACK_BY_PERSON, "a person rolled the stable pair back."
+    trials = (row for row in reversed(status.rounds) if row.origin != "Revalidation" and row.pair == stable.digest)
+    trial = next(trials, None)
+    if trial is not None and trial.decision == "RolledBack":
+        why = f"the stable pair passed the gate, and its trial (round {trial.number}) was rolled back: {trial.message}"
+        return trial.reason, why
+    return api.REASON_NOT_BETTER_THAN_SOLO, "the stable pair has not passed the gate against the strong model alone."

@@ -1048,6 +1048,52 @@ def test_a_pair_served_in_spite_of_the_gate_is_not_called_a_help():
     assert condition(plan, api.DRAFTS_HELP).status == "False"
 
 
+FIRST = replace(
+    w.on_trial(origin="Baseline", number=0, stage="Canary", done={"sft": {}, "evaluate": {}}, difference=0.644),
+    stable=None,
+    serving="StrongAlone",
+    evaluator=None,
+)
+
+
+@pytest.mark.parametrize("stage", ["Canary", "Watch"])
+def test_a_first_pair_that_passed_the_gate_is_called_measured_while_its_trial_goes_on(stage):
+    status = replace(FIRST, candidate=replace(FIRST.candidate, stage=stage))
+    job = w.job(canary={"watch_seconds": 600})
+    said = condition(reconcile.plan(replace(CANARY_WORLD, status=status, job=job)), api.DRAFTS_HELP)
+    assert (said.status, said.reason) == ("Unknown", api.REASON_PROGRESSING)
+    assert said.message == (
+        f"the pair of round 0 passed the gate with +64.4 points against the strong model alone; its {stage.lower()}"
+        " decides."
+    )
+
+
+@pytest.mark.parametrize("serves", [False, True], ids=["the strong model answers alone", "whenDraftsHurt: Serve"])
+def test_a_first_pair_that_was_rolled_back_after_the_gate_says_why_and_not_that_the_gate_refused_it(serves):
+    live = replace(w.live(84, 200, errors=8), control="solo")
+    job = w.job(**SERVE) if serves else w.job(rounds={"max": 0})
+    plan = settle(replace(CANARY_WORLD, status=FIRST, live=live, job=job))
+    assert (plan.status.stable, plan.status.rounds[-1].decision) == (w.CANDIDATE, "RolledBack")
+    said, ready = condition(plan, api.DRAFTS_HELP), condition(plan, api.READY)
+    assert (said.status, said.reason) == ("False", api.REASON_TOO_MANY_ERRORS)
+    assert "passed the gate, and its trial (round 0) was rolled back: 8 of the candidate's 84" in said.message
+    assert ("collaboration.whenDraftsHurt" in said.message) is serves
+    assert ("was rolled back: 8 of" in ready.message) is not serves
+
+
+def test_a_first_pair_that_a_person_rolled_back_is_not_called_no_better():
+    plan = reconcile.plan(replace(CANARY_WORLD, status=FIRST, actions=(action("rollback"),)))
+    assert condition(plan, api.DRAFTS_HELP).reason == api.REASON_ROLLED_BACK_BY_PERSON
+
+
+def test_a_pair_that_no_trial_rolled_back_has_not_passed_the_gate():
+    row = api.Outcome(0, "Baseline", "Promoted", api.REASON_PROMOTED, "better.", w.STABLE.digest, 0.0, 1.0)
+    again = replace(row, number=1, origin="Revalidation", decision="Refused", reason=api.REASON_REVALIDATED)
+    for rows in ((row, again), (row,), ()):
+        plan = reconcile.plan(w.world(status=replace(ALONE, rounds=rows), job=w.job(rounds={"max": 0})))
+        assert condition(plan, api.DRAFTS_HELP).reason == api.REASON_NOT_BETTER_THAN_SOLO
+
+
 def test_what_answers_stays_while_a_candidate_is_measured_against_it():
     status = replace(ALONE, candidate=w.trial(done={"collect": {}, "feedback": {}, "dpo": {}}), trials=2)
     running = {"r1-evaluate": api.StepState("Running")}
