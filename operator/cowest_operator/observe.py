@@ -76,6 +76,7 @@ class Memory:
     version: int = 0  # resourceVersion of the job
     said: set[str] = field(default_factory=set)  # notes that were made known
     failing: dict[str, strong.Failing] = field(default_factory=dict)  # the strong endpoint, by who asks it
+    no_room: strong.NoRoom | None = None  # for live answers
     hastened: dict[str, float] = field(
         default_factory=dict
     )  # uid of a Workflow -> when the pods that Argo was told of ended
@@ -292,6 +293,8 @@ class _Look:
         )
         if strong_fails := strong.trouble(job, self.memory.failing):
             self.troubles.append(strong_fails)
+        if self.memory.no_room is not None:
+            self.troubles.append(strong.without_room(job, self.memory.no_room))
         self._look_at_pods()
         self._look_at_steps()
         self._look_at_deadlines()
@@ -526,15 +529,17 @@ class _Look:
 
     # ------------------------------------------------------------ the strong endpoint
     async def _ask_gateway(self, gateway: api.ServerState) -> None:
-        """How the strong endpoint does for users; the proxy's word comes with what was spent."""
+        """How the strong endpoint does for users, and whether the day's budget has room for them."""
         if not gateway.ready:
             return
         if self.memory.age("readiness") >= READINESS_EVERY:
             base = self.observer.base(self.context, "gateway")
             await self.memory.ask("readiness", self.observer.doors.readiness(base))
         # A gateway that does not answer is what Ready tells; what it said before says nothing of now.
-        answer = None if "readiness" in self.memory.shut else self.memory.answer("readiness")
-        self._note_strong(strong.USERS, (answer or {}).get("strong"))
+        answer = (None if "readiness" in self.memory.shut else self.memory.answer("readiness")) or {}
+        self._note_strong(strong.USERS, answer.get("strong"))
+        budget = self.context.job.spec.strong.budget
+        self.memory.no_room = strong.room(budget, answer.get("budget"), self.now, self.memory.no_room)
 
     def _note_strong(self, who: str, word: Mapping[str, Any] | None) -> None:
         endpoint, failing = self.context.job.spec.strong.endpoint, self.memory.failing

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cowest_operator import api
+from cowest_serving.contract import Budget
 
 USERS, STEPS = "users", "steps"  # who asks: by the gateway, by the proxy
 
@@ -71,9 +72,39 @@ def trouble(job: api.Job, failing: Mapping[str, Failing], *, here: bool = False)
         f"the strong endpoint {first.endpoint} has failed for {who} since {since}: {_what(job, first.error, here)}"
     )
     if USERS in failing:
-        others = "strong.fallbacks answer" if job.spec.strong.fallbacks else _meanwhile(job)
+        others = "strong.fallbacks answer" if job.spec.strong.fallbacks else f"they get {_meanwhile(job)}"
         message += f" Meanwhile {others}."
     return api.Trouble(api.REASON_STRONG_FAILS, message, USERS in failing and not job.spec.strong.fallbacks)
+
+
+@dataclass(frozen=True)
+class NoRoom:
+    """Live answers are refused for want of budget: on which day, by which limits, and how."""
+
+    budget: Budget | None
+    day: str  # UTC
+    error: str
+
+
+def room(budget: Budget | None, word: Mapping[str, Any] | None, now: float, before: NoRoom | None) -> NoRoom | None:
+    """What is known after a gateway's word of the day's budget; `None`: it has room, or nothing is known of it."""
+    day = datetime.fromtimestamp(now, UTC).date().isoformat()
+    if word and word.get("refuses"):
+        return NoRoom(budget, day, str(word["refuses"]))
+    left = (word[name] for name in ("left_tokens", "left_money")) if word else ()
+    met_no_call = not word or word["day"] is None or any(each is not None and each <= 0 for each in left)
+    still = before is not None and met_no_call and (before.budget, before.day) == (budget, day)
+    return before if still else None
+
+
+def without_room(job: api.Job, known: NoRoom) -> api.Trouble:
+    """Fallbacks are paid from the same budget, so only a draft may stand in."""
+    if known.error == "BudgetUnknown":
+        what = "cannot be looked up, and what gateways had taken of it is used up: is the strong-model proxy there?"
+    else:
+        what = f"of {known.day} has no room for live answers: raise it, or wait for midnight UTC."
+    message = f"the day's budget (strong.budget) {what} Meanwhile users get {_meanwhile(job)}."
+    return api.Trouble(api.REASON_BUDGET, message, of_all_answers=True)
 
 
 def _what(job: api.Job, error: str, here: bool) -> str:
@@ -92,4 +123,4 @@ def _what(job: api.Job, error: str, here: bool) -> str:
 def _meanwhile(job: api.Job) -> str:
     declared = job.spec.collaboration.when_strong_fails
     what = "the draft alone where there is one" if declared == "WeakAlone" else "an error"
-    return f"they get {what} (collaboration.whenStrongFails: {declared})"
+    return f"{what} (collaboration.whenStrongFails: {declared})"

@@ -219,6 +219,7 @@ class Allowance:
         self._slice = Amount()
         self._calls = [(0, NOTHING), (0, NOTHING)]  # how many, and what was taken for them: in this period, in the last
         self._refused: tuple[Amount, float, NoBudget] | None = None  # from so large on, not again until then
+        self._refuses = ""  # how the last call was refused, until one has room
         self._short_until = 0.0  # the book had less than was wanted: what goes on beside calls waits so long
         self._renewing: asyncio.Task[None] | None = None
         self._reporting: asyncio.Task[None] | None = None
@@ -258,6 +259,7 @@ class Allowance:
         share = self._share
         if share is None or self._clock() >= share.until or not share.left.covers(amount):
             return None
+        self._refuses = ""
         share.held += amount
         share.calls += 1
         number, taken = self._calls[0]
@@ -315,6 +317,7 @@ class Allowance:
 
     def _note_refusal(self, amount: Amount, error: NoBudget) -> NoBudget:
         self.refused += 1
+        self._refuses = type(error).__name__
         self._refused = (amount, self._clock() + AGAIN_SECONDS, error)
         return error
 
@@ -446,11 +449,13 @@ class Allowance:
     def word(self) -> dict[str, Any]:
         """For those who ask."""
         share = self._share
+        is_over = share is not None and self._clock() >= share.until
         return {
             "day": share.day if share else None,
             "left_tokens": self.room.tokens,
             "left_money": self.room.money,
             "refused": self.refused,
+            "refuses": None if is_over else self._refuses or None,
             "trouble": self._trouble or None,
         }
 

@@ -323,6 +323,9 @@ async def test_a_budget_that_is_spent_says_so_and_until_when() -> None:
         await call(door)
     assert no.value.retry_after == 12 * 3600
     assert door.word()["left_tokens"] == 8 and door.word()["refused"] == 1
+    assert door.word()["refuses"] == "NoBudget"
+    book.now += seconds_left(TODAY, book.now)
+    assert door.word()["refuses"] is None, "another day begins"
 
 
 async def test_a_smaller_call_may_still_have_room() -> None:
@@ -332,6 +335,7 @@ async def test_a_smaller_call_may_still_have_room() -> None:
     with pytest.raises(NoBudget):
         await call(door, most=11)
     await call(door, output=1, most=6)
+    assert door.word()["refuses"] is None
 
 
 async def test_at_midnight_another_days_budget_begins_and_calls_on_the_wire_are_of_the_old_one() -> None:

@@ -39,6 +39,7 @@ class ScriptedDoors(Doors):
     def __init__(self) -> None:
         super().__init__()
         self.shut: set[str] = set()
+        self.ready: Mapping[str, Any] | None = None  # the gateway's word
         self.words = "does not answer (refused)."
         self.asked: list[str] = []
         self.together = 0
@@ -53,6 +54,8 @@ class ScriptedDoors(Doors):
             raise DoorError(part, self.words)
         if part == "proxy":
             return {"calls": 3, "tokens": 4, "money": "0.5"}
+        if part == "gateway":
+            return self.ready
         return {"all": 7, "usable": 5} if url.endswith("/traces") else None
 
 
@@ -155,6 +158,23 @@ def test_a_gateway_that_is_made_and_does_not_answer_ends_no_look() -> None:
     desk.doors.shut = {"gateway"}
     assert desk.look().world.gateway.ready
     assert any(url.endswith("/readyz") for url in desk.doors.asked)
+
+
+@pytest.mark.parametrize("error", ["NoBudget", "BudgetUnknown"])
+@pytest.mark.parametrize(("when_strong_fails", "ready"), [("Fail", "False"), ("WeakAlone", "True")])
+def test_a_job_whose_users_are_refused_for_want_of_budget_is_not_ready(
+    when_strong_fails: str, ready: str, error: str
+) -> None:
+    desk = Desk(w.SERVED, **{"collaboration.whenStrongFails": when_strong_fails})
+    desk.has("Deployment", "gateway", status={"availableReplicas": 1})
+    desk.doors.ready = {"budget": {"day": "1970-01-01", "left_tokens": 5, "left_money": None, "refuses": error}}
+    conditions = {each.type: each for each in reconcile.plan(desk.look().world).status.conditions}
+    assert conditions[api.READY].status == ready
+    assert conditions[api.DEGRADED].reason == api.REASON_BUDGET
+    assert f"whenStrongFails: {when_strong_fails}" in conditions[api.DEGRADED].message
+    desk.memory.asked.clear()
+    desk.doors.ready = {"budget": {"day": "1970-01-01", "left_tokens": 5, "left_money": None, "refuses": None}}
+    assert desk.troubles() == []
 
 
 def test_an_observer_that_speaks_of_a_proxy_is_the_observer_all_the_same() -> None:

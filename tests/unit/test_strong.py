@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cowest_operator import api, strong
-from cowest_serving.contract import Fallback, SecretRef
+from cowest_serving.contract import Budget, Fallback, SecretRef
 from tests import world as w
 
 HERE = "https://s/v1"
@@ -96,3 +96,30 @@ def test_on_one_machine_there_are_no_pods_and_no_secrets(error: str, says: str) 
     told = strong.trouble(job(), {strong.USERS: replace(FAILING, error=error)}, here=True)
     assert told is not None and says in told.message
     assert "pods" not in told.message and "Secret openai" not in told.message
+
+
+LIMITS = Budget(money_per_day=1.0)
+NO_ROOM = strong.NoRoom(LIMITS, "1970-01-01", "NoBudget")
+REFUSES: Mapping[str, Any] = {"day": "1970-01-01", "left_tokens": None, "left_money": 0.2, "refuses": "NoBudget"}
+HAS_ROOM: Mapping[str, Any] = {**REFUSES, "refuses": None}
+
+
+@pytest.mark.parametrize(
+    ("word", "budget", "now", "known"),
+    [
+        pytest.param(REFUSES, LIMITS, 9.0, NO_ROOM, id="it refuses calls"),
+        pytest.param(HAS_ROOM, LIMITS, 9.0, None, id="it has room again"),
+        pytest.param({**HAS_ROOM, "day": None}, LIMITS, 9.0, NO_ROOM, id="a gateway that met no call changes nothing"),
+        pytest.param(
+            {**HAS_ROOM, "left_money": -0.1}, LIMITS, 9.0, NO_ROOM, id="nor does one that rests while it is spent"
+        ),
+        pytest.param(None, LIMITS, 9.0, NO_ROOM, id="nor one that does not answer"),
+        pytest.param({**HAS_ROOM, "day": None}, Budget(money_per_day=2.0), 9.0, None, id="the limit was edited"),
+        pytest.param({**HAS_ROOM, "day": None}, LIMITS, 90_000.0, None, id="another day begins"),
+        pytest.param({"day": None, "left_tokens": None, "left_money": None}, None, 9.0, None, id="an older gateway"),
+    ],
+)
+def test_a_spent_budget_is_said_until_there_is_room(
+    word: Mapping[str, Any] | None, budget: Budget, now: float, known: strong.NoRoom | None
+) -> None:
+    assert strong.room(budget, word, now, NO_ROOM) == known
