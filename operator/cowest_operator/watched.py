@@ -342,7 +342,7 @@ def _waits(status: Mapping[str, Any]) -> bool:
     """No pod of it has run a single command so far."""
     pods = [node for node in (status.get("nodes") or {}).values() if node.get("type") == "Pod"]
     packed = status.get("compressedNodes") or status.get("offloadNodeStatusVersion")
-    return not packed and all(node.get("phase", "Pending") == "Pending" for node in pods)
+    return not packed and all(node.get("phase", "Pending") == "Pending" or _is_refused(node) for node in pods)
 
 
 def _noted(status: Mapping[str, Any]) -> bool:
@@ -352,9 +352,18 @@ def _noted(status: Mapping[str, Any]) -> bool:
 
 
 def _pending(status: Mapping[str, Any]) -> str:
-    """Argo's words of a pod that it makes, or cannot make."""
+    """Argo's words of a pod that it makes, or cannot make: it waits for a quota, and to try again after a refusal."""
     pods = [node for node in (status.get("nodes") or {}).values() if node.get("type") == "Pod"]
-    return next((str(n["message"]) for n in pods if n.get("phase", "Pending") == "Pending" and n.get("message")), "")
+    words = [str(n["message"]) for n in pods if n.get("phase", "Pending") == "Pending" and n.get("message")]
+    last = max(pods, key=lambda node: str(node.get("startedAt") or ""), default={})
+    return next(iter(words), "") or (str(last["message"]) if _is_refused(last) else "")
+
+
+def _is_refused(node: Mapping[str, Any]) -> bool:
+    """There was never a pod of it: it has no place, no exit code, and was not deleted."""
+    words = str(node.get("message", ""))
+    seen = node.get("hostNodeName") or _code(node) or words.startswith("pod deleted")
+    return node.get("phase") == "Error" and bool(words) and not seen
 
 
 def _weight(node: Mapping[str, Any]) -> int:

@@ -755,6 +755,33 @@ def test_a_step_whose_pod_a_quota_refuses_is_said_in_the_api_servers_words() -> 
     assert QUOTA in story_of(seen, api.ROUND_PROGRESSING)
 
 
+FORBIDDEN = 'pods "x" is forbidden: no PriorityClass with name batch-low was found'
+
+
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        pytest.param({}, [api.REASON_PODS_FAIL], id="the API server refuses it"),
+        pytest.param({"hostNodeName": "n1", "message": "pod lost"}, [], id="it was on a node"),
+        pytest.param({"message": "pod deleted"}, [], id="somebody deleted it"),
+        pytest.param({"outputs": {"exitCode": "1"}}, [], id="it ended by itself"),
+    ],
+)
+def test_a_pod_that_is_refused_is_said_while_argo_waits_to_ask_again(node: Mapping[str, Any], said: list[str]) -> None:
+    desk = Desk(w.on_trial(number=1))
+    waiting(desk, "1", **{"phase": "Error", "message": FORBIDDEN, **node})
+    seen = desk.look()
+    troubles = seen.world.troubles or ()
+    assert [trouble.reason for trouble in troubles] == said
+    assert all(FORBIDDEN in trouble.message for trouble in troubles)
+
+
+def test_a_step_whose_pods_are_refused_is_submitted_again_when_an_edit_may_let_them() -> None:
+    desk = Desk(w.on_trial(number=1))
+    waiting(desk, "0", phase="Error", message=FORBIDDEN)
+    assert desk.look().submit == {"r1-collect": 2}
+
+
 def story_of(seen: Observed, kind: str) -> str:
     conditions = reconcile.plan(seen.world).status.conditions
     return next(condition.message for condition in conditions if condition.type == kind)
