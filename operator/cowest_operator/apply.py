@@ -280,11 +280,13 @@ class Applier:
             if step.keeps_running:
                 continue
             attempt = seen.submit.get(step.name) or (1 if self._unknown(step, family) else 0)
-            if not attempt:
-                continue
             orders, kind = steps.step_map(context, step, dict(seen.frozen_document)), "ConfigMap"
+            if not attempt and _is_as_it_was_put(key_of(orders), family, memory):
+                continue
             try:
                 await self._child(orders, family, memory)
+                if not attempt:
+                    continue
                 kind = "Workflow"
                 if step.name in seen.instead:
                     await self._give_up(context, seen.instead[step.name], family)
@@ -376,6 +378,12 @@ class Applier:
         parts = (family.children.get(key) for key in keys)
         switching = ray.kept_in(context, other=True) in family.children
         return not switching and all(seen and seen.facts["current"] and seen.facts["updated"] for seen in parts)
+
+
+def _is_as_it_was_put(key: tuple[str, str], family: Family, memory: Memory) -> bool:
+    """And nobody else wrote it since, as far as is known: what runs goes on by what it began with."""
+    known, put = family.children.get(key), memory.applied.get(key)
+    return known is not None and (put is None or put[1] == known.stamp)
 
 
 def _transition(seen: Observed, plan: api.Plan, memory: Memory) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cowest_operator.api import KIND
 from cowest_operator.kube import CHILDREN
-from cowest_operator.objects.common import JOB_LABEL
+from cowest_operator.objects.common import JOB_LABEL, hex_of
 from cowest_operator.objects.steps import ATTEMPT_LABEL, GENERATION_LABEL, OVERRAN, RETRY_CODES, STEP_LABEL
 from cowest_operator.objects.weak import DIGEST_ANNOTATION
 from cowest_serving.contract import digest_of
@@ -227,7 +227,17 @@ def _stamp(kind: str, body: Mapping[str, Any]) -> str:
         return str(metadata["resourceVersion"])
     if kind in _BY_CONTENT:
         return digest_of([metadata.get("labels"), metadata.get("ownerReferences"), body.get("spec")])
-    return str(metadata["generation"])
+    return f"{metadata['generation']}{_held(metadata)}"
+
+
+def _held(metadata: Mapping[str, Any]) -> str:
+    """Changes when somebody else takes over a label or an annotation that our apply set: no generation tells of it."""
+    for entry in metadata.get("managedFields") or []:
+        if entry.get("manager") == CHILDREN and entry.get("operation") == "Apply":
+            said = (entry.get("fieldsV1") or {}).get("f:metadata") or {}
+            names = [sorted(said.get(field) or {}) for field in ("f:labels", "f:annotations")]
+            return f" {hex_of(digest_of(names))}"
+    return ""
 
 
 def _deployment(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,6 +91,15 @@ def test_a_child_edited_by_hand_is_written_again_and_nothing_else(resting: Playg
     assert resting.get(path)["spec"] == before
 
 
+def test_a_label_of_ours_edited_by_hand_is_written_again_and_what_is_anothers_stays(resting: Playground) -> None:
+    path = f"{DEPLOYMENTS}/claims-gateway"
+    theirs = {"app.kubernetes.io/component": "mine", "team": "depot"}
+    with only(resting, "patch deployments claims-gateway"):
+        resting.server.request("PATCH", path, {"metadata": {"labels": theirs}})
+    labels = resting.get(path)["metadata"]["labels"]
+    assert (labels["app.kubernetes.io/component"], labels["team"]) == ("gateway", "depot")
+
+
 def test_a_config_map_deleted_by_hand_is_made_again_and_nothing_else(resting: Playground) -> None:
     (name,) = (
         volume["configMap"]["name"]

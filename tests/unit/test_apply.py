@@ -252,6 +252,35 @@ def test_a_workflow_that_may_not_be_patched_is_left_to_argo() -> None:
     assert desk.memory.apply_troubles == () and notes(server, step) == []
 
 
+# ---------------------------------------------------------------- what a step that waits or runs goes by
+@pytest.mark.parametrize("how", ["deleted", "edited"])
+def test_the_orders_of_a_step_that_a_hand_took_away_are_put_back_though_its_workflow_is_there(how: str) -> None:
+    desk = Desk(w.on_trial(number=1))
+    server = server_of(desk)
+    applied(desk, server)
+    key = ("ConfigMap", "desks", "claims-r1-collect")
+    orders = server.objects[key]["data"]
+    if how == "deleted":
+        del server.objects[key], desk.family.children["ConfigMap", "claims-r1-collect"]
+    else:
+        edited = server.keep({**server.objects[key], "data": {"step.json": "{}"}})
+        desk.family.children["ConfigMap", "claims-r1-collect"] = see("ConfigMap", edited)
+    applied(desk, server)
+    assert server.objects[key]["data"] == orders
+    assert server.of("Workflow") == ["claims-r1-collect"]
+
+
+def test_the_orders_of_a_step_that_runs_do_not_follow_an_edit() -> None:
+    desk = Desk(w.on_trial(number=1))
+    server = server_of(desk)
+    applied(desk, server)
+    desk.declare(**{"strong.timeoutSeconds": 77})
+    assert desk.family.job is not None
+    desk.family.job = server.keep(desk.family.job)
+    applied(desk, server)
+    assert server.writes.count(("apply", "ConfigMap", "claims-r1-collect")) == 1
+
+
 # ---------------------------------------------------------------- refused in the middle of a trial
 @pytest.mark.parametrize("kind", ["Workflow", "ConfigMap"])
 def test_a_webhook_that_is_away_for_what_a_step_needs_is_said_and_nothing_is_written_twice(kind: str) -> None:

@@ -113,6 +113,25 @@ def test_what_has_no_generation_is_told_apart_by_its_version() -> None:
     assert see("Deployment", body(version="12", generation=3)).stamp == "3"
 
 
+def test_what_somebody_else_took_of_our_labels_and_annotations_is_told_by_who_holds_them() -> None:
+    def stamp(**held: Any) -> str:
+        child = body(version="12", generation=3)
+        others = {
+            "manager": "kubectl-label",
+            "operation": "Update",
+            "fieldsV1": {"f:metadata": {"f:labels": {"f:x": {}}}},
+        }
+        ours = {"manager": "cowest-operator", "operation": "Apply", "fieldsV1": {"f:metadata": held}}
+        child["metadata"]["managedFields"] = [others, ours]
+        return see("Deployment", child).stamp
+
+    both = {"f:app": {}, "f:job": {}}
+    assert stamp(**{"f:labels": both}) == stamp(**{"f:labels": dict(reversed(both.items()))})
+    assert (
+        len({stamp(**{"f:labels": both}), stamp(**{"f:labels": {"f:job": {}}}), stamp(**{"f:annotations": both})}) == 3
+    )
+
+
 def test_what_has_a_status_and_no_generation_is_told_apart_by_its_content() -> None:
     """An autoscaler writes its status every few seconds."""
 
