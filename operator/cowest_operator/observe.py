@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any, get_args
 
 from cowest_operator import api, manifest, rounds, story, strong
@@ -49,6 +50,8 @@ MISSING_RETRY = 120.0  # what is not there yet is often brought within minutes, 
 NO_FAULT = (EXIT_RETRY, EXIT_BUDGET, EXIT_MISSING)  # of the step that ends so
 FAILURES = 3  # of a step by faults of its own, before it waits for a person
 BAD_INPUT_RETRY = 3600.0  # what a step refuses costs seconds, and a key or a file may be mended where nobody sees it
+SPENT = re.compile(r"wanted at most \S+ \S+ (in (?P<round>round) \d+|on (?P<day>\d{4}-\d\d-\d\d)), saw")  # a book's
+BY_MIDNIGHT = "It is begun again by itself after midnight UTC, or by an edit of the manifest."
 BY_A_PERSON = "It is begun again by `kubectl cowest resume` once that is mended, or by an edit of the manifest."
 
 
@@ -358,10 +361,22 @@ class _Look:
         for_good = not asked_for and self._failed_for_good(trial, seen)
         if for_good and (code != EXIT_BAD_INPUT or self.now < facts["finished"] + BAD_INPUT_RETRY):
             return api.StepState("Failed", code, 1, words, again=BY_A_PERSON, reason=reason)
+        if code == EXIT_BUDGET and not asked_for and (again := self._no_budget(words)):
+            return api.StepState("Failed", code, 1, words, again=again, reason=reason)
         if asked_for or self.now >= facts["finished"] + retry_after(facts["attempt"], LONGEST_RETRY):
             self.submit[name] = facts["attempt"] + 1
             return None
         return api.StepState("Failed", code if code == EXIT_BUDGET else EXIT_RETRY, 1, words, reason=reason)
+
+    def _no_budget(self, words: str) -> str:
+        """What begins it again, where another attempt cannot succeed before; "" where one may."""
+        limit = SPENT.search(words)
+        if limit is None:
+            return ""
+        if limit["round"]:
+            return BY_A_PERSON
+        is_over = datetime.fromtimestamp(self.now, UTC).date().isoformat() > limit["day"]
+        return "" if is_over else BY_MIDNIGHT
 
     def _running(self, workflow: Seen) -> api.StepState:
         """A look for what was missing says so until it is over: nothing is written while nothing changes."""

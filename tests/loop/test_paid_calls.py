@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cowest_operator.observe import SPENT
 from cowest_serving.contract import Budget, Pair, Prices, Prompts, Strong
 from cowest_serving.models import BadRequest, ChatResult, HttpChatModel, ServerFault
 from cowest_training.asking import Asking, open_asking, score_key
@@ -124,6 +125,7 @@ async def test_an_answer_without_usage_is_booked_by_an_estimate(tmp_path: Path, 
         assert (spent.input_tokens, spent.output_tokens) == (5, 4)
         answered, refusals = await outcomes(book, server, 9, **limit)
     assert (answered, len(refusals)) == (2, 7)
+    assert (of := SPENT.search(str(refusals[0]))) is not None and of["day"], "as the operator reads it"
 
 
 async def test_calls_beyond_the_budget_of_a_round_are_not_made(tmp_path: Path) -> None:
@@ -132,7 +134,8 @@ async def test_calls_beyond_the_budget_of_a_round_are_not_made(tmp_path: Path) -
             answers, refusals = await outcomes(book, server, 5)
             assert (answers, len(refusals), len(server.calls)) == (3, 2, 3)
             assert refusals[0].code == EXIT_BUDGET
-            assert "at most 3 calls in round 1" in str(refusals[0])
+            assert "at most 3 calls in round 1" in str(refusals[0]) and " or wait" not in str(refusals[0])
+            assert (of := SPENT.search(str(refusals[0]))) is not None and of["round"], "as the operator reads it"
         async with PaidCalls(tmp_path / "calls", round_number=2, budget=Budget(calls_per_round=3)) as book:
             answers, refusals = await outcomes(book, server, 5)
             assert (answers, refusals) == (5, [])

@@ -462,10 +462,12 @@ ENDED = datetime.fromtimestamp(NOW, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 BAD_INPUT, FAILED, BUDGET, AWAY = "2", "1", "76", "75"
 
 
-def failed(desk: Desk, code: str, step: str = "r1-dpo", attempt: int = 1, generation: str = "1") -> None:
+def failed(
+    desk: Desk, code: str, step: str = "r1-dpo", attempt: int = 1, generation: str = "1", words: str = "no good"
+) -> None:
     """An attempt that ended at `NOW`."""
     labels = {"cowest.dev/step": step, "cowest.dev/attempt": str(attempt), "cowest.dev/generation": generation}
-    node = {"type": "Pod", "phase": "Failed", "outputs": {"exitCode": code}, "message": "no good"}
+    node = {"type": "Pod", "phase": "Failed", "outputs": {"exitCode": code}, "message": words}
     status = {"phase": "Failed", "finishedAt": ENDED, "nodes": {"a": node}}
     name = f"{step}-{attempt}"
     desk.has("Workflow", name, metadata={"labels": labels}, status=status)
@@ -526,6 +528,32 @@ def test_a_step_that_waits_for_a_person_is_begun_again_by_resume_and_by_an_edit(
     assert desk.family.job is not None
     desk.family.job["metadata"] |= {"annotations": {}, "generation": 2}
     assert desk.look(NOW + 10).submit == {"r1-dpo": 4}
+
+
+@pytest.mark.parametrize(
+    ("limit", "due_after", "says"),
+    [
+        pytest.param("50 calls in round 1", None, "`kubectl cowest resume`", id="of the round: no time helps"),
+        pytest.param("2 EUR on 1970-01-01", 86_400.0 - NOW, "after midnight UTC", id="of the day"),
+    ],
+)
+def test_a_step_whose_budget_is_spent_is_begun_again_when_there_may_be_some(
+    limit: str, due_after: float | None, says: str
+) -> None:
+    desk = tuning()
+    spent = (
+        f"The budget of the strong model is spent: wanted at most {limit}, saw 50 used and a call that needs about 1"
+    )
+    failed(desk, BUDGET, words=spent)
+    for late in (11.0, 601.0, 86_399.0 - NOW, 86_401.0 - NOW, 1e7):
+        seen = desk.look(NOW + late)
+        is_due = due_after is not None and late > due_after
+        assert seen.submit == ({"r1-dpo": 2} if is_due else {})
+        if not is_due:
+            assert story_reason(seen) == api.REASON_BUDGET and says in story_of(seen, api.ROUND_PROGRESSING)
+    assert desk.family.job is not None
+    desk.family.job["metadata"]["generation"] = 2
+    assert desk.look(NOW + 11).submit == {"r1-dpo": 2}, "an edit may have raised it"
 
 
 def test_a_resume_by_a_clock_that_is_behind_is_heard_when_it_is_taken_in() -> None:
