@@ -22,11 +22,14 @@ WHO: Mapping[Part, str] = {
 
 
 class DoorError(Exception):
-    """A pod of ours does not answer, or says that what is behind it is away. One sentence; `part` is whose pod."""
+    """A pod of ours does not answer, or says that what is behind it is away. One sentence; `part` is whose pod.
 
-    def __init__(self, part: Part, message: str) -> None:
+    `answered`: it says so itself, perhaps with a `reason`, where that is something else than what is behind it.
+    """
+
+    def __init__(self, part: Part, message: str, *, answered: bool = False, reason: str = "") -> None:
         super().__init__(f"{WHO[part]} {message}")
-        self.part = part
+        self.part, self.answered, self.reason = part, answered, reason
 
 
 class Doors:
@@ -67,7 +70,8 @@ class Doors:
                 if answer.status == 404:
                     return None
                 if answer.status >= 400:
-                    raise DoorError(part, f"answers {answer.status}: {_words(body)}")
+                    words, reason = _words(body)
+                    raise DoorError(part, f"answers {answer.status}: {words}", answered=True, reason=reason)
                 return json.loads(body)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise DoorError(part, f"does not answer ({error or type(error).__name__}).") from error
@@ -75,8 +79,10 @@ class Doors:
             raise DoorError(part, f"answered no JSON at {url}.") from error
 
 
-def _words(body: bytes) -> str:
+def _words(body: bytes) -> tuple[str, str]:
+    """What it says, and its reason where it gives one."""
     try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return body.decode(errors="replace")[:300]
+        error = json.loads(body)["error"]
+        return str(error["message"]), str(error.get("reason") or "")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return body.decode(errors="replace")[:300], ""

@@ -469,7 +469,7 @@ class _Look:
         try:
             found = await self.observer.doors.artifact(self.observer_base, out)
         except DoorError as error:
-            self._store_trouble(error)
+            self._door_trouble(error)
             return api.StepState("Running", message=f"its result is not to be had yet: {error}")
         if found is None:
             return api.StepState("Failed", EXIT_FAILED, 1, f"it left no {out}")
@@ -531,15 +531,22 @@ class _Look:
             await self.memory.ask(what, question)
             self.memory.forget_answers(time.monotonic() - ANSWERS_KEPT)
         if what in self.memory.shut:
-            self._store_trouble(self.memory.shut[what])
+            self._door_trouble(self.memory.shut[what])
         return self.memory.answer(what)
 
-    def _store_trouble(self, error: DoorError) -> None:
-        """While the pods start nobody answers: that is no trouble yet."""
+    def _door_trouble(self, error: DoorError) -> None:
+        """While the pods start nobody answers, or not with good news: that is no trouble yet."""
         seen = self.family.children.get(("Deployment", self.context.name(error.part)))
-        if seen is None or (not seen.facts["available"] and self.now - seen.created < 6 * PATIENCE):
+        since = max((each.created for each in (seen, *self._pods(error.part)) if each), default=0.0)
+        if seen is None or (not seen.facts["available"] and self.now - since < 6 * PATIENCE):
             return
-        reason = api.REASON_PROXY_AWAY if error.part == "proxy" else api.REASON_STORE_AWAY
+        if error.part == "proxy":
+            reason = api.REASON_PROXY_AWAY
+        elif not error.answered:
+            reason = api.REASON_OBSERVER_AWAY
+        else:
+            known = (api.REASON_DATA_MISSING, api.REASON_DATA_INVALID)
+            reason = error.reason if error.reason in known else api.REASON_STORE_AWAY
         self.troubles.append(api.Trouble(reason, _sentence(str(error))))
 
     # ------------------------------------------------------------ the strong endpoint

@@ -339,6 +339,27 @@ async def test_a_count_that_fails_after_good_ones_is_said_until_the_next_good_on
     assert "minio is away" in seen[1][1]["error"]["message"] and seen[2][1]["all"] == 4
 
 
+@pytest.mark.parametrize(("text", "reason"), [(None, "DataMissing"), ("{}", "DataInvalid")], ids=["none", "no rows"])
+async def test_held_out_rows_that_are_not_there_or_are_none_are_no_fault_of_the_store(
+    desk: Desk, text: str | None, reason: str
+) -> None:
+    file = desk.folder / "held_out.jsonl"
+    file.unlink(missing_ok=True)
+    if text is not None:
+        file.write_text(text)
+    watching = observer.Observer(Any, observer.Metrics(observer.HELP), lambda: counter(desk), every=0.01)  # type: ignore[arg-type]
+    before = watching.trouble
+    counting = asyncio.create_task(watching.keep_counting())
+    try:
+        async with asyncio.timeout(60):
+            while watching.trouble == before:
+                await asyncio.sleep(0.01)
+        answer = await watching.traces(Request({"type": "http", "query_string": b"", "headers": []}))
+    finally:
+        counting.cancel()
+    assert answer.status_code == 503 and json.loads(answer.body)["error"]["reason"] == reason
+
+
 def test_it_needs_no_torch() -> None:
     code = "import sys, cowest_training.observer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

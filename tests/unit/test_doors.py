@@ -43,11 +43,11 @@ async def test_a_port_that_is_closed_is_a_door_that_is_shut(question: Question, 
 @pytest.mark.parametrize(("question", "part", "who"), EVERY_DOOR)
 async def test_a_pod_that_is_not_ready_says_why(question: Question, part: str, who: str) -> None:
     async def away(_: web.Request) -> web.Response:
-        return web.json_response({"error": {"message": "no routing yet."}}, status=503)
+        return web.json_response({"error": {"message": "no routing yet.", "reason": "Early"}}, status=503)
 
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", away)
     async with TestServer(app) as server, asking() as doors:
         with pytest.raises(DoorError, match=f"^{who} answers 503: no routing yet.") as caught:
             await question(doors, f"http://127.0.0.1:{server.port}")
-    assert caught.value.part == part
+    assert (caught.value.part, caught.value.answered, caught.value.reason) == (part, True, "Early")

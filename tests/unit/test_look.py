@@ -40,7 +40,7 @@ class ScriptedDoors(Doors):
         super().__init__()
         self.shut: set[str] = set()
         self.ready: Mapping[str, Any] | None = None  # the gateway's word
-        self.words = "does not answer (refused)."
+        self.words, self.reason, self.answers = "answers 503: it is away.", "", True
         self.asked: list[str] = []
         self.together = 0
 
@@ -51,7 +51,7 @@ class ScriptedDoors(Doors):
             await asyncio.sleep(0)
         self.together = max(self.together, len(self.asked) - before + 1)
         if part in self.shut:
-            raise DoorError(part, self.words)
+            raise DoorError(part, self.words, answered=self.answers, reason=self.reason)
         if part == "proxy":
             return {"calls": 3, "tokens": 4, "money": "0.5"}
         if part == "gateway":
@@ -133,6 +133,33 @@ def test_an_observer_that_is_not_ready_is_asked_again_soon_why(available: int, a
     desk.memory.asked = {what: (when - 15, answer) for what, (when, answer) in desk.memory.asked.items()}
     desk.look()
     assert sum("/v1/traces" in url for url in desk.doors.asked) == asked
+
+
+@pytest.mark.parametrize(
+    ("answers", "told", "reason"),
+    [
+        pytest.param(False, "", api.REASON_OBSERVER_AWAY, id="it does not answer"),
+        pytest.param(True, "", api.REASON_STORE_AWAY, id="the store is away"),
+        pytest.param(True, "DataMissing", api.REASON_DATA_MISSING, id="the rows are not there"),
+        pytest.param(True, "DataInvalid", api.REASON_DATA_INVALID, id="the rows are none"),
+        pytest.param(True, "Sunday", api.REASON_STORE_AWAY, id="a word of another version"),
+    ],
+)
+def test_what_the_observer_says_is_wrong_is_not_all_laid_on_the_store(answers: bool, told: str, reason: str) -> None:
+    desk = Desk(w.SERVED)
+    desk.doors.shut, desk.doors.answers, desk.doors.reason = {"observer"}, answers, told
+    assert desk.troubles() == [reason]
+
+
+@pytest.mark.parametrize(("ago", "said"), [(30.0, []), (300.0, [api.REASON_OBSERVER_AWAY])], ids=["starts", "hangs"])
+def test_an_observer_whose_pod_is_new_is_given_time_however_old_its_deployment(ago: float, said: list[str]) -> None:
+    desk = Desk(w.SERVED)
+    desk.doors.shut, desk.doors.answers = {"observer"}, False
+    desk.has("Deployment", "observer", status={"availableReplicas": 0})
+    made = datetime.fromtimestamp(NOW - ago, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    labels = {"app.kubernetes.io/component": "observer"}
+    desk.has("Pod", "observer-x", metadata={"labels": labels, "creationTimestamp": made}, status={"phase": "Running"})
+    assert desk.troubles() == said
 
 
 def test_a_door_that_was_shut_is_asked_again_soon_whether_it_is_open() -> None:

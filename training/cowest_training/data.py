@@ -137,8 +137,12 @@ def _fetch(uri: str, field: str = "spec.data") -> bytes:
     return data
 
 
+class NoFileError(StepError):
+    """There is no such file, or not yet."""
+
+
 def _no_file(uri: str, field: str = "spec.data") -> NoReturn:
-    raise StepError(f"{uri}: wanted a JSONL or Parquet file, saw none. Check the path in {field}.") from None
+    raise NoFileError(f"{uri}: wanted a JSONL or Parquet file, saw none. Check the path in {field}.") from None
 
 
 def _lines(uri: str, data: bytes) -> Iterator[tuple[str, Any]]:

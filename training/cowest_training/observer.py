@@ -5,7 +5,8 @@
                                with ?since=EPOCH also "since_last": how many of the usable ones were given after that
     GET /healthz /readyz /metrics
 
-404: no such artifact. 403: nothing that is given out. 503: the store is away, or hangs, with its words.
+404: no such artifact. 403: nothing that is given out. 503: the store is away, or hangs, with its words; or the rows are
+not there (`reason` DataMissing), or cannot be read as such (DataInvalid).
 
     python -m cowest_training.observer --store s3://bucket/desk --job job.json --port 8080
 """
@@ -53,7 +54,7 @@ from cowest_training.collect import (
     reason_of,
 )
 from cowest_training.contract import EXIT_BAD_INPUT, EXIT_OK, Evaluator, Retention, Row, StepError
-from cowest_training.data import Known, conversation_key
+from cowest_training.data import Known, NoFileError, conversation_key
 from cowest_training.evaluator import needs_reference, reference_problem
 from cowest_training.retention import expire
 from cowest_training.steps import load_spec
@@ -294,7 +295,7 @@ class Observer:
         self.desk = desk
         self.metrics = metrics
         self.counted: tuple[TraceCounts, float] | None = None  # and when, in epoch seconds
-        self.trouble = "the first count is under way."
+        self.trouble, self._reason = "the first count is under way.", ""
         self._make_counter = make_counter
         self._every = every
         self._thread = ThreadPoolExecutor(1, "count")
@@ -316,7 +317,7 @@ class Observer:
             except Exception as error:  # whatever it is, the next count may succeed
                 self._metrics_of_failure(error)
             else:
-                self.counted, self.trouble = (seen, at), ""
+                self.counted, self.trouble, self._reason = (seen, at), "", ""
             self.metrics.observe("cowest_observer_count_seconds", time.monotonic() - began)
             await asyncio.sleep(self._every)
 
@@ -325,7 +326,7 @@ class Observer:
         message = str(error) or type(error).__name__
         if message != self.trouble:
             log.warning("The traces cannot be counted: %s", message, extra={"reason": "TracesNotCounted"})
-        self.trouble = message
+        self.trouble, self._reason = message, _reason_of(error)
 
     # ------------------------------------------------------------ routes
     async def artifact(self, request: Request) -> Response:
@@ -342,9 +343,9 @@ class Observer:
 
     async def traces(self, request: Request) -> Response:
         if self.counted is None:
-            return _error(503, f"the traces were not counted yet: {self.trouble}")
+            return _error(503, f"the traces were not counted yet: {self.trouble}", self._reason)
         if self.trouble:  # who asks has the last counts, and must hear why there are no newer ones
-            return _error(503, f"the traces cannot be counted: {self.trouble}")
+            return _error(503, f"the traces cannot be counted: {self.trouble}", self._reason)
         seen, at = self.counted
         answer = {"all": seen.all, "usable": seen.usable, "reason": seen.reason, "counted_at": at}
         if (since := request.query_params.get("since")) is not None:
@@ -386,8 +387,15 @@ def take_away(store_uri: str, days: int) -> None:
         log.warning(text, days, error, extra={"reason": "TracesNotExpired"})
 
 
-def _error(status: int, message: str) -> Response:
-    return JSONResponse({"error": {"message": message}}, status)
+def _reason_of(error: Exception) -> str:
+    """What the fault is, where it is the rows' and not the store's."""
+    if isinstance(error, NoFileError):
+        return "DataMissing"
+    return "DataInvalid" if isinstance(error, StepError) else ""
+
+
+def _error(status: int, message: str, reason: str = "") -> Response:
+    return JSONResponse({"error": {"message": message, **({"reason": reason} if reason else {})}}, status)
 
 
 def build_app(observer: Observer) -> Starlette:
