@@ -101,7 +101,7 @@ class Applier:
         memory.apply_troubles = tuple(refused.troubles)
         transition = _transition(seen, plan, memory)
         await self.write_status(context, plan, seen.world.traces, family, memory)
-        for event in plan.events:
+        for event in (*plan.events, *story.warnings(seen.world.status.conditions, plan.status.conditions)):
             await self._event(context, event, transition)
         for note in seen.notes:
             if note.message not in memory.said:

@@ -764,7 +764,7 @@ def _with_conditions(world: World, move: Move) -> Status:
         (api.DRAFTS_HELP, *_with_note(status, *_drafts_help(status))),
         (api.ROUND_PROGRESSING, "False" if move.failure or move.finished or world.blocked else "True",
          _doing(world) if move.reason == api.REASON_PROGRESSING else move.reason, _with_waiting(world, move.message)),
-        *_degraded(world),
+        *_degraded(world, move),
     )  # fmt: skip
     before = {c.type: c for c in status.conditions}
     conditions = tuple(_condition(world, before.get(row[0]), *row) for row in wanted)
@@ -812,13 +812,15 @@ def _condition(
     return api.Condition(type_, as_status, reason, message, world.job.generation, since)
 
 
-def _degraded(world: World) -> tuple[tuple[str, str, str, str], ...]:
+def _degraded(world: World, move: Move) -> tuple[tuple[str, str, str, str], ...]:
+    """A step that waits for a person is something to mend too; a limit that a person has set is none."""
     if world.troubles is None:
         return ()
-    if not world.troubles:
+    fails = move.failure is not None and move.reason == api.REASON_STEP_FAILED
+    troubles = (*world.troubles, *((api.Trouble(move.reason, move.message),) if fails else ()))
+    if not troubles:
         return ((api.DEGRADED, "False", api.REASON_AS_EXPECTED, "all that the job needs is there."),)
-    sentences = " ".join(trouble.message for trouble in world.troubles)
-    return ((api.DEGRADED, "True", world.troubles[0].reason, sentences),)
+    return ((api.DEGRADED, "True", troubles[0].reason, " ".join(trouble.message for trouble in troubles)),)
 
 
 def _ready(world: World) -> tuple[str, str, str]:

@@ -12,6 +12,7 @@ from cowest_operator import api, manifest
 from cowest_operator.schema import Schema
 from cowest_serving.contract import Pair, SettingsError, dump, parse
 
+WARNED = (api.REASON_STEP_FAILED, api.REASON_STEP_DEADLINE, api.REASON_BUDGET)  # of RoundProgressing, as events
 LONGEST = 4096  # characters of a text, where the schema lets it be longer
 
 
@@ -104,6 +105,18 @@ def _condition(condition: api.Condition) -> dict[str, Any]:
         "observedGeneration": condition.observed_generation,
         "lastTransitionTime": rfc3339(condition.last_transition),
     }
+
+
+def warnings(before: Iterable[api.Condition], after: Iterable[api.Condition]) -> tuple[api.Event, ...]:
+    """An event for each reason that something is wrong by now and was not before, however many conditions have it."""
+    known = {each.reason for each in before if _warns(each)}
+    new = {each.reason: each.message for each in after if _warns(each) and each.reason not in known}
+    return tuple(api.Event("Warning", reason, message) for reason, message in new.items())
+
+
+def _warns(condition: api.Condition) -> bool:
+    is_degraded = condition.type == api.DEGRADED and condition.status == "True"
+    return is_degraded or (condition.type == api.ROUND_PROGRESSING and condition.reason in WARNED)
 
 
 def _stable(status: api.Status, pair: Pair) -> dict[str, Any]:

@@ -444,7 +444,7 @@ def test_a_step_with_bad_input_waits_for_a_person_in_steady_words_and_resume_beg
         apply(playground, manifest_of("claims", **ONLY_BASELINE))
         wait_for_reason(playground, "claims", api.ROUND_PROGRESSING, api.REASON_STEP_FAILED)
         playground.wait(lambda: playground.condition("claims", api.READY).get("status") == "True", "Ready")
-        playground.wait(lambda: reason(playground, "claims", api.DEGRADED) == api.REASON_AS_EXPECTED, "rest")
+        playground.wait(lambda: reason(playground, "claims", api.DEGRADED) == api.REASON_STEP_FAILED, "rest")
         told = playground.condition("claims", api.ROUND_PROGRESSING)
         assert words in told["message"] and "`kubectl cowest resume`" in told["message"]
         for _ in range(5):

@@ -148,12 +148,12 @@ def secret(playground: Playground, method: str, path: str, value: str) -> None:
     assert code in (200, 201), answer
 
 
-def test_a_secret_that_is_missing_comes_and_is_rotated_costs_one_status_each_way_and_none(resting: Playground) -> None:
+def test_a_secret_that_is_missing_comes_and_is_rotated_costs_one_status_each_way_and_an_event(resting: Playground) -> None:
     labels = {"cowest.dev/job": "claims", "app.kubernetes.io/component": "gateway"}
     keys = {"secretName": "strong", "items": [{"key": "api-key", "path": "00"}]}
     volumes = [{"name": "strong-keys", "secret": keys}]
     spec = {"containers": [{"name": "main", "image": "x"}], "volumes": volumes}
-    with only(resting, STATUS):
+    with only(resting, STATUS, "create events"):
         resting.server.request("POST", PODS, {"metadata": {"name": "claims-gateway-x", "labels": labels}, "spec": spec})
         kubelet(resting, "Pending", started=False)
     told = resting.condition("claims", "Degraded")

@@ -362,3 +362,53 @@ def test_a_transition_that_comes_again_is_an_event_again_and_the_same_one_after_
     desk.family.job = server.objects["CollaborationJob", "desks", "claims"]
     asyncio.run(applier.apply(desk.look(), follows("strong-2"), desk.family, desk.memory))
     assert len(said(server, api.REASON_STRONG_FOLLOWS)) == 2
+
+
+def warned(server: KubeInMemory, reason: str) -> int:
+    events = (body for (kind, _, _), body in server.objects.items() if kind == "Event")
+    return sum(event["type"] == "Warning" and event["reason"] == reason for event in events)
+
+
+def test_what_goes_wrong_is_an_event_once_and_again_when_it_comes_again() -> None:
+    desk = Desk(w.SERVED)
+    server = server_of(desk)
+    applied(desk, server)
+    for times in (1, 2):
+        desk.doors.shut, desk.memory.asked = {"proxy"}, {}
+        for _ in range(3):
+            applied(desk, server)
+        assert warned(server, api.REASON_PROXY_AWAY) == times
+        desk.doors.shut, desk.memory.asked = set(), {}
+        applied(desk, server)
+
+
+def test_a_step_that_waits_for_a_person_is_one_event_and_makes_the_job_degraded() -> None:
+    desk = Desk(replace(w.on_trial(number=1, done={name: {} for name in ("collect", "feedback")}), trials=2))
+    server = server_of(desk)
+    name = ended(desk, server, "r1-dpo", 1)
+    server.objects["Workflow", "desks", name]["status"]["finishedAt"] = "1970-01-01T02:46:39Z"
+    desk.family.children["Workflow", name] = see("Workflow", server.objects["Workflow", "desks", name])
+    for _ in range(3):
+        applied(desk, server)
+    assert name in server.of("Workflow") and warned(server, api.REASON_STEP_FAILED) == 1
+    assert desk.family.job is not None
+    conditions = {each["type"]: each for each in desk.family.job["status"]["conditions"]}
+    assert conditions["Degraded"]["status"] == "True" and "step r1-dpo: " in conditions["Degraded"]["message"]
+
+
+@pytest.mark.parametrize("reason", [api.REASON_API_REFUSED, api.REASON_PODS_FAIL])
+def test_a_trouble_of_children_is_an_event_though_the_transition_stands_still(reason: str) -> None:
+    desk = Desk(w.SERVED)
+    server = server_of(desk)
+    if reason == api.REASON_API_REFUSED:
+        server.refuses["apply", "ConfigMap", "desks"] = KubeError(403, "a policy refuses it")
+    else:
+        condition = {"type": "ReplicaFailure", "status": "True", "message": "exceeded quota"}
+        desk.has("Deployment", "observer", status={"availableReplicas": 1, "conditions": [condition]})
+    for _ in range(3):
+        with suppress(KubeError):
+            applied(desk, server)
+        desk.family.job = server.objects["CollaborationJob", "desks", "claims"]
+        if reason == api.REASON_PODS_FAIL:
+            desk.has("Deployment", "observer", status={"availableReplicas": 1, "conditions": [condition]})
+    assert warned(server, reason) == 1
