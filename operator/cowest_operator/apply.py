@@ -18,7 +18,7 @@ from cowest_operator.kube import Kube, KubeError
 from cowest_operator.objects import common, ray, steps
 from cowest_operator.objects import desired as builders
 from cowest_operator.objects.common import Child, Context, key_of
-from cowest_operator.observe import Memory, Observed
+from cowest_operator.observe import Memory, Observed, sentence
 from cowest_operator.platform import NO_ARGO, NO_KSERVE
 from cowest_operator.watched import ACTIVE, Family, Seen, is_of, see, shared
 from cowest_serving.contract import Routing, digest_of, dump
@@ -453,4 +453,4 @@ def _refused(child: Mapping[str, Any], error: KubeError) -> api.Trouble:
         return NO_KSERVE
     if error.code == 404 and kind in ("Workflow", "WorkflowTemplate"):
         return NO_ARGO
-    return api.Trouble(api.REASON_API_REFUSED, f"{kind}: the API server refuses: {str(error)[:600]}")
+    return api.Trouble(api.REASON_API_REFUSED, sentence(f"{kind}: the API server refuses: {str(error)[:600]}"))

@@ -201,7 +201,7 @@ class Observer:
             job = api.parse_job(document)
             trouble = blocked_by(job)
         except (manifest.ManifestError, SettingsError, ValueError) as error:
-            trouble = api.Trouble(_reason_of(body, maps), _sentence(str(error)))
+            trouble = api.Trouble(_reason_of(body, maps), sentence(str(error)))
         known = _last_followed(family) if trouble else None
         if known is not None:
             with suppress(SettingsError, ValueError):
@@ -547,7 +547,7 @@ class _Look:
         else:
             known = (api.REASON_DATA_MISSING, api.REASON_DATA_INVALID)
             reason = error.reason if error.reason in known else api.REASON_STORE_AWAY
-        self.troubles.append(api.Trouble(reason, _sentence(str(error))))
+        self.troubles.append(api.Trouble(reason, sentence(str(error))))
 
     # ------------------------------------------------------------ the strong endpoint
     async def _ask_gateway(self, gateway: api.ServerState) -> None:
@@ -627,24 +627,24 @@ class _Look:
             if trouble and late and part not in said and not pod.deleting:
                 said.add(part)
                 message = f"pod {pod.name} ({part}) {trouble}"
-                self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(message)))
+                self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, sentence(message)))
         for seen in (*self.family.of("Deployment"), *self.family.of(PREDICTOR)):
             if words := seen.facts["message"]:
                 message = f"Deployment {seen.name}: its pods are not made: {words}"
-                self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(message)))
+                self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, sentence(message)))
 
     def _look_at_steps(self) -> None:
         """Argo tries what died again for minutes before the Workflow fails; the first death may be an accident."""
         for workflow in self.family.of("Workflow"):
             if words := self._not_made(workflow):
-                self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(f"Workflow {workflow.name}: {words}")))
+                self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, sentence(f"Workflow {workflow.name}: {words}")))
             pods = self.family.pods_of(workflow) if workflow.facts["phase"] == "Running" else []
             died = [pod for pod in pods if pod.facts["died"]]
             if died and (len(died) > 1 or not any(pod.facts["phase"] == "Running" for pod in pods)):
                 pod = max(died, key=lambda each: each.created)
                 message = f"pod {pod.name} (step) {pod.facts['died'].rstrip('. ')}. It is tried again; if it needs"
                 message += " more, raise training.resources: that applies at once."
-                self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, _sentence(message)))
+                self.troubles.append(api.Trouble(api.REASON_PODS_FAIL, sentence(message)))
 
     def _look_at_deadlines(self) -> None:
         """That a step ran into its deadline is said until it is done: between two attempts there are only seconds."""
@@ -728,7 +728,7 @@ def _status(body: Mapping[str, Any], memory: Memory) -> api.Status:
         try:
             memory.state, memory.version = story.read(body.get("status")), version
         except SettingsError as error:
-            raise HoldError(api.Trouble(api.REASON_STATE_UNREADABLE, _sentence(str(error)))) from error
+            raise HoldError(api.Trouble(api.REASON_STATE_UNREADABLE, sentence(str(error)))) from error
         memory.written = body.get("status") or {}
     return memory.state
 
@@ -797,7 +797,7 @@ def not_understood(body: Mapping[str, Any]) -> Iterator[str]:
         try:
             _action(identity, text)
         except ValueError as error:
-            yield _sentence(f"annotation {ACTION}{identity} has no effect: {error}. `kubectl cowest` writes them well")
+            yield sentence(f"annotation {ACTION}{identity} has no effect: {error}. `kubectl cowest` writes them well")
 
 
 def _said(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -839,7 +839,7 @@ def _code(workflow: Seen) -> int:
 
 def _words(workflow: Seen) -> str:
     """Why it failed."""
-    return _sentence(workflow.facts["words"] or workflow.facts["message"] or "it failed")
+    return sentence(workflow.facts["words"] or workflow.facts["message"] or "it failed")
 
 
 def _is_due(trial: api.Trial | None, step: str) -> bool:
@@ -861,13 +861,30 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:-1]) + f" and {names[-1]}" if len(names) > 1 else names[0]
 
 
-def _sentence(text: str) -> str:
-    """One line that ends with a full stop."""
-    line = " ".join(text.split())[:1000].rstrip()
-    return line if line.endswith((".", "?", "!")) else line + "."
+def sentence(text: str) -> str:
+    """One line that ends with a full stop. What stood in lines of its own, as rows of a list, stays apart."""
+    line = ""
+    for each in filter(str.strip, text.splitlines()):
+        ends = line.endswith((":", ";", ",", *_STOPS)) or not line
+        line += ("" if ends else ";" if each[0].isspace() else ".") + " " + " ".join(each.split())
+    line = line[1:1001].rstrip()
+    return line if line.endswith(_STOPS) else line + "."
 
 
-__all__ = ["HoldError", "KubeError", "Memory", "Observed", "Observer", "blocked_by", "not_understood", "read_actions"]
+_STOPS = (".", "?", "!")
+
+
+__all__ = [
+    "HoldError",
+    "KubeError",
+    "Memory",
+    "Observed",
+    "Observer",
+    "blocked_by",
+    "not_understood",
+    "read_actions",
+    "sentence",
+]
 
 
 def live_of(told: Mapping[str, Any] | None) -> api.Live | None:

@@ -299,7 +299,7 @@ def test_a_webhook_that_is_away_for_what_a_step_needs_is_said_and_nothing_is_wri
         desk.family.job = server.objects["CollaborationJob", "desks", "claims"]
     conditions = {each["type"]: each for each in desk.family.job["status"]["conditions"]}
     assert conditions["Degraded"]["reason"] == "ApiServerRefused"
-    assert conditions["Degraded"]["message"].startswith(f"{kind}: the API server refuses: {words}")
+    assert conditions["Degraded"]["message"].startswith(f"{kind}: the API server refuses: {words}.")
     assert sum(write == ("status", "CollaborationJob", "claims") for write in server.writes) <= 3
     server.refuses.clear()
     applied(desk, server)

@@ -137,3 +137,21 @@ async def test_a_fault_of_ours_in_an_answer_that_came_late_is_met_by_the_look_th
 )  # fmt: skip
 def test_the_proxy_says_what_live_answers_have_spent(told: Any, live: api.Live | None) -> None:
     assert observe.live_of(told) == live
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("no stop", "no stop."),
+        ("is it there?", "is it there?"),
+        (
+            "rows of t.jsonl: 2 problems:\n  t:1: no query\n  t:2: no answer\nCorrect the file and run again.",
+            "rows of t.jsonl: 2 problems: t:1: no query; t:2: no answer. Correct the file and run again.",
+        ),
+        ("a  b\n\nc.", "a b. c."),
+        ("", "."),
+    ],
+    ids=["a stop is added", "a stop is there", "a list", "two lines", "nothing"],
+)
+def test_words_become_one_line_that_keeps_what_was_apart(text: str, line: str) -> None:
+    assert observe.sentence(text) == line
