@@ -586,12 +586,15 @@ class _Look:
         return api.ServerState(ready, f"http://{self.context.host('gateway')}/v1", message=message)
 
     async def _servers(self) -> dict[str, api.ServerState]:
-        served = [s for s in self.family.of("InferenceService") if s.facts["digest"] and not s.deleting]
+        served = [s for s in self.family.of("InferenceService") if s.facts["digest"]]
         states = await asyncio.gather(*(self._server(seen) for seen in served))
         return {seen.facts["digest"]: state for seen, state in zip(served, states, strict=True)}
 
     async def _server(self, seen: Seen) -> api.ServerState:
-        """Ready is what answered with the digest; KServe's condition only says when to ask."""
+        """Ready is what answered with the digest; KServe's condition only says when to ask.
+
+        One that is deleted serves until its pods go: with KServe's controller away, as if nothing had been said.
+        """
         digest = seen.facts["digest"]
         endpoint = weak.endpoint(self.context, digest)
         if not seen.facts["ready"]:
@@ -599,18 +602,25 @@ class _Look:
                             and p.name.startswith(seen.name)), "")  # fmt: skip
             refused = self.family.children.get((PREDICTOR, f"{seen.name}-predictor"))
             trouble = trouble or (f"its pods are not made: {refused.facts['message']}" if refused else "")
-            return api.ServerState(False, endpoint, message=trouble or seen.facts["message"] or "it starts")
+            return api.ServerState(False, endpoint, message=trouble or seen.facts["message"] or self._starts(seen))
         what = f"served {seen.name}"
-        is_right = digest in (self.memory.answer(what) or ()) and what not in self.memory.shut
+        is_right = digest in (self.memory.answer(what) or ()) and what not in self.memory.shut and not seen.deleting
         if not is_right or self.memory.age(what) >= PROBE_EVERY:
             question = self.observer.doors.served(self.observer.weak_base(self.context, digest))
             await self.memory.ask(what, question)
         if what in self.memory.shut:
-            return api.ServerState(False, endpoint, message=str(self.memory.shut[what]))
+            words = self._starts(seen) if seen.deleting else str(self.memory.shut[what])
+            return api.ServerState(False, endpoint, message=words)
         served = self.memory.answer(what) or []
         if digest in served:
             return api.ServerState(True, endpoint, digest)
         return api.ServerState(False, endpoint, "", f"it serves {', '.join(served) or 'nothing'}, wanted {digest}")
+
+    def _starts(self, server: Seen) -> str:
+        if server.deleting:
+            return "it is deleted, and made anew once the controller of KServe has let it go"
+        is_late = not server.facts["taken"] and self.now - server.created > PATIENCE
+        return "the controller of KServe has not looked at it" if is_late else "it starts"
 
     # ------------------------------------------------------------ pods
     def _pods(self, part: str) -> Iterator[Seen]:

@@ -40,6 +40,7 @@ class ScriptedDoors(Doors):
         super().__init__()
         self.shut: set[str] = set()
         self.ready: Mapping[str, Any] | None = None  # the gateway's word
+        self.models: list[Mapping[str, str]] = []  # what weak-model servers serve
         self.words, self.reason, self.answers = "answers 503: it is away.", "", True
         self.asked: list[str] = []
         self.together = 0
@@ -56,6 +57,8 @@ class ScriptedDoors(Doors):
             return {"calls": 3, "tokens": 4, "money": "0.5"}
         if part == "gateway":
             return self.ready
+        if part == "weak-model":
+            return {"data": self.models}
         return {"all": 7, "usable": 5} if url.endswith("/traces") else None
 
 
@@ -888,6 +891,35 @@ def test_a_weak_model_whose_pods_a_quota_refuses_is_said_in_the_words_that_kserv
     words = f"its pods are not made: {QUOTA}"
     assert [trouble.message for trouble in troubles] == [f"Deployment claims-96884fe-predictor: {words}."]
     assert seen.world.servers[digest].message == words
+
+
+DELETED = {"deletionTimestamp": "2026-01-01T00:00:00Z"}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "ready", "answers", "says"),
+    [
+        pytest.param({}, "True", True, None, id="as it should be"),
+        pytest.param(DELETED, "True", True, None, id="deleted, and its pods still answer"),
+        pytest.param(DELETED, "True", False, "it is deleted, and made anew once", id="deleted, and its pods are gone"),
+        pytest.param({}, None, False, "the controller of KServe has not looked at it", id="no controller looks at it"),
+    ],
+)
+def test_a_server_is_there_while_it_answers_and_is_not_said_to_start_where_it_cannot(
+    metadata: Mapping[str, Any], ready: str | None, answers: bool, says: str | None
+) -> None:
+    desk = Desk(w.SERVED)
+    digest = w.STABLE.weak_digest
+    server = {"annotations": {"cowest.dev/model-digest": digest}, **metadata}
+    status = {"conditions": [{"type": "Ready", "status": ready}]} if ready else {}
+    desk.doors.models = [{"id": digest}]
+    for _ in range(2):
+        desk.has("InferenceService", "a", metadata=server, status=status)
+        seen = desk.look().world.servers[digest]
+        if not answers:
+            desk.doors.shut = {"weak-model"}
+            seen = desk.look().world.servers[digest]
+        assert seen.ready == (says is None) and (says or "") in seen.message
 
 
 def test_live_scores_that_a_quota_refuses_are_no_step_that_runs() -> None:
