@@ -49,6 +49,7 @@ REASONS_OF_STEPS: Mapping[str, str] = {
 }
 REASON_JUDGING = "Judging"  # all steps are done, the gate reads their report
 REASON_SUSPENDED = "Suspended"
+REASON_ERASING = "ErasingArtifacts"  # deletionPolicy, before the job goes
 REASON_PAUSED = "PausedByPerson"
 REASON_WAITING_FOR_TRACES = "WaitingForTraces"
 REASON_WAITING_FOR_SCHEDULE = "WaitingForSchedule"

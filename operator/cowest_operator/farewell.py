@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
-from cowest_operator import api
+from cowest_operator import api, story
 from cowest_operator.apply import Applier, TakenError
 from cowest_operator.kube import Kube, KubeError
 from cowest_operator.objects import ray, servers, steps
@@ -59,6 +60,8 @@ async def goodbye(
     context = await read()
     if context is None or context.job.spec.object_store is None:
         return await _let_go(kube, body, "its manifest does not say where they are")
+    with suppress(KubeError):  # whoever waits for the delete looks there; nothing waits for the words
+        await _say(applier, body, what, now)
     step = api.StepSpec(ERASE, "cowest_training.erase", "", (("--store", context.store), ("--what", what)))
     needed = (*steps.accounts(context), steps.step_map(context, step))  # a foreground delete takes children first
     try:
@@ -72,6 +75,22 @@ async def goodbye(
             raise
         return await _let_go(kube, body, why)
     return False
+
+
+async def _say(applier: Applier, body: Mapping[str, Any], what: str, now: float) -> None:
+    """Once, in place of what the round waited for. Raises as `Applier.put_status` does."""
+    status, metadata = body.get("status") or {}, body["metadata"]
+    said = story.said(status)
+    if any(each.reason == api.REASON_ERASING for each in said):
+        return
+    named = "models and traces" if what == "all" else what
+    message = f"the job is deleted and goes once its {named} are erased, as deletionPolicy says, {LIMIT:.0f} s at most."
+    generation = int(metadata["generation"])
+    erasing = api.Condition(api.ROUND_PROGRESSING, "False", api.REASON_ERASING, message, generation, now)
+    conditions = (*(each for each in said if each.type != api.ROUND_PROGRESSING), erasing)
+    new = {**status, "conditions": story.conditions(conditions)}
+    version = int(metadata["resourceVersion"])
+    await applier.put_status(metadata["namespace"], metadata["name"], new, metadata["uid"], version)
 
 
 def _hopeless(error: KubeError) -> str:

@@ -47,6 +47,23 @@ def test_the_erasing_begins_though_no_door_of_the_job_answers() -> None:
     assert desk.doors.asked == [], "pods that may be gone are not asked"
 
 
+@pytest.mark.parametrize("refused", [False, True], ids=["written", "refused"])
+def test_that_artifacts_are_erased_is_said_once_and_holds_up_nothing(refused: bool) -> None:
+    desk = leaving()
+    server = KubeInMemory(cast(Any, desk.family.job))
+    if refused:
+        server.refuses["status", "CollaborationJob", "desks"] = KubeError(403, "a policy refuses it")
+    keeper = Keeper(Watched(), desk.observer(), Applier(cast(Kube, server)), Metrics())
+    for _ in range(3):
+        asyncio.run(keeper._goodbye(desk.family, desk.memory))
+        desk.family.job = server.objects["CollaborationJob", "desks", "claims"]
+    assert server.of("Workflow") == ["claims-erase"]
+    conditions = desk.family.job.get("status", {}).get("conditions", [])
+    reasons = [each["reason"] for each in conditions if each["type"] == "RoundProgressing"]
+    assert reasons == ([] if refused else ["ErasingArtifacts"])
+    assert sum(write[0] == "status" for write in server.writes) == (0 if refused else 1)
+
+
 def test_after_the_limit_a_job_goes_whatever_its_manifest_says() -> None:
     words = {"collaboration.promptsConfigMapRef": {"name": "words"}}
     desk = leaving(farewell.LIMIT + 5, **words)
