@@ -357,7 +357,9 @@ class Applier:
                 if _active(child):
                     return child.facts["step"] not in running
                 return child.facts["phase"] != "Succeeded" and (
-                    _is_past(context, child.name, plan) or _is_outdone(child, family)
+                    _is_past(context, child.name, plan)
+                    or _is_outdone(child, family)
+                    or _is_forgotten(context, child, plan)
                 )
             case "WorkflowTemplate":
                 return not any(_active(workflow) for workflow in family.of("Workflow"))
@@ -423,6 +425,13 @@ def _is_past(context: Context, name: str, plan: api.Plan) -> bool:
     """Is it of a trial that nobody looks at any more?"""
     number = _trial_of(context, name)
     return number is not None and number < plan.status.trials - KEPT_TRIALS
+
+
+def _is_forgotten(context: Context, failed: Seen, plan: api.Plan) -> bool:
+    """Once its trial is over it has the time of what succeeded: its pod, with the log that says why, goes with it."""
+    trial = plan.status.candidate
+    of_now = trial is not None and _trial_of(context, failed.name) == trial.number
+    return not of_now and time.time() > (failed.facts["finished"] or failed.created) + steps.KEPT_SECONDS
 
 
 def _is_outdone(failed: Seen, family: Family) -> bool:

@@ -173,11 +173,13 @@ def manifests(server: KubeInMemory) -> list[str]:
     return [name for name in server.of("ConfigMap") if name.startswith("claims-job-")]
 
 
-def ended(desk: Desk, server: KubeInMemory, step: str, attempt: int, phase: str = "Failed") -> str:
+def ended(
+    desk: Desk, server: KubeInMemory, step: str, attempt: int, phase: str = "Failed", at: str = "2026-01-01T00:00:00Z"
+) -> str:
     """A Workflow that is over."""
     labels = {"cowest.dev/job": "claims", "cowest.dev/step": step, "cowest.dev/attempt": str(attempt),
               "cowest.dev/generation": "1"}  # fmt: skip
-    status = {"phase": phase, "finishedAt": "2026-01-01T00:00:00Z",
+    status = {"phase": phase, "finishedAt": at,
               "nodes": {"a": {"type": "Pod", "outputs": {"exitCode": "2"}}}}  # fmt: skip
     name = f"claims-{step}-{attempt}"
     kept = server.keep({"kind": "Workflow", "metadata": {"name": name, "namespace": "desks", "labels": labels},
@@ -198,6 +200,16 @@ def test_of_a_step_that_failed_the_last_attempts_are_kept_and_argo_is_not_to_for
     assert kept >= set(names[2:]) and kept.isdisjoint(names[:2])
     (template,) = [body for (kind, _, _), body in server.objects.items() if kind == "WorkflowTemplate"]
     assert template["spec"]["ttlStrategy"] == {"secondsAfterSuccess": 86400}
+
+
+def test_a_step_that_failed_is_kept_for_a_day_after_its_trial() -> None:
+    desk = Desk(replace(w.on_trial(number=4), trials=5))
+    server = server_of(desk)
+    forgotten, of_now = ended(desk, server, "r3-sft", 1), ended(desk, server, "r4-collect", 1)
+    of_today = ended(desk, server, "r3-sft", 2, at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    applied(desk, server)
+    kept = server.of("Workflow")
+    assert forgotten not in kept and of_now in kept and of_today in kept
 
 
 # ---------------------------------------------------------------- Argo looks at once
