@@ -262,7 +262,7 @@ def _beyond_cel(job: Mapping[str, Any]) -> Iterator[Problem]:
     if pattern is not None:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             remedy = 'Write one that Python\'s `re` takes, such as "answer: (.*)"'
             yield Problem(
                 "spec.feedback.evaluator.extract", f"is no regular expression ({error}), saw {pattern!r}", remedy

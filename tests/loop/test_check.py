@@ -116,6 +116,8 @@ def test_a_change_of_any_file_is_looked_at_anew(desk: Desk, changed: str) -> Non
         pytest.param(
             lambda d: d.declare(type="Choice", choices=["a", "b"]), "wanted one of the choices a, b", id="reference"
         ),
+        pytest.param(lambda d: d.declare(extract="aisle ("), r"evaluator.extract: wanted a regular", id="extract"),
+        pytest.param(lambda d: d.declare(extract="a{9999999999}"), "repetition number is too large", id="repetition"),
         pytest.param(lambda d: d.declare(calibration=d.labels("good")), "labels.jsonl:1: label", id="no such label"),
         pytest.param(
             lambda d: d.declare(calibration={"labels": str(d.folder / "none"), "minKappa": "0.5"}),

@@ -32,7 +32,7 @@ from cowest_training.contract import (
 )
 from cowest_training.data import case_note, check_split, read_rows, rows_digest, unread_note
 from cowest_training.enough import bounds, lacks_of_held_out, lacks_of_train, pairs_notes
-from cowest_training.evaluator import check_references, decimal_note, extract_note, family_notes
+from cowest_training.evaluator import check_references, check_settings, decimal_note, extract_note, family_notes
 from cowest_training.prompts import HELD_OUT, TRAIN, Asked, check_prompts, prompts_of
 from cowest_training.round_trip import CONFIGURATIONS, check_ids, check_tokenizer, small_files
 from cowest_training.steps import Progress, load_settings, load_spec, local_path, open_output, parser, run, say
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = load_settings(args.job)
     spec = load_spec(args.job)
     data, evaluator, model = settings.data, settings.feedback.evaluator, weak_model(spec)
+    check_settings(evaluator)
     asked = Asked(
         prompts_of(settings.collaboration),
         settings.collaboration.draft_max_tokens,

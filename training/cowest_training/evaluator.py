@@ -95,7 +95,7 @@ def check_settings(settings: Evaluator) -> None:
     if settings.extract is not None:
         try:
             re.compile(settings.extract)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise StepError(
                 f"{field}.extract: wanted a regular expression, saw {settings.extract!r} ({error})."
             ) from None
