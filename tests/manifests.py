@@ -230,6 +230,14 @@ BROKEN = (
     Broken("a learning rate with an exponent", {"training.supervised.learningRate": "1e-4"},
            "spec.training.supervised.learningRate", "must be a decimal number in quotes"),
     Broken("all of the adapters dropped", {"training.lora.dropout": "1"}, "spec.training.lora.dropout", "below 1"),
+    *(Broken(f"{kind} of {part} that are no quantity", {f"{part}.resources": {kind: {"cpu": "lots"}}},
+             f"spec.{part}.resources.{kind}.cpu", "must be a Kubernetes quantity, such as 2, 500m or 4Gi; saw 'lots'")
+      for part in ("weak", "training", "gateway") for kind in ("requests", "limits")),
+    Broken("a quantity below nothing", {"gateway.resources": {"limits": {"memory": -1}}},
+           "spec.gateway.resources.limits.memory", "must be a Kubernetes quantity"),
+    *(Broken(f"a label of {part} with a blank", {f"{part}.podTemplate.metadata.labels": {"team": "b c"}},
+             f"spec.{part}.podTemplate.metadata.labels.team", "first and last; saw 'b c'")
+      for part in ("weak", "training")),
     Broken("a schedule that is no cron", {"rounds.trigger.schedule": "every day"}, "spec.rounds.trigger.schedule",
            "cron expression of five fields"),
     Broken("significance that proves nothing", {"gate.significance": "0.7"}, "spec.gate.significance", "at most 0.5"),
@@ -407,7 +415,29 @@ VALID: Mapping[str, Mapping[str, Any]] = {
     "nothing but what is required": {},
     "a field that is null counts as absent": {"collaboration.prompts": None, "rounds": None},
     "a quantity is a number or text": {"weak.resources": {"requests": {"cpu": 2, "memory": "4Gi"}}},
-    "a pod template carries any pod field": {"weak.podTemplate.spec": {"nodeSelector": {"disk": "ssd"}, "x": [1]}},
+    "quantities of all forms": {
+        "training.resources": {
+            "requests": {"cpu": "1e1", "memory": ".5Gi", "a.dev/b": "+3"},
+            "limits": {"cpu": "10000m"},
+        }
+    },
+    "limits as large as the requests": {
+        "weak.resources": {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"cpu": "1000m", "memory": "1024Mi"}}
+    },
+    "a word to the merge of pod templates": {
+        "training.podTemplate.spec": {"volumes": [{"name": "a", "$patch": "delete"}]}
+    },
+    "quantities in a pod template": {
+        "training.podTemplate.spec": {
+            "containers": [{"name": "main", "resources": {"limits": {"cpu": 2}}, "ports": [{"containerPort": 1}]}],
+            "volumes": [{"name": "a", "emptyDir": {"sizeLimit": 1024}}],
+            "affinity": None,
+        }
+    },
+    "a label without a value": {"weak.podTemplate.metadata.labels": {"team": "", "tier": "a.b_c-2"}},
+    "a pod template carries any pod field": {
+        "weak.podTemplate.spec": {"nodeSelector": {"disk": "ssd"}, "hostUsers": False}
+    },
     "no canary": {"canary.steps": []},
     "what the strong model may not see": {
         "collaboration.redaction": {

@@ -194,7 +194,10 @@ def _rules(schema: Schema, value: Any, path: str, old: Any) -> Iterator[Problem]
             yield Problem(at, rule["message"], seen=repr(value) if _may_be_shown(rule["message"], value) else "")
 
 
-_SHOWN = ("must be file://", "must be an address", "must use https", "must have a port", "must be a decimal number")
+_SHOWN = (
+    "must be file://", "must be an address", "must use https", "must have a port", "must be a decimal number",
+    "must be a Kubernetes quantity", "must be the value of a label",
+)  # fmt: skip
 
 
 def _may_be_shown(message: str, value: Any) -> bool:
