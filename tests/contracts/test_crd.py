@@ -93,7 +93,7 @@ def test_every_rule_has_a_message_that_says_what_to_do() -> None:
 
 def test_the_crd_has_the_names_that_people_type() -> None:
     spec = manifest.crd()["spec"]
-    assert spec["names"]["shortNames"] == ["cj", "cwj"]
+    assert spec["names"]["shortNames"] == ["cwj"], "`cj` is the built-in CronJob's"
     assert spec["names"]["categories"] == ["cowest"]
     assert (spec["group"], spec["names"]["kind"], spec["names"]["plural"]) == (api.GROUP, api.KIND, api.PLURAL)
     (version,) = spec["versions"]
