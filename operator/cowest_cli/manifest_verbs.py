@@ -13,7 +13,7 @@ import typer
 
 from cowest_cli import preflight
 from cowest_cli.options import File
-from cowest_operator import manifest
+from cowest_operator import manifest, pods
 from cowest_serving.collaborate import DEFAULT_PROMPTS
 from cowest_training.contract import SHOWN, ProblemsError, StepError
 
@@ -133,6 +133,8 @@ def _notes(loaded: manifest.Loaded, job: Mapping[str, Any]) -> Iterator[str]:
             " a cluster may have it elsewhere."
         )
     yield from preflight.prompt_notes(spec["collaboration"].get("prompts") or {})
+    if any(pods.over(spec)) and not pods.can_look():
+        yield "podTemplate.spec was not looked at: the package kubernetes is not installed (pip install '.[operator]')."
     if not spec["canary"]["steps"]:
         yield "canary.steps is empty: a candidate that passes the offline gate is promoted without live traffic."
     endpoint = urlsplit(spec["strong"]["endpoint"])

@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote
 
 import yaml
 
-from cowest_operator import schedule
+from cowest_operator import pods, schedule
 from cowest_operator import schema as structural
 from cowest_operator.schema import Problem, nearest
 
@@ -28,6 +28,7 @@ MAX_BYTES = 1_000_000  # what etcd takes of one object, more or less
 MAX_NODES = 100_000  # aliases can make a small file endless
 FILE = "file://"
 PROMPTS = ("draft", "refine", "solo")
+LONGEST_NAMESPACE = 40  # of the 63 characters of `<server>-predictor-<namespace>`, which KServe makes a host of
 
 ConfigMaps = Mapping[str, Mapping[str, str]]  # name -> data
 Lines = Mapping[str, int]  # field path -> line, from 1
@@ -248,17 +249,23 @@ def validate(job: Mapping[str, Any], old: Mapping[str, Any] | None = None) -> li
     schema = job_schema()
     whole = {**schema, "properties": {**schema["properties"], "metadata": _METADATA}, "required": ["metadata", "spec"]}
     problems += [_placed(problem) for problem in structural.check(whole, job, "", old)]
-    return problems or [*_beyond_cel(job)]
+    return problems or [*beyond_cel(job)]
 
 
-def _beyond_cel(job: Mapping[str, Any]) -> Iterator[Problem]:
-    """What no rule of the CRD can say; on a cluster the operator says it in a condition."""
-    expression = job["spec"]["rounds"]["trigger"].get("schedule")
+def beyond_cel(job: Mapping[str, Any]) -> Iterator[Problem]:
+    """What no rule of the CRD can say of a job that is well formed; on a cluster the operator says it."""
+    spec, namespace = job["spec"], job["metadata"].get("namespace") or ""
+    if len(namespace) > LONGEST_NAMESPACE:
+        reason = f"wanted at most {LONGEST_NAMESPACE} characters, saw {namespace} ({len(namespace)})"
+        remedy = "KServe makes the names of weak models' hosts from it: choose a shorter namespace"
+        yield Problem("metadata.namespace", reason, remedy)
+
+    expression = spec["rounds"]["trigger"].get("schedule")
     if expression and (why := schedule.problem(expression)):
         remedy = 'Write minute, hour, day, month and weekday (UTC), such as "0 3 * * *"'
         yield Problem("spec.rounds.trigger.schedule", f"is no cron expression ({why}), saw {expression!r}", remedy)
 
-    pattern = job["spec"]["feedback"]["evaluator"].get("extract")
+    pattern = spec["feedback"]["evaluator"].get("extract")
     if pattern is not None:
         try:
             re.compile(pattern)
@@ -267,6 +274,15 @@ def _beyond_cel(job: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(
                 "spec.feedback.evaluator.extract", f"is no regular expression ({error}), saw {pattern!r}", remedy
             )
+
+    yield from pods.limits_too_low(spec)
+    if any(pods.over(spec)) and pods.can_look():
+        yield from pods.wrong_fields(spec, _pod())
+
+
+@functools.cache
+def _pod() -> structural.Schema:
+    return pods.schema_of("V1PodSpec", field_schema("spec.weak.resources.requests")["additionalProperties"])
 
 
 def _placed(problem: Problem) -> Problem:

@@ -199,7 +199,7 @@ class Observer:
             form = body["spec"]["collaboration"]["draft"]
             document = manifest.resolve_prompts(document, maps, asdict(DEFAULT_PROMPTS[form]))
             job = api.parse_job(document)
-            trouble = blocked_by(job)
+            trouble = blocked_by(job) or _beyond_cel(body)
         except (manifest.ManifestError, SettingsError, ValueError) as error:
             trouble = api.Trouble(_reason_of(body, maps), sentence(str(error)))
         known = _last_followed(family) if trouble else None
@@ -766,6 +766,12 @@ def _as_before(known: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[st
     """What a trial goes by, and the store, as they were; the rest as it is declared."""
     document = followed(known, declared)
     return {**document, "spec": {**document["spec"], "objectStore": known["spec"].get("objectStore")}}
+
+
+def _beyond_cel(body: Mapping[str, Any]) -> api.Trouble | None:
+    """What `cowest validate` refuses, and the API server has taken."""
+    problems = " ".join(map(str, manifest.beyond_cel(body)))
+    return api.Trouble(api.REASON_MANIFEST_INVALID, problems) if problems else None
 
 
 def blocked_by(job: api.Job) -> api.Trouble | None:

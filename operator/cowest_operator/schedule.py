@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import cache
 
 from cronsim import CronSim, CronSimError
 
 
+@cache
 def problem(expression: str) -> str:
     """What is wrong with it, in words; "" when it has a time to come."""
     try:

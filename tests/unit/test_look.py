@@ -295,6 +295,24 @@ def test_a_job_of_which_no_manifest_is_known_is_stopped_and_says_why() -> None:
         Desk(**PROMPTS_ELSEWHERE).look()
 
 
+def test_what_the_api_server_takes_and_validate_refuses_is_said_at_once_and_lets_no_round_begin() -> None:
+    desk = Desk()
+    assert desk.look().world.blocked is None and desk.family.job is not None
+    desk.family.job["spec"]["training"]["podTemplate"] = {"spec": {"nodeSelectr": {"a": "b"}}}
+    desk.family.job["spec"]["rounds"]["trigger"]["schedule"] = "61 3 * * *"
+    desk.family.job["metadata"]["namespace"] = "n" * 41
+    seen = desk.look()
+    assert not seen.stopped, "the gateway answers meanwhile"
+    assert seen.world.blocked is not None and seen.world.blocked.reason == api.REASON_MANIFEST_INVALID
+    for path in (
+        "spec.training.podTemplate.spec.nodeSelectr: ",
+        "spec.rounds.trigger.schedule: ",
+        "metadata.namespace: ",
+    ):
+        assert path in seen.world.blocked.message
+    assert api.REASON_MANIFEST_INVALID in desk.troubles()
+
+
 def test_prompts_that_are_there_and_of_no_use_are_not_called_missing() -> None:
     desk = Desk(**PROMPTS_ELSEWHERE)
     desk.maps.data["words"] = {"draft": "no place for the query"}

@@ -41,6 +41,64 @@ def test_a_valid_manifest_is_taken(edits: dict[str, Any]) -> None:
     load(edited(edits))
 
 
+TYPOS = [{"name": "main", "env": [{"name": "A", "valeu": "1"}], "imagePullPolicy": "Sometimes"}]
+
+
+@pytest.mark.parametrize(
+    ("edits", "says"),
+    [
+        pytest.param(
+            {"training.podTemplate.spec": {"nodeSelectr": {"a": "b"}}},
+            "spec.training.podTemplate.spec.nodeSelectr: is not a known field. Did you mean nodeSelector?",
+            id="a field of a pod that is none",
+        ),
+        pytest.param(
+            {"weak.podTemplate.spec": {"containers": TYPOS}},
+            "spec.weak.podTemplate.spec.containers[0].env[0].valeu: is not a known field. Did you mean value?",
+            id="a field deep in a pod",
+        ),
+        pytest.param(
+            {"training.podTemplate.spec": {"containers": TYPOS}},
+            "containers[0].imagePullPolicy: wanted one of Always, IfNotPresent, Never; saw 'Sometimes'",
+            id="a way to pull that is none",
+        ),
+        pytest.param(
+            {"training.podTemplate.spec": {"tolerations": {"key": "gpu"}}},
+            "spec.training.podTemplate.spec.tolerations: wanted a list",
+            id="one entry for a list",
+        ),
+        pytest.param(
+            {"training.podTemplate.spec": {"containers": [{"resources": {"limits": {"cpu": "lots"}}}]}},
+            "containers[0].resources.limits.cpu: must be a Kubernetes quantity",
+            id="a quantity in a pod",
+        ),
+        pytest.param(
+            {
+                "training.resources": {
+                    "requests": {"cpu": 2, "memory": "1Gi"},
+                    "limits": {"cpu": "1999m", "memory": "2G"},
+                }
+            },
+            "limits.cpu: wanted no less than spec.training.resources.requests.cpu (2), saw 1999m. Raise the limit",
+            id="a limit below the request",
+        ),
+        pytest.param(
+            {"/metadata.namespace": "n" * 41},
+            "metadata.namespace: wanted at most 40 characters, saw nnnnn",
+            id="a namespace too long for KServe",
+        ),
+        pytest.param({"rounds.trigger.schedule": "61 3 * * *"}, "is no cron expression", id="no such minute"),
+        pytest.param({"feedback.evaluator.extract": "("}, "is no regular expression", id="half a group"),
+    ],
+)
+def test_what_no_rule_can_say_is_refused_with_its_field(edits: dict[str, Any], says: str) -> None:
+    assert says in refused(yaml.safe_dump(edited(edits)))
+
+
+def test_the_longest_namespace_is_taken() -> None:
+    load(edited({"/metadata.namespace": "n" * 40}))
+
+
 def test_all_problems_are_told_at_once_in_the_order_of_the_file() -> None:
     text = refused(
         "apiVersion: cowest.dev/v1alpha1\nkind: CollaborationJob\nmetadata: {name: desk}\nspec:\n"
