@@ -170,7 +170,7 @@ class Job:
         return f"{by} (as {user})" if by and by != user else user
 
     def open_store(self, seen: Seen) -> str:
-        """URI of the job's part of its bucket. What the environment says of the store goes before the manifest."""
+        """URI of the job's part of its bucket."""
         spec = dict(seen.body["spec"])
         collaboration = {k: v for k, v in spec["collaboration"].items() if k != "promptsConfigMapRef"}
         document = {"metadata": seen.body["metadata"], "spec": {**spec, "collaboration": collaboration}}
@@ -179,13 +179,7 @@ class Job:
         place = job.spec.object_store
         if place is None:
             raise StepError(f"{self}: wanted spec.objectStore, saw none: nothing of the job is kept.")
-        for name, value in (
-            ("COWEST_S3_ENDPOINT", place.endpoint),
-            ("AWS_REGION", place.region),
-            ("COWEST_S3_PATH_STYLE", None if place.path_style is None else str(place.path_style).lower()),
-        ):
-            if value:
-                os.environ.setdefault(name, value)
+        jobs.reach(place)
         return store_of(job, self.namespace)
 
     # ------------------------------------------------------------ saying

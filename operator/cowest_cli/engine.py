@@ -129,6 +129,7 @@ class Order:
 def read_order(file: Path, secrets: Path | None, known: Path | None = None) -> Order:
     """Raises `ManifestError` or `StepError` with all that is wrong."""
     declared = jobs.load(file)
+    jobs.reach(declared.job.spec.object_store)
     return Order(
         declared,
         facts_of(declared.document, str(file), known),

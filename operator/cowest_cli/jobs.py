@@ -97,6 +97,19 @@ def load(path: Path) -> Declared:
     return Declared(document, api.parse_job(document), path.resolve().parent)
 
 
+def reach(place: api.ObjectStore | None) -> None:
+    """What the environment says of the store goes before the manifest."""
+    if place is None:
+        return
+    for name, value in (
+        ("COWEST_S3_ENDPOINT", place.endpoint),
+        ("AWS_REGION", place.region),
+        ("COWEST_S3_PATH_STYLE", None if place.path_style is None else str(place.path_style).lower()),
+    ):
+        if value:
+            os.environ.setdefault(name, value)
+
+
 def home_of(file: Path | None, home: Path | None) -> Home:
     """`--home`, or `.cowest/<name>` beside the manifest."""
     if home is not None:
@@ -345,7 +358,7 @@ CLUSTER_ONLY = (
     "training.podTemplate",
     "gateway.resources",
     "gateway.ingress",
-    "objectStore",
+    "objectStore.bucket",
 )
 
 

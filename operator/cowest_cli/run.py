@@ -340,6 +340,7 @@ def plan(file: File, home: HomeFolder = None, output: Output = "text") -> None:
     declared = jobs.load(file)
     place = jobs.home_of(file, home)
     _same_job(file, declared.job.name, place)
+    jobs.reach(declared.job.spec.object_store)
     facts = facts_of(declared.document, str(file))
     costs = engines.estimates(declared.job, facts)
     spec = declared.job.spec

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -1037,6 +1039,37 @@ def test_plan_refuses_what_validate_refuses(cowest: Any, job: Path) -> None:
     for verb in ("validate", "plan", "run"):
         said = cowest(verb, "-f", job)
         assert said.code == EXIT_BAD_INPUT and "gate.minHeldOut = 201 rows, saw 200" in said.err
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_rows_are_read_from_the_store_of_the_manifest(
+    cowest: Any, job: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("COWEST_S3_ENDPOINT", "COWEST_S3_PATH_STYLE", "AWS_REGION"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # and again when this is over
+    asked: list[str] = []
+
+    class Empty(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        place = {"bucket": "models", "endpoint": f"http://127.0.0.1:{server.server_port}", "pathStyle": True}
+        edits = {"objectStore": place, "data.train": "s3://rows/train.jsonl"}
+        job.write_text(yaml.safe_dump(edited(edits, yaml.safe_load(job.read_text()))))
+        said = cowest(verb, "-f", job)
+        server.shutdown()
+    assert said.code != 0 and asked and all(path.startswith("/rows") for path in asked), said
 
 
 def test_all_problems_of_the_rows_are_listed_for_who_asks(cowest: Any, job: Path, tmp_path: Path) -> None:
