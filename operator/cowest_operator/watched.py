@@ -227,7 +227,7 @@ def _stamp(kind: str, body: Mapping[str, Any]) -> str:
         return str(metadata["resourceVersion"])
     if kind in _BY_CONTENT:
         return digest_of([metadata.get("labels"), metadata.get("ownerReferences"), body.get("spec")])
-    return f"{metadata['generation']}{_held(metadata)}"
+    return sys.intern(f"{metadata['generation']}{_held(metadata)}")  # alike for most children
 
 
 def _held(metadata: Mapping[str, Any]) -> str:
@@ -365,7 +365,7 @@ def _pending(status: Mapping[str, Any]) -> str:
     """Argo's words of a pod that it makes, or cannot make: it waits for a quota, and to try again after a refusal."""
     pods = [node for node in (status.get("nodes") or {}).values() if node.get("type") == "Pod"]
     words = [str(n["message"]) for n in pods if n.get("phase", "Pending") == "Pending" and n.get("message")]
-    last = max(pods, key=lambda node: str(node.get("startedAt") or ""), default={})
+    last: Mapping[str, Any] = max(pods, key=lambda node: str(node.get("startedAt") or ""), default={})
     return next(iter(words), "") or (str(last["message"]) if _is_refused(last) else "")
 
 

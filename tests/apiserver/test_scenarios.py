@@ -148,7 +148,9 @@ def secret(playground: Playground, method: str, path: str, value: str) -> None:
     assert code in (200, 201), answer
 
 
-def test_a_secret_that_is_missing_comes_and_is_rotated_costs_one_status_each_way_and_an_event(resting: Playground) -> None:
+def test_a_secret_that_is_missing_comes_and_is_rotated_costs_one_status_each_way_and_an_event(
+    resting: Playground,
+) -> None:
     labels = {"cowest.dev/job": "claims", "app.kubernetes.io/component": "gateway"}
     keys = {"secretName": "strong", "items": [{"key": "api-key", "path": "00"}]}
     volumes = [{"name": "strong-keys", "secret": keys}]
