@@ -31,6 +31,7 @@ RETRIES = 3  # of a step that ended with EXIT_RETRY, before the embedded run giv
 def plan(world: World) -> Plan:
     """All that is wanted now. At most one transition of the trial per plan, so one write per transition."""
     before = world.status
+    world = replace(world, status=_at_declared_address(world))
     world = replace(world, status=_in_force(world))
     world = replace(world, status=_data_seen(world))
     move = _decide(world)
@@ -61,6 +62,21 @@ class Move:
 
 
 # ---------------------------------------------------------------- decisions
+def _at_declared_address(world: World) -> Status:
+    """Another address of the same strong model applies at once, and is no edit of the pair.
+
+    It is kept, so that what is served stays there once the manifest names another model.
+    """
+    status, strong = world.status, world.job.spec.strong
+
+    def moved(pair: Pair | None) -> Pair | None:
+        same = pair is not None and pair.strong_model == strong.model
+        return replace(pair, strong_endpoint=strong.endpoint) if pair and same else pair
+
+    trial = replace(status.candidate, pair=moved(status.candidate.pair)) if status.candidate else None
+    return replace(status, stable=moved(status.stable), previous=moved(status.previous), candidate=trial)
+
+
 def _in_force(world: World) -> Status:
     """An edit of `whenDraftsHurt` acts at once, save while a candidate is measured against what answers now."""
     status, trial = world.status, world.status.candidate
@@ -753,7 +769,7 @@ def _arm(world: World, name: Literal["stable", "candidate"], weight: int, mode: 
     server = world.servers.get(pair.weak_digest)
     endpoint = server.endpoint if server is not None and mode == "Pair" else None
     mode_now: Mode = "Pair" if endpoint else "StrongAlone"
-    return Arm(name, weight, mode_now, rounds.at_declared_address(world, pair), endpoint)
+    return Arm(name, weight, mode_now, pair, endpoint)
 
 
 # ---------------------------------------------------------------- the story

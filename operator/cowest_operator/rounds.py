@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -101,12 +101,6 @@ def tuned_pair(world: api.World, weak_digest: str, weak_uri: str) -> Pair:
     if stable is None:
         return declared_pair(world, weak_digest, weak_uri)
     return Pair(weak_digest, weak_uri, stable.prompts, stable.draft, stable.strong_endpoint, stable.strong_model)
-
-
-def at_declared_address(world: api.World, pair: Pair) -> Pair:
-    """Another address of the same strong model applies at once, and is no edit of the pair."""
-    strong = world.job.spec.strong
-    return replace(pair, strong_endpoint=strong.endpoint) if pair.strong_model == strong.model else pair
 
 
 def _tuned_round(world: api.World) -> Next:
@@ -256,7 +250,7 @@ def _tune(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
             ("--calls", world.calls),
             number,
             *_generation(world),
-            files=(("--pair", dump(at_declared_address(world, stable))),),
+            files=(("--pair", dump(stable)),),
             calls_strong=True,
         ),
         *predictor,
@@ -299,8 +293,8 @@ def _evaluation(world: api.World, trial: api.Trial) -> tuple[api.StepSpec, ...]:
             *((("--predictor", run_uri(world, trial, "predictor")),) if _learns_routes(world, trial) else ()),
             *_generation(world),
             files=(
-                ("--candidate", dump(at_declared_address(world, pair))),
-                *((("--control", dump(at_declared_address(world, served))),) if served else ()),
+                ("--candidate", dump(pair)),
+                *((("--control", dump(served)),) if served else ()),
             ),
             calls_strong=True,
         ),
@@ -344,8 +338,8 @@ def live_score(world: api.World, trial: api.Trial, control: Pair | None) -> api.
             *_generation(world),
         ),
         files=(
-            ("--candidate", dump(at_declared_address(world, candidate))),
-            *((("--control", dump(at_declared_address(world, control))),) if control else ()),
+            ("--candidate", dump(candidate)),
+            *((("--control", dump(control)),) if control else ()),
         ),
         calls_strong=True,
         keeps_running=True,

@@ -528,6 +528,17 @@ def test_another_address_of_the_same_strong_model_applies_at_once():
     assert plan.routing.arms[0].pair.strong_endpoint == "http://elsewhere/v1"
 
 
+def test_a_pair_that_has_moved_is_asked_there_also_once_the_manifest_names_another_strong_model():
+    moved = {"endpoint": "http://elsewhere/v1"}
+    status = settle(w.world(job=w.job(strong=moved, rounds={"max": 0}))).status
+    plan = settle(w.world(status=status, job=w.job(strong={**moved, "model": "strong-2"}), servers=UP))
+    (evaluation,) = plan.steps
+    files = dict(evaluation.files)
+    assert [files[arm]["strongModel"] for arm in ("--candidate", "--control")] == ["strong-2", "strong-1"]
+    assert {files[arm]["strongEndpoint"] for arm in files} == {"http://elsewhere/v1"}
+    assert plan.routing.arms[0].pair.strong_endpoint == "http://elsewhere/v1"
+
+
 def test_a_changed_evaluator_measures_the_stable_pair_again():
     plan = settle(w.world(evaluator="sha256:new"))
     assert (plan.status.candidate.origin, steps(plan)) == ("Revalidation", ["r1-evaluate"])
