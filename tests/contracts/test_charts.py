@@ -456,6 +456,20 @@ def test_whoever_installs_is_told_that_data_may_come_later_and_how(own_store: bo
     assert "(DataMissing), and begins by itself once `cowest upload`" in found["said"]
     command = "COWEST_S3_ENDPOINT=http://127.0.0.1:9000 cowest upload FILE s3://desk/data/train.jsonl"
     assert (command in found["said"]) is own_store
+    assert ("export AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=..." in found["said"]) is own_store
+
+
+@needs_helm
+@pytest.mark.parametrize(("values", "asks"), [("minimal", False), ("full", True)])
+def test_the_first_question_of_the_notes_has_a_key_where_the_gateway_asks_for_one(
+    values: str, asks: bool, tmp_path: Path
+) -> None:
+    chart = shutil.copytree(DOMAIN, tmp_path / "chart")
+    notes = '{{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}'
+    (chart / "templates" / "notes.yaml").write_text(f"kind: Notes\nsaid: {notes}\n")
+    (found,) = of_kind(rendered(chart, values), "Notes")
+    header = "-H 'Content-Type: application/json' \\\n    -H \"Authorization: Bearer $KEY\" \\\n    -d"
+    assert (header in found["said"]) is asks and ("of the Secret clients" in found["said"]) is asks
 
 
 def policies(values: str, *sets: str) -> dict[str, Object]:
