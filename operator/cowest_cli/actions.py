@@ -50,7 +50,7 @@ def _story(where: Where) -> Story:
             seen.body,
             job.shown(seen),
             tuple(seen.notes()),
-            job.events,
+            lambda: job.events(seen),
         )
     place = known(where)
     running = jobs.runs(place)

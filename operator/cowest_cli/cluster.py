@@ -128,9 +128,12 @@ class Job:
             )
         return seen
 
-    def events(self) -> list[dict[str, Any]]:
-        """What the operator said of it, oldest first; the cluster forgets events after a while."""
-        about = f"involvedObject.kind={api.KIND},involvedObject.name={self.name}"
+    def events(self, seen: Seen) -> list[dict[str, Any]]:
+        """What the operator said of it, oldest first; the cluster forgets events after a while.
+
+        By its uid: those of a job outlive it, and another may have its name.
+        """
+        about = f"involvedObject.uid={seen.body['metadata']['uid']}"
         with self._in_words():
             try:
                 found = client.CoreV1Api(self._client).list_namespaced_event(
@@ -141,7 +144,12 @@ class Job:
                     return []
                 raise
         events = [
-            {"time": _time(e.last_timestamp), "type": e.type, "reason": e.reason, "message": e.message or ""}
+            {
+                "time": _time(e.event_time or e.last_timestamp),
+                "type": e.type,
+                "reason": e.reason,
+                "message": e.message or "",
+            }
             for e in found.items
         ]
         return sorted(events, key=lambda event: float(event["time"]))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from cowest_operator import api, story, watched
@@ -24,6 +25,8 @@ from cowest_operator.watched import ACTIVE, Family, Seen, is_of, see, shared
 from cowest_serving.contract import Routing, digest_of, dump
 
 log = logging.getLogger("cowest.apply")
+
+COMPONENT = "cowest-operator"  # who says an event
 
 DRAIN = 10.0  # seconds that a weak model outlives its last traffic
 STATUS_EVERY = 60.0  # seconds between writes of a status that only says something else
@@ -248,7 +251,8 @@ class Applier:
         again in the same words is said again."""
         content = [context.uid, event.reason, event.message, transition]
         name = f"{context.job.name}.{common.hex_of(digest_of(content), 16)}"
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        now = datetime.now(UTC)
+        second = now.strftime("%Y-%m-%dT%H:%M:%SZ")
         body = {
             "apiVersion": "v1",
             "kind": "Event",
@@ -263,9 +267,14 @@ class Applier:
                 "namespace": context.namespace,
                 "uid": context.uid,
             },
-            "source": {"component": "cowest-operator"},
-            "firstTimestamp": now,
-            "lastTimestamp": now,
+            "source": {"component": COMPONENT},
+            "firstTimestamp": second,
+            "lastTimestamp": second,
+            # What is said within a second is told in its order; with a time of its own an event needs the rest too.
+            "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            "action": event.reason,
+            "reportingComponent": COMPONENT,
+            "reportingInstance": COMPONENT,
             "count": 1,
         }
         try:

@@ -209,6 +209,29 @@ def test_while_no_operator_is_there_it_is_recorded_once_and_said_so(playground: 
     assert said.code == EXIT_BAD_INPUT and "wanted the state of a job, saw none" in said.err
 
 
+def test_what_was_said_meanwhile_is_told_in_its_order_and_of_this_job_alone(
+    playground: Playground, cowest: Any
+) -> None:
+    """Events carry whole seconds, and those of a job outlive it."""
+    apply(playground, manifest_of("claims", **RESTING))
+    words = [("pause", "one"), ("resume", "two"), ("pause", "three"), ("resume", "four"), ("pause", "five")]
+    for verb, why in words:
+        assert cowest(verb, "claims", "--why", why, "--no-wait").code == EXIT_OK
+
+    def told() -> list[str]:
+        events = json.loads(cowest("explain", "claims", "-o", "json").out)["events"]
+        return [why for event in events for _, why in words if f"({why})" in event["message"]]
+
+    with playground.operator():
+        playground.wait(lambda: "state" in playground.status("claims"), "the operator", 30)
+        playground.wait(lambda: len(told()) == len(words), "the events of what was said", 30)
+        assert told() == [why for _, why in words]
+        playground.server.request("DELETE", f"{JOBS}/claims")
+        apply(playground, manifest_of("claims", **RESTING))
+        playground.wait(lambda: "state" in playground.status("claims"), "the new job to be seen", 30)
+        assert told() == []
+
+
 def test_of_two_who_speak_at_once_neither_is_overheard(playground: Playground) -> None:
     """What sorts before an action that was taken in is never looked at: the second one looks again and comes after."""
     ahead = ACTION + f"{time.time_ns() + 10**12:020d}-pause"
