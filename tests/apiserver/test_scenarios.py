@@ -245,10 +245,11 @@ def test_a_delete_that_keeps_what_the_job_made_makes_the_operator_write_nothing(
     assert resting.get(f"{DEPLOYMENTS}/kept-gateway") is None
 
 
-def test_a_delete_that_erases_ends_what_writes_runs_one_step_and_lets_go(resting: Playground) -> None:
+def test_a_delete_that_erases_says_so_ends_what_writes_runs_one_step_and_lets_go(resting: Playground) -> None:
     uid = at_rest(resting, "erased", deletionPolicy={"models": "Delete", "traces": "Delete"})
     with only(
         resting,
+        "patch collaborationjobs/status erased",
         "patch configmaps erased-erase",
         "delete deployments erased-gateway",
         "create workflows",
