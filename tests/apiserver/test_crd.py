@@ -73,6 +73,8 @@ def test_a_broken_manifest_is_refused_by_both_at_the_same_field(server: ApiServe
     assert problem.field in [field for field, _ in causes], causes
     if not problem.remedy and problem.reason.split()[0] in ("must", "type", "prompts", "choices", "model", "heldOut"):
         assert any(problem.reason in message for field, message in causes if field == problem.field), causes
+    if problem.reason.startswith(("must be a Kubernetes quantity", "must be the value of a label")):
+        assert any(f"; saw {problem.seen.strip(chr(39))}" in message for _, message in causes), causes
 
 
 def test_the_place_of_an_object_store_cannot_change(server: ApiServer) -> None:
