@@ -415,7 +415,7 @@ def test_a_workflow_that_argo_does_not_end_is_said_and_heals(playground: Playgro
     anew = [w["metadata"]["uid"] for w in playground.items(WORKFLOWS) if w["metadata"]["name"] == "claims-r0-check"]
     assert before["metadata"]["uid"] not in anew
     if cure == "its manifest is there":
-        assert anew == [] and "step r0-check is done" in said[0]
+        assert anew == [] and any("step r0-check is done" in words for words in said)
     else:
         assert len(anew) == 1
 

@@ -30,6 +30,8 @@ ASKED: Any = [{"role": "user", "content": "why is the sky blue?"}]
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIWorld]:
     monkeypatch.setenv("PYTHONPATH", str(tools.ROOT / "serving"))  # of Ray's own processes, too
+    for check in ("READY", "HEALTH"):  # Ray gives up a proxy that takes 5 s to start, as on a busy machine
+        monkeypatch.setenv(f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S", "60")
     assert PYTHON is not None
     with openai_world(tmp_path, run=(PYTHON, "-m", "cowest_serving.ray_app")) as running:
         yield running
