@@ -538,7 +538,8 @@ class _Look:
         """While the pods start nobody answers, or not with good news: that is no trouble yet."""
         seen = self.family.children.get(("Deployment", self.context.name(error.part)))
         since = max((each.created for each in (seen, *self._pods(error.part)) if each), default=0.0)
-        if seen is None or (not seen.facts["available"] and self.now - since < 6 * PATIENCE):
+        starts = self.now - since < 6 * PATIENCE and not (seen and seen.facts["available"] and error.answered)
+        if seen is None or starts:
             return
         if error.part == "proxy":
             reason = api.REASON_PROXY_AWAY

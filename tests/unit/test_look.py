@@ -154,11 +154,14 @@ def test_what_the_observer_says_is_wrong_is_not_all_laid_on_the_store(answers: b
     assert desk.troubles() == [reason]
 
 
+@pytest.mark.parametrize("available", [0, 1], ids=["not ready", "ready a moment ago"])
 @pytest.mark.parametrize(("ago", "said"), [(30.0, []), (300.0, [api.REASON_OBSERVER_AWAY])], ids=["starts", "hangs"])
-def test_an_observer_whose_pod_is_new_is_given_time_however_old_its_deployment(ago: float, said: list[str]) -> None:
+def test_an_observer_whose_pod_is_new_is_given_time_however_old_its_deployment(
+    ago: float, said: list[str], available: int
+) -> None:
     desk = Desk(w.SERVED)
     desk.doors.shut, desk.doors.answers = {"observer"}, False
-    desk.has("Deployment", "observer", status={"availableReplicas": 0})
+    desk.has("Deployment", "observer", status={"availableReplicas": available})
     made = datetime.fromtimestamp(NOW - ago, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     labels = {"app.kubernetes.io/component": "observer"}
     desk.has("Pod", "observer-x", metadata={"labels": labels, "creationTimestamp": made}, status={"phase": "Running"})
