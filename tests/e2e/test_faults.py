@@ -440,7 +440,8 @@ def test_an_edit_of_the_pair_in_the_middle_of_a_trial_is_tried_next_and_can_be_t
             wait_for(lambda: on_trial(standing).get("origin") == "Edit", "the edit on trial", 60)
             assert standing.rounds()[-1]["reason"] == "SpecChanged"
         fault.heals(lambda: last(standing) > before + 1 and not on_trial(standing), "the end of the edit", 120)
-    assert standing.rounds()[-1]["reason"] == "EditWithdrawn"
+    # What was on trial before is tried again behind it, and may be over by now.
+    assert "EditWithdrawn" in [each["reason"] for each in standing.rounds() if each["number"] > before + 1]
     fault.nobody_noticed()
 
 
