@@ -921,10 +921,10 @@ def job(tmp_path: Path) -> Path:
 def test_plan_bounds_calls_tokens_and_money(cowest: Any, job: Path) -> None:
     seen = json.loads(cowest("plan", "-f", job, "-o", "json").out)
     baseline, tuned = seen["parts"]
-    assert (baseline["calls"], tuned["calls"]) == (200 + 200, 50 * 4 + 50 + 200)
+    assert (baseline["calls"], tuned["calls"]) == (200 + 200, 50 * 4 + 4 + 200)
     assert baseline["money"] > 0 and seen["maxRounds"] == 1000
     said = cowest("plan", "-f", job)
-    assert "50 training rows, 200 held-out rows" in said.out and "450 calls" in said.out
+    assert "50 training rows, 200 held-out rows" in said.out and "404 calls" in said.out
     assert "upper bounds of what is paid:" in said.out and "Steps count answers" in said.out
     assert "(at most 1000 times)" in said.out and baseline["currency"] in said.out
 
@@ -1025,10 +1025,10 @@ def test_a_strong_endpoint_that_fails_is_told_before_anything_is_started(
 
 
 def test_plan_says_which_limit_would_stop_the_round_and_how_long_calls_may_take(cowest: Any, job: Path) -> None:
-    edits = {"strong.budget": {"callsPerRound": 225, "moneyPerDay": "1000"}, "strong.maxConcurrency": 10}
+    edits = {"strong.budget": {"callsPerRound": 202, "moneyPerDay": "1000"}, "strong.maxConcurrency": 10}
     job.write_text(yaml.safe_dump(edited(edits, yaml.safe_load(job.read_text()))))
     said = cowest("plan", "-f", job).out
-    assert "budget.callsPerRound = 225 stops the tuned round at 50 % of its bound of 450" in said
+    assert "budget.callsPerRound = 202 stops the tuned round at 50 % of its bound of 404" in said
     assert "moneyPerDay" not in said
     seen = json.loads(cowest("plan", "-f", job, "-o", "json").out)
     assert len(seen["limits"]) == 2 and seen["longestHours"][0] == pytest.approx(40 * 60 / 3600)
