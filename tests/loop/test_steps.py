@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import json
 import os
 import signal
@@ -252,6 +253,15 @@ def test_a_bug_keeps_its_stack_trace(capsys: pytest.CaptureFixture[str]) -> None
     code, text = ending(ZeroDivisionError("division by zero"), capsys)
     assert code == EXIT_FAILED
     assert "Traceback" in text and text.endswith("failed: ZeroDivisionError: division by zero\n")
+
+
+def test_a_step_that_begins_anew_keeps_its_folder_when_the_failed_one_is_collected(tmp_path: Path) -> None:
+    failed = steps.open_output(str(tmp_path / "out"), step="sft", inputs={})
+    again = steps.open_output(str(tmp_path / "out"), step="sft", inputs={})
+    assert isinstance(again, steps.Output)
+    del failed
+    gc.collect()
+    assert again.folder.is_dir()
 
 
 SLOW_STEP = """

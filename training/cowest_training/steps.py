@@ -172,9 +172,14 @@ def open_output(uri: str, *, step: str, inputs: Mapping[str, Any], parts: str = 
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     output = Output(uri, folder, step, json.loads(canonical_json(inputs)), time.time(), time.monotonic(), parts)
-    # A failed step leaves nothing half-written.
-    weakref.finalize(output, shutil.rmtree, folder, ignore_errors=True)
+    # A failed step leaves nothing half-written; one that begins anew in this process keeps its folder of the same name.
+    if (earlier := _CLEARED_LATER.pop(folder, None)) is not None:
+        earlier.detach()
+    _CLEARED_LATER[folder] = weakref.finalize(output, shutil.rmtree, folder, ignore_errors=True)
     return output
+
+
+_CLEARED_LATER: dict[Path, weakref.finalize[..., Output]] = {}  # what a step writes into, until its end is collected
 
 
 def is_of(manifest: Manifest, uri: str, *, step: str, inputs: Mapping[str, Any]) -> bool:
