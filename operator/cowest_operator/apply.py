@@ -252,7 +252,7 @@ class Applier:
         content = [context.uid, event.reason, event.message, transition]
         name = f"{context.job.name}.{common.hex_of(digest_of(content), 16)}"
         now = datetime.now(UTC)
-        second = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+        second = story.rfc3339(now.timestamp())
         body = {
             "apiVersion": "v1",
             "kind": "Event",
@@ -289,9 +289,10 @@ class Applier:
             if step.keeps_running:
                 continue
             attempt = seen.submit.get(step.name) or (1 if self._unknown(step, family) else 0)
-            orders, kind = steps.step_map(context, step, dict(seen.frozen_document)), "ConfigMap"
-            if not attempt and _is_as_it_was_put(key_of(orders), family, memory):
+            kind = "ConfigMap"
+            if not attempt and _is_as_it_was_put((kind, steps.step_name(context, step)), family, memory):
                 continue
+            orders = steps.step_map(context, step, dict(seen.frozen_document))
             try:
                 await self._child(orders, family, memory)
                 if not attempt:

@@ -80,9 +80,7 @@ class Memory:
     said: set[str] = field(default_factory=set)  # notes that were made known
     failing: dict[str, strong.Failing] = field(default_factory=dict)  # the strong endpoint, by who asks it
     no_room: strong.NoRoom | None = None  # for live answers
-    hastened: dict[str, float] = field(
-        default_factory=dict
-    )  # uid of a Workflow -> when the pods that Argo was told of ended
+    hastened: dict[str, float] = field(default_factory=dict)  # Workflow's uid -> the end of pods that Argo was told of
     asking: dict[str, asyncio.Task[bool]] = field(default_factory=dict)  # questions under way
     quiet: int = 0  # looks in a row that nothing had asked for and that found nothing new
     traces: api.TraceCounts | None = None  # of the last look

@@ -471,15 +471,11 @@ class PaidCalls:
             (budget.money_per_day, on_day.money, money, f"{currency} on {day}", live.money),
         ):
             if limit is not None and used + more > limit:
-                cure = (
-                    "Raise spec.strong.budget, then"
-                    if "in round" in words
-                    else "Raise spec.strong.budget or wait, then"
-                )
+                wait = "" if "in round" in words else " or wait"
                 raise BudgetSpent(
                     f"The budget of the strong model is spent: wanted at most {limit:g} {words}, "
                     f"saw {used:g} used{_of_it(of_live)} and a call that needs about {more:g}; what is paid is kept. "
-                    f"{cure} run again: it goes on from here."
+                    f"Raise spec.strong.budget{wait}, then run again: it goes on from here."
                 )
         db.execute("INSERT INTO reserved VALUES(?, ?, ?, ?, ?)", (call.key, number, day, tokens, money))
 
