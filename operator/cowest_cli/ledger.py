@@ -27,10 +27,9 @@ from cowest_serving import store
 from cowest_serving.book import BookError, read_prices
 from cowest_serving.contract import digest_of
 from cowest_training.cards import DatasetCard, dataset_card
-from cowest_training.contract import EXIT_RETRY, Manifest, StepError
+from cowest_training.contract import EXIT_RETRY, LEDGER, PAIRS, Manifest, StepError
 from cowest_training.steps import code_version, read_manifest
 
-LEDGER, PAIRS = "ledger.parquet", "pairs.jsonl"  # of the feedback step
 TRAIN = "data/train-00000-of-00001.parquet"  # where `datasets` looks for the split `train`
 SHOWN = 20  # queries
 WIDTH = 160  # of a table that goes into a file or a pipe

@@ -40,7 +40,7 @@ from cowest_training.asking import (
 from cowest_training.contract import Row, StepSettings
 from cowest_training.data import read_rows
 from cowest_training.evaluator import build_evaluator
-from cowest_training.feedback import choose_queries, dataset_file
+from cowest_training.feedback import choose_queries
 from cowest_training.statistics import mean_interval
 
 BATCH = 64
@@ -254,7 +254,7 @@ def draw(
 
 def _open(options: argparse.Namespace) -> tuple[StepSettings, Pair, list[Row]]:
     settings = steps.load_settings(options.job)
-    rows = read_rows(dataset_file(options.dataset))
+    rows = read_rows(steps.dataset_file(options.dataset))
     return settings, read_pair(options.pair), choose_queries(
         rows, settings.feedback.max_queries, settings.training.seed, ROUND
     )  # fmt: skip

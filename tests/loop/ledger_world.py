@@ -9,8 +9,8 @@ from typing import Any
 from cowest_serving.contract import Pair, Prompts
 from cowest_training import steps
 from cowest_training.asking import Draft, Reply
-from cowest_training.contract import Evaluator, Feedback, Manifest, Row
-from cowest_training.feedback import LEDGER, PAIRS, Entry, make_pairs, write_ledger, write_pairs
+from cowest_training.contract import LEDGER, PAIRS, Evaluator, Feedback, Manifest, Row
+from cowest_training.feedback import Entry, make_pairs, write_ledger, write_pairs
 
 PROMPTS = Prompts(draft="explain {query}", refine="{query} DRAFT {draft}", solo="{query}")
 PAIR = Pair("sha256:weak", "file:///weak", PROMPTS, "Explanation", "http://strong/v1", "strong")

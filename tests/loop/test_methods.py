@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from trl.experimental.cpo import CPOTrainer
 
 from cowest_training import dpo, methods, rated, tuning
-from cowest_training.contract import StepError
+from cowest_training.contract import OF_DRAFTS, StepError
 from cowest_training.steps import read_manifest
 from tests.loop import ledger_world
 from tests.loop import tuning_world as world
@@ -42,7 +42,7 @@ def moved(start: Path, folder: Path, method: str, **preference: Any) -> Any:
     """A trainer whose policy has left the reference behind."""
     settings = world.training(method=method, preference=preference)
     weak = tuning.load_weak(start, tuning="Full", max_length=48, seed=settings.seed)
-    encode: Any = rated.encode if method in methods.OF_DRAFTS else dpo.encode
+    encode: Any = rated.encode if method in OF_DRAFTS else dpo.encode
     examples, _ = encode(weak, learnt(method))
     trainer = methods.build_trainer(weak, examples, settings, world.work(folder))
     torch.manual_seed(1)
@@ -58,7 +58,7 @@ def loss_of(trainer: Any) -> float:
 
 
 def learnt(method: str) -> Any:
-    return GROUPS if method in methods.OF_DRAFTS else PAIRS
+    return GROUPS if method in OF_DRAFTS else PAIRS
 
 
 def logps(model: Any, trainer: Any) -> list[tuple[float, float]]:
@@ -300,7 +300,7 @@ def test_tuning_ends_when_what_is_not_learnt_from_gets_worse(start: Path, tmp_pa
     assert metrics["steps"] < progress.total or method == "GRPO", "whose clipped loss rises little and falls again"
     # What was written is the model of the best step: a tuning of the same rows that is cut off there has its weights.
     weak = tuning.load_weak(start, tuning="Full", max_length=48, seed=settings.seed)
-    encode: Any = rated.encode if method in methods.OF_DRAFTS else dpo.encode
+    encode: Any = rated.encode if method in OF_DRAFTS else dpo.encode
     examples, _ = encode(weak, learnt(method))
     rows, _ = methods.apart(examples, 40, settings.seed)
     other = methods.build_trainer(weak, rows, settings, world.work(tmp_path / "other"))

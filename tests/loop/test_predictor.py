@@ -18,9 +18,9 @@ from cowest_serving.traces import TraceWriter
 from cowest_training import evaluate, predictor, steps
 from cowest_training.asking import Draft, Reply
 from cowest_training.collect import usable_traces
-from cowest_training.contract import Evaluator, Manifest, Row, StepError, load_report
+from cowest_training.contract import LEDGER, Evaluator, Manifest, Row, StepError, load_report
 from cowest_training.data import Known
-from cowest_training.feedback import LEDGER, Entry, write_ledger
+from cowest_training.feedback import Entry, write_ledger
 from tests.fakes import ScriptedModel
 from tests.loop import asking_world as world
 from tests.loop.test_gateway import Gateway, streamed

@@ -29,9 +29,8 @@ from cowest_serving.redaction import Redactor, digests_of, joined_reference
 from cowest_serving.traces import read_columns, read_feedback
 from cowest_training import quarantine, screen
 from cowest_training.cards import DatasetCard, dataset_card
-from cowest_training.contract import EXIT_OK, Evaluator, Manifest, Row, evaluator_digest
+from cowest_training.contract import DATASET, EXIT_OK, Evaluator, Manifest, Row, evaluator_digest
 from cowest_training.data import (
-    DATASET,
     TRACE_ID,
     Known,
     check_split,

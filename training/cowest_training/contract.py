@@ -145,9 +145,7 @@ class Feedback:
     min_margin: float  # BestVersusWorst: best score - worst score must reach it
     max_queries: int  # per round
     min_pairs: int  # fewer: the round ends with TooFewPairs
-    calls: Literal["All", "Deciding", "Fewest"] = (
-        "All"  # that are paid; All in what was frozen before there was a choice
-    )
+    calls: Literal["All", "Deciding", "Fewest"] = "All"  # that are paid; in what was frozen before this key: All
     explore_percent: int = 0  # of the queries, of which all is paid whatever `calls` says
     judging: Literal["Pointwise", "Listwise"] = "Pointwise"  # of a Judge's calls here
 
@@ -228,7 +226,7 @@ class StepSettings:
     trust: Trust | None = None  # None in what was frozen before there was one: nothing is screened
 
 
-FROM_PAIRS = frozenset[str](("DPO", "IPO", "SimPO"))  # methods of tuning
+OF_DRAFTS = ("KTO", "GRPO")  # methods of tuning that learn from every draft, and not from pairs
 
 
 class Asks(Protocol):
@@ -245,7 +243,7 @@ class Asks(Protocol):
 def calls_of(spec: Asks) -> str:
     """`feedback.calls`, but All where the gains of all drafts are learnt from: by shortcuts, or by a method."""
     shortcuts = spec.collaboration.shortcuts
-    learns_from_all = spec.training.method not in FROM_PAIRS or (shortcuts and shortcuts.routed)
+    learns_from_all = spec.training.method in OF_DRAFTS or (shortcuts and shortcuts.routed)
     return "All" if learns_from_all else spec.feedback.calls
 
 
@@ -264,7 +262,10 @@ class Row:
     where: str = field(default="", compare=False)  # file:line it was read from, for messages; no part of the data
 
 
-# ledger.parquet of the feedback step: one row a draft (the gain ledger). What was not asked is null (`feedback.calls`).
+# Files of artifacts: the rows of a data set; of the feedback step.
+DATASET, LEDGER, PAIRS = "dataset.jsonl", "ledger.parquet", "pairs.jsonl"
+
+# LEDGER: one row a draft (the gain ledger). What was not asked is null (`feedback.calls`).
 LEDGER_COLUMNS: dict[str, str] = {
     "query_id": "string",
     "query": "string",
@@ -295,7 +296,7 @@ LEDGER_COLUMNS: dict[str, str] = {
     "solo_money": "double",
     "propensity": "double",  # chance with which all of the query was asked; null where only what decides was
 }
-# pairs.jsonl of the feedback step: {"query_id", "prompt": [messages], "chosen": str, "rejected": str,
+# PAIRS: {"query_id", "prompt": [messages], "chosen": str, "rejected": str,
 #   "chosen_score", "rejected_score", "solo_score", "chosen_finish_reason", "rejected_finish_reason"}; `prompt` is what
 #   the weak model saw.
 

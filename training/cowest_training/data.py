@@ -31,7 +31,6 @@ MIN_ROWS = 2
 SHOWN_KEYS = 6  # of those that nothing reads
 MEANT = 0.8  # how alike a key and a column are where the one is taken for the other
 ROLES = ("system", "developer", "user", "assistant")
-DATASET = "dataset.jsonl"  # the rows of a round's data set
 TRACE_ID = "trace-"  # before the request's id in the id of a row that was a trace
 COLUMNS = ("id", "query", "messages", "reference", "explanation", "group", "source")
 

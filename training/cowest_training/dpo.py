@@ -26,10 +26,9 @@ import torch
 
 from cowest_serving import store
 from cowest_serving.contract import digest_of
-from cowest_serving.generate import PromptError, prompt_ids, render_prompt
 from cowest_serving.model_files import model_digest
 from cowest_training import methods, rated, tuning
-from cowest_training.contract import EXIT_OK, Manifest, StepError, Training
+from cowest_training.contract import EXIT_OK, OF_DRAFTS, PAIRS, Manifest, StepError, Training
 from cowest_training.steps import (
     Progress,
     load_settings,
@@ -76,7 +75,7 @@ def _parse(argv: Sequence[str] | None) -> Any:
 
 
 def read_learnt(uri: str, training: Training) -> Sequence[Pair | rated.Group]:
-    return rated.read_groups(uri) if training.method in methods.OF_DRAFTS else read_pairs(pairs_file(uri))
+    return rated.read_groups(uri) if training.method in OF_DRAFTS else read_pairs(pairs_file(uri))
 
 
 def replayed(args: Any, training: Training, count: int) -> tuple[Sequence[Pair | rated.Group], dict[str, list[str]]]:
@@ -84,9 +83,11 @@ def replayed(args: Any, training: Training, count: int) -> tuple[Sequence[Pair |
     most = count * (training.preference.replay_percent or 0) // 100
     found: list[Pair | rated.Group] = []
     digests = []
-    for uri in args.replay if most else ():
+    earlier = args.replay if most else ()
+    now = rated.judged_by(args.feedback) if earlier else set()
+    for uri in earlier:
         manifest = read_manifest(uri)
-        if manifest and rated.judged_by(uri) == rated.judged_by(args.feedback):
+        if manifest and rated.judged_by(uri) == now:
             found.extend(read_learnt(uri, training))
             digests.append(manifest.digest)
     chosen = random.Random(training.seed).sample(found, min(most, len(found)))
@@ -97,7 +98,7 @@ def pairs_file(uri: str) -> str:
     if uri.endswith(".jsonl"):
         return uri
     need_manifest(uri, what="--feedback")
-    return store.join(uri, "pairs.jsonl")
+    return store.join(uri, PAIRS)
 
 
 def made_by(uri: str) -> dict[str, str]:
@@ -164,12 +165,10 @@ def encode(weak: tuning.Weak, pairs: Iterable[Pair]) -> tuple[list[dict[str, lis
     examples: list[dict[str, list[int]]] = []
     dropped: Counter[str] = Counter()
     for pair in pairs:
-        try:
-            text = render_prompt(weak.tokenizer, pair.prompt)
-            prompt = prompt_ids(weak.tokenizer, text)
-        except PromptError:
+        if (asked := tuning.encode_prompt(weak, pair.prompt)) is None:
             dropped[tuning.REFUSED] += 1
             continue
+        text, prompt = asked
         chosen = tuning.completion_ids(weak.tokenizer, text, pair.chosen, ends=pair.chosen_ends)
         rejected = tuning.completion_ids(weak.tokenizer, text, pair.rejected, ends=pair.rejected_ends)
         if chosen == rejected:
@@ -194,7 +193,7 @@ def align(
     """
     stage = training.preference
     weak = tuning.load_weak(folder, tuning=stage.tuning, max_length=training.max_length, seed=training.seed)
-    encoded = rated.encode if training.method in methods.OF_DRAFTS else encode
+    encoded = rated.encode if training.method in OF_DRAFTS else encode
     examples, dropped = encoded(weak, pairs)  # type: ignore[arg-type]  # each its own
     tuning.require_rows(
         len(examples),

@@ -59,7 +59,9 @@ from .asking import (
 from .cards import DatasetCard, dataset_card
 from .contract import (
     EXIT_OK,
+    LEDGER,
     LEDGER_COLUMNS,
+    PAIRS,
     Feedback,
     Manifest,
     Row,
@@ -68,20 +70,20 @@ from .contract import (
     calls_of,
     evaluator_digest,
 )
-from .data import DATASET, read_rows, rows_digest
+from .data import read_rows, rows_digest
 from .evaluator import check_references, exact_match, extracted
 from .paid_calls import Spent
 from .sparing import AT_ONCE, NOISE, Sayings, is_decided, reaches
 
 STEP = "feedback"
-LEDGER, PAIRS, SHARDS = "ledger.parquet", "pairs.jsonl", "shard-*"
+SHARDS = "shard-*"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _flags(argv)
     settings = steps.load_settings(args.job)
     pair = read_pair(args.pair)
-    rows = read_rows(dataset_file(args.dataset))
+    rows = read_rows(steps.dataset_file(args.dataset))
     check_references(rows, settings.feedback.evaluator)
     chosen = choose_queries(rows, settings.feedback.max_queries, settings.training.seed, args.round)
     inputs = _inputs(settings, pair, rows, args.round)
@@ -172,11 +174,6 @@ class Shard:
         batches = -(-len(chosen) // batch_rows)
         first, end = (number * batches // self.of for number in (self.number, self.number + 1))
         return list(chosen[first * batch_rows : end * batch_rows])
-
-
-def dataset_file(uri: str) -> str:
-    """The rows of a collected data set; any other URI is read as the file that it names."""
-    return join(uri, DATASET) if steps.read_manifest(uri) else uri
 
 
 def _inputs(settings: StepSettings, pair: Pair, rows: Sequence[Row], round_number: int) -> dict[str, Any]:

@@ -25,13 +25,12 @@ import pyarrow.parquet as pq
 from cowest_serving import store
 from cowest_serving.contract import FEEDBACK_PREFIX, TRACES_PREFIX
 from cowest_serving.traces import CONTENT_COLUMNS, segment
-from cowest_training.contract import Manifest
-from cowest_training.data import DATASET, TRACE_ID
+from cowest_training.contract import DATASET, LEDGER, PAIRS, Manifest
+from cowest_training.data import TRACE_ID
 from cowest_training.quarantine import PROVENANCE, QUARANTINE, TRUST_PREFIX, lines, parse_lines, read_lines
 from cowest_training.steps import manifest_json, read_manifest
 
 ERASURES = f"{TRUST_PREFIX}/erasures"
-LEDGER, PAIRS = "ledger.parquet", "pairs.jsonl"
 COUNTS = ("rows", "held_back", "drafts", "pairs")  # of a part
 WORDS = ("reference", "comment", "correction", "accepted", "placeholders")  # of feedback
 

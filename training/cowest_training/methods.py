@@ -29,7 +29,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTr
 from trl.trainer.utils import pad
 
 from cowest_training import tuning
-from cowest_training.contract import Stage, Training
+from cowest_training.contract import OF_DRAFTS, Stage, Training
 from cowest_training.rated import LEAST
 from cowest_training.shared_prompt import SharedPromptDPOTrainer
 
@@ -37,7 +37,6 @@ WARMUP = 0.1
 BETA = {"DPO": 0.1, "IPO": 1.0, "SimPO": 2.0, "KTO": 0.1, "GRPO": 0.04}
 GAMMA = 1.0
 LOSS = {"DPO": "sigmoid", "IPO": "ipo", "SimPO": "sigmoid_norm"}
-OF_DRAFTS = ("KTO", "GRPO")
 
 # prompt_ids, chosen_ids, rejected_ids, and `drafts` of each where the method learns from all of them
 Example = Mapping[str, Any]

@@ -38,9 +38,8 @@ from cowest_serving.predictor import scale as scale_of
 from . import steps
 from .asking import open_asking
 from .cards import predictor_card
-from .contract import EXIT_OK, Manifest, Row, StepError, StepSettings, evaluator_digest
+from .contract import EXIT_OK, LEDGER, Manifest, Row, StepError, StepSettings, evaluator_digest
 from .data import read_rows
-from .feedback import LEDGER, dataset_file
 
 STEP = "predictor"
 FEWEST = 50  # queries: fewer say nothing
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = steps.open_output(args.out, step=STEP, inputs=inputs)
     if isinstance(output, Manifest):
         return EXIT_OK
-    rows = {row.id: row for row in read_rows(dataset_file(args.dataset))}
+    rows = {row.id: row for row in read_rows(steps.dataset_file(args.dataset))}
     records = pq.ParquetFile(BytesIO(store.get(store.join(args.feedback, LEDGER)))).read().to_pylist()
     queries = by_query(records, rows)
     weak = asyncio.run(_weak_scores(settings, args, queries, digest_of(inputs))) if "weakAlone" in limits else []

@@ -16,9 +16,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cowest_serving import store
-from cowest_serving.generate import PromptError, prompt_ids, render_prompt
 from cowest_training import tuning
-from cowest_training.contract import StepError
+from cowest_training.contract import LEDGER, PAIRS, StepError
 from cowest_training.quarantine import read_lines
 from cowest_training.steps import need_manifest
 
@@ -54,18 +53,23 @@ def read_groups(uri: str) -> list[Group]:
             f" the pairs {uri} alone. Give the folder, or take a method that learns from pairs: DPO, IPO or SimPO"
         )
     need_manifest(uri, what="--feedback")
-    prompts = {pair["query_id"]: tuple(pair["prompt"]) for pair in read_lines(store.join(uri, "pairs.jsonl"))}
+    prompts = {pair["query_id"]: tuple(pair["prompt"]) for pair in read_lines(store.join(uri, PAIRS))}
     drafts: dict[str, list[Rated]] = {query: [] for query in prompts}
-    for row in pq.ParquetFile(BytesIO(store.get(store.join(uri, "ledger.parquet")))).read(columns=COLUMNS).to_pylist():
+    for row in _ledger(uri, COLUMNS):
         if row["query_id"] in drafts and row["gain"] is not None:
             drafts[row["query_id"]].append(Rated(row["draft"], row["gain"], row["draft_finish_reason"] != "length"))
     return [Group(prompts[query], tuple(found)) for query, found in drafts.items() if found]
 
 
+def _ledger(uri: str, columns: list[str]) -> list[dict[str, Any]]:
+    table = pq.ParquetFile(BytesIO(store.get(store.join(uri, LEDGER)))).read(columns=columns)
+    return list(table.to_pylist())
+
+
 def judged_by(uri: str) -> set[tuple[str, ...]]:
     """Under which prompts, by which strong model and evaluator a feedback step's drafts were worth what they were."""
     columns = ["prompts_digest", "strong_model", "strong_version", "evaluator_digest"]
-    rows = pq.ParquetFile(BytesIO(store.get(store.join(uri, "ledger.parquet")))).read(columns=columns).to_pylist()
+    rows = _ledger(uri, columns)
     return {tuple(row.values()) for row in rows if row["strong_model"] is not None}  # null where nobody was asked
 
 
@@ -77,12 +81,10 @@ def encode(weak: tuning.Weak, groups: Iterable[Group]) -> tuple[list[dict[str, A
     examples: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     for group in groups:
-        try:
-            text = render_prompt(weak.tokenizer, group.prompt)
-            prompt = prompt_ids(weak.tokenizer, text)
-        except PromptError:
+        if (asked := tuning.encode_prompt(weak, group.prompt)) is None:
             dropped[tuning.REFUSED] += 1
             continue
+        text, prompt = asked
         encoded = [
             (tuning.completion_ids(weak.tokenizer, text, draft.text, ends=draft.ends), draft.gain)
             for draft in group.drafts

@@ -19,14 +19,12 @@ from trl import SFTConfig, SFTTrainer
 
 from cowest_serving.collaborate import draft_messages
 from cowest_serving.contract import Prompts
-from cowest_serving.generate import PromptError, prompt_ids, render_prompt
 from cowest_serving.model_files import model_digest
-from cowest_serving.store import join
 from cowest_training import tuning
 from cowest_training.contract import EXIT_OK, Manifest, Row, Training
-from cowest_training.data import DATASET, read_rows, rows_digest
+from cowest_training.data import read_rows, rows_digest
 from cowest_training.round_trip import refuse_lost_text
-from cowest_training.steps import Progress, load_settings, open_output, parser, read_manifest, run
+from cowest_training.steps import Progress, dataset_file, load_settings, open_output, parser, run
 from cowest_training.weak_folders import weak_folder
 
 WARMUP = 0.03
@@ -55,11 +53,6 @@ def _parse(argv: Sequence[str] | None) -> Any:
     flags.add_argument("--data", required=True, metavar="URI", help="collected data set, or a JSONL or Parquet file")
     flags.add_argument("--model", required=True, metavar="URI", help="the weak model: file://, s3:// or hf://")
     return flags.parse_args(argv)
-
-
-def dataset_file(uri: str) -> str:
-    """The rows of a collected data set; any other URI is read as the file that it names."""
-    return join(uri, DATASET) if read_manifest(uri) else uri
 
 
 def _inputs(training: Training, prompts: Prompts, rows: Sequence[Row], model: str) -> dict[str, Any]:
@@ -136,12 +129,10 @@ def encode(weak: tuning.Weak, rows: Sequence[Row], prompts: Prompts) -> tuple[li
         if not row.explanation:
             dropped[NO_EXPLANATION] += 1
             continue
-        try:
-            text = render_prompt(weak.tokenizer, draft_messages(row.messages, prompts))
-            prompt = prompt_ids(weak.tokenizer, text)
-        except PromptError:
+        if (asked := tuning.encode_prompt(weak, draft_messages(row.messages, prompts))) is None:
             dropped[tuning.REFUSED] += 1
             continue
+        text, prompt = asked
         draft = tuning.completion_ids(weak.tokenizer, text, row.explanation)
         if len(prompt) + len(draft) > weak.limit:
             dropped[tuning.TOO_LONG] += 1

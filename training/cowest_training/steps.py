@@ -47,6 +47,7 @@ from cowest_serving.contract import SettingsError, canonical_json, digest_of, du
 from cowest_serving.model_files import ModelFolderError
 from cowest_serving.models import ModelError
 from cowest_training.contract import (
+    DATASET,
     EXIT_BAD_INPUT,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -196,6 +197,11 @@ def read_manifest(uri: str) -> Manifest | None:
         return parse(Manifest, json.loads(store.get(place)), place)
     except (ValueError, TypeError) as error:
         raise StepError(f"{place}: wanted the manifest of a step, saw: {error}. Delete it and rerun.") from None
+
+
+def dataset_file(uri: str) -> str:
+    """The rows of a collected data set; any other URI is read as the file that it names."""
+    return store.join(uri, DATASET) if read_manifest(uri) else uri
 
 
 def need_manifest(uri: str, *, what: str) -> Manifest:

@@ -25,9 +25,9 @@ from peft import LoraConfig, PeftModel
 from transformers import EarlyStoppingCallback, GenerationConfig, PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from cowest_serving.collaborate import DEFAULT_PROMPTS
-from cowest_serving.contract import Collaboration, Prompts, digest_of
+from cowest_serving.contract import Collaboration, Messages, Prompts, digest_of
 from cowest_serving.cores import free_threads
-from cowest_serving.generate import load_model, quiet_transformers
+from cowest_serving.generate import PromptError, load_model, prompt_ids, quiet_transformers, render_prompt
 from cowest_serving.model_files import CARD, base_of_adapter, is_adapter, make_readable, model_digest
 from cowest_training.cards import ModelCard, model_card
 from cowest_training.contract import Lora, Stage, StepError
@@ -155,6 +155,15 @@ def _bare_ids(tokenizer: Any, text: str) -> list[int]:
 def round_trip(tokenizer: Any) -> RoundTrip:
     """Text as it is after encoding and decoding."""
     return lambda text: str(tokenizer.decode(_bare_ids(tokenizer, text), skip_special_tokens=True))
+
+
+def encode_prompt(weak: Weak, messages: Messages) -> tuple[str, list[int]] | None:
+    """What the model is asked, as its chat template writes it and as token ids; None where the template refuses it."""
+    try:
+        text = render_prompt(weak.tokenizer, messages)
+        return text, prompt_ids(weak.tokenizer, text)
+    except PromptError:
+        return None
 
 
 def split_batch(batch_size: int, longest: int, device: str, sequences: int = 1, least: int = 1) -> tuple[int, int]:
