@@ -433,30 +433,33 @@ def test_a_domain_makes_nothing_outside_its_namespace() -> None:
     assert {each["metadata"].get("namespace") for each in rendered(DOMAIN, "full")} == {"here"}
 
 
+def notes_of(folder: Path, values: str, *sets: str) -> str:
+    """What an install of the domain's chart ends with; only an install renders it."""
+    chart = shutil.copytree(DOMAIN, folder / "chart")
+    notes = '{{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}'
+    (chart / "templates" / "notes.yaml").write_text(f"kind: Notes\nsaid: {notes}\n")
+    (found,) = of_kind(rendered(chart, values, *sets), "Notes")
+    return str(found["said"])
+
+
 @needs_helm
 @pytest.mark.parametrize(("policy", "said"), [("Keep", False), ("Delete", True)])
 def test_whoever_installs_is_told_to_delete_a_job_that_erases_before_its_release(
     policy: str, said: bool, tmp_path: Path
 ) -> None:
     """Helm deletes what it does not know last: MinIO, policies and quotas are gone before the job is."""
-    chart = shutil.copytree(DOMAIN, tmp_path / "chart")
-    notes = '{{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}'  # rendered by an install alone
-    (chart / "templates" / "notes.yaml").write_text(f"kind: Notes\nsaid: {notes}\n")
-    (found,) = of_kind(rendered(chart, "minimal", f"job.deletionPolicy.models={policy}"), "Notes")
-    assert ("kubectl -n here delete cwj/desk --wait" in found["said"]) is said
+    notes = notes_of(tmp_path, "minimal", f"job.deletionPolicy.models={policy}")
+    assert ("kubectl -n here delete cwj/desk --wait" in notes) is said
 
 
 @needs_helm
 @pytest.mark.parametrize("own_store", [False, True])
 def test_whoever_installs_is_told_that_data_may_come_later_and_how(own_store: bool, tmp_path: Path) -> None:
-    chart = shutil.copytree(DOMAIN, tmp_path / "chart")
-    notes = '{{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}'
-    (chart / "templates" / "notes.yaml").write_text(f"kind: Notes\nsaid: {notes}\n")
-    (found,) = of_kind(rendered(chart, "minimal", f"minio.enabled={str(own_store).lower()}"), "Notes")
-    assert "(DataMissing), and begins by itself once `cowest upload`" in found["said"]
+    notes = notes_of(tmp_path, "minimal", f"minio.enabled={str(own_store).lower()}")
+    assert "(DataMissing), and begins by itself once `cowest upload`" in notes
     command = "COWEST_S3_ENDPOINT=http://127.0.0.1:9000 cowest upload FILE s3://desk/data/train.jsonl"
-    assert (command in found["said"]) is own_store
-    assert ("export AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=..." in found["said"]) is own_store
+    assert (command in notes) is own_store
+    assert ("export AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=..." in notes) is own_store
 
 
 @needs_helm
@@ -464,12 +467,9 @@ def test_whoever_installs_is_told_that_data_may_come_later_and_how(own_store: bo
 def test_the_first_question_of_the_notes_has_a_key_where_the_gateway_asks_for_one(
     values: str, asks: bool, tmp_path: Path
 ) -> None:
-    chart = shutil.copytree(DOMAIN, tmp_path / "chart")
-    notes = '{{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}'
-    (chart / "templates" / "notes.yaml").write_text(f"kind: Notes\nsaid: {notes}\n")
-    (found,) = of_kind(rendered(chart, values), "Notes")
+    notes = notes_of(tmp_path, values)
     header = "-H 'Content-Type: application/json' \\\n    -H \"Authorization: Bearer $KEY\" \\\n    -d"
-    assert (header in found["said"]) is asks and ("of the Secret clients" in found["said"]) is asks
+    assert (header in notes) is asks and ("of the Secret clients" in notes) is asks
 
 
 def policies(values: str, *sets: str) -> dict[str, Object]:
